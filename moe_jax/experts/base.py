@@ -1,0 +1,55 @@
+"""What every way of running experts is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+
+from moe_jax.experts.feed_forward import ExpertFn
+from moe_jax.types import Array, DispatchPlan, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way of running experts: a file, and a line in ``moe_jax.experts``.
+
+    Attributes:
+        name: what ``implementation=`` calls it.
+        run: ``(expert_fn, params, x[T, D], plan, weights f32[N]) -> f32[T, D_out]``. Computes the
+            sum over every token's kept assignments of weight times expert output, and nothing else:
+            what is dropped was decided in the plan.
+        slots_executed: ``(plan) -> f32[]``, the rows that ``run`` pushes through experts, padding
+            included.
+        refuse: ``(plan, backend) -> str | None``, the reason why it cannot or should not run
+            here. Asked when the choice is automatic; an implementation asked for by name runs.
+        summary: one line for people.
+    """
+
+    name: str
+    run: Callable[[ExpertFn, Params, Array, DispatchPlan, Array], Array]
+    slots_executed: Callable[[DispatchPlan], Array]
+    refuse: Callable[[DispatchPlan, str], str | None]
+    summary: str
+
+
+def all_experts(expert_fn: ExpertFn, params: Params, rows: Array) -> Array:
+    """Runs each expert on its own block: ``[E, M, D] -> [E, M, D_out]``, one batched product."""
+    return jax.vmap(expert_fn)(params, rows)
+
+
+def num_experts_of(params: Params) -> int:
+    """The size of the leading axis that all expert parameters share.
+
+    Raises:
+        ValueError: there are no parameters, or their leading axes differ.
+    """
+    leaves = jax.tree.leaves(params)
+    sizes = sorted({leaf.shape[0] if leaf.ndim else 0 for leaf in leaves})
+    if len(sizes) != 1 or sizes[0] < 1:
+        raise ValueError(
+            "expert params: expected arrays with one common leading axis of E experts, got leading "
+            f"axes {sizes}. Stack the experts' parameters along axis 0."
+        )
+    return sizes[0]

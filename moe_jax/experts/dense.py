@@ -1,0 +1,40 @@
+"""Every expert on every token: E times the work, and the answer that all others are held to."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from moe_jax.experts.base import Implementation, all_experts
+from moe_jax.experts.feed_forward import ExpertFn
+from moe_jax.types import Array, DispatchPlan, Params
+
+
+def run(
+    expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array
+) -> Array:
+    a = plan.assignments
+    shape = (a.num_experts, a.num_tokens)
+    used = jnp.zeros(shape, bool).at[a.expert_indices, a.token_indices].max(plan.kept, mode="drop")
+    gate = jnp.zeros(shape, jnp.float32)
+    gate = gate.at[a.expert_indices, a.token_indices].add(
+        jnp.where(plan.kept, weights, 0.0), mode="drop"
+    )
+    # Rows an expert does not own are zeroed before and ignored after, so that the oracle itself
+    # lets no NaN cross from one token or expert to another (0 * inf is NaN), nor its gradient.
+    rows = jnp.where(used[:, :, None], x[None], jnp.zeros((), x.dtype))
+    outputs = all_experts(expert_fn, params, rows).astype(jnp.float32)
+    return jnp.where(used[:, :, None], outputs * gate[:, :, None], 0.0).sum(axis=0)
+
+
+def slots_executed(plan: DispatchPlan) -> Array:
+    a = plan.assignments
+    return jnp.asarray(a.num_experts * a.num_tokens, jnp.float32)
+
+
+DENSE = Implementation(
+    name="dense",
+    run=run,
+    slots_executed=slots_executed,
+    refuse=lambda plan, backend: "costs E times the work; it is the oracle for tests",
+    summary="every expert on every token (oracle)",
+)

@@ -1,0 +1,294 @@
+"""The values that flow through the library, and the checks that guard its doors.
+
+Axis letters, used in every docstring and field comment of this package:
+
+====== =============================================================
+T      tokens
+D      model width
+F      expert width
+E      experts
+K      most experts one token may use (static)
+C      expert capacity: most tokens one expert may take (static)
+N      assignments, ``T * K`` for token choice, ``E * C`` for expert choice
+R      row budget: rows computed, at most N (static)
+====== =============================================================
+
+Every type is a frozen, keyword-only, slotted dataclass registered as a pytree.
+Array fields are leaves; fields marked ``static`` are part of the tree structure,
+so they are Python values under ``jit`` and a change of one retraces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Params = Any  # a pytree of arrays: plain dicts, so optax, orbax, nnx and linen take it as it is
+
+_T = TypeVar("_T")
+
+
+def static() -> Any:
+    """Marks a dataclass field as part of the tree structure instead of a leaf."""
+    return dataclasses.field(metadata={"static": True})
+
+
+def pytree(cls: type[_T]) -> type[_T]:
+    """Makes ``cls`` a frozen, keyword-only, slotted dataclass and registers it with JAX.
+
+    Example:
+        >>> @pytree
+        ... class Pair:
+        ...     left: Array
+        ...     size: int = static()
+        >>> jax.tree.leaves(Pair(left=1, size=2))
+        [1]
+    """
+    made = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
+    meta = [f.name for f in dataclasses.fields(made) if f.metadata.get("static")]
+    data = [f.name for f in dataclasses.fields(made) if not f.metadata.get("static")]
+    return jax.tree_util.register_dataclass(made, data_fields=data, meta_fields=meta)
+
+
+@pytree
+class Routing:
+    """Token choice: which experts each token uses, and with what weight.
+
+    Slots of a token are ordered by descending selection score. An unused slot holds expert
+    index ``num_experts`` (the "no expert" sentinel, which is also what Hugging Face transformers
+    and vLLM use) with weight 0, so *the number of experts per token lives here and nowhere else*.
+    A masked (padding) token has only unused slots.
+    """
+
+    expert_indices: Array  # i32[T, K]
+    combine_weights: Array  # f32[T, K]
+    residual_weight: Array  # f32[T]: how much of x itself zero-computation experts return
+    router_logits: Array  # f32[T, E]
+    router_probs: Array  # f32[T, E]: rows sum to 1
+    token_mask: Array  # bool[T]: True for real tokens, False for padding
+    num_experts: int = static()
+
+    @property
+    def num_experts_per_token(self) -> Array:
+        """i32[T]: how many experts each token uses."""
+        return (self.expert_indices < self.num_experts).sum(axis=-1, dtype=jnp.int32)
+
+    @property
+    def expert_mask(self) -> Array:
+        """bool[T, E]: True where the token uses the expert."""
+        one_hot = self.expert_indices[:, :, None] == jnp.arange(self.num_experts)[None, None, :]
+        return one_hot.any(axis=1)
+
+
+@pytree
+class ExpertChoice:
+    """Expert choice: which tokens each expert takes. An unused slot holds token index T."""
+
+    token_indices: Array  # i32[E, C]
+    combine_weights: Array  # f32[E, C]
+    router_logits: Array  # f32[T, E]
+    router_probs: Array  # f32[T, E]: rows sum to 1
+    token_mask: Array  # bool[T]
+    num_tokens: int = static()
+
+    @property
+    def num_experts(self) -> int:
+        return self.token_indices.shape[0]
+
+    @property
+    def expert_mask(self) -> Array:
+        """bool[T, E]: True where the expert took the token."""
+        experts = jnp.broadcast_to(
+            jnp.arange(self.num_experts)[:, None], self.token_indices.shape
+        )
+        empty = jnp.zeros((self.num_tokens, self.num_experts), bool)
+        return empty.at[self.token_indices, experts].set(True, mode="drop")
+
+    @property
+    def num_experts_per_token(self) -> Array:
+        """i32[T]: how many experts took each token."""
+        return self.expert_mask.sum(axis=-1, dtype=jnp.int32)
+
+    @property
+    def residual_weight(self) -> Array:
+        """f32[T]: zero, as no expert here returns its input."""
+        return jnp.zeros((self.num_tokens,), jnp.float32)
+
+
+@pytree
+class Assignments:
+    """The waist: a flat list of (token, expert, weight). Every rule ends here.
+
+    With ``slots_per_token = K > 0`` the list is token-major (assignment ``t * K + j`` is slot j of
+    token t), which lets ``combine`` be a reshape. ``slots_per_token = 0`` says that the order
+    carries no meaning.
+    """
+
+    token_indices: Array  # i32[N]
+    expert_indices: Array  # i32[N]; num_experts where invalid
+    weights: Array  # f32[N]; 0 where invalid
+    valid: Array  # bool[N]
+    num_tokens: int = static()
+    num_experts: int = static()
+    slots_per_token: int = static()
+
+
+@pytree
+class DispatchPlan:
+    """Which assignments are computed, and where. What is dropped is decided here, once.
+
+    ``order`` lists all assignments: the kept ones first, grouped by expert and in order of
+    priority within an expert, then everything dropped or unused. So ``order[:sum(group_sizes)]``
+    is a gapless, expert-sorted row list, and a kept assignment n sits in row
+    ``group_offsets[expert_indices[n]] + position[n]`` of it.
+    """
+
+    assignments: Assignments
+    order: Array  # i32[N], a permutation
+    position: Array  # i32[N]: rank within the expert; meaningful where kept
+    kept: Array  # bool[N]
+    group_sizes: Array  # i32[E]: kept assignments of each expert
+    demand: Array  # i32[E]: valid assignments of each expert, before anything was dropped
+    capacity: int | None = static()  # C, or None for dropless
+    max_rows: int | None = static()  # R, or None for no row budget
+
+    @property
+    def group_offsets(self) -> Array:
+        """i32[E]: first row of each expert in ``order``."""
+        return jnp.cumsum(self.group_sizes) - self.group_sizes
+
+    @property
+    def num_rows(self) -> int:
+        """Static upper bound on the kept assignments: ``min(N, R, E * C)``."""
+        bound = self.order.shape[0]
+        if self.max_rows is not None:
+            bound = min(bound, self.max_rows)
+        if self.capacity is not None:
+            bound = min(bound, self.capacity * self.assignments.num_experts)
+        return bound
+
+    @property
+    def max_group(self) -> int:
+        """Static upper bound on one expert's kept assignments.
+
+        No rule gives a token the same expert twice, so an expert never sees more than T rows.
+        """
+        bound = min(self.num_rows, self.assignments.num_tokens)
+        return bound if self.capacity is None else min(bound, self.capacity)
+
+
+@pytree
+class RoutingStats:
+    """A few hundred bytes that say how a batch was routed. All float32, all over real tokens.
+
+    The only thing that monitoring copies to the host. ``observed`` is the one vector that a
+    router's controller may ask for beyond the counts (see ``Router.observe``).
+    """
+
+    token_count: Array  # f32[]: real tokens
+    tokens_per_expert: Array  # f32[E]: assignments asked for, before dropping
+    mean_experts_per_token: Array  # f32[]
+    experts_per_token_histogram: Array  # f32[K + 1]: share of tokens that use 0..K experts
+    dropped_fraction: Array  # f32[]: share of assignments that the plan dropped
+    empty_fraction: Array  # f32[]: share of tokens left without any expert
+    slots_used: Array  # f32[]: rows that carried an assignment
+    slots_executed: Array  # f32[]: rows that the implementation computed
+    max_over_mean_load: Array  # f32[]: 1 when balanced
+    load_balance_score: Array  # f32[]: 1 / (1 + CV^2) = effective experts / E, 1 when balanced
+    router_entropy: Array  # f32[]: mean entropy of router_probs, in nats
+    observed: Array  # f32[E]
+
+
+# --- checks ---------------------------------------------------------------------------------
+
+
+_KINDS = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool_}
+
+
+def describe_array(value: Any) -> str:
+    """``float32[3, 4]``; for anything that is not an array, its type."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def check_array(
+    name: str,
+    value: Any,
+    axes: str,
+    *,
+    kind: str = "float",
+    sizes: Mapping[str, int] | None = None,
+    fix: str,
+) -> None:
+    """Checks rank, axis sizes and dtype kind of ``value`` at trace time (no runtime cost).
+
+    Args:
+        name: what the caller calls the value.
+        value: an array or tracer.
+        axes: one letter or word an axis, e.g. ``"T D"``.
+        kind: ``"float"``, ``"int"`` or ``"bool"``.
+        sizes: sizes that some of the axes must have.
+        fix: one sentence that tells the caller what to do.
+
+    Raises:
+        TypeError: not an array, or the wrong kind of dtype.
+        ValueError: wrong rank or size, or an axis of size 0.
+
+    Example:
+        >>> check_array("x", jnp.ones((3, 4)), "T D", sizes={"D": 4}, fix="pass [tokens, 4]")
+    """
+    names = axes.split()
+    sizes = sizes or {}
+    wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in names)
+    told = f"{name}: expected {kind}[{wanted}], got {describe_array(value)}. {fix}"
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(told)
+    if not jnp.issubdtype(value.dtype, _KINDS[kind]):
+        raise TypeError(told)
+    try:
+        chex.assert_shape(value, tuple(sizes.get(a) for a in names))
+    except AssertionError as error:
+        raise ValueError(told) from error
+    if 0 in value.shape:
+        raise ValueError(f"{told} (an axis is empty: there must be at least one of each.)")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raises ValueError unless ``value`` is one of ``choices``, and lists them."""
+    if value not in choices:
+        listed = ", ".join(repr(c) for c in choices)
+        raise ValueError(f"{name}: expected one of {listed}, got {value!r}. Choose one of these.")
+
+
+def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:
+    """Raises ValueError unless ``0 <= min_k <= max_k <= num_experts`` and ``max_k >= 1``."""
+    if num_experts < 1:
+        raise ValueError(
+            f"num_experts: expected at least 1, got {num_experts}. Give the number of experts."
+        )
+    if min_k > max_k:
+        raise ValueError(
+            f"min_k, max_k: expected min_k <= max_k, got min_k={min_k}, max_k={max_k}. Swap them?"
+        )
+    if not (0 <= min_k and 1 <= max_k <= num_experts):
+        raise ValueError(
+            f"k: expected 0 <= min_k and 1 <= max_k <= num_experts={num_experts}, "
+            f"got min_k={min_k}, max_k={max_k}. Lower k or add experts."
+        )
+
+
+def check_expert_index(name: str, values: tuple[int, ...], num_experts: int) -> None:
+    """Raises ValueError unless every entry is an expert's index and at least one expert is left."""
+    bad = [v for v in values if not 0 <= v < num_experts]
+    if bad or len(set(values)) >= num_experts:
+        raise ValueError(
+            f"{name}: expected distinct indices in 0..{num_experts - 1} that leave at least one "
+            f"expert, got {values}. Remove the ones out of range."
+        )
