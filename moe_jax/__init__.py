@@ -1,0 +1,62 @@
+"""moe_jax: dynamic Mixture-of-Experts routing for JAX, with compute budgets that are held.
+
+Every routing rule produces one ``Routing``; every way of running experts consumes one
+``DispatchPlan``; nothing else passes between them.
+"""
+
+from moe_jax.budget import fit_thresholds
+from moe_jax.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
+from moe_jax.experts import FeedForward, explain_choice, run_experts
+from moe_jax.layer import LayerAux, init_moe_layer, moe_layer
+from moe_jax.logits import Gate
+from moe_jax.losses import LossWeights, aux_loss
+from moe_jax.routers import (
+    DynamicK,
+    ExpertChoiceRouter,
+    ExpertThreshold,
+    MinP,
+    RandomSkip,
+    Router,
+    TopK,
+    TopP,
+    router_from_json,
+)
+from moe_jax.scoring import Scoring
+from moe_jax.stats import flops_report, routing_stats
+from moe_jax.types import Assignments, DispatchPlan, ExpertChoice, Routing, RoutingStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Assignments",
+    "DispatchPlan",
+    "DynamicK",
+    "ExpertChoice",
+    "ExpertChoiceRouter",
+    "ExpertThreshold",
+    "FeedForward",
+    "Gate",
+    "LayerAux",
+    "LossWeights",
+    "MinP",
+    "RandomSkip",
+    "Router",
+    "Routing",
+    "RoutingStats",
+    "Scoring",
+    "TopK",
+    "TopP",
+    "aux_loss",
+    "expert_capacity",
+    "explain_choice",
+    "fit_thresholds",
+    "flops_report",
+    "init_moe_layer",
+    "kept_weights",
+    "moe_layer",
+    "plan_dispatch",
+    "router_from_json",
+    "routing_stats",
+    "run_experts",
+    "to_assignments",
+]

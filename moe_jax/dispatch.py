@@ -101,14 +101,16 @@ def _stable_argsort(keys: Array, bound: int) -> Array:
 def _rank(order: Array) -> Array:
     """The inverse permutation."""
     n = order.shape[0]
-    return jnp.zeros((n,), jnp.int32).at[order].set(
-        jnp.arange(n, dtype=jnp.int32), unique_indices=True
+    return (
+        jnp.zeros((n,), jnp.int32)
+        .at[order]
+        .set(jnp.arange(n, dtype=jnp.int32), unique_indices=True)
     )
 
 
 def _count(experts: Array, counted: Array, num_experts: int) -> Array:
-    return jnp.zeros((num_experts,), jnp.int32).at[experts].add(
-        counted.astype(jnp.int32), mode="drop"
+    return (
+        jnp.zeros((num_experts,), jnp.int32).at[experts].add(counted.astype(jnp.int32), mode="drop")
     )
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import chex
 import jax
@@ -39,6 +39,7 @@ def static() -> Any:
     return dataclasses.field(metadata={"static": True})
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(static,))
 def pytree(cls: type[_T]) -> type[_T]:
     """Makes ``cls`` a frozen, keyword-only, slotted dataclass and registers it with JAX.
 
@@ -50,9 +51,10 @@ def pytree(cls: type[_T]) -> type[_T]:
         >>> jax.tree.leaves(Pair(left=1, size=2))
         [1]
     """
-    made = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
-    meta = [f.name for f in dataclasses.fields(made) if f.metadata.get("static")]
-    data = [f.name for f in dataclasses.fields(made) if not f.metadata.get("static")]
+    made: Any = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
+    fields = dataclasses.fields(made)
+    meta = [f.name for f in fields if f.metadata.get("static")]
+    data = [f.name for f in fields if not f.metadata.get("static")]
     return jax.tree_util.register_dataclass(made, data_fields=data, meta_fields=meta)
 
 
@@ -104,9 +106,7 @@ class ExpertChoice:
     @property
     def expert_mask(self) -> Array:
         """bool[T, E]: True where the expert took the token."""
-        experts = jnp.broadcast_to(
-            jnp.arange(self.num_experts)[:, None], self.token_indices.shape
-        )
+        experts = jnp.broadcast_to(jnp.arange(self.num_experts)[:, None], self.token_indices.shape)
         empty = jnp.zeros((self.num_tokens, self.num_experts), bool)
         return empty.at[self.token_indices, experts].set(True, mode="drop")
 
@@ -277,7 +277,7 @@ def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:
         raise ValueError(
             f"min_k, max_k: expected min_k <= max_k, got min_k={min_k}, max_k={max_k}. Swap them?"
         )
-    if not (0 <= min_k and 1 <= max_k <= num_experts):
+    if not (min_k >= 0 and 1 <= max_k <= num_experts):
         raise ValueError(
             f"k: expected 0 <= min_k and 1 <= max_k <= num_experts={num_experts}, "
             f"got min_k={min_k}, max_k={max_k}. Lower k or add experts."

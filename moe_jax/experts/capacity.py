@@ -20,9 +20,7 @@ def buffer_rows(plan: DispatchPlan, capacity: int) -> Array:
     return jnp.where(filled, table, n)
 
 
-def run(
-    expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array
-) -> Array:
+def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
     a, c = plan.assignments, plan.max_group
     n = a.token_indices.shape[0]
     table = buffer_rows(plan, c)

@@ -9,9 +9,7 @@ from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.types import Array, DispatchPlan, Params
 
 
-def run(
-    expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array
-) -> Array:
+def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
     a = plan.assignments
     shape = (a.num_experts, a.num_tokens)
     used = jnp.zeros(shape, bool).at[a.expert_indices, a.token_indices].max(plan.kept, mode="drop")

@@ -1,0 +1,55 @@
+"""Controllers: what is learned without gradients. Pure functions from a value to its next value.
+
+Each needs one [E] vector of counts (or one number) from the batch, so under data parallelism one
+``psum`` of the statistics gives every device the same update. Nothing here runs by itself: a
+router's ``update`` calls them, and only training or a calibration loop calls ``update``. So the
+answer to one input never depends on earlier inputs.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from moe_jax.types import Array
+
+
+def loss_free_bias(expert_bias: Array, tokens_per_expert: Array, *, rate: float) -> Array:
+    """f32[E]: ``b += rate * sign(mean(load) - load)``; overloaded experts become less attractive.
+
+    Auxiliary-loss-free balancing, arXiv:2408.15664; DeepSeek-V3 uses rate 1e-3.
+
+    Example:
+        >>> loss_free_bias(jnp.zeros(2), jnp.array([3.0, 1.0]), rate=0.001).tolist()
+        [-0.0010000000474974513, 0.0010000000474974513]
+    """
+    return expert_bias + rate * jnp.sign(tokens_per_expert.mean() - tokens_per_expert)
+
+
+def pi_controller(
+    *,
+    anchor: Array,
+    integral: Array,
+    measured: Array,
+    target: float,
+    kp: float,
+    ki: float,
+    low: float,
+    high: float,
+) -> tuple[Array, Array]:
+    """One step of a proportional-integral controller: (value, next integral), both f32[].
+
+    ``e = target - measured``; ``value = clip(anchor + kp * e + ki * sum(e), low, high)``, as DTop-p
+    does on p (arXiv:2512.13996). The integral stands still while the value is at a bound and the
+    error pushes further out, so it does not wind up.
+    """
+    error = target - measured
+    grown = integral + error
+    value = anchor + kp * error + ki * grown
+    held = ((value >= high) & (error > 0)) | ((value <= low) & (error < 0))
+    integral = jnp.where(held, integral, grown)
+    return jnp.clip(anchor + kp * error + ki * integral, low, high), integral
+
+
+def ema_quantile(cutoffs: Array, batch_quantiles: Array, *, decay: float) -> Array:
+    """f32[E]: ``c <- decay * c + (1 - decay) * quantile``, Expert Threshold (arXiv:2603.11535)."""
+    return decay * cutoffs + (1.0 - decay) * batch_quantiles

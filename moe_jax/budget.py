@@ -1,0 +1,250 @@
+"""A compute budget as a calibrated value: difficulty to k, thresholds to a target mean k.
+
+Everything a fit learns is arrays of under 4 KB, so it rides in router state through jit, orbax and
+the service without ever retracing. Fitting runs on the host, once, on calibration data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib import metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.types import Array, pytree
+
+NUM_KNOTS = 257  # quantile knots of the raw-score map: 1 KB, resolution 0.4 %
+
+
+@pytree
+class Fit:
+    """Provenance of a calibration: what was fitted on what, and what it reached. Arrays only.
+
+    ``token_count`` 0 means never fitted. The two fingerprints are the first 128 bits of SHA-256.
+    """
+
+    data_fingerprint: Array  # u32[4]: of the calibration tokens
+    router_fingerprint: Array  # u32[4]: of the router's configuration and parameters
+    library_version: Array  # i32[3]
+    token_count: Array  # i32[]
+    target_mean_k: Array  # f32[]
+    achieved_mean_k: Array  # f32[]
+    histogram: Array  # f32[K + 1]: share of calibration tokens that use 0..K experts
+
+    def describe(self) -> dict[str, object]:
+        """Host-side summary for people, logs and JSON."""
+
+        def words(value: Array) -> str:
+            return "".join(f"{int(w):08x}" for w in np.asarray(value))
+
+        return {
+            "fitted": int(self.token_count) > 0,
+            "data_fingerprint": words(self.data_fingerprint),
+            "router_fingerprint": words(self.router_fingerprint),
+            "library_version": ".".join(str(int(v)) for v in np.asarray(self.library_version)),
+            "token_count": int(self.token_count),
+            "target_mean_k": float(self.target_mean_k),
+            "achieved_mean_k": float(self.achieved_mean_k),
+            "histogram": [round(float(h), 6) for h in np.asarray(self.histogram)],
+        }
+
+
+def unfitted(max_k: int) -> Fit:
+    """The provenance of a state that nobody calibrated yet."""
+    return Fit(
+        data_fingerprint=jnp.zeros((4,), jnp.uint32),
+        router_fingerprint=jnp.zeros((4,), jnp.uint32),
+        library_version=jnp.zeros((3,), jnp.int32),
+        token_count=jnp.zeros((), jnp.int32),
+        target_mean_k=jnp.zeros((), jnp.float32),
+        achieved_mean_k=jnp.zeros((), jnp.float32),
+        histogram=jnp.zeros((max_k + 1,), jnp.float32),
+    )
+
+
+def fingerprint(*parts: object) -> np.ndarray:
+    """u32[4]: the first 128 bits of SHA-256 over strings and arrays (values, shape, dtype)."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            array = np.ascontiguousarray(np.asarray(part))
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(array.tobytes())
+        digest.update(b"\0")
+    return np.frombuffer(digest.digest()[:16], ">u4").astype(np.uint32)
+
+
+def record_fit(
+    *, data: Array, router_parts: tuple[object, ...], target_mean_k: float, counts: np.ndarray,
+    max_k: int,
+) -> Fit:  # fmt: skip
+    """Provenance from what a fit saw (``data``) and reached (``counts`` i32[T], experts a token)."""
+    histogram = np.bincount(counts, minlength=max_k + 1)[: max_k + 1] / counts.size
+    return Fit(
+        data_fingerprint=jnp.asarray(fingerprint(data)),
+        router_fingerprint=jnp.asarray(fingerprint(*router_parts)),
+        library_version=jnp.asarray(_version(), jnp.int32),
+        token_count=jnp.asarray(counts.size, jnp.int32),
+        target_mean_k=jnp.asarray(target_mean_k, jnp.float32),
+        achieved_mean_k=jnp.asarray(counts.mean(), jnp.float32),
+        histogram=jnp.asarray(histogram, jnp.float32),
+    )
+
+
+def _version() -> list[int]:
+    try:
+        text = metadata.version("moe_jax")
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return [0, 0, 0]
+    return [int("".join(c for c in part if c.isdigit()) or 0) for part in text.split(".")[:3]]
+
+
+# --- difficulty to k ------------------------------------------------------------------------
+
+
+def uniform_knots() -> Array:
+    """f32[NUM_KNOTS] 0..1: the raw-score map of a state without calibration (the identity)."""
+    return jnp.linspace(0.0, 1.0, NUM_KNOTS, dtype=jnp.float32)
+
+
+def fit_knots(raw: np.ndarray) -> Array:
+    """f32[NUM_KNOTS] quantiles of raw scores: the map that makes calibrated difficulty uniform.
+
+    Raises:
+        ValueError: scores that are not finite, or all equal (nothing to tell tokens apart by).
+    """
+    if not np.isfinite(raw).all():
+        bad = int((~np.isfinite(raw)).sum())
+        raise ValueError(
+            f"difficulty: expected finite raw scores, got {bad} of {raw.size} that are not. "
+            "Look for NaN or inf in the calibration data or in the estimator."
+        )
+    if raw.min() == raw.max():
+        raise ValueError(
+            f"difficulty: expected raw scores that differ, got {raw.size} times {raw.min():g}. "
+            "Use more varied calibration data or another estimator."
+        )
+    return jnp.asarray(np.quantile(raw, np.linspace(0, 1, NUM_KNOTS)), jnp.float32)
+
+
+def calibrated_difficulty(raw: Array, knots: Array) -> Array:
+    """f32[T] in [0, 1]: where raw f32[T] falls among the calibration quantiles f32[NUM_KNOTS].
+
+    A raw score at or below the lowest knot gives 0, at or above the highest 1; NaN gives 0.
+    """
+    level = jnp.linspace(0.0, 1.0, knots.shape[0], dtype=jnp.float32)
+    return jnp.where(jnp.isnan(raw), 0.0, jnp.interp(raw, knots, level))
+
+
+def rounding_thresholds(min_k: int, max_k: int) -> Array:
+    """f32[max_k - min_k]: thresholds that equal ``round(min_k + (max_k - min_k) * difficulty)``."""
+    steps = max_k - min_k
+    return (jnp.arange(steps, dtype=jnp.float32) + 0.5) / max(steps, 1)
+
+
+def difficulty_to_k(difficulty: Array, thresholds: Array, *, min_k: int) -> Array:
+    """i32[T]: ``min_k`` plus the number of thresholds that the difficulty exceeds.
+
+    Thresholds lie in (0, 1), so difficulty 0 gives min_k and difficulty 1 gives max_k.
+
+    Example:
+        >>> difficulty_to_k(jnp.array([0.0, 0.6, 1.0]), jnp.array([0.25, 0.75]), min_k=1).tolist()
+        [1, 2, 3]
+    """
+    above = difficulty[:, None] > thresholds[None, :]
+    return min_k + above.sum(axis=1, dtype=jnp.int32)
+
+
+def fit_thresholds(
+    difficulty: np.ndarray, *, min_k: int, max_k: int, target_mean_k: float
+) -> np.ndarray:
+    """Thresholds under which tokens of these difficulties use ``target_mean_k`` experts on average.
+
+    The thresholds keep the spacing of plain rounding, bent by one exponent: ``t_j = ((j - 1/2) /
+    (max_k - min_k)) ** gamma``, with gamma found by bisection. So every k from min_k to max_k stays
+    in use at any target strictly between the two.
+
+    Args:
+        difficulty: f32[T] in [0, 1].
+        target_mean_k: strictly between min_k and max_k.
+
+    Returns:
+        f32[max_k - min_k], increasing, inside (0, 1).
+
+    Raises:
+        ValueError: the target is out of reach.
+    """
+    check_target(target_mean_k, min_k=min_k, max_k=max_k)
+    base = np.asarray(rounding_thresholds(min_k, max_k), np.float64)
+    scores = np.sort(np.asarray(difficulty, np.float32))
+
+    def thresholds(log_gamma: float) -> np.ndarray:
+        tiny = np.finfo(np.float32).tiny
+        bent = np.clip(base ** np.exp(log_gamma), tiny, 1 - 2**-24)
+        return bent.astype(np.float32)
+
+    def mean_k(log_gamma: float) -> float:
+        below = np.searchsorted(scores, thresholds(log_gamma), side="right")
+        return min_k + float((scores.size - below).sum()) / scores.size
+
+    return thresholds(bisect(mean_k, target_mean_k, low=-12.0, high=12.0))
+
+
+def check_target(target_mean_k: float, *, min_k: float, max_k: float) -> None:
+    """Raises ValueError unless the target lies strictly between min_k and max_k."""
+    if not min_k < target_mean_k < max_k:
+        raise ValueError(
+            f"target_mean_k: expected a number strictly between min_k={min_k} and max_k={max_k}, "
+            f"got {target_mean_k}. Widen the range of k or move the target."
+        )
+
+
+def bisect(mean_k, target: float, *, low: float, high: float, steps: int = 60) -> float:
+    """The knob setting at which a monotone ``mean_k(knob)`` comes closest to ``target``.
+
+    ``mean_k`` may rise or fall, and may be a staircase, in which case the nearer side of the step
+    that crosses the target is returned.
+    """
+    rising = mean_k(high) > mean_k(low)
+    for _ in range(steps):
+        middle = 0.5 * (low + high)
+        if (mean_k(middle) < target) == rising:
+            low = middle
+        else:
+            high = middle
+    return min((low, high), key=lambda knob: abs(mean_k(knob) - target))
+
+
+def fit_cut(values: np.ndarray, keep: float) -> float:
+    """The number that about ``keep`` of ``values`` lie at or below: halfway to the next value.
+
+    What calibrates a rule that uses a slot while some quantity stays at or below a cut.
+    """
+    ordered = np.sort(np.asarray(values, np.float64).reshape(-1))
+    rank = int(np.clip(round(keep), 1, ordered.size - 1))
+    return float(0.5 * (ordered[rank - 1] + ordered[rank]))
+
+
+def per_expert_quantiles(scores: Array, token_mask: Array, rate: float) -> Array:
+    """f32[E]: the value that a share ``rate`` of the real tokens' scores [T, E] lies above.
+
+    The (1 - rate) population quantile of Expert Threshold routing (arXiv:2603.11535). Padding
+    counts in nothing: it sorts to the end and the quantile's position is taken among real tokens.
+    """
+    ordered = jnp.sort(jnp.where(token_mask[:, None], scores, jnp.inf), axis=0)
+    count = token_mask.sum().astype(jnp.float32)
+    place = jnp.clip((1.0 - rate) * (count - 1.0), 0.0, scores.shape[0] - 1.0)
+    low = jnp.floor(place).astype(jnp.int32)
+    high = jnp.minimum(low + 1, jnp.maximum(count.astype(jnp.int32) - 1, 0))
+    part = place - low.astype(jnp.float32)
+    value = ordered[low] * (1.0 - part) + ordered[high] * part
+    return jnp.where(count > 0, value, 0.0)
+
+
+def as_host(x: Array) -> np.ndarray:
+    """A NumPy copy of a device array, for the fitting code above."""
+    return np.asarray(jax.device_get(x))

@@ -1,0 +1,151 @@
+"""The whole path as one pure function: route, plan, run experts, combine."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.difficulty import Context
+from moe_jax.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
+from moe_jax.experts import ExpertFn, FeedForward, choose, run_experts
+from moe_jax.routers import Router
+from moe_jax.stats import routing_stats
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, check_array, pytree
+
+
+@pytree
+class LayerAux:
+    """What a layer reports beside its output. Unused parts cost nothing under ``jit``."""
+
+    routing: Routing | ExpertChoice
+    stats: RoutingStats
+
+
+def init_moe_layer(
+    router: Router,
+    experts: FeedForward,
+    key: Array,
+    *,
+    d_model: int,
+    d_ff: int,
+    shared_d_ff: int = 0,
+) -> dict[str, Params]:
+    """Parameters for ``moe_layer``: ``{"router": ..., "experts": ...}`` and ``"shared"`` if any.
+
+    Args:
+        router: the rule.
+        experts: the expert; for a function of your own, build its parameters yourself, with a
+            leading expert axis.
+        key: randomness.
+        d_model: D.
+        d_ff: F.
+        shared_d_ff: width of the shared expert that every token uses; 0 is none.
+    """
+    router_key, expert_key, shared_key = jax.random.split(key, 3)
+    params: dict[str, Params] = {
+        "router": router.init(router_key, d_model),
+        "experts": experts.init(
+            expert_key, num_experts=router.num_experts, d_model=d_model, d_ff=d_ff
+        ),
+    }
+    if shared_d_ff:
+        shared = experts.init(shared_key, num_experts=1, d_model=d_model, d_ff=shared_d_ff)
+        params["shared"] = jax.tree.map(lambda p: p[0], shared)
+    return params
+
+
+def moe_layer(
+    router: Router,
+    expert_fn: ExpertFn,
+    params: dict[str, Params],
+    state,
+    x: Array,
+    *,
+    key: Array | None = None,
+    token_mask: Array | None = None,
+    context: Context | None = None,
+    capacity_factor: float | None = None,
+    max_rows: int | None = None,
+    priority: str = "score",
+    renormalize_kept: bool = False,
+    implementation: str | tuple[str, ...] | None = None,
+) -> tuple[Array, LayerAux]:
+    """A Mixture-of-Experts layer.
+
+    Args:
+        router: the rule (static).
+        expert_fn: one expert, ``(params, rows [M, D]) -> [M, D]`` (static).
+        params: ``router``: the router's; ``experts``: with a leading axis E; optionally ``shared``:
+            one more expert that every token uses, and ``shared_gate`` f32[D, 1], whose sigmoid then
+            weighs it (as in Qwen2-MoE).
+        state: the router's state.
+        x: float[..., D]; leading axes are flattened to T tokens for routing.
+        key: randomness for the gate's noise; None means none.
+        token_mask: bool[...], False for padding: it uses no expert and its output is zero.
+        context: per-token extras for difficulty estimators, flattened to T already.
+        capacity_factor: None is dropless; else experts take ``capacity_factor * T * K / E`` rows.
+        max_rows: row budget R, see ``plan_dispatch``.
+        priority: who is dropped, see ``plan_dispatch``.
+        renormalize_kept: scale a token's kept weights up to what they were before drops.
+        implementation: see ``moe_jax.experts``.
+
+    Returns:
+        y like x, and ``LayerAux``. Sums are taken in float32.
+
+    Raises:
+        ValueError, TypeError: an input of the wrong rank, width or dtype; see the message.
+
+    Example:
+        >>> import moe_jax
+        >>> router, ffn = moe_jax.TopK(num_experts=4, k=2), moe_jax.FeedForward()
+        >>> params = init_moe_layer(router, ffn, jax.random.key(0), d_model=8, d_ff=16)
+        >>> y, aux = moe_layer(router, ffn, params, router.init_state(), jnp.ones((2, 3, 8)))
+        >>> y.shape, float(aux.stats.mean_experts_per_token)
+        ((2, 3, 8), 2.0)
+    """
+    if not hasattr(x, "ndim") or x.ndim < 1:
+        check_array("x", x, "T D", fix="Pass hidden states [..., d_model].")
+    lead, width = x.shape[:-1], x.shape[-1]
+    flat = x.reshape(-1, width)
+    mask = None if token_mask is None else _flat_mask(token_mask, lead)
+    routing = router(params["router"], state, flat, key=key, token_mask=mask, context=context)
+    tokens = flat.shape[0]
+    capacity = None
+    if capacity_factor is not None:
+        capacity = expert_capacity(tokens, router.num_experts, router.max_k, capacity_factor)
+    plan = plan_dispatch(
+        to_assignments(routing), capacity=capacity, max_rows=max_rows, priority=priority
+    )
+    weights = kept_weights(plan, renormalize=renormalize_kept)
+    y = run_experts(
+        expert_fn, params["experts"], flat, plan, weights, implementation=implementation
+    )
+    if "shared" in params:
+        y = y + _shared(expert_fn, params, flat, mask)
+    if isinstance(routing, Routing):
+        y = y + routing.residual_weight[:, None] * flat.astype(jnp.float32)
+    stats = routing_stats(
+        routing,
+        plan,
+        slots_executed=choose(plan, implementation).slots_executed(plan),
+        observed=router.observe(routing),
+    )
+    return y.astype(x.dtype).reshape(*lead, -1), LayerAux(routing=routing, stats=stats)
+
+
+def _flat_mask(token_mask: Array, lead: tuple[int, ...]) -> Array:
+    if token_mask.shape != lead:
+        raise ValueError(
+            f"token_mask: expected bool{list(lead)} like the leading axes of x, got "
+            f"{token_mask.dtype}{list(token_mask.shape)}. Pass one flag a token."
+        )
+    return token_mask.reshape(-1)
+
+
+def _shared(expert_fn: ExpertFn, params: dict[str, Params], x: Array, mask: Array | None) -> Array:
+    rows = x if mask is None else jnp.where(mask[:, None], x, jnp.zeros((), x.dtype))
+    out = expert_fn(params["shared"], rows).astype(jnp.float32)
+    if "shared_gate" in params:
+        gate = params["shared_gate"].astype(jnp.float32)
+        out = out * jax.nn.sigmoid(rows.astype(jnp.float32) @ gate)
+    return out if mask is None else jnp.where(mask[:, None], out, 0.0)

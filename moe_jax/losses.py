@@ -1,0 +1,149 @@
+"""Auxiliary losses. All over real tokens only; padding counts in nothing.
+
+Pass ``axis_name`` inside ``shard_map`` or ``pmap`` to take the counts over all data shards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.types import Array, ExpertChoice, Routing
+
+AnyRouting = Routing | ExpertChoice
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Coefficients of the auxiliary losses; 0 leaves a term out of the computation altogether.
+
+    Usual values: load balancing 1e-2 (Switch), router z 1e-3 (ST-MoE), entropy 1e-4 (top-p).
+    """
+
+    load_balancing: float = 1e-2
+    router_z: float = 1e-3
+    entropy: float = 0.0
+    importance: float = 0.0
+
+
+def _real(routing: AnyRouting) -> tuple[Array, Array]:
+    mask = routing.token_mask.astype(jnp.float32)
+    return mask, mask.sum()
+
+
+def _sum(value: Array, axis_name: str | tuple[str, ...] | None) -> Array:
+    return value if axis_name is None else jax.lax.psum(value, axis_name)
+
+
+def _mean_over_tokens(values: Array, routing: AnyRouting) -> Array:
+    mask, count = _real(routing)
+    return jnp.where(mask > 0, values, 0.0).sum() / jnp.maximum(count, 1.0)
+
+
+def load_balancing_loss(
+    routing: AnyRouting,
+    *,
+    sequence_length: int | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    """f32[]: ``E / (T^2 * mean_k) * sum_e (sum_t p[t, e]) * (sum_t used[t, e])``; 1 at balance.
+
+    Switch Transformer, arXiv:2101.03961 eq. 4-6, with the *realised* mean number of experts in the
+    denominator, so that the value of a balanced load is 1 for fixed and dynamic k alike. (At balance
+    Levanter has 0.5, Hugging Face k.)
+
+    Args:
+        routing: of T tokens.
+        sequence_length: take the loss per sequence of so many consecutive tokens and average
+            (DeepSeek-V3's sequence-wise loss); must divide T. None takes the batch as one.
+        axis_name: take the counts ``used`` over all shards of this mapped axis (the global-batch
+            loss of arXiv:2501.11873); probabilities stay local, so average the result over shards.
+
+    Raises:
+        ValueError: ``sequence_length`` does not divide T.
+    """
+    probs, used = routing.router_probs, routing.expert_mask.astype(jnp.float32)
+    tokens, experts = probs.shape
+    mask = routing.token_mask.astype(jnp.float32)
+    length = tokens if sequence_length is None else sequence_length
+    if length < 1 or tokens % length:
+        raise ValueError(
+            f"sequence_length: expected a divisor of T={tokens}, got {sequence_length}. "
+            "Pass the padded length of one sequence."
+        )
+    shape = (tokens // length, length, experts)
+    p = jnp.where(routing.token_mask[:, None], probs, 0.0).reshape(shape).sum(axis=1)
+    counts = _sum(used.reshape(shape).sum(axis=1), axis_name)
+    own = mask.reshape(shape[:2]).sum(axis=1)
+    everyone = _sum(own, axis_name)
+    mean_k = counts.sum(axis=1) / jnp.maximum(everyone, 1.0)
+    scale = experts / (jnp.maximum(own, 1.0) * jnp.maximum(everyone, 1.0))
+    value = scale * (p * counts).sum(axis=1) / jnp.where(mean_k > 0, mean_k, 1.0)
+    some = (own > 0).astype(jnp.float32)
+    return (value * some).sum() / jnp.maximum(some.sum(), 1.0)
+
+
+def router_z_loss(routing: AnyRouting) -> Array:
+    """f32[]: mean of ``logsumexp(logits)^2`` (ST-MoE, arXiv:2202.08906 eq. 5)."""
+    z = jax.nn.logsumexp(routing.router_logits, axis=-1)
+    return _mean_over_tokens(jnp.square(z), routing)
+
+
+def entropy_loss(routing: AnyRouting) -> Array:
+    """f32[]: mean entropy of the router probabilities, in nats.
+
+    The "dynamic loss" of top-p routing (arXiv:2403.07652), which keeps p from spreading out.
+    """
+    p = routing.router_probs
+    safe = jnp.where(p > 0, p, 1.0)
+    return _mean_over_tokens(-(p * jnp.log(safe)).sum(axis=-1), routing)
+
+
+def importance_loss(
+    routing: AnyRouting, *, axis_name: str | tuple[str, ...] | None = None
+) -> Array:
+    """f32[]: squared coefficient of variation of each expert's summed probability; 0 at balance.
+
+    Shazeer et al. 2017, arXiv:1701.06538 eq. 6-7.
+    """
+    masked = jnp.where(routing.token_mask[:, None], routing.router_probs, 0.0)
+    importance = _sum(masked.sum(axis=0), axis_name)
+    mean = importance.mean()
+    return jnp.square(importance - mean).mean() / jnp.maximum(jnp.square(mean), 1e-20)
+
+
+def aux_loss(
+    routing: AnyRouting,
+    weights: LossWeights,
+    *,
+    sequence_length: int | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """The weighted sum f32[], and each term before weighting, of the terms with a weight.
+
+    Example:
+        >>> import moe_jax
+        >>> router = moe_jax.TopK(num_experts=4, k=2)
+        >>> params, state = router.init(jax.random.key(0), 8), router.init_state()
+        >>> routing = router(params, state, jax.random.normal(jax.random.key(1), (64, 8)))
+        >>> loss, terms = aux_loss(routing, LossWeights())
+        >>> sorted(terms)
+        ['load_balancing', 'router_z']
+    """
+    terms: dict[str, Array] = {}
+    if weights.load_balancing:
+        terms["load_balancing"] = load_balancing_loss(
+            routing, sequence_length=sequence_length, axis_name=axis_name
+        )
+    if weights.router_z:
+        terms["router_z"] = router_z_loss(routing)
+    if weights.entropy:
+        terms["entropy"] = entropy_loss(routing)
+    if weights.importance:
+        terms["importance"] = importance_loss(routing, axis_name=axis_name)
+    total = jnp.zeros((), jnp.float32)
+    for name, value in terms.items():
+        total = total + getattr(weights, name) * value
+    return total, terms

@@ -1,0 +1,23 @@
+"""Routing rules. Each is a value in a file of its own; a new one is a file and a line here."""
+
+from moe_jax.routers.base import Router, Traits, router_from_json
+from moe_jax.routers.dynamic_k import DynamicK
+from moe_jax.routers.expert_choice import ExpertChoiceRouter
+from moe_jax.routers.expert_threshold import ExpertThreshold
+from moe_jax.routers.min_p import MinP
+from moe_jax.routers.random_skip import RandomSkip
+from moe_jax.routers.top_k import TopK
+from moe_jax.routers.top_p import TopP
+
+__all__ = [
+    "DynamicK",
+    "ExpertChoiceRouter",
+    "ExpertThreshold",
+    "MinP",
+    "RandomSkip",
+    "Router",
+    "TopK",
+    "TopP",
+    "Traits",
+    "router_from_json",
+]

@@ -1,0 +1,162 @@
+"""Difficulty decides how many experts a token gets: the production guide's router."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import budget
+from moe_jax.balancing import loss_free_bias
+from moe_jax.difficulty import Context, Estimator, raw_difficulty, resolve_estimator
+from moe_jax.logits import Gate
+from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
+from moe_jax.scoring import Scoring
+from moe_jax.selection import build_routing, first_k
+from moe_jax.types import Array, Params, Routing, RoutingStats, check_k, pytree
+
+
+@pytree
+class DynamicKState:
+    expert_bias: Array  # f32[E], added for selection only
+    knots: Array  # f32[NUM_KNOTS], raw-score quantiles: raw difficulty -> [0, 1]
+    thresholds: Array  # f32[max_k - min_k], increasing, in (0, 1)
+    fit: budget.Fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicK(Router):
+    """Each token uses between ``min_k`` and ``max_k`` experts, as its difficulty says.
+
+    A raw score from ``difficulty`` is mapped to [0, 1] by the quantiles seen at calibration, and k is
+    ``min_k`` plus the number of thresholds exceeded. Difficulty 0 gives ``min_k``, difficulty 1 gives
+    ``max_k``. Before ``fit``, raw scores are taken as they are (clipped to [0, 1]) and the
+    thresholds are those of ``round(min_k + (max_k - min_k) * difficulty)``.
+
+    Args:
+        num_experts: E.
+        min_k: fewest experts a token uses.
+        max_k: most experts a token uses.
+        difficulty: the name of an estimator (``moe_jax.difficulty``) or a function
+            ``(x, context) -> f32[T]``.
+        gate: the map to logits.
+        scoring: logits to scores and weights.
+        balance_rate: step of the loss-free bias controller that ``update`` runs; 0 is off.
+
+    Example:
+        >>> router = DynamicK(num_experts=8, min_k=1, max_k=4)
+        >>> params = router.init(jax.random.key(0), 16)
+        >>> x = jax.random.normal(jax.random.key(1), (1000, 16))
+        >>> state = router.fit(params, router.init_state(), x, target_mean_k=1.7)
+        >>> routing = router(params, state, x)
+        >>> round(float(routing.num_experts_per_token.mean()), 2)
+        1.7
+    """
+
+    num_experts: int
+    min_k: int
+    max_k: int
+    difficulty: str | Estimator = "router_entropy"
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring()
+    balance_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        self.scoring.check(num_experts=self.num_experts, max_k=self.max_k)
+        resolve_estimator(self.difficulty)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=True,
+            batch_invariant=True,
+            may_leave_token_empty=self.min_k == 0,
+            budget="expected",
+        )
+
+    def init_state(self) -> DynamicKState:
+        return DynamicKState(
+            expert_bias=jnp.zeros((self.num_experts,), jnp.float32),
+            knots=budget.uniform_knots(),
+            thresholds=budget.rounding_thresholds(self.min_k, self.max_k),
+            fit=budget.unfitted(self.max_k),
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        state: DynamicKState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        slots = score_slots(
+            self.gate, self.scoring, params, x,
+            max_k=self.max_k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
+        )  # fmt: skip
+        level = self._level(state, x, slots.logits, context)
+        counts = budget.difficulty_to_k(level, state.thresholds, min_k=self.min_k)
+        keep = first_k(counts, self.max_k)
+        return build_routing(
+            logits=slots.logits,
+            probs=slots.probs,
+            indices=slots.indices,
+            weights=self.scoring.weights(slots.scores, keep, min_k=self.min_k),
+            keep=keep,
+            token_mask=token_mask,
+        )
+
+    def difficulty_of(
+        self,
+        params: Params,
+        state: DynamicKState,
+        x: Array,
+        *,
+        context: Context | None = None,
+    ) -> Array:
+        """f32[T] in [0, 1]: calibrated difficulty of tokens x [T, D]."""
+        return self._level(state, x, self.gate(params, x), context)
+
+    def _level(
+        self, state: DynamicKState, x: Array, logits: Array, context: Context | None
+    ) -> Array:
+        known: Mapping[str, Array] = {**(context or {}), "router_logits": logits}
+        raw = raw_difficulty(self.difficulty, x, known)
+        return budget.calibrated_difficulty(raw, state.knots)
+
+    def update(self, state: DynamicKState, stats: RoutingStats) -> DynamicKState:
+        if not self.balance_rate:
+            return state
+        bias = loss_free_bias(state.expert_bias, stats.tokens_per_expert, rate=self.balance_rate)
+        return dataclasses.replace(state, expert_bias=bias)
+
+    def fit(
+        self,
+        params: Params,
+        state: DynamicKState,
+        x: Array,
+        *,
+        target_mean_k: float,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> DynamicKState:
+        budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
+        mask = real_tokens(token_mask, x)
+        logits = self.gate(params, x)
+        known = {**(context or {}), "router_logits": logits}
+        raw = np.asarray(raw_difficulty(self.difficulty, x, known))[mask]
+        knots = budget.fit_knots(raw)
+        level = np.asarray(budget.calibrated_difficulty(jnp.asarray(raw), knots))
+        thresholds = budget.fit_thresholds(
+            level, min_k=self.min_k, max_k=self.max_k, target_mean_k=target_mean_k
+        )
+        state = dataclasses.replace(state, knots=knots, thresholds=jnp.asarray(thresholds))
+        return finish_fit(
+            self, params, state, x,
+            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
+        )  # fmt: skip

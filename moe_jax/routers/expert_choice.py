@@ -1,0 +1,99 @@
+"""Expert choice: experts take tokens, so load is balanced and the budget exact by construction."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.difficulty import Context
+from moe_jax.dispatch import expert_capacity
+from moe_jax.logits import Gate
+from moe_jax.routers.base import Router, Traits, check_mask
+from moe_jax.scoring import Scoring
+from moe_jax.selection import choose_tokens
+from moe_jax.types import Array, ExpertChoice, Params, check_k, pytree
+
+
+@pytree
+class ExpertChoiceState:
+    """Nothing is learned without gradients; the type is there so that every rule has a state."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertChoiceRouter(Router):
+    """Each expert takes its ``mean_k * T / E`` best tokens (Zhou et al. 2022, arXiv:2202.09368).
+
+    A token is taken by anything from 0 to E experts. The whole batch decides, so the rule is neither
+    causal nor batch-invariant: right for encoders and training, wrong for serving or decoding.
+
+    Args:
+        num_experts: E.
+        mean_k: experts per token on average (the paper's capacity factor c).
+        gate: the map to logits.
+        scoring: logits to scores; ungrouped, unpost-processed.
+
+    Example:
+        >>> router = ExpertChoiceRouter(num_experts=4, mean_k=2.0)
+        >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
+        >>> router(params, state, jnp.ones((6, 16))).token_indices.shape
+        (4, 3)
+    """
+
+    num_experts: int
+    mean_k: float = 2.0
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring()
+
+    def __post_init__(self) -> None:
+        check_k(num_experts=self.num_experts, min_k=0, max_k=self.num_experts)
+        if not 0 < self.mean_k <= self.num_experts:
+            raise ValueError(
+                f"mean_k: expected 0 < mean_k <= num_experts={self.num_experts}, "
+                f"got {self.mean_k}. It is the mean number of experts per token."
+            )
+        if self.scoring.num_groups != 1 or self.scoring.renormalizes:
+            raise ValueError(
+                "scoring: expected no groups and no renormalisation, got "
+                f"{self.scoring}. A token's weights do not belong together here."
+            )
+
+    @property
+    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.num_experts
+
+    @property
+    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 0
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=False, batch_invariant=False, may_leave_token_empty=True, budget="exact"
+        )
+
+    def init_state(self) -> ExpertChoiceState:
+        return ExpertChoiceState()
+
+    def __call__(
+        self,
+        params: Params,
+        state: ExpertChoiceState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> ExpertChoice:
+        logits = self.gate(params, x, key=key)
+        check_mask(token_mask, x)
+        scores = self.scoring.scores(logits)
+        weights = jax.nn.sigmoid(scores) if self.scoring.post == "sigmoid" else scores
+        return choose_tokens(
+            logits=logits,
+            probs=self.scoring.probs(scores),
+            scores=weights * jnp.float32(self.scoring.scale),
+            capacity=expert_capacity(x.shape[0], self.num_experts, self.mean_k, 1.0),
+            token_mask=token_mask,
+        )

@@ -1,0 +1,170 @@
+"""Expert Threshold: an expert takes every token that scores above the expert's own cutoff."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import budget
+from moe_jax.balancing import ema_quantile
+from moe_jax.difficulty import Context
+from moe_jax.logits import Gate
+from moe_jax.routers.base import Router, Traits, check_mask, finish_fit, real_tokens
+from moe_jax.scoring import Scoring
+from moe_jax.selection import build_routing, clip_counts, top_slots
+from moe_jax.types import (
+    Array,
+    ExpertChoice,
+    Params,
+    Routing,
+    RoutingStats,
+    check_k,
+    pytree,
+)
+
+
+@pytree
+class ExpertThresholdState:
+    cutoffs: Array  # f32[E], on the scale of the scores
+    fit: budget.Fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertThreshold(Router):
+    """Expert e is used iff ``score[t, e] > cutoffs[e]``; the weight is the score.
+
+    Expert Threshold routing (arXiv:2603.11535): each cutoff follows the (1 - target_k / E)
+    population quantile of the expert's scores, so load is balanced and the mean is held without a
+    loss, causally and independently of the batch. ``update`` moves the cutoffs by an exponential
+    moving average of the batch's quantiles; ``fit`` sets them from calibration data.
+
+    Slots are ordered by the margin ``score - cutoff``; the best ``max_k`` are used at most, and a
+    token above no cutoff uses its ``min_k`` best (0 leaves it empty, as the paper does).
+
+    Args:
+        num_experts: E.
+        target_k: mean experts per token that the cutoffs aim at.
+        min_k: fewest experts a token uses; 0 allows none.
+        max_k: most experts a token uses; None is E.
+        decay: of the moving average.
+        gate: the map to logits.
+        scoring: logits to scores and weights; sigmoid scores here unless told otherwise.
+
+    Example:
+        >>> router = ExpertThreshold(num_experts=8, target_k=2.0, max_k=4)
+        >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
+        >>> router(params, state, jnp.ones((5, 16))).expert_indices.shape
+        (5, 4)
+    """
+
+    num_experts: int
+    target_k: float
+    min_k: int = 1
+    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
+    decay: float = 0.99
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring(score="sigmoid")
+
+    def __post_init__(self) -> None:
+        if self.max_k is None:
+            object.__setattr__(self, "max_k", self.num_experts)
+        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        if not 0 < self.target_k <= self.num_experts:
+            raise ValueError(
+                f"target_k: expected 0 < target_k <= num_experts={self.num_experts}, "
+                f"got {self.target_k}. It is the mean number of experts per token."
+            )
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay: expected 0 <= decay < 1, got {self.decay}. 0.99 is usual.")
+        if self.scoring.num_groups != 1 or self.scoring.select_by != "score":
+            raise ValueError(
+                "scoring: expected ungrouped selection by score, got "
+                f"num_groups={self.scoring.num_groups}, select_by={self.scoring.select_by!r}. "
+                "Cutoffs take the place of groups and biases."
+            )
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=True,
+            batch_invariant=True,
+            may_leave_token_empty=self.min_k == 0,
+            budget="expected",
+        )
+
+    def init_state(self) -> ExpertThresholdState:
+        # 0.5 is the sigmoid score of logit 0; for a softmax the even share plays that part.
+        start = 1.0 / self.num_experts if self.scoring.score == "softmax" else 0.5
+        return ExpertThresholdState(
+            cutoffs=jnp.full((self.num_experts,), start, jnp.float32),
+            fit=budget.unfitted(self.max_k),
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        state: ExpertThresholdState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        logits = self.gate(params, x, key=key)
+        check_mask(token_mask, x)
+        scores = self.scoring.scores(logits)
+        margins = scores - jax.lax.stop_gradient(state.cutoffs)[None, :]
+        indices, best = top_slots(margins, self.max_k)
+        keep = clip_counts(best > 0, min_k=self.min_k)
+        slot_scores = jnp.take_along_axis(scores, indices, axis=-1)
+        return build_routing(
+            logits=logits,
+            probs=self.scoring.probs(scores),
+            indices=indices,
+            weights=self.scoring.weights(slot_scores, keep, min_k=self.min_k),
+            keep=keep,
+            token_mask=token_mask,
+        )
+
+    def observe(self, routing: Routing | ExpertChoice) -> Array:
+        scores = jax.lax.stop_gradient(self.scoring.scores(routing.router_logits))
+        rate = self.target_k / self.num_experts
+        return budget.per_expert_quantiles(scores, routing.token_mask, rate)
+
+    def update(self, state: ExpertThresholdState, stats: RoutingStats) -> ExpertThresholdState:
+        cutoffs = ema_quantile(state.cutoffs, stats.observed, decay=self.decay)
+        # A batch of padding alone has seen no score and moves nothing.
+        cutoffs = jnp.where(stats.token_count > 0, cutoffs, state.cutoffs)
+        return dataclasses.replace(state, cutoffs=cutoffs)
+
+    def fit(
+        self,
+        params: Params,
+        state: ExpertThresholdState,
+        x: Array,
+        *,
+        target_mean_k: float,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> ExpertThresholdState:
+        budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
+        mask = real_tokens(token_mask, x)
+        scores = np.asarray(self.scoring.scores(self.gate(params, x)))[mask]
+
+        # min_k and max_k clip the counts, so the rate that reaches the target is not target / E.
+        def cutoffs(rate: float) -> np.ndarray:
+            return np.quantile(scores, 1.0 - rate, axis=0).astype(np.float32)
+
+        def mean_k(rate: float) -> float:
+            counts = (scores > cutoffs(rate)[None, :]).sum(axis=1)
+            return float(np.clip(counts, self.min_k, self.max_k).mean())
+
+        rate = budget.bisect(mean_k, target_mean_k, low=0.0, high=1.0, steps=30)
+        state = dataclasses.replace(state, cutoffs=jnp.asarray(cutoffs(rate)))
+        return finish_fit(
+            self, params, state, x,
+            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
+        )  # fmt: skip

@@ -1,0 +1,158 @@
+"""Controls: rules that save compute without looking at difficulty. Any claim is made against these."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import budget
+from moe_jax.difficulty import Context
+from moe_jax.logits import Gate
+from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
+from moe_jax.scoring import Scoring
+from moe_jax.selection import build_routing, first_k
+from moe_jax.types import Array, Params, Routing, check_choice, check_k, pytree
+
+
+@pytree
+class RandomSkipState:
+    expert_bias: Array  # f32[E], added for selection only
+    mean_k: Array  # f32[]
+    fit: budget.Fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomSkip(Router):
+    """Fixed k with experts dropped by chance, to the same mean as a rule under test.
+
+    ``drop="lowest"`` is the static mix: a random share of the tokens uses one expert fewer, and loses
+    its lowest-ranked one. ``drop="random"`` loses randomly picked ones instead. Chance is a hash of
+    the token's own logits, so a token's answer is the same in any batch and needs no key.
+
+    Args:
+        num_experts: E.
+        k: the trained k.
+        mean_k: experts per token on average, between 1 and k; ``fit`` sets it too.
+        drop: ``"lowest"`` or ``"random"``.
+        gate: the map to logits.
+        scoring: logits to scores and weights.
+
+    Example:
+        >>> router = RandomSkip(num_experts=8, k=2, mean_k=1.5, drop="random")
+        >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
+        >>> x = jax.random.normal(jax.random.key(1), (1000, 16))
+        >>> abs(float(router(params, state, x).num_experts_per_token.mean()) - 1.5) < 0.1
+        True
+    """
+
+    num_experts: int
+    k: int
+    mean_k: float
+    drop: str = "lowest"
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring()
+
+    def __post_init__(self) -> None:
+        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
+        self.scoring.check(num_experts=self.num_experts, max_k=self.k)
+        check_choice("drop", self.drop, ("lowest", "random"))
+        if not 1 <= self.mean_k <= self.k:
+            raise ValueError(
+                f"mean_k: expected 1 <= mean_k <= k={self.k}, got {self.mean_k}. "
+                "A control drops some of the k experts, never all."
+            )
+
+    @property
+    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.k
+
+    @property
+    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 1
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="expected"
+        )
+
+    def init_state(self) -> RandomSkipState:
+        return RandomSkipState(
+            expert_bias=jnp.zeros((self.num_experts,), jnp.float32),
+            mean_k=jnp.asarray(self.mean_k, jnp.float32),
+            fit=budget.unfitted(self.k),
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        state: RandomSkipState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        slots = score_slots(
+            self.gate, self.scoring, params, x,
+            max_k=self.k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
+        )  # fmt: skip
+        chance = _chance(slots.logits, 1 + self.k)
+        low = jnp.floor(state.mean_k)
+        one_more = (chance[:, 0] < state.mean_k - low).astype(jnp.int32)
+        counts = low.astype(jnp.int32) + one_more
+        indices, scores = slots.indices, slots.scores
+        if self.drop == "random":
+            shuffled = jnp.argsort(chance[:, 1:], axis=-1)
+            # The survivors are the first `counts` of a random order, put back into ranked order.
+            rank = jnp.argsort(shuffled, axis=-1)
+            place = jnp.argsort(rank >= counts[:, None], axis=-1, stable=True)
+            indices = jnp.take_along_axis(indices, place, axis=-1)
+            scores = jnp.take_along_axis(scores, place, axis=-1)
+        keep = first_k(counts, self.k)
+        return build_routing(
+            logits=slots.logits,
+            probs=slots.probs,
+            indices=indices,
+            weights=self.scoring.weights(scores, keep, min_k=1),
+            keep=keep,
+            token_mask=token_mask,
+        )
+
+    def fit(
+        self,
+        params: Params,
+        state: RandomSkipState,
+        x: Array,
+        *,
+        target_mean_k: float,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> RandomSkipState:
+        budget.check_target(target_mean_k, min_k=1, max_k=self.k)
+        real_tokens(token_mask, x)
+        state = dataclasses.replace(state, mean_k=jnp.asarray(target_mean_k, jnp.float32))
+        return finish_fit(
+            self, params, state, x,
+            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
+        )  # fmt: skip
+
+
+def _chance(logits: Array, numbers: int) -> Array:
+    """f32[T, numbers] in [0, 1): hashes of each token's logits (murmur3's finaliser)."""
+    # Rounded first: the last bits of a product depend on the batch's shape. A sum over experts does
+    # not depend on their order, which keeps the rule equivariant under a relabelling of experts.
+    steps = jnp.clip(jnp.round(logits * 256.0), -1e9, 1e9).astype(jnp.int32)
+    words = jax.lax.bitcast_convert_type(steps, jnp.uint32)
+    mixed = _finalise(words).sum(axis=-1, dtype=jnp.uint32)
+    lanes = jnp.arange(1, numbers + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+    hashed = _finalise(mixed[:, None] ^ lanes[None, :])
+    return (hashed >> 8).astype(jnp.float32) / jnp.float32(1 << 24)
+
+
+def _finalise(h: Array) -> Array:
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)

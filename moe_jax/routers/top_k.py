@@ -1,0 +1,101 @@
+"""Fixed k: every token uses its k best experts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from moe_jax.balancing import loss_free_bias
+from moe_jax.difficulty import Context
+from moe_jax.logits import Gate
+from moe_jax.routers.base import Router, Traits, score_slots
+from moe_jax.scoring import Scoring
+from moe_jax.selection import build_routing
+from moe_jax.types import Array, Params, Routing, RoutingStats, check_k, pytree
+
+
+@pytree
+class TopKState:
+    expert_bias: Array  # f32[E], added for selection only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopK(Router):
+    """Top-k routing (Shazeer et al. 2017, arXiv:1701.06538) with every published variation.
+
+    Softmax or sigmoid scores, softmax before or after selection, renormalised or not, expert
+    groups, selection bias, scale: see ``Scoring``. ``k=1`` is the Switch Transformer's rule.
+
+    Args:
+        num_experts: E.
+        k: experts per token.
+        gate: the map to logits.
+        scoring: logits to scores and weights.
+        balance_rate: step of the loss-free bias controller that ``update`` runs; 0 is off.
+
+    Example:
+        >>> import jax
+        >>> router = TopK(num_experts=8, k=2, scoring=Scoring(norm="sum"))
+        >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
+        >>> routing = router(params, state, jnp.ones((5, 16)))
+        >>> routing.expert_indices.shape, float(routing.combine_weights[0].sum())
+        ((5, 2), 1.0)
+    """
+
+    num_experts: int
+    k: int
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring()
+    balance_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
+        self.scoring.check(num_experts=self.num_experts, max_k=self.k)
+
+    @property
+    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.k
+
+    @property
+    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.k
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="exact"
+        )
+
+    def init_state(self) -> TopKState:
+        return TopKState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
+
+    def __call__(
+        self,
+        params: Params,
+        state: TopKState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        slots = score_slots(
+            self.gate, self.scoring, params, x,
+            max_k=self.k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
+        )  # fmt: skip
+        keep = jnp.ones(slots.indices.shape, bool)
+        return build_routing(
+            logits=slots.logits,
+            probs=slots.probs,
+            indices=slots.indices,
+            weights=self.scoring.weights(slots.scores, keep, min_k=self.k),
+            keep=keep,
+            token_mask=token_mask,
+        )
+
+    def update(self, state: TopKState, stats: RoutingStats) -> TopKState:
+        if not self.balance_rate:
+            return state
+        bias = loss_free_bias(state.expert_bias, stats.tokens_per_expert, rate=self.balance_rate)
+        return dataclasses.replace(state, expert_bias=bias)

@@ -1,0 +1,156 @@
+"""Top-p: a token uses experts until their probabilities add up to more than p."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import budget
+from moe_jax.balancing import pi_controller
+from moe_jax.difficulty import Context
+from moe_jax.logits import Gate
+from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
+from moe_jax.scoring import Scoring
+from moe_jax.selection import build_routing, clip_counts, top_p_keep
+from moe_jax.types import Array, Params, Routing, RoutingStats, check_k, pytree
+
+
+@pytree
+class TopPState:
+    expert_bias: Array  # f32[E], added for selection only
+    p: Array  # f32[]
+    anchor: Array  # f32[]: the p that the controller steers around
+    integral: Array  # f32[]: the controller's summed error
+    fit: budget.Fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopP(Router):
+    """The shortest prefix of the sorted probabilities whose sum exceeds p (strictly).
+
+    Huang et al. 2024, arXiv:2403.07652: weights are the raw probabilities, not renormalised. With
+    ``target_mean_k`` set, ``update`` steers p by a PI controller (DTop-p, arXiv:2512.13996); without
+    it p moves only by ``fit``.
+
+    Args:
+        num_experts: E.
+        p: initial p, in [0, 1]; the paper's code uses 0.4.
+        min_k: fewest experts a token uses, at least 1.
+        max_k: most experts a token uses; None is E.
+        target_mean_k: mean experts per token that ``update`` steers to; None is no steering.
+        kp: proportional gain of the controller, p per expert.
+        ki: integral gain of the controller, p per expert and step.
+        gate: the map to logits.
+        scoring: logits to scores and weights.
+
+    Example:
+        >>> router = TopP(num_experts=8, p=0.4)
+        >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
+        >>> router(params, state, jnp.ones((5, 16))).expert_indices.shape
+        (5, 8)
+    """
+
+    num_experts: int
+    p: float = 0.4
+    min_k: int = 1
+    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
+    target_mean_k: float | None = None
+    kp: float = 0.02
+    ki: float = 0.002
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring()
+
+    def __post_init__(self) -> None:
+        if self.max_k is None:
+            object.__setattr__(self, "max_k", self.num_experts)
+        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        self.scoring.check(num_experts=self.num_experts, max_k=self.max_k)
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p: expected 0 <= p <= 1, got {self.p}. 0.4 is usual.")
+        if self.min_k < 1:
+            raise ValueError("min_k: expected at least 1, got 0. Top-p always uses one expert.")
+        if self.target_mean_k is not None:
+            budget.check_target(self.target_mean_k, min_k=self.min_k, max_k=self.max_k)
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="expected"
+        )
+
+    def init_state(self) -> TopPState:
+        p = jnp.asarray(self.p, jnp.float32)
+        return TopPState(
+            expert_bias=jnp.zeros((self.num_experts,), jnp.float32),
+            p=p,
+            anchor=p,
+            integral=jnp.zeros((), jnp.float32),
+            fit=budget.unfitted(self.max_k),
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        state: TopPState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        slots = score_slots(
+            self.gate, self.scoring, params, x,
+            max_k=self.max_k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
+        )  # fmt: skip
+        keep = clip_counts(top_p_keep(slots.slot_probs, state.p), min_k=self.min_k)
+        return build_routing(
+            logits=slots.logits,
+            probs=slots.probs,
+            indices=slots.indices,
+            weights=self.scoring.weights(slots.scores, keep, min_k=self.min_k),
+            keep=keep,
+            token_mask=token_mask,
+        )
+
+    def update(self, state: TopPState, stats: RoutingStats) -> TopPState:
+        if self.target_mean_k is None:
+            return state
+        p, integral = pi_controller(
+            anchor=state.anchor,
+            integral=state.integral,
+            measured=stats.mean_experts_per_token,
+            target=self.target_mean_k,
+            kp=self.kp,
+            ki=self.ki,
+            low=0.0,
+            high=1.0,
+        )
+        return dataclasses.replace(state, p=p, integral=integral)
+
+    def fit(
+        self,
+        params: Params,
+        state: TopPState,
+        x: Array,
+        *,
+        target_mean_k: float,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> TopPState:
+        budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
+        mask = real_tokens(token_mask, x)
+        slots = score_slots(
+            self.gate, self.scoring, params, x,
+            max_k=self.max_k, expert_bias=state.expert_bias, key=None, token_mask=token_mask,
+        )  # fmt: skip
+        probs = np.asarray(slots.slot_probs)[mask]
+        before = np.asarray(jnp.cumsum(probs, axis=-1) - probs)[:, self.min_k :]
+        cut = budget.fit_cut(before, (target_mean_k - self.min_k) * len(before))
+        p = jnp.asarray(cut, jnp.float32)
+        state = dataclasses.replace(state, p=p, anchor=p, integral=jnp.zeros((), jnp.float32))
+        return finish_fit(
+            self, params, state, x,
+            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
+        )  # fmt: skip

@@ -1,0 +1,136 @@
+"""From scores to a ``Routing``: which slots a token fills, and what they weigh.
+
+Every token-choice rule is the same three steps, and a rule file reads as these three calls:
+
+1. ``top_slots(selection_scores, K)``: the K best experts of each token, best first;
+2. a count rule (``first_k``, ``top_p_keep`` ...): which of these slots are really used;
+3. ``build_routing``: sentinel, weights, padding.
+
+What a score or a weight is, is said by ``scoring.Scoring``.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.types import Array, ExpertChoice, Routing
+
+
+def top_slots(selection_scores: Array, max_k: int) -> tuple[Array, Array]:
+    """The ``max_k`` best experts of each token: (indices i32[T, K], their scores f32[T, K]).
+
+    Best first; ties go to the lowest expert index. NaN scores sort first in ``lax.top_k``, so they
+    are treated as lowest instead: a poisoned logit must not win.
+    """
+    clean = jnp.where(jnp.isnan(selection_scores), -jnp.inf, selection_scores)
+    values, indices = jax.lax.top_k(jax.lax.stop_gradient(clean), max_k)
+    return indices.astype(jnp.int32), values
+
+
+def first_k(counts: Array, max_k: int) -> Array:
+    """bool[T, K]: the first ``counts`` i32[T] slots of each token."""
+    return jnp.arange(max_k, dtype=jnp.int32)[None, :] < counts[:, None]
+
+
+def top_p_keep(sorted_probs: Array, p: Array) -> Array:
+    """bool[T, K]: the shortest prefix whose sum *exceeds* p (strict, as in arXiv:2403.07652).
+
+    ``sorted_probs`` f32[T, K] descending. A slot is kept while what came before it is <= p.
+    """
+    before = jnp.cumsum(sorted_probs, axis=-1) - sorted_probs
+    return before <= p
+
+
+def min_p_keep(sorted_probs: Array, ratio: Array) -> Array:
+    """bool[T, K]: the prefix of slots with at least ``ratio`` times the first slot's probability.
+
+    A prefix even where a selection bias has put a smaller probability before a larger one.
+    """
+    enough = (sorted_probs >= ratio * sorted_probs[:, :1]).astype(jnp.int32)
+    return jax.lax.cummin(enough, axis=1).astype(bool)
+
+
+def clip_counts(keep: Array, *, min_k: int) -> Array:
+    """``keep`` bool[T, K] with at least the first ``min_k`` slots set."""
+    if not min_k:
+        return keep
+    return keep | first_k(jnp.full((keep.shape[0],), min_k, jnp.int32), keep.shape[1])
+
+
+def group_limit(
+    selection_scores: Array, *, groups: int, top_groups: int, reduce: str, fill: float
+) -> Array:
+    """f32[T, E] with the scores outside each token's best groups replaced by ``fill``.
+
+    Groups are ``groups`` equal blocks of neighbouring experts. A group is worth the sum of its two
+    best scores (DeepSeek-V3, arXiv:2412.19437 section 2.1.2) or its best one (DeepSeek-V2).
+    """
+    tokens, experts = selection_scores.shape
+    blocks = selection_scores.reshape(tokens, groups, experts // groups)
+    if reduce == "max":
+        worth = blocks.max(axis=-1)
+    else:
+        worth = jax.lax.top_k(blocks, min(2, experts // groups))[0].sum(axis=-1)
+    _, best = jax.lax.top_k(worth, top_groups)
+    inside = (best[:, :, None] == jnp.arange(groups)[None, None, :]).any(axis=1)
+    return jnp.where(inside[:, :, None], blocks, fill).reshape(tokens, experts)
+
+
+def build_routing(
+    *,
+    logits: Array,
+    probs: Array,
+    indices: Array,
+    weights: Array,
+    keep: Array,
+    token_mask: Array | None,
+) -> Routing:
+    """Puts the sentinel into unused slots and zeroes their weight; padding tokens use nothing.
+
+    Args:
+        logits: f32[T, E].
+        probs: f32[T, E], rows summing to 1.
+        indices: i32[T, K], best first.
+        weights: f32[T, K].
+        keep: bool[T, K], a prefix of the slots, so that slot 0 is a token's first expert.
+        token_mask: bool[T] or None for all real.
+    """
+    tokens, experts = logits.shape
+    if token_mask is None:
+        token_mask = jnp.ones((tokens,), bool)
+    used = keep & token_mask[:, None]
+    return Routing(
+        expert_indices=jnp.where(used, indices, experts),
+        combine_weights=jnp.where(used, weights, 0.0),
+        residual_weight=jnp.zeros((tokens,), jnp.float32),
+        router_logits=logits,
+        router_probs=probs,
+        token_mask=token_mask,
+        num_experts=experts,
+    )
+
+
+def choose_tokens(
+    *, logits: Array, probs: Array, scores: Array, capacity: int, token_mask: Array | None
+) -> ExpertChoice:
+    """Every expert takes its ``capacity`` best tokens by score f32[T, E]; padding is never taken.
+
+    Zhou et al. 2022, arXiv:2202.09368. The whole batch decides, so the rule is neither causal nor
+    batch-invariant.
+    """
+    tokens, _ = logits.shape
+    if token_mask is None:
+        token_mask = jnp.ones((tokens,), bool)
+    masked = jnp.where(token_mask[:, None] & ~jnp.isnan(scores), scores, -jnp.inf)
+    value, taken = jax.lax.top_k(jax.lax.stop_gradient(masked).T, capacity)
+    real = value > -jnp.inf
+    weights = jnp.take_along_axis(scores.T, taken, axis=-1)
+    return ExpertChoice(
+        token_indices=jnp.where(real, taken, tokens).astype(jnp.int32),
+        combine_weights=jnp.where(real, weights, 0.0),
+        router_logits=logits,
+        router_probs=probs,
+        token_mask=token_mask,
+        num_tokens=tokens,
+    )
