@@ -79,9 +79,13 @@ def fingerprint(*parts: object) -> np.ndarray:
 
 
 def record_fit(
-    *, data: Array, router_parts: tuple[object, ...], target_mean_k: float, counts: np.ndarray,
+    *,
+    data: np.ndarray,
+    router_parts: tuple[object, ...],
+    target_mean_k: float,
+    counts: np.ndarray,
     max_k: int,
-) -> Fit:  # fmt: skip
+) -> Fit:
     """Provenance from what a fit saw (``data``) and reached (``counts`` i32[T], experts a token)."""
     histogram = np.bincount(counts, minlength=max_k + 1)[: max_k + 1] / counts.size
     return Fit(

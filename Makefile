@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` and `make test`. Both make .venv from python3 and need nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: help demo demo-quick test lint format check test-newer clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
+	  sys.exit(0 if v >= (3, 11) else f"moe_jax needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}. Run: make PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+demo: $(VENV)/.installed  ## train, calibrate, save, restore and evaluate on real text; pictures in runs/demo
+	$(BIN)/moe-jax demo --out runs/demo
+
+demo-quick: $(VENV)/.installed  ## the same in under a minute, with a smaller model
+	$(BIN)/moe-jax demo --quick --out runs/demo-quick
+
+test: $(VENV)/.installed-dev  ## the tests, doctests included
+	$(BIN)/python -m pytest -n $(JOBS) --doctest-modules tests moe_jax
+
+lint: $(VENV)/.installed-dev  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev  ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint test  ## everything that CI runs
+
+test-newer:  ## the tests on a newer Python: make test-newer NEWER=/path/to/python3.13
+	@test -n "$(NEWER)" || { echo "say which: make test-newer NEWER=/path/to/python3.13"; exit 2; }
+	$(MAKE) test PYTHON=$(NEWER) VENV=.venv-newer
+
+clean:  ## remove environments, caches and runs
+	rm -rf .venv .venv-newer .jax_cache .pytest_cache .ruff_cache .hypothesis runs build dist *.egg-info

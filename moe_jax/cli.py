@@ -1,0 +1,290 @@
+"""The ``moe-jax`` command.
+
+Exit codes: 0 done, 1 a check said no (``config check`` on a bad file, a failed verification),
+2 wrong input, with a message that says what was expected. ``--json`` prints one JSON object on
+standard output and nothing else there; progress and notes go to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="moe-jax",
+    help="Dynamic Mixture-of-Experts routing for JAX, with compute budgets that are held.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(no_args_is_help=True, help="Check and show configuration.")
+app.add_typer(config_app, name="config")
+
+notes = Console(stderr=True)
+out = Console()
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (JSON).")]
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turns the library's own errors, which say what to do, into exit code 2 without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        notes.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _plain(error: Exception) -> str:
+    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+    return text.replace("[", r"\[")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where results and pictures go.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[bool, typer.Option(help="A smaller model, under a minute.")] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small model on real text, calibrate budgets, and see what each saving costs."""
+    from moe_jax import demo as job
+
+    with _told():
+        results = job.run(folder, quick=quick, seed=seed, console=notes if as_json else out)
+    if as_json:
+        _print_json(results)
+
+
+@app.command()
+def route(
+    file: Annotated[Path, typer.Argument(help="Hidden states, float [..., width], as .npy.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder; without one, seeded untrained weights.")
+    ] = None,
+    router_name: Annotated[
+        str | None, typer.Option("--router", help="Which of the checkpoint's routers.")
+    ] = None,
+    config: ConfigFile = None,
+    target_mean_k: Annotated[
+        float | None, typer.Option(help="Without a checkpoint: experts per token to calibrate to.")
+    ] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the routing to this .npz file.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Route a file of hidden states and show where the tokens went."""
+    import numpy as np
+
+    from moe_jax import inspection
+
+    with _told():
+        x = inspection.load_hidden_states(file)
+        if checkpoint is not None:
+            source = inspection.router_from_checkpoint(checkpoint, router_name)
+        else:
+            source = inspection.untrained_router(
+                x, config_file=config, target_mean_k=target_mean_k, seed=seed
+            )
+        report, arrays = inspection.route(source, x)
+        if save is not None:
+            np.savez(save, **arrays)
+    if as_json:
+        _print_json(report)
+        return
+    if not report["trained"]:
+        notes.print(
+            "[yellow]untrained weights[/yellow]: seeded at random, thresholds calibrated on this "
+            "file. Pass --checkpoint for a trained router."
+        )
+    _show_route(report)
+    if save is not None:
+        notes.print(f"routing written to {save}")
+
+
+def _show_route(report: dict[str, Any]) -> None:
+    out.print(
+        f"[bold]{report['tokens']}[/bold] tokens, [bold]{report['mean_experts_per_token']:.3f}"
+        f"[/bold] experts each (of {report['num_experts']}), rule {report['router']['kind']}"
+    )
+    table = Table("experts used", "share of tokens", "", title="Experts per token")
+    for k, share in enumerate(report["experts_per_token_histogram"]):
+        if share or k >= report["min_k"]:
+            table.add_row(str(k), f"{share:.1%}", "█" * round(40 * share))
+    out.print(table)
+    table = Table("expert", "share of calls", "", title="Utilisation")
+    top = max(report["expert_utilization"]) or 1.0
+    for e, share in enumerate(report["expert_utilization"]):
+        table.add_row(str(e), f"{share:.1%}", "█" * round(40 * share / top))
+    out.print(table)
+    out.print(
+        f"load balance score {report['load_balance_score']:.3f} (1 is balanced), "
+        f"{report['flop_reduction']:+.1%} expert calls saved against {report['flop_baseline']}"
+    )
+
+
+@app.command()
+def train(
+    folder: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train the small language model on the standard library's source."""
+    from moe_jax import train as job
+
+    with _told():
+        path, summary = job.train(job.LMConfig(), folder, steps=steps, seed=seed, console=notes)
+    if as_json:
+        _print_json({"checkpoint": str(path), **summary})
+    else:
+        out.print(f"checkpoint in {path}: moe-jax inspect {path}")
+
+
+@app.command()
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of a trained model.")],
+    folder: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
+    rule: Annotated[str, typer.Option(help="DynamicK, TopP, MinP or ExpertThreshold.")] = "TopP",
+    target_mean_k: Annotated[float | None, typer.Option(help="Experts per token, mean.")] = None,
+    target_saving: Annotated[
+        float | None, typer.Option(help="Share of expert calls to save against the trained k.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a dynamic rule to a budget on calibration text and save it with its provenance."""
+    from moe_jax import frontier as job
+
+    with _told():
+        path, summary = job.calibrate(
+            checkpoint,
+            folder,
+            rule=rule,
+            target_mean_k=target_mean_k,
+            target_saving=target_saving,
+            console=notes,
+        )
+    if as_json:
+        _print_json({"checkpoint": str(path), **summary})
+    else:
+        out.print(f"checkpoint in {path}: moe-jax inspect {path}")
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint holds: routers, budgets and their provenance, sizes."""
+    from moe_jax import inspection
+
+    with _told():
+        report = inspection.describe_checkpoint(checkpoint)
+    if as_json:
+        _print_json(report)
+        return
+    out.print(
+        f"[bold]{checkpoint}[/bold]: format {report['format']}, moe_jax "
+        f"{report['library_version']}, {report['parameters']:,} parameters, verified"
+    )
+    for name, router in report["routers"].items():
+        fit = router["fit"]
+        out.print(f"[bold]{name}[/bold]  {router['summary']}", highlight=False)
+        if fit is None:
+            continue
+        if fit["fitted"]:
+            out.print(
+                f"  budget {fit['target_mean_k']:.3f} experts a token, reached "
+                f"{fit['achieved_mean_k']:.3f} on {fit['token_count']:,} tokens "
+                f"(data {fit['data_fingerprint'][:12]}, router {fit['router_fingerprint'][:12]})"
+            )
+        else:
+            out.print("  not calibrated")
+    for key, value in report["metadata"].items():
+        out.print(f"{key}: {json.dumps(value)}", soft_wrap=True)
+
+
+@config_app.command("check")
+def config_check(
+    file: Annotated[Path, typer.Argument(help="Configuration file (JSON).")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a configuration file as the service would; exit code 1 if it is bad."""
+    from moe_jax.config import ConfigError, build_router, load_config
+
+    try:
+        router = build_router(load_config(file))
+    except ConfigError as error:
+        if as_json:
+            _print_json({"file": str(file), "ok": False, "problems": str(error).splitlines()})
+        else:
+            notes.print(f"[red]bad[/red] {_plain(error)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        _print_json({"file": str(file), "ok": True, "router": router.to_json()})
+    else:
+        out.print(f"[green]good[/green] {file}: {type(router).__name__}, {_k_range(router)}")
+
+
+def _k_range(router: Any) -> str:
+    return f"{router.min_k} to {router.max_k} of {router.num_experts} experts"
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigFile = None,
+    preset: Annotated[
+        str | None, typer.Option(help="balanced, low_latency, high_accuracy or production.")
+    ] = None,
+) -> None:
+    """Print the configuration in force: environment over file over defaults; or a preset."""
+    from moe_jax.config import PRESETS, load_config
+
+    with _told():
+        if preset is not None:
+            if preset not in PRESETS:
+                raise ValueError(
+                    f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}. "
+                    "Leave it out to see the configuration in force."
+                )
+            chosen = PRESETS[preset]
+        else:
+            chosen = load_config(config)
+    _print_json(chosen.to_json())
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of the library and of JAX, and the devices."""
+    import jax
+
+    import moe_jax
+
+    devices = ", ".join(str(d) for d in jax.devices())
+    out.print(f"moe_jax {moe_jax.__version__}, jax {jax.__version__}, devices: {devices}")
+
+
+def main() -> None:
+    """Entry point of the ``moe-jax`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
