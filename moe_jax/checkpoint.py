@@ -10,7 +10,8 @@ A checkpoint is one folder::
 
 It is written beside its place and renamed into it last, so PATH either does not exist or is whole.
 What was damaged later (cut short, a bit flipped, a file added or lost) no longer matches the
-manifest and is refused before a single array is read. Nothing is pickled.
+manifest and is refused before a single array is read. Nothing is pickled. A process that is killed
+while saving leaves a hidden ``.NAME.saving-*`` beside PATH, which may be deleted.
 """
 
 from __future__ import annotations
