@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moe_jax.bench.commands import app as bench_app
+
 app = typer.Typer(
     name="moe-jax",
     help="Dynamic Mixture-of-Experts routing for JAX, with compute budgets that are held.",
@@ -27,6 +29,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check and show configuration.")
 app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
 
 notes = Console(stderr=True)
 out = Console()
@@ -105,7 +108,7 @@ def route(
             )
         report, arrays = inspection.route(source, x)
         if save is not None:
-            np.savez(save, **arrays)
+            np.savez(save, allow_pickle=False, **arrays)
     if as_json:
         _print_json(report)
         return

@@ -1,0 +1,203 @@
+"""``moe-jax bench ...``: the measurements as commands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine, always against a floor.")
+notes, out = Console(stderr=True), Console()
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write rows and machine to this file.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this .png file.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds; 10 or more for figures to quote.")]
+
+
+def _words(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
+    words = [w for w in text.split(",") if w]
+    unknown = [w for w in words if w not in allowed]
+    if unknown or not words:
+        raise typer.BadParameter(
+            f"expected some of {','.join(allowed)}, got {text!r}", param_hint=option
+        )
+    return words
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        numbers = [int(w) for w in text.split(",") if w]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(
+            f"expected positive numbers such as 8,64, got {text!r}", param_hint=option
+        )
+    return numbers
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=notes, transient=True) as bar:
+        task = bar.add_task("starting")
+        yield lambda told: bar.update(task, description=told)
+
+
+def _finish(
+    bench: str, rows: list[dict[str, Any]], columns: list[str], settings: dict[str, Any],
+    json: Path | None, plot: Path | None = None,
+) -> None:  # fmt: skip
+    from moe_jax.bench.measure import write_results
+
+    table = Table(*columns, title=f"bench {bench}")
+    for row in rows:
+        table.add_row(*[_shown(row.get(c)) for c in columns])
+    out.print(table)
+    if json is not None:
+        write_results(json, bench=bench, settings=settings, rows=rows)
+        notes.print(f"rows written to {json}")
+    if plot is not None:
+        from moe_jax.bench.plot import plot_ratios
+
+        plot_ratios(rows, plot)
+        notes.print(f"picture written to {plot}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+@app.command()
+def layer(
+    tokens: int = 8192,
+    d_model: int = 512,
+    d_ff: int = 2048,
+    experts: Annotated[str, typer.Option(help="E, e.g. 8,64.")] = "8,64",
+    k: int = 2,
+    dtype: Annotated[str, typer.Option(help="f32,bf16")] = "f32",
+    load: Annotated[str, typer.Option(help="uniform,zipf")] = "uniform,zipf",
+    passes: Annotated[str, typer.Option("--pass", help="fwd,bwd")] = "fwd,bwd",
+    implementations: Annotated[
+        str, typer.Option(help="Beside the default; balanced is a reference, not a layer.")
+    ] = "capacity,balanced",
+    mean_k: Annotated[float | None, typer.Option(help="Dynamic k with this mean.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Row budget for the layer.")] = None,
+    activation: str = "gelu_tanh",
+    gated: bool = False,
+    rounds: Rounds = 10,
+    json: Json = None,
+    plot: Plot = None,
+) -> None:
+    """The layer after routing against one dense feed-forward over the same rows."""
+    from moe_jax.bench.layer import bench_layer
+    from moe_jax.bench.workload import DTYPES, LOADS
+    from moe_jax.experts import ACTIVATIONS, IMPLEMENTATIONS
+
+    settings: dict[str, Any] = dict(
+        tokens=tokens, d_model=d_model, d_ff=d_ff, experts=_numbers(experts, "--experts"), k=k,
+        dtypes=_words(dtype, tuple(DTYPES), "--dtype"), loads=_words(load, LOADS, "--load"),
+        passes=_words(passes, ("fwd", "bwd"), "--pass"),
+        implementations=_words(
+            implementations, (*IMPLEMENTATIONS, "balanced"), "--implementations"
+        ),
+        activation=_words(activation, tuple(ACTIVATIONS), "--activation")[0],
+        gated=gated, mean_k=mean_k, max_rows=max_rows, rounds=rounds,
+    )  # fmt: skip
+    with _progress() as progress:
+        rows = bench_layer(**settings, progress=progress)
+    columns = [
+        "implementation", "default", "experts", "dtype", "load", "max_over_mean", "pass", "ratio",
+        "ratio_balanced", "ms", "floor_ms", "temp_mb", "dropped",
+    ]  # fmt: skip
+    _finish("layer", rows, columns, settings, json, plot)
+
+
+@app.command()
+def decode(
+    tokens: Annotated[str, typer.Option(help="T, e.g. 1,8.")] = "1,8",
+    experts: int = 64,
+    k: int = 2,
+    d_model: int = 512,
+    d_ff: int = 2048,
+    dtype: str = "f32",
+    implementations: Annotated[str, typer.Option(help="Beside the default.")] = "",
+    rounds: Rounds = 30,
+    json: Json = None,
+) -> None:
+    """A few tokens against reading the active experts' weights once."""
+    from moe_jax.bench.decode import bench_decode
+    from moe_jax.bench.workload import DTYPES
+    from moe_jax.experts import IMPLEMENTATIONS
+
+    others = _words(implementations, tuple(IMPLEMENTATIONS), "--implementations") \
+        if implementations else []  # fmt: skip
+    settings: dict[str, Any] = dict(
+        tokens=_numbers(tokens, "--tokens"), experts=experts, k=k, d_model=d_model, d_ff=d_ff,
+        dtype=_words(dtype, tuple(DTYPES), "--dtype")[0], implementations=others, rounds=rounds,
+    )  # fmt: skip
+    with _progress() as progress:
+        rows = bench_decode(**settings, progress=progress)
+    columns = [
+        "implementation", "default", "tokens", "active_experts", "ratio", "ms", "floor_ms",
+    ]  # fmt: skip
+    _finish("decode", rows, columns, settings, json)
+
+
+@app.command()
+def route(
+    tokens: int = 4096,
+    d_model: int = 768,
+    experts: int = 8,
+    k: int = 2,
+    rounds: Rounds = 30,
+    json: Json = None,
+) -> None:
+    """Routing alone against its own logits product and top-k."""
+    from moe_jax.bench.route import bench_route
+
+    settings: dict[str, Any] = dict(tokens=tokens, d_model=d_model, experts=experts, k=k, rounds=rounds)
+    with _progress() as progress:
+        rows = bench_route(**settings, progress=progress)
+    columns = ["rule", "ratio", "ms", "floor_ms", "tokens_per_second"]
+    _finish("route", rows, columns, settings, json)
+
+
+@app.command()
+def batch(
+    sizes: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2,4,8,16,32",
+    sequence: int = 128,
+    d_model: int = 512,
+    d_ff: int = 1024,
+    experts: int = 8,
+    k: int = 2,
+    training: Annotated[bool, typer.Option(help="Forward and backward.")] = False,
+    rounds: Rounds = 5,
+    json: Json = None,
+) -> None:
+    """Find the batch sizes that this machine likes."""
+    from moe_jax.bench.batch import bench_batch
+
+    settings: dict[str, Any] = dict(
+        sizes=_numbers(sizes, "--sizes"), sequence=sequence, d_model=d_model, d_ff=d_ff,
+        experts=experts, k=k, training=training, rounds=rounds,
+    )  # fmt: skip
+    with _progress() as progress:
+        rows, advice = bench_batch(**settings, progress=progress)
+    columns = ["batch", "tokens", "ms", "latency_ratio", "relative_throughput"]
+    _finish("batch", rows, columns, {**settings, "advice": advice}, json)
+    out.print(
+        f"For {advice['work']} on this machine: batches of [bold]{advice['from']} to "
+        f"{advice['to']}[/bold] ({advice['latency_ms']:.1f} ms, "
+        f"{advice['tokens_per_second']:,} tokens/s at {advice['from']})."
+    )

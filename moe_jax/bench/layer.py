@@ -1,0 +1,195 @@
+"""The layer from routing decision to output, against dense products over the same rows."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.bench.measure import interleave, temp_bytes
+from moe_jax.bench.workload import (
+    DTYPES,
+    balanced_floor,
+    dense_floor,
+    random_array,
+    sample_routing,
+)
+from moe_jax.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
+from moe_jax.experts import FeedForward, choose, run_experts
+from moe_jax.types import Array, Params, Routing
+
+Step = Callable[[Params, Array, Routing], Any]
+
+
+def experts_step(
+    ffn: FeedForward,
+    *,
+    implementation: str | None,
+    capacity: int | None = None,
+    max_rows: int | None = None,
+) -> Step:
+    """``(params, x, routing) -> y``: plan, experts, combine, as ``moe_layer`` does after routing."""
+
+    def step(params: Params, x: Array, routing: Routing) -> Array:
+        plan = plan_dispatch(to_assignments(routing), capacity=capacity, max_rows=max_rows)
+        y = run_experts(ffn, params, x, plan, kept_weights(plan), implementation=implementation)
+        return y.astype(x.dtype)
+
+    return step
+
+
+def with_gradients(step: Step) -> Step:
+    """Forward and backward: gradients of parameters and x under a fixed cotangent of ones."""
+
+    def both(params: Params, x: Array, routing: Routing) -> Any:
+        def total(params: Params, x: Array) -> Array:
+            return step(params, x, routing).astype(jnp.float32).sum()
+
+        return jax.grad(total, argnums=(0, 1))(params, x)
+
+    return both
+
+
+def bench_layer(
+    *,
+    tokens: int,
+    d_model: int,
+    d_ff: int,
+    experts: Sequence[int],
+    k: int,
+    dtypes: Sequence[str],
+    loads: Sequence[str],
+    passes: Sequence[str],
+    implementations: Sequence[str] = ("capacity", "balanced"),
+    activation: str = "gelu_tanh",
+    gated: bool = False,
+    mean_k: float | None = None,
+    max_rows: int | None = None,
+    rounds: int = 10,
+    progress: Callable[[str], None] = lambda told: None,
+) -> list[dict[str, Any]]:
+    """Times the default implementation and others over a grid; one row each.
+
+    The floor is one dense feed-forward of the same kind over ``tokens * k`` rows (``tokens * mean_k``
+    where given), in the same dtype. ``balanced`` in ``implementations`` is no implementation but a
+    reference: a batched product in which every expert gets exactly its share. ``ratio_balanced`` is
+    the ratio to it, the fairer one in bf16 on CPU and where all experts' weights must be streamed.
+
+    Returns:
+        Rows of {implementation, default, tokens, experts, k, dtype, load, pass, ratio, spread,
+        ratio_balanced, ms, floor_ms, temp_mb, dropped, ...}.
+    """
+    ffn = FeedForward(activation=activation, gated=gated)
+    rows = []
+    for e, dtype, load, direction in itertools.product(experts, dtypes, loads, passes):
+        progress(f"E={e} {dtype} {load} {direction}")
+        routing = sample_routing(tokens=tokens, experts=e, k=k, load=load, mean_k=mean_k)
+        load_of = plan_dispatch(to_assignments(routing)).group_sizes
+        about = {
+            "tokens": tokens,
+            "d_model": d_model,
+            "d_ff": d_ff,
+            "experts": e,
+            "k": k,
+            "mean_k": mean_k or k,
+            "dtype": dtype,
+            "load": load,
+            "max_over_mean": round(float(load_of.max() / load_of.mean()), 3),
+            "pass": direction,
+        }
+        params = ffn.init(jax.random.key(0), num_experts=e, d_model=d_model, d_ff=d_ff)
+        params = jax.tree.map(lambda p, to=DTYPES[dtype]: p.astype(to), params)
+        x = random_array((tokens, d_model), dtype, 1)
+        measured = _grid_point(
+            ffn, params, x, routing,
+            k=k, max_rows=max_rows, backward=direction == "bwd",
+            implementations=implementations, rounds=rounds,
+        )  # fmt: skip
+        rows += [{**about, **row} for row in measured]
+    return rows
+
+
+def _grid_point(
+    ffn: FeedForward,
+    params: Params,
+    x: Array,
+    routing: Routing,
+    *,
+    k: int,
+    max_rows: int | None,
+    backward: bool,
+    implementations: Sequence[str],
+    rounds: int,
+) -> list[dict[str, Any]]:
+    tokens, d_model = x.shape
+    experts = routing.num_experts
+    dropless = plan_dispatch(to_assignments(routing))
+    default = choose(dropless).name
+    active = int(dropless.group_sizes.sum())
+    # Unrouted rows, as many as the routing has: in one dense product, and in equal shares.
+    rows = jax.random.normal(jax.random.key(2), (active, d_model)).astype(x.dtype)
+    share = max(1, round(active / experts))
+    shares = jax.random.normal(jax.random.key(3), (experts, share, d_model)).astype(x.dtype)
+    one = jax.tree.map(lambda p: p[:1], params)
+
+    floor = functools.partial(dense_floor, ffn)
+    even = functools.partial(balanced_floor, ffn)
+    if backward:
+        floor, even = _both(floor), _both(even)
+    floor_jit, even_jit = jax.jit(floor), jax.jit(even)
+
+    cases: dict[str, Callable[[], Any]] = {}
+    details: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys((default, *implementations)):
+        if name == "balanced":
+            cases[name] = functools.partial(even_jit, params, shares)
+            details[name] = {"temp_mb": _mb(temp_bytes(even, params, shares)), "dropped": 0.0}
+            continue
+        capacity = expert_capacity(tokens, experts, k, 1.25) if name == "capacity" else None
+        step = experts_step(
+            ffn,
+            implementation=None if name == default else name,
+            capacity=capacity,
+            max_rows=max_rows,
+        )
+        step = with_gradients(step) if backward else step
+        plan = plan_dispatch(to_assignments(routing), capacity=capacity, max_rows=max_rows)
+        cases[name] = functools.partial(jax.jit(step), params, x, routing)
+        details[name] = {
+            "temp_mb": _mb(temp_bytes(step, params, x, routing)),
+            "dropped": round(1 - float(plan.group_sizes.sum()) / active, 6),
+            "slots_executed": float(choose(plan, name).slots_executed(plan)),
+        }
+    timings, floors = interleave(functools.partial(floor_jit, one, rows), cases, rounds=rounds)
+    balanced = timings["balanced"].ratio if "balanced" in timings else None
+    return [
+        {
+            "implementation": name,
+            "default": name == default,
+            "ratio": round(timing.ratio, 4),
+            "spread": [round(s, 4) for s in timing.spread],
+            "ratio_balanced": None if balanced is None else round(timing.ratio / balanced, 4),
+            "ms": round(1e3 * timing.median_seconds, 3),
+            "floor_ms": round(1e3 * sorted(floors)[len(floors) // 2], 3),
+            **details[name],
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def _both(step: Callable[..., Array]) -> Callable[..., Any]:
+    def both(params: Params, rows: Array) -> Any:
+        def total(params: Params, rows: Array) -> Array:
+            return step(params, rows).astype(jnp.float32).sum()
+
+        return jax.grad(total, argnums=(0, 1))(params, rows)
+
+    return both
+
+
+def _mb(size: int | None) -> float | None:
+    return None if size is None else round(size / 1e6, 1)

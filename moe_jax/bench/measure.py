@@ -1,0 +1,129 @@
+"""How things are timed here: in turns with their floor, several rounds, medians of ratios.
+
+Machines are shared and their speed drifts, so no time is compared with one taken minutes earlier.
+Every round runs the floor, a case, the floor, the next case, and so on; a case's ratio in that round
+is its time over the mean of the floors right before and right after it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Thunk = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One case: seconds and ratios to the floor over the rounds."""
+
+    seconds: tuple[float, ...]
+    ratios: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Median ratio to the floor."""
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The middle half of the ratios."""
+        if len(self.ratios) < 2:
+            return self.ratio, self.ratio
+        low, _, high = statistics.quantiles(self.ratios, n=4)
+        return low, high
+
+    @property
+    def median_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def run_once(thunk: Thunk) -> float:
+    """Seconds until the thunk's arrays are ready."""
+    start = time.perf_counter()
+    jax.block_until_ready(thunk())
+    return time.perf_counter() - start
+
+
+def interleave(
+    floor: Thunk,
+    cases: Mapping[str, Thunk],
+    *,
+    rounds: int = 10,
+    after_round: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, Timing], tuple[float, ...]]:
+    """Times every case in turns with the floor. Compiles and warms up first.
+
+    Args:
+        floor: what the cases are compared with.
+        cases: thunks by name. Their order rotates from round to round.
+        rounds: 10 or more for figures that are reported.
+        after_round: called after each round, to show progress.
+
+    Returns:
+        A ``Timing`` a case, and the floor's own seconds.
+    """
+    for thunk in (floor, *cases.values()):
+        run_once(thunk)
+        run_once(thunk)
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    ratios: dict[str, list[float]] = {name: [] for name in cases}
+    floors: list[float] = []
+    names = list(cases)
+    for i in range(rounds):
+        turn = names[i % len(names) :] + names[: i % len(names)]
+        before = run_once(floor)
+        floors.append(before)
+        for name in turn:
+            own = run_once(cases[name])
+            after = run_once(floor)
+            floors.append(after)
+            seconds[name].append(own)
+            ratios[name].append(own / (0.5 * (before + after)))
+            before = after
+        after_round()
+    timings = {n: Timing(seconds=tuple(seconds[n]), ratios=tuple(ratios[n])) for n in names}
+    return timings, tuple(floors)
+
+
+def temp_bytes(function: Callable[..., Any], *args: Any) -> int | None:
+    """Peak temporary memory of the compiled function, as XLA states it; None where it does not."""
+    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on. No host names."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "devices": [d.device_kind for d in jax.devices()],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_results(path: Path, *, bench: str, settings: dict[str, Any], rows: list[Any]) -> None:
+    """Writes ``{bench, machine, settings, rows}`` as JSON, making the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"bench": bench, "machine": machine(), "settings": settings, "rows": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,41 @@
+"""Layer ratios as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def plot_ratios(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of ratio to the floor, grouped by case, with the middle half of the rounds as whiskers."""
+    from matplotlib.figure import Figure
+
+    cases = list(dict.fromkeys(_case(r) for r in rows))
+    names = list(dict.fromkeys(r["implementation"] for r in rows))
+    figure = Figure(figsize=(1.6 + 1.1 * len(cases), 4.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    colors = ["#1b5e9c", "#d98324", "#5a8f3c", "#8a5aa8", "#777777"]
+    for i, name in enumerate(names):
+        for r in rows:
+            if r["implementation"] != name:
+                continue
+            x = cases.index(_case(r)) + (i - (len(names) - 1) / 2) * width
+            low, high = r["spread"]
+            axes.bar(
+                x, r["ratio"], width * 0.92, color=colors[i % len(colors)],
+                label=name if cases.index(_case(r)) == 0 else None,
+            )  # fmt: skip
+            axes.plot([x, x], [low, high], color="black", linewidth=1)
+            axes.text(x, high + 0.02, f"{r['ratio']:.2f}", ha="center", va="bottom", fontsize=7)
+    axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(cases)), cases, fontsize=8)
+    axes.set_ylabel("time / dense floor")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _case(row: dict[str, Any]) -> str:
+    return f"E={row['experts']}\n{row['dtype']} {row['load']}\n{row['pass']}"

@@ -1,0 +1,74 @@
+"""Routing decisions with a load of our choosing, and the floors that layers are held against."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.experts import FeedForward
+from moe_jax.types import Array, Params, Routing
+
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+LOADS = ("uniform", "zipf")
+ZIPF_MAX_OVER_MEAN = 3.0
+
+
+def sample_routing(
+    *, tokens: int, experts: int, k: int, load: str, mean_k: float | None = None, seed: int = 0
+) -> Routing:
+    """A routing of ``tokens`` with ``k`` distinct experts each, drawn with a given expert load.
+
+    ``uniform`` draws all experts alike. ``zipf`` draws expert e in proportion to ``(e + 1) ** -s``,
+    shuffled, with s such that the busiest expert gets 3 times the mean (or as near as k of E allows).
+    With ``mean_k`` a random share of the tokens gives up its last experts, down to that mean.
+    """
+    rng = np.random.default_rng(seed)
+    noise = rng.gumbel(size=(tokens, experts))
+
+    def draw(s: float) -> np.ndarray:
+        bias = -s * np.log(np.arange(1, experts + 1))
+        return np.argsort(-(noise + bias[None, :]), axis=1)[:, :k]
+
+    exponent = 0.0
+    if load == "zipf":
+        low, high = 0.0, 4.0
+        for _ in range(30):
+            exponent = 0.5 * (low + high)
+            counts = np.bincount(draw(exponent).reshape(-1), minlength=experts)
+            if counts.max() / counts.mean() < ZIPF_MAX_OVER_MEAN:
+                low = exponent
+            else:
+                high = exponent
+    indices = rng.permutation(experts)[draw(exponent)]
+    weights = np.sort(rng.dirichlet(np.ones(k), size=tokens), axis=1)[:, ::-1]
+    if mean_k is not None:
+        base = int(np.floor(mean_k))
+        counts = base + (rng.uniform(size=tokens) < mean_k - base)
+        unused = np.arange(k)[None, :] >= counts[:, None]
+        indices = np.where(unused, experts, indices)
+        weights = np.where(unused, 0.0, weights)
+    return Routing(
+        expert_indices=jnp.asarray(indices, jnp.int32),
+        combine_weights=jnp.asarray(weights, jnp.float32),
+        residual_weight=jnp.zeros((tokens,), jnp.float32),
+        router_logits=jnp.zeros((tokens, experts), jnp.float32),
+        router_probs=jnp.full((tokens, experts), 1.0 / experts, jnp.float32),
+        token_mask=jnp.ones((tokens,), bool),
+        num_experts=experts,
+    )
+
+
+def dense_floor(ffn: FeedForward, params: Params, rows: Array) -> Array:
+    """One dense feed-forward over all rows: what the work costs when nothing is routed."""
+    return ffn(jax.tree.map(lambda p: p[0], params), rows)
+
+
+def balanced_floor(ffn: FeedForward, params: Params, rows: Array) -> Array:
+    """A perfectly balanced batched feed-forward over the same experts: [E, M, D] -> [E, M, D]."""
+    return jax.vmap(ffn)(params, rows)
+
+
+def random_array(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
+    """Standard normal values; never zeros, which some hardware multiplies faster."""
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(DTYPES[dtype])
