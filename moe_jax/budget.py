@@ -163,6 +163,18 @@ def difficulty_to_k(difficulty: Array, thresholds: Array, *, min_k: int) -> Arra
     return min_k + above.sum(axis=1, dtype=jnp.int32)
 
 
+def raw_to_k(raw: Array, knots: Array, thresholds: Array, *, min_k: int) -> Array:
+    """i32[T]: ``difficulty_to_k`` of ``calibrated_difficulty``, by one comparison a threshold.
+
+    Carries the few thresholds over to the scale of the raw scores instead of looking every token's
+    score up among the knots. ``>=`` because a score equal to a run of tied knots has the calibrated
+    difficulty of the run's upper end.
+    """
+    level = jnp.linspace(0.0, 1.0, knots.shape[0], dtype=jnp.float32)
+    cuts = jnp.interp(thresholds, level, knots)
+    return min_k + (raw[:, None] >= cuts[None, :]).sum(axis=1, dtype=jnp.int32)
+
+
 def fit_thresholds(
     difficulty: np.ndarray, *, min_k: int, max_k: int, target_mean_k: float
 ) -> np.ndarray:

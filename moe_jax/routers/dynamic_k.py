@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -99,8 +98,8 @@ class DynamicK(Router):
             self.gate, self.scoring, params, x,
             max_k=self.max_k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
         )  # fmt: skip
-        level = self._level(state, x, slots.logits, context)
-        counts = budget.difficulty_to_k(level, state.thresholds, min_k=self.min_k)
+        raw = self._raw(x, slots.logits, context)
+        counts = budget.raw_to_k(raw, state.knots, state.thresholds, min_k=self.min_k)
         keep = first_k(counts, self.max_k)
         return build_routing(
             logits=slots.logits,
@@ -120,14 +119,11 @@ class DynamicK(Router):
         context: Context | None = None,
     ) -> Array:
         """f32[T] in [0, 1]: calibrated difficulty of tokens x [T, D]."""
-        return self._level(state, x, self.gate(params, x), context)
-
-    def _level(
-        self, state: DynamicKState, x: Array, logits: Array, context: Context | None
-    ) -> Array:
-        known: Mapping[str, Array] = {**(context or {}), "router_logits": logits}
-        raw = raw_difficulty(self.difficulty, x, known)
+        raw = self._raw(x, self.gate(params, x), context)
         return budget.calibrated_difficulty(raw, state.knots)
+
+    def _raw(self, x: Array, logits: Array, context: Context | None) -> Array:
+        return raw_difficulty(self.difficulty, x, {**(context or {}), "router_logits": logits})
 
     def update(self, state: DynamicKState, stats: RoutingStats) -> DynamicKState:
         if not self.balance_rate:
@@ -147,9 +143,7 @@ class DynamicK(Router):
     ) -> DynamicKState:
         budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
         mask = real_tokens(token_mask, x)
-        logits = self.gate(params, x)
-        known = {**(context or {}), "router_logits": logits}
-        raw = np.asarray(raw_difficulty(self.difficulty, x, known))[mask]
+        raw = np.asarray(self._raw(x, self.gate(params, x), context))[mask]
         knots = budget.fit_knots(raw)
         level = np.asarray(budget.calibrated_difficulty(jnp.asarray(raw), knots))
         thresholds = budget.fit_thresholds(
