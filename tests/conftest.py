@@ -1,0 +1,39 @@
+"""Strictness for every test: ranks and dtypes never promote in silence, a warning is an error.
+
+(The last of these is ``filterwarnings = ["error"]`` in pyproject.toml.)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+    # Most of the suite's time is compilation, so compiled code is kept between runs.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # JAX does not write entries atomically: an xdist worker may read what another is writing. It then
+    # warns and compiles for itself, which is no fault of the code under test.
+    for what in ("reading", "writing"):
+        config.addinivalue_line(
+            "filterwarnings", f"ignore:Error {what} persistent compilation cache:UserWarning"
+        )
+
+    hypothesis.settings.register_profile(
+        "ci", deadline=None, max_examples=20, derandomize=True, database=None
+    )
+    hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
