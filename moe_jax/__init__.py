@@ -4,7 +4,7 @@ Every routing rule produces one ``Routing``; every way of running experts consum
 ``DispatchPlan``; nothing else passes between them.
 """
 
-from moe_jax.budget import fit_thresholds
+from moe_jax.budget import fit_thresholds, row_budget
 from moe_jax.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
 from moe_jax.experts import FeedForward, explain_choice, run_experts
 from moe_jax.layer import LayerAux, init_moe_layer, moe_layer
@@ -57,6 +57,7 @@ __all__ = [
     "plan_dispatch",
     "router_from_json",
     "routing_stats",
+    "row_budget",
     "run_experts",
     "to_assignments",
 ]

@@ -7,6 +7,8 @@ the service without ever retracing. Fitting runs on the host, once, on calibrati
 from __future__ import annotations
 
 import hashlib
+import math
+import statistics
 from importlib import metadata
 
 import jax
@@ -105,6 +107,77 @@ def _version() -> list[int]:
     except metadata.PackageNotFoundError:  # run from a source tree that was never installed
         return [0, 0, 0]
     return [int("".join(c for c in part if c.isdigit()) or 0) for part in text.split(".")[:3]]
+
+
+def row_budget(
+    histogram: np.ndarray,
+    *,
+    num_tokens: int,
+    overflow_probability: float = 1e-3,
+    design_effect: float = 1.0,
+) -> int:
+    """R for ``plan_dispatch(max_rows=R)``: rows that a batch needs, save with a tolerated chance.
+
+    A batch of T tokens with this histogram of experts per token asks for ``T * mean`` rows with
+    variance ``T * var * design_effect``; R is the normal quantile above which a batch falls with
+    ``overflow_probability``. What overflows is dropped by priority and counted in
+    ``stats.dropped_fraction``; a token's first expert never is.
+
+    Args:
+        histogram: [K + 1], share of tokens that use 0..K experts, e.g. ``state.fit.histogram``.
+        num_tokens: T of the batches to come.
+        overflow_probability: share of batches that may overflow.
+        design_effect: how much more the total varies than for independent tokens. Neighbouring
+            tokens are alike, so text has more than 1: measure it with ``batch_design_effect``.
+
+    Returns:
+        R, between T and T * K.
+
+    Raises:
+        ValueError: a histogram that does not sum to 1, or a probability outside (0, 1).
+
+    Example:
+        >>> row_budget(np.array([0.0, 0.7, 0.3]), num_tokens=8192)
+        10778
+    """
+    shares = np.asarray(histogram, np.float64)
+    if shares.ndim != 1 or shares.size < 2 or abs(shares.sum() - 1.0) > 1e-3:
+        raise ValueError(
+            f"histogram: expected shares of tokens that use 0..K experts, summing to 1, got sum "
+            f"{shares.sum():g}. Use the histogram of a fitted state."
+        )
+    if not 0 < overflow_probability < 1:
+        raise ValueError(
+            f"overflow_probability: expected a number in (0, 1), got {overflow_probability}. "
+            "1e-3 lets one batch in a thousand drop something."
+        )
+    k = np.arange(shares.size)
+    mean = float((k * shares).sum())
+    variance = float((np.square(k - mean) * shares).sum()) * design_effect
+    quantile = statistics.NormalDist().inv_cdf(1.0 - overflow_probability)
+    rows = num_tokens * mean + quantile * math.sqrt(num_tokens * variance)
+    return int(min(max(math.ceil(rows), num_tokens), num_tokens * (shares.size - 1)))
+
+
+def batch_design_effect(counts: np.ndarray, *, num_tokens: int) -> float:
+    """How much more the rows of real batches vary than those of independent tokens; at least 1.
+
+    Args:
+        counts: i32[M], experts per token in the order of the text, M at least two batches.
+        num_tokens: T, consecutive tokens in one batch.
+
+    Raises:
+        ValueError: fewer than two whole batches.
+    """
+    batches = np.asarray(counts, np.float64)[: len(counts) // num_tokens * num_tokens]
+    if batches.size < 2 * num_tokens:
+        raise ValueError(
+            f"counts: expected at least two batches of {num_tokens} tokens, got {len(counts)} "
+            "counts. Give more calibration text."
+        )
+    independent = batches.var() * num_tokens
+    measured = batches.reshape(-1, num_tokens).sum(axis=1).var(ddof=1)
+    return max(1.0, float(measured / independent)) if independent > 0 else 1.0
 
 
 # --- difficulty to k ------------------------------------------------------------------------
