@@ -12,9 +12,10 @@ from moe_jax.experts.base import Implementation, num_experts_of
 from moe_jax.experts.capacity import CAPACITY
 from moe_jax.experts.dense import DENSE
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
+from moe_jax.experts.tiered import TIERED
 from moe_jax.types import Array, DispatchPlan, Params, check_array
 
-_ALL = (CAPACITY, DENSE)  # in order of preference
+_ALL = (TIERED, CAPACITY, DENSE)  # in order of preference
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in _ALL}
 
 __all__ = [

@@ -1,0 +1,326 @@
+"""Dropless without E times the work: static sizes, the fitting ones chosen at run time.
+
+Two ways of running sorted rows are combined, and both choose among a few static sizes by
+``lax.switch``:
+
+* *Pieces*: a loop with a dynamic trip count over pieces of at most B rows of one expert. A piece
+  runs in the smallest of a few sizes that holds it. Needs one expert's weights at a time.
+* *Bulk*: the first C rows of every expert in one batched product, as in ``capacity``, where C is
+  the cheapest of a few sizes for the loads at hand; what an expert has beyond C goes to the pieces.
+
+On a CPU the pieces alone are as fast as one large product, since the hidden activations of a piece
+stay in the cache, and follow any load; accelerators want the bulk. Nothing is dropped, no buffer is
+sized for the worst case, and fewer experts per token cost less time.
+
+The gradient is written by hand: differentiating through ``lax.switch`` would keep the residuals of
+every branch, and a loop with a dynamic trip count has no reverse derivative. The backward pass runs
+the hidden layers of the experts again instead of storing them. Rows move by gathers and contiguous
+writes in both directions; nothing is scattered.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.experts.base import Implementation, all_experts
+from moe_jax.experts.feed_forward import ExpertFn
+from moe_jax.types import Array, DispatchPlan, Params
+
+# Sizes of the bulk as shares of the mean load (rows / E). Dense around 1, where the padding of a
+# balanced load is decided.
+_BULK_SHARES = {"cpu": (0.0,), "": (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0625, 1.125, 1.25)}
+
+_MOST_PIECE_ROWS = 512
+
+# What touching one expert's weights costs, in rows of arithmetic: a piece copies the weights of its
+# expert, and the batched product streams the weights of all.
+_COPY_ROWS = 64
+_STREAM_ROWS = 12
+
+_C = TypeVar("_C")
+
+
+class _Layout(NamedTuple):
+    """How the rows of a plan are split, decided at run time."""
+
+    tier: Array  # i32[]: index into the bulk sizes
+    base: Array  # i32[]: C, rows of each expert in the bulk
+    beyond: Array  # i32[E]: rows of each expert that go to the pieces
+    pieces_end: Array  # i32[E]: pieces of all experts up to and including this one
+
+
+def bulk_sizes(plan: DispatchPlan) -> tuple[int, ...]:
+    """Static sizes C to choose from, ascending, none beyond what one expert can hold."""
+    mean = plan.num_rows / plan.assignments.num_experts
+    shares = _BULK_SHARES.get(jax.default_backend(), _BULK_SHARES[""])
+    return tuple(sorted({min(plan.max_group, _round_up(s * mean, 16)) for s in shares}))
+
+
+def piece_sizes(plan: DispatchPlan) -> tuple[int, ...]:
+    """Static sizes B of the pieces, ascending. Longer runs of rows are cut at the largest."""
+    mean = plan.num_rows / plan.assignments.num_experts
+    most = min(plan.max_group, _MOST_PIECE_ROWS)
+    if mean > _MOST_PIECE_ROWS:
+        sizes = {_round_up(most * share / 8, 8) for share in range(1, 9)}
+    else:
+        shares = (0.25, 0.5, 0.75, 1.0, 1.0625, 1.125, 1.25, 1.5, 2.0)
+        sizes = {max(32, _round_up(mean * share, 16)) for share in shares}
+    return tuple(sorted({min(s, most) for s in sizes}))
+
+
+def _round_up(value: float, step: int) -> int:
+    return math.ceil(value / step) * step
+
+
+def _piece_rows(sizes: tuple[int, ...], rows: Array) -> Array:
+    """Rows that the pieces of experts with ``rows`` rows compute, padding included."""
+    rest = rows % sizes[-1]
+    last = jnp.asarray((0, *sizes), jnp.int32)[_fitting(sizes, rest) + (rest > 0).astype(jnp.int32)]
+    return rows - rest + last
+
+
+def _fitting(sizes: tuple[int, ...], rows: Array) -> Array:
+    """Index of the smallest size that holds ``rows`` (the largest where none does)."""
+    smaller = jnp.zeros(rows.shape, jnp.int32)
+    for size in sizes[:-1]:
+        smaller += (rows > size).astype(jnp.int32)
+    return smaller
+
+
+def _layout(plan: DispatchPlan) -> _Layout:
+    sizes, pieces = bulk_sizes(plan), piece_sizes(plan)
+    bulk = jnp.asarray(sizes, jnp.int32)
+    beyond = jnp.maximum(plan.group_sizes[None, :] - bulk[:, None], 0)  # [tiers, E]
+    count = -(-beyond // pieces[-1])
+    streamed = jnp.asarray([s + _STREAM_ROWS * (s > 0) for s in sizes], jnp.int32)
+    cost = plan.assignments.num_experts * streamed
+    cost += (_piece_rows(pieces, beyond) + _COPY_ROWS * count).sum(axis=1)
+    tier = jnp.argmin(cost).astype(jnp.int32)
+    return _Layout(tier, bulk[tier], beyond[tier], jnp.cumsum(count[tier]))
+
+
+# --- rows ---------------------------------------------------------------------------------------
+# A "sorted row" is an index into plan.order: kept assignments, grouped by expert, without gaps.
+
+
+class _Rows(NamedTuple):
+    """Some rows of the plan, and where they come from."""
+
+    live: Array  # bool[...]: False for padding
+    assignments: Array  # i32[...]
+    tokens: Array  # i32[...]
+
+
+def _rows(plan: DispatchPlan, row: Array, live: Array) -> _Rows:
+    n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
+    return _Rows(live, n, plan.assignments.token_indices[n])
+
+
+def _bulk_rows(plan: DispatchPlan, size: int) -> _Rows:
+    """The rows of the bulk, [E, C]."""
+    slot = jnp.arange(size, dtype=jnp.int32)[None, :]
+    return _rows(plan, plan.group_offsets[:, None] + slot, slot < plan.group_sizes[:, None])
+
+
+def _zero_unless(live: Array, rows: Array) -> Array:
+    # Selects instead of multiplying: 0 * NaN is NaN, and an empty row must not carry a token's.
+    return jnp.where(live[..., None], rows, jnp.zeros((), rows.dtype))
+
+
+def _sort_bulk(plan: DispatchPlan, flat: Array, size: int, length: int) -> Array:
+    """From rows of the bulk, [E*C, D], to sorted rows, [length, D]; zero where it has none."""
+    row = jnp.arange(length, dtype=jnp.int32)
+    n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
+    position = plan.position[n]
+    here = (row < plan.group_sizes.sum()) & (position < size)
+    home = jnp.where(here, plan.assignments.expert_indices[n] * size + position, 0)
+    return _zero_unless(here, flat[home])
+
+
+def _sum_over_slots(plan: DispatchPlan, rows: Array, weights: Array | None) -> Array:
+    """From sorted rows, [length, D], to f32[T, D]: the weighted sum over a token's assignments."""
+    a = plan.assignments
+    sorted_row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)]
+    home = jnp.where(plan.kept, sorted_row + plan.position, 0)
+    gathered = _zero_unless(plan.kept, rows[home]).astype(jnp.float32)
+    if weights is not None:
+        gathered = gathered * weights[:, None]
+    if a.slots_per_token:
+        return gathered.reshape(a.num_tokens, a.slots_per_token, -1).sum(axis=1)
+    empty = jnp.zeros((a.num_tokens, rows.shape[1]), jnp.float32)
+    return empty.at[a.token_indices].add(gathered)
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+def _run_layout(
+    plan: DispatchPlan,
+    params: Params,
+    bulk: Callable[[int], _C],
+    piece: Callable[[Params, _Rows], _C],
+    put: Callable[[_C, Array, Array, Array, _C], _C],
+) -> _C:
+    """The bulk, then every piece; ``put(carry, expert, first row, live, piece)`` stores a piece."""
+    sizes, pieces = bulk_sizes(plan), piece_sizes(plan)
+    layout = _layout(plan)
+    if len(sizes) == 1:
+        carry = bulk(sizes[0])
+    else:
+        carry = jax.lax.switch(layout.tier, [functools.partial(bulk, s) for s in sizes])
+    if sizes == (plan.max_group,):
+        return carry
+    most = pieces[-1]
+
+    def run_piece(size: int, expert_params: Params, row: Array, held: Array) -> _C:
+        slot = jnp.arange(size, dtype=jnp.int32)
+        return piece(expert_params, _rows(plan, row + slot, slot < held))
+
+    def step(index: Array, carry: _C) -> _C:
+        expert = (layout.pieces_end <= index).sum(dtype=jnp.int32)
+        held = layout.beyond[expert]
+        done = (index - layout.pieces_end[expert] + -(-held // most)) * most
+        row = plan.group_offsets[expert] + layout.base + done
+        held = held - done
+        one = jax.tree.map(
+            lambda p: jax.lax.dynamic_index_in_dim(p, expert, axis=0, keepdims=False), params
+        )
+        branches = [functools.partial(run_piece, size) for size in pieces]
+        made = jax.lax.switch(_fitting(pieces, held), branches, one, row, held)
+        live = jnp.arange(most, dtype=jnp.int32) < held
+        return put(carry, expert, row, live, made)
+
+    return jax.lax.fori_loop(jnp.int32(0), layout.pieces_end[-1], step, carry)
+
+
+def _pad(rows: Array, length: int) -> Array:
+    return jnp.pad(rows, ((0, length - rows.shape[0]), (0, 0)))
+
+
+def _put_rows(total: Array, row: Array, live: Array, rows: Array) -> Array:
+    """Writes the live rows at ``row``; the rows after them belong to others and stay."""
+    old = jax.lax.dynamic_slice_in_dim(total, row, rows.shape[0])
+    return jax.lax.dynamic_update_slice_in_dim(total, jnp.where(live[:, None], rows, old), row, 0)
+
+
+def _add_expert(total: Params, expert: Array, update: Params) -> Params:
+    def add(whole: Array, part: Array) -> Array:
+        old = jax.lax.dynamic_index_in_dim(whole, expert, axis=0, keepdims=False)
+        new = old + part.astype(whole.dtype)
+        return jax.lax.dynamic_update_index_in_dim(whole, new, expert, axis=0)
+
+    return jax.tree.map(add, total, update)
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# --- forward and backward -----------------------------------------------------------------------
+
+
+def _outputs(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan) -> Array:
+    """Every kept assignment's expert output, [num_rows + B, D_out] in sorted order."""
+    most = piece_sizes(plan)[-1]
+    length = plan.num_rows + most
+    one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), params)
+    out = jax.eval_shape(expert_fn, one, jax.ShapeDtypeStruct((1, x.shape[1]), x.dtype))
+
+    def bulk(size: int) -> Array:
+        if size == 0:
+            return jnp.zeros((length, out.shape[1]), out.dtype)
+        rows = _bulk_rows(plan, size)
+        made = all_experts(expert_fn, params, _zero_unless(rows.live, x[rows.tokens]))
+        return _sort_bulk(plan, made.reshape(-1, out.shape[1]), size, length)
+
+    def piece(one: Params, rows: _Rows) -> Array:
+        return _pad(expert_fn(one, _zero_unless(rows.live, x[rows.tokens])), most)
+
+    def put(total: Array, expert: Array, row: Array, live: Array, made: Array) -> Array:
+        return _put_rows(total, row, live, made)
+
+    return _run_layout(plan, params, bulk, piece, put)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiered(
+    expert_fn: ExpertFn, params: Params, x: Array, weights: Array, plan: DispatchPlan
+) -> Array:
+    return _sum_over_slots(plan, _outputs(expert_fn, params, x, plan), weights)
+
+
+def _tiered_fwd(expert_fn, params, x, weights, plan):
+    outputs = _outputs(expert_fn, params, x, plan)
+    # The outputs are kept because the gradient of the combine weights needs them: without, the
+    # backward pass would run the whole forward pass again, not only the hidden layers.
+    return _sum_over_slots(plan, outputs, weights), (params, x, weights, plan, outputs)
+
+
+def _tiered_bwd(expert_fn, residuals, dy):
+    params, x, weights, plan, outputs = residuals
+    a = plan.assignments
+    most = piece_sizes(plan)[-1]
+
+    def gradient_rows(rows: _Rows) -> Array:
+        scaled = dy[rows.tokens] * weights[rows.assignments][..., None]
+        return _zero_unless(rows.live, scaled).astype(outputs.dtype)
+
+    def bulk(size: int) -> tuple[Params, Array]:
+        if size == 0:
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p.dtype)), params)
+            return zeros, jnp.zeros((outputs.shape[0], x.shape[1]), x.dtype)
+        rows = _bulk_rows(plan, size)
+        blocks = _zero_unless(rows.live, x[rows.tokens])
+        _, pull = jax.vjp(functools.partial(all_experts, expert_fn), params, blocks)
+        dparams, dblocks = pull(gradient_rows(rows))
+        dparams = jax.tree.map(lambda d: d.astype(_wide(d.dtype)), dparams)
+        flat = dblocks.reshape(-1, x.shape[1])
+        return dparams, _sort_bulk(plan, flat, size, outputs.shape[0])
+
+    def piece(one: Params, rows: _Rows) -> tuple[Params, Array]:
+        _, pull = jax.vjp(expert_fn, one, _zero_unless(rows.live, x[rows.tokens]))
+        dexpert, drows = pull(gradient_rows(rows))
+        return dexpert, _pad(drows, most)
+
+    def put(total, expert, row, live, made):
+        return _add_expert(total[0], expert, made[0]), _put_rows(total[1], row, live, made[1])
+
+    dparams, drows = _run_layout(plan, params, bulk, piece, put)
+    dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
+    dx = _sum_over_slots(plan, drows, None).astype(x.dtype)
+
+    tokens = a.token_indices[plan.order[: plan.num_rows]]
+    sorted_dweights = (outputs[: plan.num_rows].astype(jnp.float32) * dy[tokens]).sum(axis=1)
+    row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)] + plan.position
+    dweights = jnp.where(plan.kept, sorted_dweights[jnp.where(plan.kept, row, 0)], 0.0)
+    return dparams, dx, dweights, None
+
+
+_tiered.defvjp(_tiered_fwd, _tiered_bwd)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    return _tiered(expert_fn, params, x, weights, plan)
+
+
+def slots_executed(plan: DispatchPlan) -> Array:
+    layout = _layout(plan)
+    rows = plan.assignments.num_experts * layout.base
+    rows += _piece_rows(piece_sizes(plan), layout.beyond).sum()
+    return rows.astype(jnp.float32)
+
+
+TIERED = Implementation(
+    name="tiered",
+    run=run,
+    slots_executed=slots_executed,
+    refuse=lambda plan, backend: None,
+    summary="sorted rows in pieces of a size chosen at run time (dropless)",
+)
