@@ -166,7 +166,9 @@ def route(
     """Routing alone against its own logits product and top-k."""
     from moe_jax.bench.route import bench_route
 
-    settings: dict[str, Any] = dict(tokens=tokens, d_model=d_model, experts=experts, k=k, rounds=rounds)
+    settings: dict[str, Any] = dict(
+        tokens=tokens, d_model=d_model, experts=experts, k=k, rounds=rounds
+    )
     with _progress() as progress:
         rows = bench_route(**settings, progress=progress)
     columns = ["rule", "ratio", "ms", "floor_ms", "tokens_per_second"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.bench.measure import interleave, temp_bytes
 from moe_jax.bench.workload import (
@@ -88,7 +89,7 @@ def bench_layer(
     for e, dtype, load, direction in itertools.product(experts, dtypes, loads, passes):
         progress(f"E={e} {dtype} {load} {direction}")
         routing = sample_routing(tokens=tokens, experts=e, k=k, load=load, mean_k=mean_k)
-        load_of = plan_dispatch(to_assignments(routing)).group_sizes
+        load_of = np.asarray(plan_dispatch(to_assignments(routing)).group_sizes)
         about = {
             "tokens": tokens,
             "d_model": d_model,

@@ -1,0 +1,156 @@
+"""The command line: messages instead of tracebacks, exit codes that mean something, JSON."""
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moe_jax.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def hidden(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 64, 16)) * rng.uniform(0.5, 2.0, size=(2, 64, 1))
+    np.save(tmp_path / "x.npy", x.astype(np.float32))
+    return tmp_path / "x.npy"
+
+
+def test_route_prints_one_json_object_and_nothing_else(hidden, tmp_path):
+    saved = tmp_path / "routing.npz"
+    result = runner.invoke(app, ["route", str(hidden), "--json", "--save", str(saved)])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["tokens"] == 128
+    assert not report["trained"]
+    assert sum(report["expert_utilization"]) == pytest.approx(1.0)
+    assert report["mean_experts_per_token"] == pytest.approx(2.5, rel=0.01)
+    with np.load(saved) as arrays:
+        counts = arrays["num_experts_per_token"]
+    assert counts.mean() == pytest.approx(report["mean_experts_per_token"])
+
+
+def test_untrained_weights_say_so(hidden):
+    assert "untrained" in runner.invoke(app, ["route", str(hidden)]).stderr
+
+
+def test_route_takes_a_budget(hidden):
+    result = runner.invoke(app, ["route", str(hidden), "--json", "--target-mean-k", "1.4"])
+    assert json.loads(result.stdout)["mean_experts_per_token"] == pytest.approx(1.4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: p / "none.npy", "No such file"),
+        (lambda p: _write(p / "text.npy", b"hello"), "expected a .npy file"),
+        (lambda p: _save(p / "one.npy", np.ones(4, np.float32)), "at least two axes"),
+        (lambda p: _save(p / "int.npy", np.ones((4, 4), np.int32)), "expected floats"),
+        (lambda p: _save(p / "nan.npy", np.full((4, 4), np.nan, np.float32)), "NaN or inf"),
+        (lambda p: _save(p / "object.npy", np.array([{}], object)), "expected a .npy file"),
+    ],
+)
+def test_bad_files_are_refused_with_exit_code_2(tmp_path, make, said):
+    result = runner.invoke(app, ["route", str(make(tmp_path))])
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+def _write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def _save(path, array):
+    np.save(path, array, allow_pickle=True)
+    return path
+
+
+def test_a_config_of_another_width_is_refused(hidden):
+    result = runner.invoke(app, ["route", str(hidden), "--config", "configs/production.json"])
+    assert result.exit_code == 2
+    assert "input_dim=768" in result.stderr
+
+
+def test_config_check_says_yes_or_no(tmp_path):
+    assert runner.invoke(app, ["config", "check", "configs/production.json"]).exit_code == 0
+    bad = _write(tmp_path / "bad.json", b'{"router_config": {"num_expert": 4}}')
+    result = runner.invoke(app, ["config", "check", str(bad), "--json"])
+    assert result.exit_code == 1
+    assert "num_experts" in json.loads(result.stdout)["problems"][0]
+
+
+def test_config_show_prints_presets_and_refuses_unknown_ones():
+    result = runner.invoke(app, ["config", "show", "--preset", "high_accuracy"])
+    assert json.loads(result.stdout)["router_config"]["num_experts"] == 16
+    assert runner.invoke(app, ["config", "show", "--preset", "none"]).exit_code == 2
+
+
+def test_inspect_and_route_a_checkpoint(hidden, tmp_path):
+    import jax
+
+    from moe_jax import TopP
+    from moe_jax.checkpoint import Checkpoint, save
+
+    router = TopP(num_experts=4, max_k=2)
+    params = {"layer": {"router": router.init(jax.random.key(0), 16)}}
+    x = np.load(hidden).reshape(-1, 16)
+    state = router.fit(params["layer"]["router"], router.init_state(), x, target_mean_k=1.5)
+    folder = tmp_path / "saved"
+    save(folder, Checkpoint(params=params, routers={"layer": router}, states={"layer": state}))
+
+    told = json.loads(runner.invoke(app, ["inspect", str(folder), "--json"]).stdout)
+    assert told["routers"]["layer"]["fit"]["achieved_mean_k"] == pytest.approx(1.5, rel=0.01)
+    assert "budget 1.500" in runner.invoke(app, ["inspect", str(folder)]).stdout
+    result = runner.invoke(app, ["route", str(hidden), "--checkpoint", str(folder), "--json"])
+    report = json.loads(result.stdout)
+    assert report["trained"]
+    assert report["mean_experts_per_token"] == pytest.approx(1.5, rel=0.01)
+    wrong = ["route", str(hidden), "--checkpoint", str(folder), "--router", "x"]
+    assert runner.invoke(app, wrong).exit_code == 2
+    assert runner.invoke(app, ["inspect", str(tmp_path)]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["layer", "--tokens", "64", "--d-model", "8", "--d-ff", "16", "--experts", "4",
+         "--rounds", "2", "--implementations", "capacity,balanced,dense"],
+        ["decode", "--tokens", "1", "--experts", "4", "--d-model", "8", "--d-ff", "16",
+         "--rounds", "2"],
+        ["route", "--tokens", "64", "--d-model", "8", "--rounds", "2"],
+        ["batch", "--sizes", "1,2", "--sequence", "8", "--d-model", "8", "--d-ff", "16",
+         "--rounds", "2"],
+    ],
+    ids=lambda w: w[0],
+)  # fmt: skip
+def test_bench_writes_rows_with_their_machine(tmp_path, words):
+    file = tmp_path / "rows.json"
+    result = runner.invoke(app, ["bench", *words, "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    written = json.loads(file.read_text())
+    assert written["bench"] == words[0]
+    assert written["machine"]["cores"] >= 1
+    assert all(row["ms"] > 0 for row in written["rows"])
+
+
+def test_bench_layer_rows_have_the_promised_columns(tmp_path):
+    file, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    words = "bench layer --tokens 64 --d-model 8 --d-ff 16 --experts 4 --rounds 2 --pass fwd"
+    result = runner.invoke(app, [*words.split(), "--json", str(file), "--plot", str(picture)])
+    assert result.exit_code == 0, result.output
+    promised = {"implementation", "default", "tokens", "experts", "k", "dtype", "load", "pass"}
+    promised |= {"ratio", "temp_mb", "dropped"}
+    rows = json.loads(file.read_text())["rows"]
+    assert all(promised <= row.keys() for row in rows)
+    assert any(row["default"] and row["dropped"] == 0 for row in rows)
+    assert picture.stat().st_size > 1000
+
+
+def test_bench_refuses_unknown_words():
+    result = runner.invoke(app, ["bench", "layer", "--load", "heavy"])
+    assert result.exit_code == 2
