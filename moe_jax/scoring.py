@@ -13,7 +13,7 @@ from moe_jax.types import Array, check_choice
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "identity")
 POST_SCORES = ("none", "softmax", "sigmoid")
-NORMS = ("none", "sum", "sum_eps", "clamp")
+NORMS = ("none", "sum", "sum_eps", "clamp", "p")
 GROUP_SCORES = ("top2_sum", "max")
 GROUP_FILLS = ("lowest", "zero")
 
@@ -31,8 +31,10 @@ class Scoring:
         post: what turns the selected scores into weights: ``softmax`` over the used slots (with
             ``score="identity"`` this is "top-k, then softmax"), ``sigmoid``, or ``none``.
         norm: ``sum`` divides a token's weights by their sum over the used slots, ``sum_eps`` by
-            sum + eps, ``clamp`` by max(sum, eps). Off by default: see ``warn_starved_router``.
+            sum + eps, ``clamp`` by max(sum, eps), ``p`` by their p-norm (DBRX). Off by default: see
+            ``warn_starved_router``.
         norm_eps: eps.
+        norm_p: the p of ``norm="p"``.
         scale: constant factor on the weights (2.5 in DeepSeek-V3).
         num_groups: experts are split into this many blocks of neighbours; 1 is no grouping.
         top_groups: how many groups a token may use.
@@ -51,6 +53,7 @@ class Scoring:
     post: str = "none"
     norm: str = "none"
     norm_eps: float = 1e-20
+    norm_p: float = 1.0
     scale: float = 1.0
     num_groups: int = 1
     top_groups: int = 1
@@ -64,6 +67,10 @@ class Scoring:
         check_choice("norm", self.norm, NORMS)
         check_choice("group_score", self.group_score, GROUP_SCORES)
         check_choice("group_fill", self.group_fill, GROUP_FILLS)
+        if not self.norm_p > 0:
+            raise ValueError(
+                f"norm_p: expected a positive number, got {self.norm_p}. 1 is the sum."
+            )
         if not 1 <= self.top_groups <= self.num_groups:
             raise ValueError(
                 f"top_groups: expected 1 <= top_groups <= num_groups={self.num_groups}, got "
@@ -86,7 +93,7 @@ class Scoring:
 
     @property
     def renormalizes(self) -> bool:
-        """Whether a token's weights add up to a constant, whatever its logits are."""
+        """Whether the weight of a token's only expert is a constant, whatever its logits are."""
         return self.norm != "none" or self.post == "softmax"
 
     def scores(self, logits: Array) -> Array:
@@ -139,7 +146,14 @@ class Scoring:
         elif self.post == "sigmoid":
             weights = jax.nn.sigmoid(slot_scores)
         if self.norm != "none":
-            total = jnp.where(keep, weights, 0.0).sum(axis=-1, keepdims=True)
+            kept = jnp.where(keep, weights, 0.0)
+            if self.norm == "p" and self.norm_p != 1.0:
+                # Unused slots are set to 1 before the power, whose gradient at 0 may be infinite.
+                powers = jnp.where(keep, jnp.abs(jnp.where(keep, weights, 1.0)) ** self.norm_p, 0.0)
+                total = powers.sum(axis=-1, keepdims=True)
+                total = jnp.where(total > 0, total, 1.0) ** (1.0 / self.norm_p)
+            else:
+                total = kept.sum(axis=-1, keepdims=True)
             if self.norm == "sum_eps":
                 weights = weights / (total + self.norm_eps)
             elif self.norm == "clamp":

@@ -33,6 +33,8 @@ class TopK(Router):
         gate: the map to logits.
         scoring: logits to scores and weights.
         balance_rate: step of the loss-free bias controller that ``update`` runs; 0 is off.
+        use_expert_scale: whether the parameter ``expert_scale`` f32[E] multiplies the final weights
+            (Gemma 4).
 
     Example:
         >>> import jax
@@ -48,6 +50,7 @@ class TopK(Router):
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
     balance_rate: float = 0.0
+    use_expert_scale: bool = False
 
     def __post_init__(self) -> None:
         check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
@@ -67,6 +70,12 @@ class TopK(Router):
             causal=True, batch_invariant=True, may_leave_token_empty=False, budget="exact"
         )
 
+    def init(self, key: Array, d_model: int) -> Params:
+        params = self.gate.init(key, d_model=d_model, num_experts=self.num_experts)
+        if self.use_expert_scale:
+            params["expert_scale"] = jnp.ones((self.num_experts,), jnp.float32)
+        return params
+
     def init_state(self) -> TopKState:
         return TopKState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
 
@@ -85,11 +94,14 @@ class TopK(Router):
             max_k=self.k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
         )  # fmt: skip
         keep = jnp.ones(slots.indices.shape, bool)
+        weights = self.scoring.weights(slots.scores, keep, min_k=self.k)
+        if self.use_expert_scale:
+            weights = weights * params["expert_scale"].astype(jnp.float32)[slots.indices]
         return build_routing(
             logits=slots.logits,
             probs=slots.probs,
             indices=slots.indices,
-            weights=self.scoring.weights(slots.scores, keep, min_k=self.k),
+            weights=weights,
             keep=keep,
             token_mask=token_mask,
         )
