@@ -36,7 +36,11 @@ from moe_jax.types import Array, DispatchPlan, Params
 # balanced load is decided.
 _BULK_SHARES = {"cpu": (0.0,), "": (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0625, 1.125, 1.25)}
 
+# Sizes of the pieces. Where the mean load is a piece or less, one piece holds most experts, so the
+# sizes are dense around the loads to expect; above it, only the last piece of an expert is padded.
 _MOST_PIECE_ROWS = 512
+_PIECE_SHARES_OF_LARGEST = (0.125, 0.25, 0.5, 0.75, 1.0)
+_PIECE_SHARES_OF_MEAN = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25)
 
 # What touching one expert's weights costs, in rows of arithmetic: a piece copies the weights of its
 # expert, and the batched product streams the weights of all.
@@ -65,13 +69,11 @@ def bulk_sizes(plan: DispatchPlan) -> tuple[int, ...]:
 def piece_sizes(plan: DispatchPlan) -> tuple[int, ...]:
     """Static sizes B of the pieces, ascending. Longer runs of rows are cut at the largest."""
     mean = plan.num_rows / plan.assignments.num_experts
-    most = min(plan.max_group, _MOST_PIECE_ROWS)
     if mean > _MOST_PIECE_ROWS:
-        sizes = {_round_up(most * share / 8, 8) for share in range(1, 9)}
+        sizes = [_round_up(_MOST_PIECE_ROWS * share, 8) for share in _PIECE_SHARES_OF_LARGEST]
     else:
-        shares = (0.25, 0.5, 0.75, 1.0, 1.0625, 1.125, 1.25, 1.5, 2.0)
-        sizes = {max(32, _round_up(mean * share, 16)) for share in shares}
-    return tuple(sorted({min(s, most) for s in sizes}))
+        sizes = [max(32, _round_up(mean * share, 16)) for share in _PIECE_SHARES_OF_MEAN]
+    return tuple(sorted({min(size, plan.max_group) for size in sizes}))
 
 
 def _round_up(value: float, step: int) -> int:
@@ -164,10 +166,16 @@ def _run_layout(
     plan: DispatchPlan,
     params: Params,
     bulk: Callable[[int], _C],
-    piece: Callable[[Params, _Rows], _C],
+    gather: Callable[[_Rows], tuple[Array, ...]],
+    piece: Callable[..., _C],
     put: Callable[[_C, Array, Array, Array, _C], _C],
 ) -> _C:
-    """The bulk, then every piece; ``put(carry, expert, first row, live, piece)`` stores a piece."""
+    """The bulk, then every piece.
+
+    ``gather(rows)`` fetches what the largest piece would need, ``piece(size, expert_params,
+    *gathered)`` computes its first ``size`` rows and pads to the largest, and ``put(carry, expert,
+    first_row, live, made)`` stores it.
+    """
     sizes, pieces = bulk_sizes(plan), piece_sizes(plan)
     layout = _layout(plan)
     if len(sizes) == 1:
@@ -178,9 +186,7 @@ def _run_layout(
         return carry
     most = pieces[-1]
 
-    def run_piece(size: int, expert_params: Params, row: Array, held: Array) -> _C:
-        slot = jnp.arange(size, dtype=jnp.int32)
-        return piece(expert_params, _rows(plan, row + slot, slot < held))
+    slot = jnp.arange(most, dtype=jnp.int32)
 
     def step(index: Array, carry: _C) -> _C:
         expert = (layout.pieces_end <= index).sum(dtype=jnp.int32)
@@ -191,10 +197,11 @@ def _run_layout(
         one = jax.tree.map(
             lambda p: jax.lax.dynamic_index_in_dim(p, expert, axis=0, keepdims=False), params
         )
-        branches = [functools.partial(run_piece, size) for size in pieces]
-        made = jax.lax.switch(_fitting(pieces, held), branches, one, row, held)
-        live = jnp.arange(most, dtype=jnp.int32) < held
-        return put(carry, expert, row, live, made)
+        rows = _rows(plan, row + slot, slot < held)
+        # Only the experts run in branches: what is outside is compiled once, not once a size.
+        branches = [functools.partial(piece, size) for size in pieces]
+        made = jax.lax.switch(_fitting(pieces, held), branches, one, *gather(rows))
+        return put(carry, expert, row, rows.live, made)
 
     return jax.lax.fori_loop(jnp.int32(0), layout.pieces_end[-1], step, carry)
 
@@ -239,13 +246,16 @@ def _outputs(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan) 
         made = all_experts(expert_fn, params, _zero_unless(rows.live, x[rows.tokens]))
         return _sort_bulk(plan, made.reshape(-1, out.shape[1]), size, length)
 
-    def piece(one: Params, rows: _Rows) -> Array:
-        return _pad(expert_fn(one, _zero_unless(rows.live, x[rows.tokens])), most)
+    def gather(rows: _Rows) -> tuple[Array]:
+        return (_zero_unless(rows.live, x[rows.tokens]),)
+
+    def piece(size: int, one: Params, block: Array) -> Array:
+        return _pad(expert_fn(one, block[:size]), most)
 
     def put(total: Array, expert: Array, row: Array, live: Array, made: Array) -> Array:
         return _put_rows(total, row, live, made)
 
-    return _run_layout(plan, params, bulk, piece, put)
+    return _run_layout(plan, params, bulk, gather, piece, put)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -283,15 +293,18 @@ def _tiered_bwd(expert_fn, residuals, dy):
         flat = dblocks.reshape(-1, x.shape[1])
         return dparams, _sort_bulk(plan, flat, size, outputs.shape[0])
 
-    def piece(one: Params, rows: _Rows) -> tuple[Params, Array]:
-        _, pull = jax.vjp(expert_fn, one, _zero_unless(rows.live, x[rows.tokens]))
-        dexpert, drows = pull(gradient_rows(rows))
+    def gather(rows: _Rows) -> tuple[Array, Array]:
+        return _zero_unless(rows.live, x[rows.tokens]), gradient_rows(rows)
+
+    def piece(size: int, one: Params, block: Array, dblock: Array) -> tuple[Params, Array]:
+        _, pull = jax.vjp(expert_fn, one, block[:size])
+        dexpert, drows = pull(dblock[:size])
         return dexpert, _pad(drows, most)
 
     def put(total, expert, row, live, made):
         return _add_expert(total[0], expert, made[0]), _put_rows(total[1], row, live, made[1])
 
-    dparams, drows = _run_layout(plan, params, bulk, piece, put)
+    dparams, drows = _run_layout(plan, params, bulk, gather, piece, put)
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
     dx = _sum_over_slots(plan, drows, None).astype(x.dtype)
 
