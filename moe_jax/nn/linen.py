@@ -1,0 +1,200 @@
+"""Flax Linen modules. Arrays only; every computation is a call of a pure function.
+
+Parameters are in the collection ``params``, the router's state in ``router_state``, which nothing
+but ``update_router`` writes, and only where it is mutable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from moe_jax.difficulty import Context, Estimator
+from moe_jax.experts import ExpertFn, FeedForward
+from moe_jax.layer import LayerAux, moe_layer
+from moe_jax.logits import Gate
+from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes
+from moe_jax.routers import Router as Rule
+from moe_jax.scoring import Scoring
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
+
+STATE = "router_state"
+
+
+def _boxed(params: Params, root: str) -> Params:
+    """Arrays in boxes that carry the logical names of their axes."""
+
+    def box(path: Any, leaf: Array) -> Any:
+        name = "/".join([root, *[str(getattr(p, "key", getattr(p, "idx", p))) for p in path]])
+        return nn.LogicallyPartitioned(leaf, logical_axes(name, leaf.ndim))
+
+    return jax.tree_util.tree_map_with_path(box, params)
+
+
+class Router(nn.Module):
+    """A routing rule with its parameters and state.
+
+    Example:
+        >>> import jax.numpy as jnp, moe_jax
+        >>> layer = Router(moe_jax.TopK(num_experts=4, k=2), d_model=8)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((3, 8)))
+        >>> layer.apply(variables, jnp.ones((3, 8))).expert_indices.shape
+        (3, 2)
+    """
+
+    router: Rule
+    d_model: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing | ExpertChoice:
+        """Routes x float[T, D]; see ``moe_jax.Router.__call__``."""
+        params = self.param("router", lambda k: _boxed(self.router.init(k, self.d_model), "router"))
+        state = self.variable(STATE, "state", self.router.init_state).value
+        return self.router(params, state, x, key=key, token_mask=token_mask, context=context)
+
+    def update_router(self, stats: RoutingStats) -> None:
+        """Writes the state after a training batch: ``apply(..., method="update_router",
+        mutable=["router_state"])``."""
+        _write(self, self.router, stats)
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer. Arguments as in ``moe_jax.nn.nnx.MoE``; ``call`` holds the further
+    keyword arguments of ``moe_layer`` as a dict.
+
+    Example:
+        >>> import jax.numpy as jnp, moe_jax
+        >>> layer = MoE(moe_jax.TopK(num_experts=4, k=2), d_model=8, d_ff=16)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3, 8)))
+        >>> layer.apply(variables, jnp.ones((2, 3, 8))).shape
+        (2, 3, 8)
+    """
+
+    router: Rule
+    d_model: int
+    d_ff: int | None = None
+    expert_fn: ExpertFn = FeedForward()
+    expert_init: ExpertInit | None = None
+    shared_d_ff: int = 0
+    call: Any = None
+
+    def rule(self) -> Rule:
+        return self.router
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+        return_aux: bool = False,
+    ) -> Any:
+        """y float[..., D] from x float[..., D]; with ``return_aux``, also the ``LayerAux``."""
+        return _apply(
+            self, self.rule(), x,
+            key=key, token_mask=token_mask, context=context, return_aux=return_aux,
+        )  # fmt: skip
+
+    def update_router(self, aux: LayerAux) -> None:
+        """Writes the state after a training batch: ``apply(..., method="update_router",
+        mutable=["router_state"])``."""
+        _write(self, self.rule(), aux.stats)
+
+
+class DynamicMoE(nn.Module):
+    """``MoE`` with ``DynamicK`` in the production guide's words, as ``moe_jax.nn.nnx.DynamicMoE``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> layer = DynamicMoE(8, FeedForward(), 1, 3, d_model=8, d_ff=16)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3, 8)))
+        >>> layer.apply(variables, jnp.ones((2, 3, 8))).shape
+        (2, 3, 8)
+    """
+
+    num_experts: int
+    expert_fn: ExpertFn = FeedForward()
+    min_experts: int = 1
+    max_experts: int = 4
+    d_model: int = 0
+    d_ff: int | None = None
+    difficulty: str | Estimator = "router_entropy"
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring()
+    balance_rate: float = 0.0
+    expert_init: ExpertInit | None = None
+    shared_d_ff: int = 0
+    call: Any = None
+
+    def rule(self) -> Rule:
+        return dynamic_router(
+            self.num_experts, self.min_experts, self.max_experts,
+            difficulty=self.difficulty, gate=self.gate, scoring=self.scoring,
+            balance_rate=self.balance_rate,
+        )  # fmt: skip
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+        return_aux: bool = False,
+    ) -> Any:
+        """y float[..., D] from x float[..., D]; with ``return_aux``, also the ``LayerAux``."""
+        return _apply(
+            self, self.rule(), x,
+            key=key, token_mask=token_mask, context=context, return_aux=return_aux,
+        )  # fmt: skip
+
+    def update_router(self, aux: LayerAux) -> None:
+        """As ``MoE.update_router``."""
+        _write(self, self.rule(), aux.stats)
+
+
+def _apply(
+    module: MoE | DynamicMoE, rule: Rule, x: Array, *, return_aux: bool, **kwargs: Any
+) -> Any:
+    call = dict(module.call or {})
+    spec = LayerSpec(
+        router=rule,
+        expert_fn=module.expert_fn,
+        d_model=module.d_model or x.shape[-1],
+        d_ff=module.d_ff,
+        shared_d_ff=module.shared_d_ff,
+        expert_init=module.expert_init,
+        call=tuple(sorted(call.items())),
+    )
+    # One key makes all parts, as in init_moe_layer. Linen also calls these functions, abstractly, when
+    # it only checks the shapes of parameters that it was given; any key does then.
+    key = module.make_rng("params") if module.is_initializing() else jax.random.key(0)
+    names = jax.eval_shape(spec.init, key)
+    params = {
+        name: module.param(name, lambda _, n=name: _boxed(spec.init(key)[n], n)) for name in names
+    }
+    state = module.variable(STATE, "state", rule.init_state).value
+    y, aux = moe_layer(rule, spec.expert_fn, params, state, x, **kwargs, **call)
+    return (y, aux) if return_aux else y
+
+
+def _write(module: nn.Module, rule: Rule, stats: RoutingStats) -> None:
+    if not module.is_mutable_collection(STATE):
+        raise ValueError(
+            f"update_router: expected a mutable collection {STATE!r}, got a fixed one. "
+            f"Call apply(variables, ..., method='update_router', mutable=[{STATE!r}])."
+        )
+    state = module.get_variable(STATE, "state")
+    module.put_variable(STATE, "state", rule.update(state, stats))

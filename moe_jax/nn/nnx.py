@@ -1,0 +1,215 @@
+"""Flax NNX modules. Arrays only; every computation is a call of a pure function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+from moe_jax.difficulty import Context, Estimator
+from moe_jax.experts import ExpertFn, FeedForward
+from moe_jax.layer import LayerAux, moe_layer
+from moe_jax.logits import Gate
+from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes
+from moe_jax.routers import Router as Rule
+from moe_jax.scoring import Scoring
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
+
+
+class RouterState(nnx.Variable):
+    """What a router learns without gradients. Not an ``nnx.Param``, so no optimiser touches it."""
+
+
+def _hold(tree: Params, path: str) -> Any:
+    """Arrays as ``nnx.Param`` with the logical names of their axes; dicts and lists as nnx's own."""
+    if isinstance(tree, dict):
+        return nnx.Dict({k: _hold(v, f"{path}/{k}" if path else k) for k, v in tree.items()})
+    if isinstance(tree, list | tuple):
+        return nnx.List([_hold(v, f"{path}/{i}") for i, v in enumerate(tree)])
+    # Logical names, for rules to map to a mesh later: not for nnx to place arrays by right now.
+    return nnx.Param(tree, out_sharding=logical_axes(path, tree.ndim), eager_sharding=False)
+
+
+def _arrays(held: Any) -> Params:
+    if isinstance(held, nnx.Dict):
+        return {k: _arrays(v) for k, v in held.items()}
+    if isinstance(held, nnx.List):
+        return [_arrays(v) for v in held]
+    return held.get_value()
+
+
+class Router(nnx.Module):
+    """A routing rule with its parameters and state.
+
+    Args:
+        router: the rule.
+        d_model: D.
+        rngs: ``params`` makes the initial kernel.
+
+    Example:
+        >>> import jax.numpy as jnp, moe_jax
+        >>> layer = Router(moe_jax.TopK(num_experts=4, k=2), 8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((3, 8))).expert_indices.shape
+        (3, 2)
+    """
+
+    def __init__(self, router: Rule, d_model: int, *, rngs: nnx.Rngs) -> None:
+        self.rule = router
+        self.router = _hold(router.init(rngs.params(), d_model), "router")
+        self.router_state = RouterState(router.init_state())
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing | ExpertChoice:
+        """Routes x float[T, D]; see ``moe_jax.Router.__call__``."""
+        state = self.router_state.get_value()
+        return self.rule(
+            _arrays(self.router), state, x, key=key, token_mask=token_mask, context=context
+        )
+
+    def update_router(self, stats: RoutingStats) -> None:
+        """Writes the state after a training batch with these statistics. Never called by itself."""
+        self.router_state.set_value(self.rule.update(self.router_state.get_value(), stats))
+
+    def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
+        """Calibrates the state on x float[T, D]; see ``moe_jax.Router.fit``. Outside of jit."""
+        state = self.router_state.get_value()
+        fitted = self.rule.fit(
+            _arrays(self.router), state, x, target_mean_k=target_mean_k, **kwargs
+        )
+        self.router_state.set_value(fitted)
+
+
+class MoE(nnx.Module):
+    """A Mixture-of-Experts layer.
+
+    Args:
+        router: the rule.
+        d_model: D.
+        d_ff: F.
+        expert_fn: the expert; a function of your own needs ``expert_init``.
+        expert_init: ``(key, num_experts) -> params`` for experts of your own.
+        shared_d_ff: width of a shared expert; 0 is none.
+        rngs: ``params`` makes the initial parameters.
+        **call: capacity_factor, max_rows, priority, renormalize_kept, implementation: as in
+            ``moe_layer``.
+
+    Example:
+        >>> import jax.numpy as jnp, moe_jax
+        >>> layer = MoE(moe_jax.TopK(num_experts=4, k=2), d_model=8, d_ff=16, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 3, 8))).shape
+        (2, 3, 8)
+    """
+
+    def __init__(
+        self,
+        router: Rule,
+        *,
+        d_model: int,
+        d_ff: int | None = None,
+        expert_fn: ExpertFn = FeedForward(),
+        expert_init: ExpertInit | None = None,
+        shared_d_ff: int = 0,
+        rngs: nnx.Rngs,
+        **call: Any,
+    ) -> None:
+        self.spec = LayerSpec(
+            router=router,
+            expert_fn=expert_fn,
+            d_model=d_model,
+            d_ff=d_ff,
+            shared_d_ff=shared_d_ff,
+            expert_init=expert_init,
+            call=tuple(sorted(call.items())),
+        )
+        params = self.spec.init(rngs.params())
+        self.router = _hold(params["router"], "router")
+        self.experts = _hold(params["experts"], "experts")
+        if "shared" in params:
+            self.shared = _hold(params["shared"], "shared")
+        self.router_state = RouterState(router.init_state())
+
+    def params(self) -> dict[str, Params]:
+        """The arrays as ``moe_layer`` takes them."""
+        names = ("router", "experts", "shared")
+        return {n: _arrays(getattr(self, n)) for n in names if hasattr(self, n)}
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+        return_aux: bool = False,
+    ) -> Any:
+        """y float[..., D] from x float[..., D]; with ``return_aux``, also the ``LayerAux``.
+
+        Reads the router's state and never writes it: see ``update_router``.
+        """
+        y, aux = moe_layer(
+            self.spec.router, self.spec.expert_fn, self.params(), self.router_state.get_value(), x,
+            key=key, token_mask=token_mask, context=context, **dict(self.spec.call),
+        )  # fmt: skip
+        return (y, aux) if return_aux else y
+
+    def update_router(self, aux: LayerAux) -> None:
+        """Writes the router's state after a training batch. Never called by itself."""
+        state = self.router_state.get_value()
+        self.router_state.set_value(self.spec.router.update(state, aux.stats))
+
+    def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
+        """Calibrates the router on x float[T, D]; see ``moe_jax.Router.fit``. Outside of jit."""
+        params, state = _arrays(self.router), self.router_state.get_value()
+        fitted = self.spec.router.fit(params, state, x, target_mean_k=target_mean_k, **kwargs)
+        self.router_state.set_value(fitted)
+
+
+class DynamicMoE(MoE):
+    """A Mixture-of-Experts layer whose tokens use between ``min_experts`` and ``max_experts``.
+
+    ``MoE`` with ``DynamicK``, in the production guide's words. Calibrate it to a budget with
+    ``fit_router(x, target_mean_k=...)``.
+
+    Args:
+        num_experts: E.
+        expert_fn: the expert; a function of your own needs ``expert_init``.
+        min_experts: fewest experts a token uses.
+        max_experts: most experts a token uses.
+        d_model: D.
+        d_ff: F.
+        difficulty: estimator, see ``moe_jax.difficulty``.
+        gate, scoring, balance_rate: see ``DynamicK``.
+        **others: as in ``MoE``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> layer = DynamicMoE(8, FeedForward(), 1, 3, d_model=8, d_ff=16, rngs=nnx.Rngs(0))
+        >>> y, aux = layer(jnp.ones((2, 3, 8)), return_aux=True)
+        >>> aux.routing.expert_indices.shape
+        (6, 3)
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        expert_fn: ExpertFn = FeedForward(),
+        min_experts: int = 1,
+        max_experts: int = 4,
+        *,
+        difficulty: str | Estimator = "router_entropy",
+        gate: Gate = Gate(),
+        scoring: Scoring = Scoring(),
+        balance_rate: float = 0.0,
+        **others: Any,
+    ) -> None:
+        router = dynamic_router(
+            num_experts, min_experts, max_experts,
+            difficulty=difficulty, gate=gate, scoring=scoring, balance_rate=balance_rate,
+        )  # fmt: skip
+        super().__init__(router, expert_fn=expert_fn, **others)

@@ -1,0 +1,134 @@
+"""What the two module families share: how parameters are made, and the names of their axes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from moe_jax.difficulty import Estimator
+from moe_jax.experts import ExpertFn, FeedForward
+from moe_jax.layer import init_moe_layer
+from moe_jax.logits import Gate
+from moe_jax.routers import DynamicK, Router
+from moe_jax.scoring import Scoring
+from moe_jax.types import Array, Params
+
+ExpertInit = Callable[[Array, int], Params]
+
+# Logical names of the axes of each array, for sharding rules to map to a mesh. Arrays of a user's own
+# experts get "expert" for the leading axis and no name for the rest.
+_AXES: dict[str, tuple[str | None, ...]] = {
+    "router/kernel": ("embed", None),
+    "router/bias": (None,),
+    "experts/gate": ("expert", "embed", "mlp"),
+    "experts/up": ("expert", "embed", "mlp"),
+    "experts/down": ("expert", "mlp", "embed"),
+    "experts/gate_bias": ("expert", "mlp"),
+    "experts/up_bias": ("expert", "mlp"),
+    "experts/down_bias": ("expert", "embed"),
+    "shared/gate": ("embed", "mlp"),
+    "shared/up": ("embed", "mlp"),
+    "shared/down": ("mlp", "embed"),
+    "shared/gate_bias": ("mlp",),
+    "shared/up_bias": ("mlp",),
+    "shared/down_bias": ("embed",),
+    "shared_gate": ("embed", None),
+}
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    """Names of the axes of the parameter at ``path``, e.g. ``"experts/up"``; None is unnamed.
+
+    Example:
+        >>> logical_axes("experts/up", 3)
+        ('expert', 'embed', 'mlp')
+    """
+    names = _AXES.get(path)
+    if names is not None and len(names) == ndim:
+        return names
+    lead = ("expert",) if path.startswith("experts/") and ndim else ()
+    return (*lead, *[None] * (ndim - len(lead)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """Everything static about an MoE layer: how its parameters are made and how it is called.
+
+    Args:
+        router: the rule.
+        expert_fn: ``FeedForward``, or any ``(params, rows) -> rows`` together with ``expert_init``.
+        d_model: D.
+        d_ff: F, for ``FeedForward``.
+        shared_d_ff: width of a shared expert; 0 is none. For ``FeedForward``.
+        expert_init: ``(key, num_experts) -> params`` with a leading expert axis, for a function of
+            your own.
+        call: further keyword arguments of ``moe_layer`` (capacity_factor, max_rows, priority,
+            renormalize_kept, implementation), as sorted pairs.
+    """
+
+    router: Router
+    expert_fn: ExpertFn
+    d_model: int
+    d_ff: int | None = None
+    shared_d_ff: int = 0
+    expert_init: ExpertInit | None = None
+    call: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        own = self.expert_init is not None
+        if isinstance(self.expert_fn, FeedForward) and not own:
+            if self.d_ff is None:
+                raise ValueError(
+                    "d_ff: expected the experts' width, got None. Pass d_ff=, or expert_init= for "
+                    "experts of your own."
+                )
+        elif not own:
+            raise ValueError(
+                f"expert_init: expected (key, num_experts) -> params for {self.expert_fn!r}, got "
+                "None. A function of your own needs it, to make its parameters."
+            )
+        elif self.shared_d_ff:
+            raise ValueError(
+                "shared_d_ff: expected 0 with experts of your own, got "
+                f"{self.shared_d_ff}. Add a shared expert as a layer beside this one."
+            )
+
+    def init(self, key: Array) -> dict[str, Params]:
+        """Parameters as ``moe_layer`` takes them: ``router``, ``experts`` and, if any, ``shared``."""
+        if self.expert_init is None:
+            assert isinstance(self.expert_fn, FeedForward)
+            assert self.d_ff is not None
+            return init_moe_layer(
+                self.router, self.expert_fn, key,
+                d_model=self.d_model, d_ff=self.d_ff, shared_d_ff=self.shared_d_ff,
+            )  # fmt: skip
+        router_key, expert_key = jax.random.split(key)
+        return {
+            "router": self.router.init(router_key, self.d_model),
+            "experts": self.expert_init(expert_key, self.router.num_experts),
+        }
+
+
+def dynamic_router(
+    num_experts: int,
+    min_experts: int,
+    max_experts: int,
+    *,
+    difficulty: str | Estimator,
+    gate: Gate,
+    scoring: Scoring,
+    balance_rate: float,
+) -> DynamicK:
+    """The production guide's words for a ``DynamicK``."""
+    return DynamicK(
+        num_experts=num_experts,
+        min_k=min_experts,
+        max_k=max_experts,
+        difficulty=difficulty,
+        gate=gate,
+        scoring=scoring,
+        balance_rate=balance_rate,
+    )

@@ -1,0 +1,270 @@
+"""Flax modules add nothing to the pure function: same trees, same bits, state only where told."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import moe_jax
+from moe_jax.nn import linen as moe_linen
+from moe_jax.nn import nnx as moe_nnx
+
+D, F, E = 8, 16, 4
+FFN = moe_jax.FeedForward(activation="silu", gated=True, use_bias=True)
+RULES = {
+    "top_k": moe_jax.TopK(num_experts=E, k=2, balance_rate=0.1),
+    "dynamic_k": moe_jax.DynamicK(num_experts=E, min_k=1, max_k=3, balance_rate=0.1),
+    "top_p": moe_jax.TopP(num_experts=E, max_k=3, target_mean_k=1.5),
+    "expert_threshold": moe_jax.ExpertThreshold(num_experts=E, target_k=2.0, decay=0.5),
+    "expert_choice": moe_jax.ExpertChoiceRouter(num_experts=E),
+}
+X = jax.random.normal(jax.random.key(9), (2, 12, D))
+
+
+@pytest.fixture(params=sorted(RULES))
+def rule(request):
+    return RULES[request.param]
+
+
+def _equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def _nnx(rule, **kwargs):
+    kwargs = {"d_model": D, "d_ff": F, "expert_fn": FFN, "shared_d_ff": 4} | kwargs
+    return moe_nnx.MoE(rule, rngs=nnx.Rngs(0), **kwargs)
+
+
+def _linen(rule):
+    return moe_linen.MoE(rule, d_model=D, d_ff=F, expert_fn=FFN, shared_d_ff=4)
+
+
+def test_pure_nnx_and_linen_have_one_tree_and_give_the_same_bits(rule):
+    module = _nnx(rule)
+    params, state = module.params(), module.router_state.get_value()
+    pure = jax.jit(lambda p, s, x: moe_jax.moe_layer(rule, FFN, p, s, x)[0])(params, state, X)
+
+    np.testing.assert_array_equal(nnx.jit(lambda m, x: m(x))(module, X), pure)
+
+    layer = _linen(rule)
+    variables = nn.meta.unbox(layer.init(jax.random.key(0), X))
+    assert jax.tree.structure(variables["params"]) == jax.tree.structure(params)
+    assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(jnp.shape, params)
+    own = {"params": params, "router_state": {"state": state}}
+    np.testing.assert_array_equal(jax.jit(layer.apply)(own, X), pure)
+
+
+def test_only_update_router_writes_the_state(rule):
+    module = _nnx(rule)
+    before = jax.tree.map(np.asarray, module.router_state.get_value())
+    _, aux = module(X, return_aux=True)
+    _equal(before, module.router_state.get_value())
+    expected = rule.update(module.router_state.get_value(), aux.stats)
+    module.update_router(aux)
+    _equal(expected, module.router_state.get_value())
+
+    layer = _linen(rule)
+    variables = nn.meta.unbox(layer.init(jax.random.key(0), X))
+    (_, aux), changed = layer.apply(variables, X, return_aux=True, mutable=["router_state"])
+    _equal(variables["router_state"], changed["router_state"])
+    with pytest.raises(ValueError, match="mutable"):
+        layer.apply(variables, aux, method="update_router")
+    _, changed = layer.apply(variables, aux, method="update_router", mutable=["router_state"])
+    expected = rule.update(variables["router_state"]["state"], aux.stats)
+    _equal(expected, changed["router_state"]["state"])
+
+
+def test_update_router_works_inside_nnx_jit():
+    module = _nnx(RULES["top_k"])
+
+    @nnx.jit
+    def step(module, x):
+        _, aux = module(x, return_aux=True)
+        module.update_router(aux)
+
+    step(module, X)
+    assert float(jnp.abs(module.router_state.get_value().expert_bias).max()) > 0
+
+
+def test_router_state_is_no_parameter():
+    module = _nnx(RULES["dynamic_k"])
+    assert "router_state" not in nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    assert "router_state" in nnx.to_pure_dict(nnx.state(module, moe_nnx.RouterState))
+    grads = nnx.grad(lambda m: (m(X) ** 2).sum())(module)
+    assert set(nnx.to_pure_dict(grads)) == {"router", "experts", "shared"}
+
+
+def test_gradients_equal_those_of_the_pure_function(rule):
+    module = _nnx(rule)
+    params, state = module.params(), module.router_state.get_value()
+
+    def loss(p):
+        return (moe_jax.moe_layer(rule, FFN, p, state, X)[0] ** 2).sum()
+
+    pure = jax.jit(jax.grad(loss))(params)
+    held = nnx.to_pure_dict(nnx.jit(nnx.grad(lambda m: (m(X) ** 2).sum()))(module))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), held, pure)
+
+
+def test_kernels_carry_the_names_of_their_axes():
+    spec = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(_nnx(RULES["top_k"]), nnx.Param)))
+    expected = jax.sharding.PartitionSpec("expert", "embed", "mlp")
+    assert spec["experts"]["up"] == expected
+    assert spec["router"]["kernel"] == jax.sharding.PartitionSpec("embed", None)
+    boxed = _linen(RULES["top_k"]).init(jax.random.key(0), X)
+    assert nn.get_partition_spec(boxed)["params"]["experts"]["up"] == expected
+
+
+def test_nnx_scan_over_layers_equals_a_loop():
+    rule = RULES["dynamic_k"]
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stack(rngs):
+        return moe_nnx.MoE(rule, d_model=D, d_ff=F, expert_fn=FFN, rngs=rngs)
+
+    layers = stack(nnx.Rngs(0))
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def run(layer, x):
+        return x + layer(x)
+
+    y = X
+    graph, state = nnx.split(layers)
+    for i in range(3):
+        y = y + nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state))(y)
+    np.testing.assert_allclose(nnx.jit(run)(layers, X), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", [nnx.remat, jax.checkpoint], ids=["nnx.remat", "jax.checkpoint"])
+def test_rematerialised_gradients_are_equal(remat):
+    module = _nnx(RULES["dynamic_k"])
+    if remat is nnx.remat:
+        again = nnx.grad(lambda m: (nnx.remat(lambda m, x: m(x))(m, X) ** 2).sum())(module)
+    else:
+        graph, state = nnx.split(module)
+        call = jax.checkpoint(lambda s, x: nnx.merge(graph, s)(x))
+        params, rest = nnx.split_state(state, nnx.Param, ...)
+        again = jax.grad(lambda p: (call(nnx.merge_state(p, rest), X) ** 2).sum())(params)
+    plain = nnx.grad(lambda m: (m(X) ** 2).sum())(module)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        nnx.to_pure_dict(again),
+        nnx.to_pure_dict(plain),
+    )
+
+
+def test_linen_scan_and_remat():
+    rule = RULES["dynamic_k"]
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            layer = nn.remat(moe_linen.MoE)(rule, d_model=D, d_ff=F, expert_fn=FFN)
+            return x + layer(x), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": 0, "router_state": 0}
+            scanned = nn.scan(
+                Block,
+                variable_axes=axes,
+                split_rngs={"params": True},
+                length=3,
+                metadata_params={nn.PARTITION_NAME: "layer"},
+            )
+            return scanned(name="layers")(x, None)[0]
+
+    variables = nn.meta.unbox(Stack().init(jax.random.key(0), X))
+    inside = variables["params"]["layers"]
+    (name,) = inside
+    assert inside[name]["experts"]["up"].shape == (3, E, D, F)
+    y = X
+    for i in range(3):
+        params = jax.tree.map(lambda a, i=i: a[i], inside[name])
+        state = jax.tree.map(
+            lambda a, i=i: a[i], variables["router_state"]["layers"][name]["state"]
+        )
+        y = y + moe_jax.moe_layer(rule, FFN, params, state, y)[0]
+    np.testing.assert_allclose(jax.jit(Stack().apply)(variables, X), y, rtol=1e-5, atol=1e-5)
+    grads = jax.grad(lambda v: (Stack().apply({**variables, "params": v}, X) ** 2).sum())(
+        variables["params"]
+    )
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+
+
+def test_mixed_precision_keeps_the_router_in_float32():
+    module = _nnx(RULES["top_k"])
+    y, aux = module(X.astype(jnp.bfloat16), return_aux=True)
+    assert y.dtype == jnp.bfloat16
+    assert aux.routing.router_logits.dtype == jnp.float32
+
+
+def test_the_guides_dynamic_moe_holds_its_range_and_its_budget():
+    layer = moe_nnx.DynamicMoE(8, FFN, 1, 3, d_model=D, d_ff=F, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2000, D))
+    layer.fit_router(x, target_mean_k=1.6)
+    _, aux = layer(x, return_aux=True)
+    assert float(aux.stats.mean_experts_per_token) == pytest.approx(1.6, rel=0.01)
+    assert aux.stats.experts_per_token_histogram[1:].min() > 0
+    assert float(layer.router_state.get_value().fit.achieved_mean_k) == pytest.approx(1.6, rel=0.01)
+
+    twin = moe_linen.DynamicMoE(8, FFN, 1, 3, d_model=D, d_ff=F)
+    own = {"params": layer.params(), "router_state": {"state": layer.router_state.get_value()}}
+    np.testing.assert_array_equal(jax.jit(twin.apply)(own, x), nnx.jit(lambda m, x: m(x))(layer, x))
+
+
+def test_experts_of_ones_own():
+    def expert(params, rows):
+        return jnp.tanh(rows * params["scale"][None, :])
+
+    def init(key, num_experts):
+        return {"scale": jax.random.normal(key, (num_experts, D))}
+
+    rule = RULES["top_k"]
+    layer = moe_nnx.MoE(
+        rule, d_model=D, expert_fn=expert, expert_init=init, rngs=nnx.Rngs(0), capacity_factor=1.0
+    )
+    twin = moe_linen.MoE(
+        rule, d_model=D, expert_fn=expert, expert_init=init, call={"capacity_factor": 1.0}
+    )
+    own = {
+        "params": layer.params(),
+        "router_state": {"state": layer.router_state.get_value()},
+    }
+    np.testing.assert_array_equal(twin.apply(own, X), layer(X))
+
+
+def test_router_modules_route():
+    rule = RULES["top_p"]
+    layer = moe_nnx.Router(rule, D, rngs=nnx.Rngs(0))
+    x = X.reshape(-1, D)
+    layer.fit_router(x, target_mean_k=1.5)
+    routing = layer(x)
+    assert float(routing.num_experts_per_token.mean()) == pytest.approx(1.5, rel=0.05)
+    twin = moe_linen.Router(rule, D)
+    variables = nn.meta.unbox(twin.init(jax.random.key(0), x))
+    state = {"state": layer.router_state.get_value()}
+    params = {"router": {"kernel": layer.router["kernel"].get_value()}}
+    assert jax.tree.structure(params) == jax.tree.structure(variables["params"])
+    _equal(dataclasses.asdict(twin.apply({"params": params, "router_state": state}, x)),
+           dataclasses.asdict(routing))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"d_ff": None}, "d_ff"),
+        ({"expert_fn": lambda p, r: r}, "expert_init"),
+        ({"expert_fn": lambda p, r: r, "expert_init": lambda k, n: {}}, "shared_d_ff"),
+    ],
+)
+def test_bad_specs_say_what_to_do(kwargs, said):
+    with pytest.raises(ValueError, match=said):
+        _nnx(RULES["top_k"], **kwargs)
