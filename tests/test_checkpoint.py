@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from moe_jax import checkpoint as module
+from moe_jax.checkpoint import store as module
 from moe_jax.checkpoint import (
     FORMAT,
     Checkpoint,
@@ -345,7 +345,7 @@ def reseal(folder: Path, **changes: Any) -> None:
     """Another program's manifest: changed and sealed again, so that only its meaning is wrong."""
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["checksum"]
-    (folder / "manifest.json").write_text(module._seal({**manifest, **changes}))
+    (folder / "manifest.json").write_text(module.sealed_text({**manifest, **changes}))
 
 
 def test_a_newer_format_says_what_to_do(copied):
@@ -411,7 +411,7 @@ def test_a_link_is_followed_not_replaced(tmp_path):
     assert float(restore(path).params[0]) == float(restore(tmp_path / "current").params[0]) == 0
 
 
-@pytest.mark.parametrize("step", ["_digests", "_seal", "_sync_folder", "_move_into_place"])
+@pytest.mark.parametrize("step", ["file_digests", "sealed_text", "sync_folder", "_move_into_place"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_save_that_fails_at_any_step_changes_nothing(tmp_path, monkeypatch, step, overwrite):
     path = tmp_path / "c"
@@ -433,11 +433,11 @@ def test_a_save_that_fails_at_any_step_changes_nothing(tmp_path, monkeypatch, st
 KILLED = """
 import os, signal, sys
 import numpy as np
-from moe_jax import checkpoint
+from moe_jax.checkpoint import store
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint._move_into_place = die
-checkpoint.save(sys.argv[1], checkpoint.Checkpoint(params=np.zeros(1, np.float32)), overwrite=True)
+store._move_into_place = die
+store.save(sys.argv[1], store.Checkpoint(params=np.zeros(1, np.float32)), overwrite=True)
 """
 
 

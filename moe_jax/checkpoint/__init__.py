@@ -1,0 +1,36 @@
+"""Routers, parameters, states and their provenance on disk, by orbax.
+
+A checkpoint is one folder::
+
+    PATH/
+      manifest.json      routers, config, metadata, the shape of every array, SHA-256 of every file
+      arrays/params/     an orbax checkpoint each, readable by orbax alone:
+      arrays/states/     a flat mapping from names such as "layer_0/kernel" to arrays
+      arrays/extra-NAME/
+
+It is written beside its place and renamed into it last, so PATH either does not exist or is whole.
+What was damaged later (cut short, a bit flipped, a file added or lost) no longer matches the
+manifest and is refused before a single array is read. Nothing is pickled. A process that is killed
+while saving leaves a hidden ``.NAME.saving-*`` beside PATH, which may be deleted.
+"""
+
+from moe_jax.checkpoint.seal import FORMAT, CheckpointError
+from moe_jax.checkpoint.store import (
+    Checkpoint,
+    SaveHandle,
+    load_metadata,
+    restore,
+    save,
+    save_async,
+)
+
+__all__ = [
+    "FORMAT",
+    "Checkpoint",
+    "CheckpointError",
+    "SaveHandle",
+    "load_metadata",
+    "restore",
+    "save",
+    "save_async",
+]

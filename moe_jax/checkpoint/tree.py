@@ -1,0 +1,160 @@
+"""Pytrees as names, shapes and JSON, and back: what a manifest says of arrays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.checkpoint.seal import CheckpointError
+
+
+def named_leaves(item: str, tree: Any) -> dict[str, Any]:
+    """Leaves by name, in the order in which JAX flattens the tree."""
+    leaves: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(keys, simple=True, separator="/") or "value"
+        if name in leaves:
+            raise CheckpointError(
+                f"{item}: expected names that differ, got {name!r} twice. Rename a key with '/'."
+            )
+        leaves[name] = leaf
+    return leaves
+
+
+def structure_of(tree: Any, names: Iterator[str]) -> Any:
+    """The containers as JSON, a leaf being its name; ``{"custom": type}`` where JSON ends."""
+    if tree is None:
+        return None
+    if jax.tree_util.all_leaves([tree]):
+        return next(names)
+    if type(tree) is dict and all(isinstance(key, str) for key in tree):
+        return {"dict": {key: structure_of(tree[key], names) for key in sorted(tree)}}
+    if type(tree) in (list, tuple):
+        return {type(tree).__name__: [structure_of(child, names) for child in tree]}
+    for _ in jax.tree.leaves(tree):
+        next(names)
+    return {"custom": f"{type(tree).__module__}.{type(tree).__qualname__}"}
+
+
+def rebuilt_tree(
+    folder: Path, leaves: dict[str, jax.Array], entry: dict[str, Any], example: Any
+) -> Any:
+    """Params as ``structure_of`` described them, or like the example if there is one."""
+    if example is not None:
+        return shaped_like(example, leaves)
+
+    def build(node: Any) -> Any:
+        if node is None or isinstance(node, str):
+            return None if node is None else leaves[node]
+        ((kind, inside),) = node.items()
+        if kind == "dict":
+            return {key: build(child) for key, child in inside.items()}
+        if kind in ("list", "tuple"):
+            return [build(c) for c in inside] if kind == "list" else tuple(map(build, inside))
+        raise CheckpointError(
+            f"{folder}: params: expected an example for containers of type {inside}, got none. "
+            "Pass restore(..., expected=Checkpoint(params=...)) with params as they were saved."
+        )
+
+    return build(entry["structure"])
+
+
+def shaped_like(example: Any, leaves: dict[str, jax.Array]) -> Any:
+    names = named_leaves("example", example)
+    return jax.tree.unflatten(jax.tree.structure(example), [leaves[name] for name in names])
+
+
+def leaf_shapes(item: str, tree: Any) -> dict[str, str]:
+    return {name: told_array(leaf) for name, leaf in named_leaves(item, tree).items()}
+
+
+def leaf_table(entry: dict[str, Any]) -> dict[str, str]:
+    return {n: f"{leaf['dtype']}{leaf['shape']}" for n, leaf in entry["leaves"].items()}
+
+
+def told_array(leaf: Any) -> str:
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    return f"a {type(leaf).__name__}"
+
+
+def check_against(origin: str, example: Any, entry: dict[str, Any], fix: str) -> None:
+    wanted, found = leaf_shapes(origin, example), leaf_table(entry)
+    if wanted != found:
+        raise CheckpointError(
+            f"{origin}: expected the arrays asked for, got {difference_between(wanted, found)}. {fix}"
+        )
+
+
+def difference_between(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """The first few entries that differ, as ``name: found instead of wanted``."""
+    names = [n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)]
+    told = [
+        f"{n}: {found.get(n, 'nothing')} instead of {wanted.get(n, 'nothing')}" for n in names[:3]
+    ]
+    return "; ".join(told) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def to_host(name: str, leaf: Any, copy: bool) -> np.ndarray:
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        raise CheckpointError(
+            f"{name}: expected an array, got a {type(leaf).__name__}. "
+            "Wrap it in jnp.asarray, or put it into metadata."
+        )
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise CheckpointError(
+            f"{name}: expected an array of numbers, got a random key ({leaf.dtype}). "
+            "Save jax.random.key_data(key) and wrap it again after restoring."
+        )
+    if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == np.bool_):
+        raise CheckpointError(
+            f"{name}: expected an array of numbers or bools, got dtype {leaf.dtype}. "
+            "Put text and objects into metadata."
+        )
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise CheckpointError(
+            f"{name}: expected an array that this process can read whole, got one spread over "
+            "several processes. Gather it first, with jax.experimental.multihost_utils."
+        )
+    check_width(name, leaf.dtype)
+    return np.array(leaf) if copy else np.asarray(leaf)
+
+
+def check_width(name: str, dtype: Any) -> None:
+    wide = ("int64", "uint64", "float64", "complex128")
+    if np.dtype(dtype).name in wide and not jax.config.read("jax_enable_x64"):
+        raise CheckpointError(
+            f"{name}: expected at most 32 bits, got {dtype}, which JAX would cut to 32. "
+            "Cast it, or run with jax_enable_x64."
+        )
+
+
+def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """``metadata`` as JSON gives it back. Raises CheckpointError where JSON would change it."""
+    plain: dict[str, Any] = {}
+    for key, item in value.items():
+        try:
+            plain[key] = json.loads(json.dumps(item, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"metadata[{key!r}]: expected a value that JSON can hold, got {error}. "
+                "Convert it: float(x), list(x), str(x); arrays belong into extra."
+            ) from error
+        if not isinstance(key, str) or plain[key] != untuple(item):
+            raise CheckpointError(
+                f"metadata[{key!r}]: expected text as keys throughout, got other keys, which JSON "
+                "would turn into text. Convert them with str()."
+            )
+    return plain
+
+
+def untuple(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: untuple(item) for key, item in value.items()}
+    return [untuple(item) for item in value] if isinstance(value, list | tuple) else value
