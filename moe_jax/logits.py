@@ -96,6 +96,12 @@ class Gate:
             fix="Pass hidden states flattened to [tokens, d_model], as wide as the router's kernel.",
         )  # fmt: skip
         x = x.astype(jnp.float32)
+        if token_mask is not None:
+            check_array(
+                "token_mask", token_mask, "T", kind="bool", sizes={"T": x.shape[0]},
+                fix="Pass bool[T], True for real tokens, flattened like x.",
+            )  # fmt: skip
+            x = jnp.where(token_mask[:, None], x, 0.0)
         if self.input_norm_eps is not None:
             x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.input_norm_eps)
             x = x * params["input_scale"].astype(jnp.float32)[None, :]

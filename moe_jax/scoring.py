@@ -103,7 +103,9 @@ class Scoring:
         if self.score == "sigmoid":
             return jax.nn.sigmoid(logits)
         if self.score == "sqrtsoftplus":
-            return jnp.sqrt(jax.nn.softplus(logits))
+            # Not 0, where the slope of the root is infinite and its product with 0 NaN.
+            tiny = jnp.finfo(jnp.float32).tiny
+            return jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), tiny))
         return logits
 
     def probs(self, scores: Array) -> Array:

@@ -23,7 +23,6 @@ from moe_jax.types import (
     Params,
     Routing,
     RoutingStats,
-    check_array,
     pytree,
 )
 
@@ -246,8 +245,7 @@ def score_slots(
     token_mask: Array | None,
 ) -> Slots:
     """The part that all token-choice rules share: logits, scores, the ``max_k`` best experts."""
-    logits = gate(params, x, key=key)
-    check_mask(token_mask, x)
+    logits = gate(params, x, key=key, token_mask=token_mask)
     scores = scoring.scores(logits)
     probs = scoring.probs(scores)
     indices, _ = top_slots(scoring.selection_scores(logits, scores, expert_bias), max_k)
@@ -258,15 +256,6 @@ def score_slots(
         scores=jnp.take_along_axis(scores, indices, axis=-1),
         slot_probs=jnp.take_along_axis(probs, indices, axis=-1),
     )
-
-
-def check_mask(token_mask: Array | None, x: Array) -> None:
-    """Checks that a token mask, if any, is bool[T]."""
-    if token_mask is not None:
-        check_array(
-            "token_mask", token_mask, "T", kind="bool", sizes={"T": x.shape[0]},
-            fix="Pass bool[T], True for real tokens, flattened like x.",
-        )  # fmt: skip
 
 
 def real_tokens(token_mask: Array | None, x: Array) -> np.ndarray:

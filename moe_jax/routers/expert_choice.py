@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from moe_jax.difficulty import Context
 from moe_jax.dispatch import expert_capacity
 from moe_jax.logits import Gate
-from moe_jax.routers.base import Router, Traits, check_mask
+from moe_jax.routers.base import Router, Traits
 from moe_jax.scoring import Scoring
 from moe_jax.selection import choose_tokens
 from moe_jax.types import Array, ExpertChoice, Params, check_k, pytree
@@ -86,8 +86,7 @@ class ExpertChoiceRouter(Router):
         token_mask: Array | None = None,
         context: Context | None = None,
     ) -> ExpertChoice:
-        logits = self.gate(params, x, key=key)
-        check_mask(token_mask, x)
+        logits = self.gate(params, x, key=key, token_mask=token_mask)
         scores = self.scoring.scores(logits)
         weights = jax.nn.sigmoid(scores) if self.scoring.post == "sigmoid" else scores
         return choose_tokens(

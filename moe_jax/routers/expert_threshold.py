@@ -12,7 +12,7 @@ from moe_jax import budget
 from moe_jax.balancing import ema_quantile
 from moe_jax.difficulty import Context
 from moe_jax.logits import Gate
-from moe_jax.routers.base import Router, Traits, check_mask, finish_fit, real_tokens
+from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens
 from moe_jax.scoring import Scoring
 from moe_jax.selection import build_routing, clip_counts, top_slots
 from moe_jax.types import (
@@ -113,8 +113,7 @@ class ExpertThreshold(Router):
         token_mask: Array | None = None,
         context: Context | None = None,
     ) -> Routing:
-        logits = self.gate(params, x, key=key)
-        check_mask(token_mask, x)
+        logits = self.gate(params, x, key=key, token_mask=token_mask)
         scores = self.scoring.scores(logits)
         margins = scores - jax.lax.stop_gradient(state.cutoffs)[None, :]
         indices, best = top_slots(margins, self.max_k)
