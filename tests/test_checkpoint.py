@@ -21,7 +21,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from moe_jax.checkpoint import store as module
 from moe_jax.checkpoint import (
     FORMAT,
     Checkpoint,
@@ -31,6 +30,7 @@ from moe_jax.checkpoint import (
     save,
     save_async,
 )
+from moe_jax.checkpoint import store as module
 from moe_jax.config import PRESETS, build_router
 from moe_jax.routers import DynamicK, ExpertThreshold, Router, TopK, TopP
 
