@@ -1,0 +1,9 @@
+"""Published models: the routing rule of a Hugging Face config, the MoE block of a checkpoint.
+
+Nothing here imports torch, transformers or safetensors; checkpoints are read from memory-mapped files.
+"""
+
+from moe_jax.interop.blocks import MoEBlock, moe_block_from_hf
+from moe_jax.interop.families import router_from_hf, supported_model_types
+
+__all__ = ["MoEBlock", "moe_block_from_hf", "router_from_hf", "supported_model_types"]

@@ -1,0 +1,386 @@
+"""A published model's MoE block as pure functions over a pytree of parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.difficulty import Context
+from moe_jax.dispatch import kept_weights, plan_dispatch, to_assignments
+from moe_jax.experts import ExpertFn, run_experts
+from moe_jax.interop.config import HFConfig
+from moe_jax.interop.experts import rms_norm
+from moe_jax.interop.families import Family, hash_router, read
+from moe_jax.interop.rules import (
+    BiasState,
+    CapacityTopK,
+    DepthRouter,
+    NoState,
+    SparseMixer,
+    TableState,
+    TokenTable,
+    ZeroExperts,
+)
+from moe_jax.interop.tensors import Tensor, Tensors, expert_params, f32, linear, shared_params
+from moe_jax.routers import Router, TopK
+from moe_jax.routers.top_k import TopKState
+from moe_jax.types import Array, Params, Routing, check_array, pytree, static
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """What a block does around routing and experts, as a static value.
+
+    Attributes:
+        output_scale: factor on the routed output, after the combine weights.
+        average_shared: routed and shared output are averaged instead of added (Cohere 2).
+        weight_on_input: combine weights multiply an expert's input (Llama 4).
+        norm_eps: eps of the norms inside the block.
+        per_sequence: the rule counts by sequence, the last but one axis of x.
+    """
+
+    output_scale: float = 1.0
+    average_shared: bool = False
+    weight_on_input: bool = False
+    norm_eps: float = 1e-6
+    per_sequence: bool = False
+
+
+@pytree
+class MoEBlock:
+    """A Mixture-of-Experts block: parameters, router state, and the functions that use them.
+
+    A registered pytree, so it passes through ``jit`` and ``grad`` as it is. Of its leaves,
+    ``params`` are trained and ``state`` is not: differentiate ``block.apply`` by its first argument.
+
+    Attributes:
+        params: ``router``, ``experts`` (leading axis E), and where the model has them ``shared``,
+            ``shared_gate``, ``latent``, ``output_norm``, ``output_bias``.
+        state: the router's state, with the selection bias of the checkpoint.
+        router: the rule.
+        expert_fn: one routed expert.
+        shared_fn: the shared expert.
+        options: what happens around them.
+    """
+
+    params: dict[str, Params]
+    state: Any
+    router: Router = static()
+    expert_fn: ExpertFn = static()
+    shared_fn: ExpertFn = static()
+    options: BlockOptions = static()
+
+    def __call__(self, x: Array, **kwargs: Any) -> Array:
+        """``y[..., D]`` for ``x[..., D]``; see ``apply`` for what else may be given."""
+        return self.apply(self.params, x, **kwargs)
+
+    def route(
+        self,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        """The routing of x [..., D], its leading axes flattened to T tokens."""
+        return self._route(self.params, x, key, token_mask, context)
+
+    def apply(
+        self,
+        params: dict[str, Params],
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+        implementation: str | tuple[str, ...] | None = None,
+    ) -> Array:
+        """The block with other parameters, e.g. to differentiate.
+
+        Args:
+            params: like ``block.params``.
+            x: float[..., D]. Rules that count by sequence take the last but one axis as the sequence.
+            key: randomness for input jitter, where the model has it; None is evaluation.
+            token_mask: bool[...], False for padding: it uses no expert, and its output is zero.
+            context: what some rules need beyond x, e.g. ``{"token_ids": ids}`` for DeepSeek-V4's
+                hash layers, ``{"router_states": h}`` for Zaya.
+            implementation: see ``moe_jax.experts``.
+
+        Returns:
+            float[..., D] in the dtype of x; sums are taken in float32.
+
+        Raises:
+            TypeError, ValueError: x is not float[..., D] with the block's D.
+
+        Example:
+            >>> import numpy as np
+            >>> rng = np.random.default_rng(0)
+            >>> shapes = {"gate.weight": (4, 8), "experts.gate_up_proj": (4, 12, 8),
+            ...           "experts.down_proj": (4, 8, 6)}
+            >>> block = moe_block_from_hf(
+            ...     {"model_type": "mixtral", "num_local_experts": 4},
+            ...     {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()})
+            >>> x = jnp.ones((2, 3, 8))
+            >>> grads = jax.grad(lambda p: block.apply(p, x).sum())(block.params)
+            >>> block(x).shape, grads["router"]["kernel"].shape
+            ((2, 3, 8), (8, 4))
+        """
+        routing = self._route(params, x, key, token_mask, context)
+        flat = x.reshape(-1, x.shape[-1])
+        mask = routing.token_mask[:, None]
+        rows = jnp.where(mask, flat, jnp.zeros((), x.dtype))
+        y = self._experts(params, rows, routing, implementation) * self.options.output_scale
+        if "latent" in params:
+            y = _affine(params["latent"], "out", y)
+        y = y + routing.residual_weight[:, None] * rows.astype(jnp.float32)
+        if "shared" in params:
+            shared = self.shared_fn(params["shared"], rows).astype(jnp.float32)
+            if "shared_gate" in params:
+                gate = params["shared_gate"].astype(jnp.float32)
+                shared = shared * jax.nn.sigmoid(rows.astype(jnp.float32) @ gate)
+            y = (y + shared) / 2 if self.options.average_shared else y + shared
+        if "output_bias" in params:
+            y = y + params["output_bias"].astype(jnp.float32)[None, :]
+        if "output_norm" in params:
+            y = rms_norm(y, self.options.norm_eps) * f32(params["output_norm"])[None, :]
+        return jnp.where(mask, y, 0.0).astype(x.dtype).reshape(x.shape)
+
+    def _route(self, params, x, key, token_mask, context) -> Routing:
+        if not hasattr(x, "ndim") or x.ndim < 1:
+            check_array("x", x, "T D", fix="Pass hidden states [..., d_model].")
+        if token_mask is not None:
+            if token_mask.shape != x.shape[:-1]:
+                raise ValueError(
+                    f"token_mask: expected bool{list(x.shape[:-1])} like the leading axes of x, got "
+                    f"{token_mask.dtype}{list(token_mask.shape)}. Pass one flag a token."
+                )
+            token_mask = token_mask.reshape(-1)
+        router = self.router
+        if self.options.per_sequence:
+            assert isinstance(router, CapacityTopK)
+            length = x.shape[-2] if x.ndim > 1 else 1
+            router = dataclasses.replace(router, sequence_length=length)
+        flat = x.reshape(-1, x.shape[-1])
+        routing = router(
+            params["router"], self.state, flat, key=key, token_mask=token_mask, context=context
+        )
+        assert isinstance(routing, Routing)
+        return routing
+
+    def _experts(self, params, rows: Array, routing: Routing, implementation) -> Array:
+        if "latent" in params:
+            rows = self._latent(params["latent"], rows)
+        assignments = to_assignments(routing)
+        if self.options.weight_on_input:
+            # Every slot becomes a token of its own, scaled before the expert sees it.
+            tokens, k = routing.expert_indices.shape
+            scaled = rows.astype(jnp.float32)[:, None, :] * routing.combine_weights[:, :, None]
+            rows = scaled.astype(rows.dtype).reshape(tokens * k, -1)
+            assignments = dataclasses.replace(
+                assignments,
+                token_indices=jnp.arange(tokens * k, dtype=jnp.int32),
+                weights=assignments.valid.astype(jnp.float32),
+                num_tokens=tokens * k,
+                slots_per_token=1,
+            )
+        plan = plan_dispatch(assignments)
+        y = run_experts(
+            self.expert_fn, params["experts"], rows, plan, kept_weights(plan),
+            implementation=implementation,
+        )  # fmt: skip
+        if self.options.weight_on_input:
+            y = y.reshape(*routing.expert_indices.shape, -1).sum(axis=1)
+        return y
+
+    def _latent(self, latent: Params, rows: Array) -> Array:
+        out = _affine(latent, "in", rows)
+        if "norm" in latent:
+            scale = 1.0 + f32(latent["norm"])
+            out = rms_norm(out, self.options.norm_eps) * scale[None, :]
+        return out.astype(rows.dtype)
+
+
+def _affine(params: Params, name: str, rows: Array) -> Array:
+    """f32[M, out]."""
+    kernel = params[name].astype(rows.dtype)
+    out = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
+    bias = params.get(f"{name}_bias")
+    return out if bias is None else out + f32(bias)[None, :]
+
+
+def moe_block_from_hf(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = ""
+) -> MoEBlock:
+    """The MoE block of a published model from its config and its tensors.
+
+    Args:
+        config: ``config.json`` as a dict, see ``router_from_hf``.
+        tensors: name -> array, as in the safetensors files of the Hub (one matrix an expert:
+            ``experts.0.w1.weight``, ``experts.0.gate_proj.weight``, ...) or as in transformers 5
+            (``experts.gate_up_proj`` [E, 2F, D] or [E, D, 2F]). JAX arrays work too, traced ones
+            included, so the result can be differentiated by the tensors.
+        prefix: what the names of this block begin with, e.g. ``"model.layers.0.mlp."``; names with
+            another beginning are not looked at.
+
+    Returns:
+        The block. Router parameters are float32; experts keep the dtype of their tensors.
+
+    Raises:
+        ValueError: a model type, a value or a tensor that does not fit: unknown, missing,
+            left over, of another shape, quantised. It is named, with what was expected.
+
+    Example: see ``MoEBlock.apply``.
+    """
+    family, c = read(config)
+    what = f"{c.model_type!r} block"
+    if c.model_type.startswith("ernie4_5_vl"):
+        tensors, prefix = _text_experts(tensors, prefix), ""
+    found = Tensors(tensors, prefix=prefix, what=what)
+    if "router.kernel" in found and c.key_of("num_experts") is None:
+        # A config that is silent on the number of experts is no reason to mistrust the tensors.
+        classes = found.shape("router.kernel")[0]
+        free = c.get("zero_experts") or 0 if "zero_experts" in c.defaults else 0
+        c = c.with_value("num_experts", classes - free)
+    hashed = "router.table" in found
+    if hashed:
+        c = c.with_value("vocab_size", found.shape("router.table")[0])
+        router = hash_router(c)
+    else:
+        router = family.router(c)
+    width = c.get("hidden_size") if c.key_of("hidden_size") else None
+    params: dict[str, Params] = {"router": _router_params(found, router, family, width)}
+    width = params["router"]["down" if isinstance(router, DepthRouter) else "kernel"].shape[0]
+    inner = width
+    if "latent.in" in found or "latent.in" in family.extras:
+        params["latent"] = _latent_params(found, family, width)
+        inner = params["latent"]["in"].shape[1]
+    params["experts"] = expert_params(
+        found, experts=router.num_experts, width=inner, gated=family.gated,
+        interleaved=family.interleaved, bias="experts.bias" in family.extras,
+    )  # fmt: skip
+    if "experts.post_norm" in family.extras:
+        norm = f32(found.take("experts.post_norm", (inner,), "D"))
+        params["experts"]["post_norm"] = jnp.broadcast_to(
+            norm[None, :], (router.num_experts, inner)
+        )
+    if _has_shared(found, family, c):
+        params["shared"] = shared_params(found, width=width, gated=family.gated)
+    if "shared" in params and (family.shared == "gated" or "shared_gate" in found):
+        params["shared_gate"] = linear(found.take("shared_gate", (1, width), "1 D"))
+    for name in ("output_norm", "output_bias"):
+        if name in family.extras:
+            params[name] = jnp.asarray(found.take(name, (width,), "D"))
+    state = _state(found, router, family, hashed=hashed)
+    # transformers allocates this bias and never adds it.
+    unused = ("router.bias",) if isinstance(router, ZeroExperts) else ()
+    found.finish(allowed=unused)
+    expert_fn = family.expert(c)
+    return MoEBlock(
+        params=params,
+        state=state,
+        router=router,
+        expert_fn=expert_fn,
+        shared_fn=expert_fn if family.shared_expert is None else family.shared_expert(c),
+        options=BlockOptions(
+            output_scale=float(family.output_scale(c)),
+            average_shared=_averages(c),
+            weight_on_input=family.weight_on_input,
+            norm_eps=_norm_eps(c),
+            per_sequence=family.per_sequence,
+        ),
+    )
+
+
+def _router_params(found: Tensors, router: Router, family: Family, width: int | None) -> Params:
+    e = router.num_experts
+    if isinstance(router, DepthRouter):
+        h = router.hidden_size
+        params = {"down": linear(f32(found.take("depth.down", (h, width), "H D")))}
+        for name, shape, axes in (
+            ("down_bias", (h,), "H"), ("norm", (h,), "H"),
+            ("fc1", (h, h), "H H"), ("fc1_bias", (h,), "H"),
+            ("fc2", (h, h), "H H"), ("fc2_bias", (h,), "H"), ("kernel", (e + 1, h), "E+1 H"),
+        ):  # fmt: skip
+            tensor = f32(found.take(f"depth.{name}", shape, axes))
+            params[name] = linear(tensor) if len(shape) == 2 else tensor
+        if "depth.depth_scale" in found:
+            params["depth_scale"] = f32(found.take("depth.depth_scale", (h,), "H"))
+        return params
+    classes = e + router.num_zero_experts if isinstance(router, ZeroExperts) else e
+    axes = "E+Z D" if isinstance(router, ZeroExperts) else "E D"
+    kernel = f32(found.take("router.kernel", (classes, width), axes))
+    params = {"kernel": linear(kernel)}
+    if router.gate.use_bias:
+        params["bias"] = f32(found.take("router.bias", (e,), "E"))
+    if "router.input_scale" in family.extras:
+        params["input_scale"] = f32(found.take("router.input_scale", (kernel.shape[1],), "D"))
+    if "router.expert_scale" in family.extras:
+        params["expert_scale"] = f32(found.take("router.expert_scale", (e,), "E"))
+    return params
+
+
+def _latent_params(found: Tensors, family: Family, width: int) -> Params:
+    into = linear(found.take("latent.in", (None, width), "L D"))
+    inner = into.shape[1]
+    params = {"in": into, "out": linear(found.take("latent.out", (width, inner), "D L"))}
+    if "latent.norm" in family.extras:
+        params["norm"] = f32(found.take("latent.norm", (inner,), "L"))
+    for name, size in (("in_bias", inner), ("out_bias", width)):
+        if f"latent.{name}" in found:
+            params[name] = f32(found.take(f"latent.{name}", (size,), "L"))
+    return params
+
+
+def _state(found: Tensors, router: Router, family: Family, *, hashed: bool) -> Any:
+    if hashed:
+        assert isinstance(router, TokenTable)
+        shape = (router.vocab_size, router.k)
+        return TableState(table=jnp.asarray(found.take("router.table", shape, "V K"), jnp.int32))
+    state = router.init_state()
+    if family.bias == "none" or (family.bias == "optional" and "expert_bias" not in found):
+        return state
+    size = state.expert_bias.shape[0]
+    if "expert_bias" in found and len(found.shape("expert_bias")) == 2:  # Ernie keeps [1, E]
+        bias = f32(found.take("expert_bias", (1, size), "1 E"))[0]
+    else:
+        bias = f32(found.take("expert_bias", (size,), "E"))
+    return dataclasses.replace(state, expert_bias=bias)
+
+
+def _has_shared(found: Tensors, family: Family, c: HFConfig) -> bool:
+    if family.shared == "none":
+        return False
+    there = any(f"shared.{part}" in found for part in ("down", "up", "gate", "gate_up"))
+    count = c.get("shared") if c.key_of("shared") or "shared" in c.defaults else None
+    if family.shared == "optional" or count == 0:
+        return there and count != 0
+    return True
+
+
+def _averages(c: HFConfig) -> bool:
+    key = "shared_expert_combination_strategy"
+    if key not in c.defaults:
+        return False
+    if c.get(key) not in ("sum", "average"):
+        raise ValueError(
+            f"config of {c.model_type!r}: expected {key} to be 'sum' or 'average', got "
+            f"{c.get(key)!r}. Nothing else is known to exist."
+        )
+    return c.get(key) == "average"
+
+
+def _norm_eps(c: HFConfig) -> float:
+    known = c.key_of("norm_eps") is not None or "norm_eps" in c.defaults
+    return float(c.get("norm_eps")) if known else 1e-6
+
+
+def _text_experts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Ernie 4.5 VL keeps experts for text and for images apart; this block is the text path."""
+    inside = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+    return {
+        n.removeprefix("text_moe."): t for n, t in inside.items() if not n.startswith("vision_moe.")
+    }

@@ -1,0 +1,272 @@
+"""From the tensors of a checkpoint to the parameters of this library, with every mismatch named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.interop.names import QUANTISED, SPELLINGS, canonical
+from moe_jax.types import Array, Params, describe_array
+
+Tensor = Any  # np.ndarray (memory-mapped or not) or jax.Array, tracers included
+
+
+class Tensors:
+    """The tensors of one block by canonical name; remembers what was taken.
+
+    Args:
+        tensors: name -> array.
+        prefix: only names that start with it count, and it is cut off.
+        what: for messages, e.g. ``"'mixtral' block"``.
+        ignore: which names inside the block are known to be no part of it.
+
+    Raises:
+        ValueError: no name has the prefix, a name is unknown, two names mean the same tensor, or the
+            tensors are quantised.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        prefix: str,
+        what: str,
+        ignore: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.what = what
+        self.prefix = prefix
+        self._found: dict[str, tuple[str, Tensor]] = {}
+        self._taken: set[str] = set()
+        inside = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+        if not inside:
+            raise ValueError(
+                f"{what}: expected tensors under the prefix {prefix!r}, got none; the names begin "
+                f"with {sorted(tensors)[:4]}. Give the prefix up to the router and the experts, "
+                "e.g. 'model.layers.0.mlp.'."
+            )
+        unknown = []
+        for name, tensor in inside.items():
+            if ignore(name):
+                continue
+            meaning = canonical(name)
+            if meaning is None:
+                unknown.append(name)
+                continue
+            if meaning in self._found:
+                raise ValueError(
+                    f"{what}: expected one tensor for {meaning}, got {self._found[meaning][0]!r} and "
+                    f"{name!r}. Keep one."
+                )
+            self._found[meaning] = (name, tensor)
+        quantised = [n for n in unknown if QUANTISED.fullmatch(n)]
+        if quantised:
+            raise ValueError(
+                f"{what}: expected plain weights, got a quantised checkpoint ({quantised[0]!r}). "
+                "Dequantise it first, for example by loading and saving it in bfloat16."
+            )
+        if unknown:
+            raise ValueError(
+                f"{what}: expected the tensors of a Mixture-of-Experts block under {prefix!r}, got "
+                f"also {', '.join(map(repr, sorted(unknown)[:6]))}. Narrow the prefix or leave "
+                "them out."
+            )
+
+    def __contains__(self, meaning: str) -> bool:
+        return meaning in self._found
+
+    def name(self, meaning: str) -> str:
+        return self.prefix + self._found[meaning][0]
+
+    def shape(self, meaning: str) -> tuple[int, ...]:
+        return tuple(self._found[meaning][1].shape)
+
+    def take(self, meaning: str, shape: tuple[int | None, ...], axes: str) -> Tensor:
+        """The tensor, whose shape must be ``shape`` (None is any size).
+
+        Raises:
+            ValueError: it is missing, or has another shape.
+        """
+        wanted = ", ".join(
+            letter if size is None else f"{letter}={size}"
+            for letter, size in zip(axes.split(), shape, strict=True)
+        )
+        if meaning not in self._found:
+            raise ValueError(
+                f"{self.what}: expected {meaning} [{wanted}], called "
+                f"{SPELLINGS.get(meaning, meaning)}, under {self.prefix!r}; got none. "
+                f"There are {self._inventory()}."
+            )
+        name, tensor = self._found[meaning]
+        got = tuple(tensor.shape)
+        if len(got) != len(shape) or any(
+            w not in (None, g) for g, w in zip(got, shape, strict=True)
+        ):
+            raise ValueError(
+                f"{self.what}: expected {self.prefix + name!r} of shape [{wanted}], got "
+                f"{describe_array(tensor)}. Check the config against the checkpoint."
+            )
+        self._taken.add(meaning)
+        return tensor
+
+    def finish(self, allowed: tuple[str, ...] = ()) -> None:
+        """Raises ValueError if a tensor was not used, unless it is ``allowed``."""
+        left = [m for m in self._found if m not in self._taken and m not in allowed]
+        if left:
+            names = ", ".join(repr(self.name(m)) for m in left[:6])
+            raise ValueError(
+                f"{self.what}: expected no further tensors, got {names}. The config describes a block "
+                "without them: check its model_type and its counts of experts."
+            )
+
+    def _inventory(self) -> str:
+        names = sorted(name for name, _ in self._found.values())
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return ", ".join(names[:8]) + more
+
+
+def linear(tensor: Tensor) -> Array:
+    """[in, out] from torch's [out, in]."""
+    return jnp.swapaxes(jnp.asarray(tensor), -1, -2)
+
+
+def f32(tensor: Tensor) -> Array:
+    return jnp.asarray(tensor).astype(jnp.float32)
+
+
+def expert_params(
+    found: Tensors, *, experts: int, width: int, gated: bool, interleaved: bool, bias: bool
+) -> Params:
+    """``{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}`` and biases, from either layout.
+
+    Args:
+        found: the block's tensors.
+        experts: E.
+        width: D, the width that the experts work at.
+        gated: whether there is a gate.
+        interleaved: whether gate and up alternate in the fused tensor.
+        bias: whether projections must have biases.
+    """
+    if "experts.flat_gate" in found:
+        return _flat(found, experts, width)
+    fused = "experts.gate_up" in found or "experts.gate_up_interleaved" in found
+    if fused or "experts.up" in found or "experts.down" in found:
+        params = _stacked(found, experts, width, gated, interleaved)
+    else:
+        params = _one_by_one(found, experts, width, gated)
+    if bias:
+        params.update(_biases(found, experts, params, gated, interleaved))
+    return params
+
+
+def _flat(found: Tensors, experts: int, width: int) -> Params:
+    """DBRX: all experts below each other, [E * F, D] each."""
+    rows = found.shape("experts.flat_gate")[0]
+    if rows % experts:
+        raise ValueError(
+            f"{found.what}: expected {found.name('experts.flat_gate')!r} with a multiple of "
+            f"E={experts} rows, got {rows}. Check the number of experts in the config."
+        )
+    out = {}
+    for part in ("gate", "up", "down"):
+        flat = jnp.asarray(found.take(f"experts.flat_{part}", (rows, width), "E*F D"))
+        split = flat.reshape(experts, rows // experts, width)
+        out[part] = split if part == "down" else jnp.swapaxes(split, 1, 2)
+    return out
+
+
+def _halves(fused: Array, interleaved: bool) -> tuple[Array, Array]:
+    """(gate, up) of the last axis."""
+    if interleaved:
+        return fused[..., ::2], fused[..., 1::2]
+    half = fused.shape[-1] // 2
+    return fused[..., :half], fused[..., half:]
+
+
+def _stacked(found: Tensors, e: int, d: int, gated: bool, interleaved: bool) -> Params:
+    down_shape = found.shape("experts.down") if "experts.down" in found else ()
+    if len(down_shape) != 3 or d not in down_shape[1:]:
+        found.take("experts.down", (e, d, None), "E D F")
+    f = down_shape[2] if down_shape[1] == d else down_shape[1]
+    separate = "experts.up" in found
+    meaning = "experts.up" if separate else "experts.gate_up"
+    if not separate and "experts.gate_up_interleaved" in found:
+        meaning, interleaved = "experts.gate_up_interleaved", True
+    wide = f if separate else 2 * f
+    # torch keeps [out, in]; some files keep [in, out]. The two tensors together always tell.
+    first = found.shape(meaning)[1:] if meaning in found else ()
+    torch_like = (down_shape[1:] == (d, f)) and (f != d or first == (wide, d))
+    if torch_like:
+        down = linear(found.take("experts.down", (e, d, f), "E D F"))
+        up = linear(found.take(meaning, (None, wide, d), f"E {'F' if separate else '2F'} D"))
+    else:
+        down = jnp.asarray(found.take("experts.down", (e, f, d), "E F D"))
+        up = jnp.asarray(found.take(meaning, (None, d, wide), f"E D {'F' if separate else '2F'}"))
+    if up.shape[0] < e:
+        raise ValueError(
+            f"{found.what}: expected {found.name(meaning)!r} for E={e} experts, got {up.shape[0]}. "
+            "Check the number of experts in the config."
+        )
+    up = up[:e]  # LongCat also keeps unused projections of its zero experts
+    if not gated:
+        return {"up": up, "down": down}
+    if separate:
+        shape, axes = ((e, f, d), "E F D") if torch_like else ((e, d, f), "E D F")
+        gate = found.take("experts.gate", shape, axes)
+        return {"gate": linear(gate) if torch_like else jnp.asarray(gate), "up": up, "down": down}
+    gate, up = _halves(up, interleaved)
+    return {"gate": gate, "up": up, "down": down}
+
+
+def _one_by_one(found: Tensors, e: int, d: int, gated: bool) -> Params:
+    if "experts.0.up" not in found and "experts.0.down" not in found:
+        found.take("experts.down", (e, d, None), "E D F")
+    f = found.shape("experts.0.up")[0] if "experts.0.up" in found else None
+    out = {}
+    for part in ("gate", "up", "down") if gated else ("up", "down"):
+        shape, axes = ((d, f), "D F") if part == "down" else ((f, d), "F D")
+        each = [found.take(f"experts.{i}.{part}", shape, axes) for i in range(e)]
+        out[part] = linear(_stack(each))
+    return out
+
+
+def _stack(each: list[Tensor]) -> Tensor:
+    """On the host where that is possible, so that a block is copied to the device once."""
+    plain = all(isinstance(t, np.ndarray) for t in each)
+    return np.stack(each) if plain else jnp.stack(each)
+
+
+def _biases(found: Tensors, e: int, params: Params, gated: bool, interleaved: bool) -> Params:
+    f, d = params["down"].shape[1:]
+    if "experts.0.down_bias" in found or "experts.0.up_bias" in found:
+        parts = {"gate": f, "up": f, "down": d} if gated else {"up": f, "down": d}
+        return {
+            f"{part}_bias": jnp.asarray(
+                _stack([found.take(f"experts.{i}.{part}_bias", (n,), "F") for i in range(e)])
+            )
+            for part, n in parts.items()
+        }
+    out = {"down_bias": jnp.asarray(found.take("experts.down_bias", (e, d), "E D"))}
+    both = jnp.asarray(found.take("experts.gate_up_bias", (e, 2 * f), "E 2F"))
+    out["gate_bias"], out["up_bias"] = _halves(both, interleaved)
+    return out
+
+
+def shared_params(found: Tensors, *, width: int, gated: bool) -> Params:
+    """The shared expert: ``{"gate": [D, F], "up": [D, F], "down": [F, D]}`` and biases if there."""
+    down = found.take("shared.down", (width, None), "D F")
+    f = down.shape[1]
+    out: dict[str, Array] = {"down": linear(down)}
+    if "shared.gate_up" in found:
+        both = linear(found.take("shared.gate_up", (2 * f, width), "2F D"))
+        out["gate"], out["up"] = _halves(both, interleaved=False)
+    else:
+        for part in ("gate", "up") if gated else ("up",):
+            out[part] = linear(found.take(f"shared.{part}", (f, width), "F D"))
+    for part in ("gate", "up", "down"):
+        if f"shared.{part}_bias" in found:
+            size = width if part == "down" else f
+            out[f"{part}_bias"] = jnp.asarray(found.take(f"shared.{part}_bias", (size,), "F"))
+    return out
