@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax import config as config_module
 from moe_jax.config import (
     PRESETS,
     Config,
@@ -24,6 +23,8 @@ from moe_jax.config import (
     build_router,
     load_config,
 )
+from moe_jax.config import loading as loading_module
+from moe_jax.config import settings as settings_module
 from moe_jax.difficulty import ESTIMATORS, register_estimator
 from moe_jax.routers import DynamicK, ExpertThreshold
 from moe_jax.types import RoutingStats
@@ -204,7 +205,7 @@ def test_the_process_environment_is_read_only_when_asked(monkeypatch):
     assert load_config().router_config.num_experts == 32
     assert load_config(env={}).router_config.num_experts == 8
     assert Config().router_config.num_experts == 8
-    monkeypatch.setattr(config_module, "_process_environment", lambda: {"MOE_NUM_EXPERTS": "9"})
+    monkeypatch.setattr(loading_module, "_process_environment", lambda: {"MOE_NUM_EXPERTS": "9"})
     assert load_config().router_config.num_experts == 9, "there is one place that reads it"
 
 
@@ -344,8 +345,8 @@ def test_estimator_words(word, difficulty):  # R03-R06
 
 
 def test_an_estimator_of_ones_own_by_name(monkeypatch):  # R06
-    monkeypatch.setattr(config_module, "ESTIMATORS", dict(ESTIMATORS))
-    monkeypatch.setattr("moe_jax.difficulty.ESTIMATORS", config_module.ESTIMATORS)
+    monkeypatch.setattr(settings_module, "ESTIMATORS", dict(ESTIMATORS))
+    monkeypatch.setattr("moe_jax.difficulty.ESTIMATORS", settings_module.ESTIMATORS)
     assert "expected one of" in problem(load_config, env={}, complexity_estimator="first_value")
     register_estimator("first_value", lambda x, context: x[:, 0])
     config = load_config(env={"MOE_COMPLEXITY_ESTIMATOR": "first_value"})

@@ -1,0 +1,129 @@
+"""Where settings come from: arguments over the environment over a file over defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config.settings import (
+    SETTINGS,
+    Config,
+    ConfigError,
+    bad_value,
+    build_config,
+    choices_of,
+    from_nested,
+    unknown_name,
+)
+
+ENV_PREFIX = "MOE_"
+
+
+def load_config(
+    file: str | os.PathLike[str] | None = None,
+    env: Mapping[str, str] | None = None,
+    **overrides: Any,
+) -> Config:
+    """The configuration from arguments, environment, file and defaults, in this order.
+
+    Args:
+        file: a JSON file in the form of ``configs/production.json``; it may leave keys out.
+        env: the environment; None reads the process's, ``{}`` ignores it. Variables that do not
+            start with ``MOE_`` are not looked at.
+        **overrides: any setting by its own name, e.g. ``num_experts=16``. None means not given,
+            so that a command line can pass its options as they are.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key, variable or argument, a value of
+            the wrong type or out of range, or values that contradict each other. Every problem is
+            listed, with where it came from.
+
+    Example:
+        >>> config = load_config(env={"MOE_NUM_EXPERTS": "16"}, max_experts=6)
+        >>> config.router_config.num_experts, config.router_config.max_experts
+        (16, 6)
+    """
+    problems: list[str] = []
+    given: dict[str, tuple[Any, str]] = {}
+    if file is not None:
+        path = Path(file)
+        given |= from_nested(_read_json(path), f" in {path}", problems)
+    given |= _from_environment(_process_environment() if env is None else env, problems)
+    for name, value in overrides.items():
+        if name not in SETTINGS:
+            problems.append(unknown_name(f"argument {name}", name, SETTINGS, "Remove it."))
+        elif value is not None:
+            given[name] = (value, f"argument {name}")
+    return build_config(given, problems)
+
+
+def _process_environment() -> Mapping[str, str]:
+    """The only place in the library that reads the environment."""
+    return os.environ
+
+
+def _from_environment(env: Mapping[str, str], problems: list[str]) -> dict[str, tuple[Any, str]]:
+    given: dict[str, tuple[Any, str]] = {}
+    variables = {ENV_PREFIX + name.upper(): name for name in SETTINGS}
+    for variable in sorted(v for v in env if v.startswith(ENV_PREFIX)):
+        if variable not in variables:
+            problems.append(unknown_name(variable, variable, variables, "Unset it."))
+            continue
+        name = variables[variable]
+        _, field = SETTINGS[name]
+        try:
+            given[name] = (_parse(field, env[variable]), variable)
+        except ValueError:
+            problems.append(bad_value(variable, env[variable], field))
+    return given
+
+
+def _parse(field: dataclasses.Field[Any], text: str) -> Any:
+    """The text of a variable as the type of the field. Raises ValueError where it is not one."""
+    word = text.strip()
+    if isinstance(field.default, bool):
+        if word.lower() in ("true", "1", "yes", "on"):
+            return True
+        if word.lower() in ("false", "0", "no", "off"):
+            return False
+        raise ValueError
+    if isinstance(field.default, int | float):
+        return type(field.default)(word)
+    # "debug" and "Strict" are clear enough when typed into a shell.
+    return next((c for c in choices_of(field) if c.lower() == word.lower()), word)
+
+
+def _read_json(path: Path) -> Any:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in items]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(
+                f"{path}: expected every key once, got {', '.join(twice)} more than once. "
+                "Keep one of them."
+            )
+        return dict(items)
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: expected a readable JSON file, got {type(error).__name__}: {error}. "
+            "Check the path, the permissions and, in a container, the mount."
+        ) from error
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}: expected JSON, got {error.msg} at line {error.lineno} column {error.colno}. "
+            "Correct that line."
+        ) from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"{path}: expected a JSON object of objects, got one nested without end. "
+            "See configs/production.json."
+        ) from error
