@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import jax
 
+from moe_jax.experts.active import ACTIVE
 from moe_jax.experts.base import Implementation, num_experts_of
 from moe_jax.experts.capacity import CAPACITY
 from moe_jax.experts.dense import DENSE
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
+from moe_jax.experts.ragged import RAGGED
 from moe_jax.experts.tiered import TIERED
 from moe_jax.types import Array, DispatchPlan, Params, check_array
 
-_ALL = (TIERED, CAPACITY, DENSE)  # in order of preference
+_ALL = (ACTIVE, TIERED, CAPACITY, RAGGED, DENSE)  # in order of preference
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in _ALL}
 
 __all__ = [

@@ -50,6 +50,13 @@ _STREAM_ROWS = 12
 _C = TypeVar("_C")
 
 
+class Sizes(NamedTuple):
+    """The static sizes that a run chooses among, each ascending."""
+
+    bulk: tuple[int, ...]  # C; 0 is no bulk
+    pieces: tuple[int, ...]  # B; longer runs of rows are cut at the largest
+
+
 class _Layout(NamedTuple):
     """How the rows of a plan are split, decided at run time."""
 
@@ -95,12 +102,15 @@ def _fitting(sizes: tuple[int, ...], rows: Array) -> Array:
     return smaller
 
 
-def _layout(plan: DispatchPlan) -> _Layout:
-    sizes, pieces = bulk_sizes(plan), piece_sizes(plan)
-    bulk = jnp.asarray(sizes, jnp.int32)
+def sizes_for(plan: DispatchPlan) -> Sizes:
+    return Sizes(bulk_sizes(plan), piece_sizes(plan))
+
+
+def _layout(plan: DispatchPlan, sizes: Sizes) -> _Layout:
+    pieces, bulk = sizes.pieces, jnp.asarray(sizes.bulk, jnp.int32)
     beyond = jnp.maximum(plan.group_sizes[None, :] - bulk[:, None], 0)  # [tiers, E]
     count = -(-beyond // pieces[-1])
-    streamed = jnp.asarray([s + _STREAM_ROWS * (s > 0) for s in sizes], jnp.int32)
+    streamed = jnp.asarray([c + _STREAM_ROWS * (c > 0) for c in sizes.bulk], jnp.int32)
     cost = plan.assignments.num_experts * streamed
     cost += (_piece_rows(pieces, beyond) + _COPY_ROWS * count).sum(axis=1)
     tier = jnp.argmin(cost).astype(jnp.int32)
@@ -163,6 +173,7 @@ def _sum_over_slots(plan: DispatchPlan, rows: Array, weights: Array | None) -> A
 
 
 def _run_layout(
+    sizes: Sizes,
     plan: DispatchPlan,
     params: Params,
     bulk: Callable[[int], _C],
@@ -176,15 +187,14 @@ def _run_layout(
     *gathered)`` computes its first ``size`` rows and pads to the largest, and ``put(carry, expert,
     first_row, live, made)`` stores it.
     """
-    sizes, pieces = bulk_sizes(plan), piece_sizes(plan)
-    layout = _layout(plan)
-    if len(sizes) == 1:
-        carry = bulk(sizes[0])
-    else:
-        carry = jax.lax.switch(layout.tier, [functools.partial(bulk, s) for s in sizes])
-    if sizes == (plan.max_group,):
-        return carry
+    layout, pieces = _layout(plan, sizes), sizes.pieces
     most = pieces[-1]
+    if len(sizes.bulk) == 1:
+        carry = bulk(sizes.bulk[0])
+    else:
+        carry = jax.lax.switch(layout.tier, [functools.partial(bulk, c) for c in sizes.bulk])
+    if sizes.bulk == (plan.max_group,):
+        return carry
 
     slot = jnp.arange(most, dtype=jnp.int32)
 
@@ -232,9 +242,11 @@ def _wide(dtype: jnp.dtype) -> jnp.dtype:
 # --- forward and backward -----------------------------------------------------------------------
 
 
-def _outputs(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan) -> Array:
+def _outputs(
+    expert_fn: ExpertFn, sizes: Sizes, params: Params, x: Array, plan: DispatchPlan
+) -> Array:
     """Every kept assignment's expert output, [num_rows + B, D_out] in sorted order."""
-    most = piece_sizes(plan)[-1]
+    most = sizes.pieces[-1]
     length = plan.num_rows + most
     one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), params)
     out = jax.eval_shape(expert_fn, one, jax.ShapeDtypeStruct((1, x.shape[1]), x.dtype))
@@ -255,27 +267,28 @@ def _outputs(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan) 
     def put(total: Array, expert: Array, row: Array, live: Array, made: Array) -> Array:
         return _put_rows(total, row, live, made)
 
-    return _run_layout(plan, params, bulk, gather, piece, put)
+    return _run_layout(sizes, plan, params, bulk, gather, piece, put)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tiered(
-    expert_fn: ExpertFn, params: Params, x: Array, weights: Array, plan: DispatchPlan
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run_sizes(
+    expert_fn: ExpertFn, sizes: Sizes, params: Params, x: Array, weights: Array, plan: DispatchPlan
 ) -> Array:
-    return _sum_over_slots(plan, _outputs(expert_fn, params, x, plan), weights)
+    """``run`` with the sizes given."""
+    return _sum_over_slots(plan, _outputs(expert_fn, sizes, params, x, plan), weights)
 
 
-def _tiered_fwd(expert_fn, params, x, weights, plan):
-    outputs = _outputs(expert_fn, params, x, plan)
+def _fwd(expert_fn, sizes, params, x, weights, plan):
+    outputs = _outputs(expert_fn, sizes, params, x, plan)
     # The outputs are kept because the gradient of the combine weights needs them: without, the
     # backward pass would run the whole forward pass again, not only the hidden layers.
     return _sum_over_slots(plan, outputs, weights), (params, x, weights, plan, outputs)
 
 
-def _tiered_bwd(expert_fn, residuals, dy):
+def _bwd(expert_fn, sizes, residuals, dy):
     params, x, weights, plan, outputs = residuals
     a = plan.assignments
-    most = piece_sizes(plan)[-1]
+    most = sizes.pieces[-1]
 
     def gradient_rows(rows: _Rows) -> Array:
         scaled = dy[rows.tokens] * weights[rows.assignments][..., None]
@@ -304,7 +317,7 @@ def _tiered_bwd(expert_fn, residuals, dy):
     def put(total, expert, row, live, made):
         return _add_expert(total[0], expert, made[0]), _put_rows(total[1], row, live, made[1])
 
-    dparams, drows = _run_layout(plan, params, bulk, gather, piece, put)
+    dparams, drows = _run_layout(sizes, plan, params, bulk, gather, piece, put)
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
     dx = _sum_over_slots(plan, drows, None).astype(x.dtype)
 
@@ -315,19 +328,24 @@ def _tiered_bwd(expert_fn, residuals, dy):
     return dparams, dx, dweights, None
 
 
-_tiered.defvjp(_tiered_fwd, _tiered_bwd)
+run_sizes.defvjp(_fwd, _bwd)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
-    return _tiered(expert_fn, params, x, weights, plan)
+    return run_sizes(expert_fn, sizes_for(plan), params, x, weights, plan)
+
+
+def slots_executed_with(plan: DispatchPlan, sizes: Sizes) -> Array:
+    """f32[]: the rows computed, padding included, as the loop and the switches choose them."""
+    layout = _layout(plan, sizes)
+    rows = plan.assignments.num_experts * layout.base
+    rows += _piece_rows(sizes.pieces, layout.beyond).sum()
+    return rows.astype(jnp.float32)
 
 
 def slots_executed(plan: DispatchPlan) -> Array:
-    layout = _layout(plan)
-    rows = plan.assignments.num_experts * layout.base
-    rows += _piece_rows(piece_sizes(plan), layout.beyond).sum()
-    return rows.astype(jnp.float32)
+    return slots_executed_with(plan, sizes_for(plan))
 
 
 TIERED = Implementation(

@@ -1,0 +1,67 @@
+"""``jax.lax.ragged_dot`` over sorted rows: native on TPU, fused on some NVIDIA set-ups.
+
+Runs ``FeedForward`` only: a ragged product multiplies sorted rows by a stack of matrices and knows
+nothing of an expert as a function. Where XLA has no kernel for it (CPU, and GPU unless
+``--xla_gpu_experimental_use_ragged_dot_fusion`` is on) it expands to every expert on every row: E
+times the work, and one expert's infinite weights reach every token.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.dispatch import combine
+from moe_jax.experts.base import Implementation
+from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
+from moe_jax.types import Array, DispatchPlan, Params
+
+
+def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    if not isinstance(expert_fn, FeedForward):
+        raise ValueError(
+            f"expert_fn: expected FeedForward, got {type(expert_fn).__name__}. "
+            "A ragged product runs no other expert; use implementation='tiered'."
+        )
+    a = plan.assignments
+    n = plan.order[: plan.num_rows]
+    live = (jnp.arange(plan.num_rows) < plan.group_sizes.sum())[:, None]
+    experts = jnp.minimum(a.expert_indices[n], a.num_experts - 1)
+
+    def project(name: str, rows: Array) -> Array:
+        kernel = params[name].astype(rows.dtype)
+        out = jax.lax.ragged_dot(rows, kernel, plan.group_sizes, preferred_element_type=jnp.float32)
+        bias = params.get(f"{name}_bias")
+        if bias is not None:
+            out = out + bias.astype(jnp.float32)[experts]
+        # Rows past the last group are zeros on one backend and never written on another.
+        return jnp.where(live, out, 0.0)
+
+    act = ACTIVATIONS[expert_fn.activation]
+    rows = jnp.where(live, x[a.token_indices[n]], jnp.zeros((), x.dtype))
+    hidden = project("up", rows)
+    hidden = act(project("gate", rows)) * hidden if expert_fn.gated else act(hidden)
+    outputs = project("down", hidden.astype(x.dtype)).astype(x.dtype)
+    start = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)]
+    home = jnp.where(plan.kept, start + plan.position, 0)
+    return combine(plan, outputs[home], weights)
+
+
+def slots_executed(plan: DispatchPlan) -> Array:
+    """Where the product is native; an expansion (CPU, plain GPU) computes E times as many."""
+    return jnp.asarray(plan.num_rows, jnp.float32)
+
+
+def refuse(plan: DispatchPlan, backend: str) -> str | None:
+    if backend == "tpu":
+        return None
+    return f"does E times the work on {backend} unless XLA was told to fuse ragged_dot"
+
+
+RAGGED = Implementation(
+    name="ragged",
+    run=run,
+    slots_executed=slots_executed,
+    refuse=refuse,
+    summary="jax.lax.ragged_dot over sorted rows (FeedForward only; TPU)",
+)

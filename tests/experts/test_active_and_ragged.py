@@ -1,0 +1,90 @@
+"""The implementations for few rows and for sorted rows against the dense oracle."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import experts
+from moe_jax.dispatch import kept_weights
+from moe_jax.experts import active, dense, ragged
+from moe_jax.experts.feed_forward import FeedForward
+from tests.experts.test_tiered import (
+    FFN,
+    PLANS,
+    D,
+    assert_close,
+    draw,
+    inputs,
+    plan_of,
+    value_and_gradients,
+)
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+FEW = {
+    "one token": lambda: plan_of(draw(1, 8, 2), 8),
+    "eight tokens": lambda: plan_of(draw(8, 16, 2), 16),
+    "same expert": lambda: plan_of(np.full((4, 1), 2), 8),
+    "nothing kept": PLANS["nothing kept"],
+    "row budget": lambda: plan_of(draw(6, 4, 2), 4, max_rows=8),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("implementation", [active, ragged], ids=["active", "ragged"])
+def test_equals_the_oracle_in_values_and_gradients(implementation, name):
+    plan = FEW[name]()
+    a = plan.assignments
+    params, x = inputs(a.num_tokens, a.num_experts)
+    weights = kept_weights(plan)
+    got = value_and_gradients(implementation.run, FFN, params, x, weights, plan)
+    assert_close(got, value_and_gradients(dense.run, FFN, params, x, weights, plan), 2e-5)
+
+
+def test_active_computes_the_kept_rows_and_nothing_else():
+    assert float(active.slots_executed(FEW["eight tokens"]())) == 16
+    assert float(active.slots_executed(FEW["nothing kept"]())) == 0
+
+
+def test_active_leaks_nothing_between_tokens_and_experts():
+    plan = FEW["eight tokens"]()
+    params, x = inputs(8, 16)
+    weights = kept_weights(plan)
+    clean = active.run(FFN, params, x, plan, weights)
+    chosen = np.asarray(plan.assignments.expert_indices).reshape(8, 2)
+    bad = int(chosen[0, 0])
+    poisoned = dict(params, up=params["up"].at[bad].set(jnp.inf))
+    y = active.run(FFN, poisoned, x.at[1].set(jnp.nan), plan, weights)
+    well = ~(chosen == bad).any(axis=1)
+    well[1] = False
+    np.testing.assert_allclose(np.asarray(y)[well], np.asarray(clean)[well], atol=1e-6)
+
+
+def test_ragged_runs_gated_experts_with_biases_and_no_others():
+    plan = PLANS["capacity"]()
+    ffn = FeedForward(activation="silu", gated=True, use_bias=True)
+    params = ffn.init(jax.random.key(0), num_experts=4, d_model=D, d_ff=12)
+    params = jax.tree.map(lambda p: p + 0.1, params)
+    x = jax.random.normal(jax.random.key(1), (48, D))
+    weights = kept_weights(plan)
+    got = ragged.run(ffn, params, x, plan, weights)
+    np.testing.assert_allclose(got, dense.run(ffn, params, x, plan, weights), atol=1e-4)
+    with pytest.raises(ValueError, match="expected FeedForward"):
+        ragged.run(lambda p, rows: rows, params, x, plan, weights)
+
+
+def test_the_automatic_choice():
+    def chosen(plan, backend):
+        return experts.choose(plan, backend=backend).name
+
+    assert chosen(FEW["one token"](), "cpu") == "active"
+    assert chosen(PLANS["uniform"](), "cpu") == "tiered"
+    assert ragged.refuse(PLANS["uniform"](), "tpu") is None
+    assert "E times" in ragged.refuse(PLANS["uniform"](), "gpu")
+    assert experts.choose(PLANS["uniform"](), "ragged").name == "ragged"
