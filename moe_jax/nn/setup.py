@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.difficulty import Estimator
 from moe_jax.experts import ExpertFn, FeedForward
@@ -110,6 +111,24 @@ class LayerSpec:
             "router": self.router.init(router_key, self.d_model),
             "experts": self.expert_init(expert_key, self.router.num_experts),
         }
+
+    def flops_per_row(self) -> float:
+        """Operations of one routed expert on one token; of a user's own expert, as XLA counts it."""
+        return self._flops(self.d_ff, "experts")
+
+    def shared_flops(self) -> float:
+        """Operations of the shared expert on one token; 0 without one."""
+        return self._flops(self.shared_d_ff, "shared") if self.shared_d_ff else 0.0
+
+    def _flops(self, width: int | None, name: str) -> float:
+        if isinstance(self.expert_fn, FeedForward) and self.expert_init is None:
+            assert width is not None
+            return float(self.expert_fn.flops_per_row(self.d_model, width))
+        shapes = jax.eval_shape(self.init, jax.random.key(0))[name]
+        one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), shapes)
+        rows = jax.ShapeDtypeStruct((1, self.d_model), jnp.float32)
+        cost = jax.jit(self.expert_fn).lower(one, rows).cost_analysis()
+        return float((cost or {}).get("flops", 0.0))
 
 
 def dynamic_router(
