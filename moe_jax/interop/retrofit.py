@@ -1,0 +1,339 @@
+"""A trained fixed-k block made dynamic: fitted to a budget, with a report of what that changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.interop.blocks import MoEBlock
+from moe_jax.routers import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, TopK, TopP
+from moe_jax.types import Array, check_choice
+
+RULES = ("TopP", "MinP", "DynamicK", "ExpertThreshold")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetrofitReport:
+    """What making one block dynamic did, on tokens that the fit did not see. Host values.
+
+    Changes are relative: ``|y_dynamic - y_trained| / |y_trained|`` over all held-out tokens. The
+    controls drop as many experts without looking: see ``RandomSkip``.
+    """
+
+    rule: str
+    trained_k: int
+    target_mean_k: float
+    calibration_mean_k: float
+    held_out_mean_k: float
+    histogram: tuple[float, ...]  # share of held-out tokens that use 0..K experts
+    output_change: float
+    random_control_change: float  # random experts dropped
+    lowest_control_change: float  # the lowest-ranked expert of random tokens dropped
+
+    @property
+    def saving(self) -> float:
+        """Share of expert calls saved against the trained k."""
+        return 1.0 - self.held_out_mean_k / self.trained_k
+
+    def summary(self) -> str:
+        """Two lines for people."""
+        bars = " ".join(f"{k}:{share:.0%}" for k, share in enumerate(self.histogram) if share)
+        return (
+            f"{self.rule}: {self.held_out_mean_k:.3f} of {self.trained_k} experts a token "
+            f"({self.saving:+.1%} calls saved; target {self.target_mean_k:.3f}; {bars})\n"
+            f"output changes by {self.output_change:.2%}; dropping as many without looking: "
+            f"{self.lowest_control_change:.2%} (lowest), {self.random_control_change:.2%} (random)"
+        )
+
+
+def make_dynamic(
+    block: MoEBlock,
+    calibration_x: Array,
+    *,
+    target_mean_k: float | None = None,
+    target_saving: float | None = None,
+    rule: str = "TopP",
+    max_k: int | None = None,
+    elastic: bool = False,
+    held_out_x: Array | None = None,
+    difficulty: str = "router_entropy",
+) -> tuple[MoEBlock, RetrofitReport]:
+    """A dynamic twin of a trained block, fitted to a budget, and what changed.
+
+    The twin has the same parameters, gate, scoring and selection bias. Its provenance is in
+    ``block.state.fit``.
+
+    Args:
+        block: from ``moe_block_from_hf`` or ``load_hf_block``, with a ``TopK`` rule.
+        calibration_x: float[..., D], real inputs of the block.
+        target_mean_k: experts per token on average, or
+        target_saving: share of expert calls to save against the trained k. Give one of the two.
+        rule: ``TopP``, ``MinP``, ``DynamicK`` or ``ExpertThreshold``.
+        max_k: most experts one token may use; the trained k by default.
+        elastic: allow ``max_k`` above the trained k. A model that was not trained for it gets worse
+            there ("inference-time scaling wall", arXiv:2509.21892).
+        held_out_x: inputs to measure on; by default the last fifth of ``calibration_x``, which the
+            fit then does not see.
+        difficulty: estimator for ``DynamicK``.
+
+    Raises:
+        ValueError: a block without a fixed-k rule, no or two targets, a target out of reach,
+            ``max_k`` above the trained k without ``elastic``, or a rule that cannot express the
+            block's scoring.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> shapes = {"gate.weight": (4, 8), "experts.gate_up_proj": (4, 12, 8),
+        ...           "experts.down_proj": (4, 8, 6)}
+        >>> from moe_jax.interop import moe_block_from_hf
+        >>> block = moe_block_from_hf(
+        ...     {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+        ...     {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()})
+        >>> x = rng.normal(size=(1000, 8)).astype(np.float32)
+        >>> dynamic, report = make_dynamic(block, x, target_saving=0.2)
+        >>> report.trained_k, round(report.calibration_mean_k, 2)
+        (2, 1.6)
+    """
+    trained = _fixed_rule(block)
+    target = _target(trained, target_mean_k, target_saving)
+    most = trained.k if max_k is None else max_k
+    if most > trained.k and not elastic:
+        raise ValueError(
+            f"max_k: expected at most the trained k={trained.k}, got {most}. A model gets worse "
+            "with experts it was not trained to combine; pass elastic=True if this one was."
+        )
+    fit_x, test_x = _split(calibration_x, held_out_x)
+    router = _dynamic_rule(trained, rule, most, difficulty, target)
+    twin = _with_rule(block, router, fit_x, target)
+    low = _control(block, trained, "lowest", fit_x, target)
+    random = _control(block, trained, "random", fit_x, target)
+    y = block(test_x)
+    routing = twin.route(test_x)
+    counts = np.asarray(routing.num_experts_per_token)
+    histogram = np.bincount(counts, minlength=router.max_k + 1) / counts.size
+    report = RetrofitReport(
+        rule=rule,
+        trained_k=trained.k,
+        target_mean_k=target,
+        calibration_mean_k=float(twin.state.fit.achieved_mean_k),
+        held_out_mean_k=float(counts.mean()),
+        histogram=tuple(float(h) for h in histogram),
+        output_change=_change(y, twin(test_x)),
+        random_control_change=_change(y, random(test_x)),
+        lowest_control_change=_change(y, low(test_x)),
+    )
+    return twin, report
+
+
+def make_model_dynamic(
+    blocks: Mapping[str, MoEBlock],
+    calibration_x: Mapping[str, Array],
+    *,
+    target_mean_k: float | None = None,
+    target_saving: float | None = None,
+    rule: str = "TopP",
+    steps: int = 8,
+    **options: Any,
+) -> tuple[dict[str, MoEBlock], dict[str, RetrofitReport]]:
+    """All blocks of a model made dynamic under one budget, spent where it matters.
+
+    Each block's sensitivity is measured: the squared output change at ``steps`` budgets between 1 and
+    the trained k. Starting from the trained k everywhere, the block that pays least for the next
+    step down gives it, until the mean over blocks is the target. Blocks that stay at their trained k
+    are returned as they are, without a report.
+
+    Args:
+        blocks: by layer name; all with the same trained k.
+        calibration_x: each block's own inputs, float[..., D].
+        target_mean_k, target_saving: the mean over blocks; give one of the two.
+        rule: as in ``make_dynamic``.
+        steps: resolution of a block's budget.
+        **options: further arguments of ``make_dynamic``.
+
+    Raises:
+        ValueError: as ``make_dynamic``; or blocks of different k, or inputs missing.
+    """
+    rules = {name: _fixed_rule(block) for name, block in blocks.items()}
+    ks = sorted({r.k for r in rules.values()})
+    if len(ks) != 1 or set(calibration_x) != set(blocks):
+        raise ValueError(
+            f"blocks: expected one trained k and inputs for each of {sorted(blocks)}, got k={ks} and "
+            f"inputs for {sorted(calibration_x)}. Split the model by k, and give every block's inputs."
+        )
+    k = ks[0]
+    target = _target(next(iter(rules.values())), target_mean_k, target_saving)
+    grid = np.linspace(k, 1.0, steps + 1)[1:-1]
+    curves: dict[str, list[float]] = {}
+    for name, block in blocks.items():
+        changes = [
+            make_dynamic(block, calibration_x[name], target_mean_k=float(m), rule=rule, **options)[
+                1
+            ].output_change
+            for m in grid
+        ]
+        curves[name] = [0.0, *(c * c for c in np.maximum.accumulate(changes))]
+    level = dict.fromkeys(blocks, 0)
+    width = (k - 1.0) / steps
+    while k - width * np.mean(list(level.values())) > target + 0.5 * width / len(blocks):
+        open_ = [n for n in blocks if level[n] + 1 < len(curves[n])]
+        if not open_:
+            raise ValueError(
+                f"target: expected a mean within reach of {steps} steps between 1 and {k}, got "
+                f"{target}. Raise the target or steps."
+            )
+        cheapest = min(open_, key=lambda n: curves[n][level[n] + 1] - curves[n][level[n]])
+        level[cheapest] += 1
+    made: dict[str, MoEBlock] = {}
+    reports: dict[str, RetrofitReport] = {}
+    for name, block in blocks.items():
+        if not level[name]:
+            made[name] = block
+            continue
+        made[name], reports[name] = make_dynamic(
+            block, calibration_x[name], target_mean_k=k - width * level[name], rule=rule, **options
+        )
+    return made, reports
+
+
+class DriftMonitor:
+    """Watches whether a dynamic block's mean stays in its band, and steps back where it does not.
+
+    Thresholds calibrated on one kind of input drift on another: top-p at 2.0 experts gave 3.13 at
+    half the input scale. The monitor holds an exponential average of the mean; outside the band
+    ``block`` is the static block, until ``reset``.
+
+    Args:
+        static: the trained fixed-k block.
+        dynamic: its twin from ``make_dynamic``.
+        band: tolerated relative distance from the fitted mean.
+        decay: of the average, per batch.
+
+    Example:
+        >>> monitor = DriftMonitor(static="static", dynamic="dynamic", target_mean_k=1.6)
+        >>> monitor.observe(1.61), monitor.block
+        (True, 'dynamic')
+        >>> monitor.observe(4.0), monitor.block
+        (False, 'static')
+    """
+
+    def __init__(
+        self,
+        *,
+        static: Any,
+        dynamic: Any,
+        target_mean_k: float | None = None,
+        band: float = 0.1,
+        decay: float = 0.9,
+    ) -> None:
+        if not band > 0 or not 0 <= decay < 1:
+            raise ValueError(
+                f"band, decay: expected band > 0 and 0 <= decay < 1, got {band}, {decay}. "
+                "A band of 0.1 tolerates a tenth more or less than the fitted mean."
+            )
+        self._static, self._dynamic = static, dynamic
+        if target_mean_k is None:
+            target_mean_k = float(dynamic.state.fit.achieved_mean_k)
+        self.target_mean_k = target_mean_k
+        self._band, self._decay = band, decay
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was seen and trusts the dynamic block again."""
+        self.mean_k = self.target_mean_k
+        self.tripped = False
+
+    def observe(self, mean_experts_per_token: Any) -> bool:
+        """Takes a batch's mean, for instance ``stats.mean_experts_per_token``; False once tripped."""
+        value = float(mean_experts_per_token)
+        self.mean_k = self._decay * self.mean_k + (1.0 - self._decay) * value
+        if not abs(self.mean_k / self.target_mean_k - 1.0) <= self._band:
+            self.tripped = True
+        return not self.tripped
+
+    @property
+    def block(self) -> Any:
+        """The block to use now."""
+        return self._static if self.tripped else self._dynamic
+
+
+def _fixed_rule(block: MoEBlock) -> TopK:
+    if not isinstance(block.router, TopK):
+        raise ValueError(
+            f"block: expected one with a fixed k (TopK), got {type(block.router).__name__}. "
+            "Start from the block as it was trained."
+        )
+    return block.router
+
+
+def _target(trained: TopK, mean_k: float | None, saving: float | None) -> float:
+    if (mean_k is None) == (saving is None):
+        raise ValueError(
+            f"target: expected one of target_mean_k and target_saving, got {mean_k} and {saving}. "
+            "target_saving=0.2 keeps 80 % of the expert calls."
+        )
+    target = float(mean_k) if mean_k is not None else trained.k * (1.0 - float(saving or 0.0))
+    if not 1.0 < target < trained.k:
+        raise ValueError(
+            f"target: expected a mean strictly between 1 and the trained k={trained.k}, got "
+            f"{target:g}. A block trained with k=1 has nothing to give."
+        )
+    return target
+
+
+def _dynamic_rule(trained: TopK, rule: str, max_k: int, difficulty: str, target: float) -> Router:
+    check_choice("rule", rule, RULES)
+    common: dict[str, Any] = {
+        "num_experts": trained.num_experts,
+        "min_k": 1,
+        "max_k": max_k,
+        "gate": trained.gate,
+        "scoring": trained.scoring,
+    }
+    if rule == "DynamicK":
+        return DynamicK(difficulty=difficulty, **common)
+    if rule == "ExpertThreshold":
+        return ExpertThreshold(target_k=target, **common)
+    return TopP(**common) if rule == "TopP" else MinP(**common)
+
+
+def _with_rule(block: MoEBlock, router: Router, x: Array, target: float) -> MoEBlock:
+    state = router.init_state()
+    if hasattr(state, "expert_bias") and hasattr(block.state, "expert_bias"):
+        state = dataclasses.replace(state, expert_bias=block.state.expert_bias)
+    flat = jnp.asarray(x).reshape(-1, x.shape[-1])
+    fitted = router.fit(block.params["router"], state, flat, target_mean_k=target)
+    return dataclasses.replace(block, router=router, state=fitted)
+
+
+def _control(block: MoEBlock, trained: TopK, drop: str, x: Array, target: float) -> MoEBlock:
+    router = RandomSkip(
+        num_experts=trained.num_experts,
+        k=trained.k,
+        mean_k=target,
+        drop=drop,
+        gate=trained.gate,
+        scoring=trained.scoring,
+    )
+    return _with_rule(block, router, x, target)
+
+
+def _split(x: Array, held_out: Array | None) -> tuple[Array, Array]:
+    if held_out is not None:
+        return x, held_out
+    flat = jnp.asarray(x).reshape(-1, x.shape[-1])
+    if flat.shape[0] < 10:
+        raise ValueError(
+            f"calibration_x: expected at least 10 tokens, got {flat.shape[0]}. Give real inputs of "
+            "the block, thousands if you have them."
+        )
+    cut = flat.shape[0] * 4 // 5
+    return flat[:cut], flat[cut:]
+
+
+def _change(before: Array, after: Array) -> float:
+    before, after = before.astype(jnp.float32), after.astype(jnp.float32)
+    return float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before))
