@@ -315,8 +315,8 @@ def summarise(results: Mapping[str, Any], out: Path, console: Console) -> None:
         title=f"Change in bits per byte on {results['held_out_files']} held-out files, against "
         f"{trained['bits_per_byte']:.3f} at k={trained['k']}",
         title_justify="left", caption_justify="left",
-        caption="95 % paired bootstrap interval over files. Green: equal quality. "
-        "~ mean k drifted from its target by more than 3 %.",
+        caption="Each with its own 95 % paired bootstrap interval over files, not adjusted for their "
+        "number. Green: equal quality. ~: mean k off its target by more than 3 %.",
     )  # fmt: skip
     table.add_column("rule")
     for saving in savings:
@@ -353,36 +353,41 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     dynamic = [row for row in rows if not row["control"]]
     limit = results["equal_quality"]
 
-    def listed(verdict: str) -> str:
-        names = [f"{r['label']} -{r['saving']:.0%}" for r in dynamic if r["verdict"] == verdict]
+    def listed(some: Sequence[Mapping[str, Any]]) -> str:
+        """``top-p -10/-20%, min-p -10%``"""
+        names = []
+        for label in dict.fromkeys(row["label"] for row in some):
+            own = [f"-{100 * row['saving']:.0f}" for row in some if row["label"] == label]
+            names.append(f"{label} {'/'.join(own)}%")
         return ", ".join(names) or "none"
 
+    def with_verdict(verdict: str) -> str:
+        return listed([row for row in dynamic if row["verdict"] == verdict])
+
     told = [
-        f"Equal quality (interval ends at or below +{limit:.1%}): {listed('equal')}.",
-        f"Not shown to be equal, nor worse: {listed('not shown')}.",
-        f"Worse than that: {listed('worse')}.",
+        f"Equal quality (interval ends at or below +{limit:.1%}): {with_verdict('equal')}.",
+        f"Not shown to be equal, nor worse: {with_verdict('not shown')}.",
+        f"Worse than that: {with_verdict('worse')}.",
     ]
-    for saving in sorted({row["saving"] for row in dynamic}):
-        own = [row for row in dynamic if row["saving"] == saving]
-        best = min(own, key=lambda row: row["delta"])
-        against = ", ".join(
-            f"{share:.0%} of the damage of {RULES[name].label.removesuffix(' (control)')}"
-            for name, share in best["recovered"].items()
+    best = [
+        min((r for r in dynamic if r["saving"] == saving), key=lambda r: r["delta"])
+        for saving in sorted({r["saving"] for r in dynamic})
+    ]
+    for control in dict.fromkeys(name for row in best for name in row["recovered"]):
+        shares = ", ".join(
+            f"{row['recovered'][control]:.0%} at -{row['saving']:.0%} ({row['label']})"
+            for row in best
+            if control in row["recovered"]
         )
-        if against:
-            told.append(f"-{saving:.0%}: best is {best['label']}; it avoids {against}.")
+        told.append(f"The best rule avoids of the damage of {_plain(control)}: {shares}.")
     top_p = [row for row in rows if row["rule"] == "top_p" and "drop_lowest" in row["recovered"]]
     if top_p:
         shares = ", ".join(
             f"{row['recovered']['drop_lowest']:.0%} at -{row['saving']:.0%}" for row in top_p
         )
-        told.append(f"Top-p avoids of the damage of dropping blindly (mix of k and k-1): {shares}.")
-    losers = [
-        f"{row['label']} -{row['saving']:.0%}"
-        for row in dynamic
-        if min(row["recovered"].values(), default=1.0) <= 0
-    ]
-    told.append(f"No better than one of the controls: {', '.join(losers) or 'none'}.")
+        told.append(f"Top-p avoids of the damage of {_plain('drop_lowest')}: {shares}.")
+    losers = [row for row in dynamic if min(row["recovered"].values(), default=1.0) <= 0]
+    told.append(f"No better than one of the controls: {listed(losers)}.")
     drifted = [
         f"{row['label']} -{row['saving']:.0%} ({row['drift']:+.1%})"
         for row in rows
@@ -406,6 +411,10 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         f"{fresh['tokens']} bytes bit for bit the same."
     )
     return told
+
+
+def _plain(control: str) -> str:
+    return RULES[control].label.removesuffix(" (control)")
 
 
 def _short(path: Path) -> str:

@@ -147,7 +147,7 @@ def evaluate(
     return Evaluation(
         nats_per_file=np.bincount(blocks.file_index, each, minlength=files),
         bytes_per_file=np.bincount(blocks.file_index, real.sum(axis=1), minlength=files),
-        histogram=by_layer("histogram") / blocks.num_tokens,
+        histogram=np.rint(by_layer("histogram")) / blocks.num_tokens,
         tokens_per_expert=by_layer("tokens_per_expert"),
         counts=np.stack(counts),
         slots_used=float(by_layer("slots_used").sum()),
