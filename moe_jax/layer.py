@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -106,8 +108,10 @@ def moe_layer(
     if not hasattr(x, "ndim") or x.ndim < 1:
         check_array("x", x, "T D", fix="Pass hidden states [..., d_model].")
     lead, width = x.shape[:-1], x.shape[-1]
-    flat = x.reshape(-1, width)
+    flat = x.reshape(math.prod(lead), width)
     mask = None if token_mask is None else _flat_mask(token_mask, lead)
+    if mask is not None:  # whatever padding holds, NaN included, goes no further than here
+        flat = jnp.where(mask[:, None], flat, jnp.zeros((), flat.dtype))
     routing = router(params["router"], state, flat, key=key, token_mask=mask, context=context)
     tokens = flat.shape[0]
     capacity = None
@@ -117,8 +121,9 @@ def moe_layer(
         to_assignments(routing), capacity=capacity, max_rows=max_rows, priority=priority
     )
     weights = kept_weights(plan, renormalize=renormalize_kept)
+    chosen = choose(plan, implementation, expert_fn=expert_fn)
     y = run_experts(
-        expert_fn, params["experts"], flat, plan, weights, implementation=implementation
+        expert_fn, params["experts"], flat, plan, weights, implementation=chosen.name
     )
     if "shared" in params:
         y = y + _shared(expert_fn, params, flat, mask)
@@ -127,8 +132,9 @@ def moe_layer(
     stats = routing_stats(
         routing,
         plan,
-        slots_executed=choose(plan, implementation).slots_executed(plan),
+        slots_executed=chosen.slots_executed(plan),
         observed=router.observe(routing),
+        implementation=chosen.name,
     )
     return y.astype(x.dtype).reshape(*lead, -1), LayerAux(routing=routing, stats=stats)
 
@@ -143,9 +149,8 @@ def _flat_mask(token_mask: Array, lead: tuple[int, ...]) -> Array:
 
 
 def _shared(expert_fn: ExpertFn, params: dict[str, Params], x: Array, mask: Array | None) -> Array:
-    rows = x if mask is None else jnp.where(mask[:, None], x, jnp.zeros((), x.dtype))
-    out = expert_fn(params["shared"], rows).astype(jnp.float32)
+    out = expert_fn(params["shared"], x).astype(jnp.float32)
     if "shared_gate" in params:
         gate = params["shared_gate"].astype(jnp.float32)
-        out = out * jax.nn.sigmoid(rows.astype(jnp.float32) @ gate)
+        out = out * jax.nn.sigmoid(x.astype(jnp.float32) @ gate)
     return out if mask is None else jnp.where(mask[:, None], out, 0.0)

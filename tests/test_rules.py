@@ -116,6 +116,10 @@ CASES: dict[str, Router] = {
         num_experts=E, k=2,
         gate=Gate(use_bias=True, multiplier=1.5, softcap=20.0, jitter=0.2, noise=0.5),
     ),
+    "TopK: p-norm, normalised gate input, learned scale": TopK(
+        num_experts=E, k=2, use_expert_scale=True,
+        gate=Gate(input_norm_eps=1e-6), scoring=Scoring(norm="p", norm_p=2.0),
+    ),
     **{
         f"DynamicK: {name}": DynamicK(num_experts=E, min_k=1, max_k=4, difficulty=name)
         for name in sorted(ESTIMATORS)
@@ -200,6 +204,8 @@ def build(router: Router) -> Case:
     x = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
     params = router.init(jax.random.key(0), D)
     params = {**params, "kernel": 2.0 * params["kernel"]}
+    if "expert_scale" in params:
+        params["expert_scale"] = jnp.linspace(0.5, 2.0, E)
     state = router.init_state()
     if isinstance(router, DynamicK):  # as fit does; unfitted scores need not lie in [0, 1]
         known = {**context_for(x), "router_logits": router.gate(params, x)}
@@ -349,11 +355,13 @@ def test_weights_are_what_the_scoring_promises(case: Case):
         s = 1 / (1 + np.exp(-s))
     want = np.where(used, s, 0.0)
     if scoring.renormalizes:
-        total = want.sum(axis=1, keepdims=True)
+        p = scoring.norm_p if scoring.norm == "p" else 1.0
+        total = (want**p).sum(axis=1, keepdims=True) ** (1 / p)
         want = want / np.where(total > 0, total, 1.0)
-        some = used.any(axis=1)
-        sums = expert_weights(routing).sum(axis=1)
-        np.testing.assert_allclose(sums[some], scoring.scale, rtol=1e-5)
+        if p == 1:
+            sums, some = expert_weights(routing).sum(axis=1), used.any(axis=1)
+            np.testing.assert_allclose(sums[some], scoring.scale, rtol=1e-5)
+    want = want * np.asarray(case.params.get("expert_scale", np.ones(E)))[None, :]
     np.testing.assert_allclose(expert_weights(routing), scoring.scale * want, rtol=2e-5, atol=1e-6)
 
 

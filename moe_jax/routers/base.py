@@ -169,6 +169,11 @@ def router_from_json(data: dict[str, Any]) -> Router:
         >>> router_from_json(router.to_json()) == router
         True
     """
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"router: expected a JSON object with 'kind', got a {type(data).__name__}. "
+            "Pass what to_json returned."
+        )
     fields = dict(data)
     kind = fields.pop("kind", None)
     if kind not in Router.kinds:
@@ -209,6 +214,11 @@ def _from_json(cls: type, data: dict[str, Any]) -> Any:
         )
     values = {}
     for name, v in data.items():
+        if isinstance(v, dict) != (name in _NESTED):
+            wanted = "an object" if name in _NESTED else "a plain value"
+            raise ValueError(
+                f"{cls.__name__}.{name}: expected {wanted}, got {v!r}. Write it as to_json does."
+            )
         if isinstance(v, dict):
             v = _from_json(_NESTED[name], v)
         elif isinstance(v, list):
@@ -218,7 +228,8 @@ def _from_json(cls: type, data: dict[str, Any]) -> Any:
         return cls(**values)
     except TypeError as error:  # a field without default is missing
         raise ValueError(
-            f"{cls.__name__}: {error}. Give every field that has no default."
+            f"{cls.__name__}: expected the fields that to_json writes, got {sorted(values)}: {error}. "
+            "Add what is missing, or correct its type."
         ) from None
 
 
@@ -263,7 +274,10 @@ def real_tokens(token_mask: Array | None, x: Array) -> np.ndarray:
     mask = np.ones(x.shape[0], bool) if token_mask is None else np.asarray(token_mask)
     rows = np.asarray(x).astype(np.float32)[mask]
     if not mask.any():
-        raise ValueError("token_mask: expected at least one real token, got only padding.")
+        raise ValueError(
+            "token_mask: expected at least one real token, got only padding. "
+            "Calibrate on real tokens; True in the mask marks them."
+        )
     if not np.isfinite(rows).all():
         bad = int((~np.isfinite(rows).all(axis=-1)).sum())
         raise ValueError(

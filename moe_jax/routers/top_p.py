@@ -127,7 +127,13 @@ class TopP(Router):
             low=0.0,
             high=1.0,
         )
-        return dataclasses.replace(state, p=p, integral=integral)
+        # A batch of padding alone has measured nothing and moves nothing.
+        seen = stats.token_count > 0
+        return dataclasses.replace(
+            state,
+            p=jnp.where(seen, p, state.p),
+            integral=jnp.where(seen, integral, state.integral),
+        )
 
     def fit(
         self,

@@ -1,0 +1,348 @@
+"""One table of bad inputs: each is refused with what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import (
+    DynamicK,
+    ExpertChoiceRouter,
+    ExpertThreshold,
+    FeedForward,
+    Gate,
+    LossWeights,
+    MinP,
+    RandomSkip,
+    Scoring,
+    TopK,
+    TopP,
+    expert_capacity,
+    fit_thresholds,
+    flops_report,
+    init_moe_layer,
+    kept_weights,
+    moe_layer,
+    plan_dispatch,
+    router_from_json,
+    routing_stats,
+    run_experts,
+    to_assignments,
+)
+from moe_jax.difficulty import register_estimator
+from moe_jax.losses import aux_loss
+from moe_jax.types import Params, Routing
+
+T, D, E = 6, 8, 4
+FFN = FeedForward()
+ROUTER = TopK(num_experts=E, k=2)
+X = jnp.ones((T, D), jnp.float32)
+
+
+def layer(x: Any = X, router: Any = ROUTER, params: Params = None, **kwargs: Any) -> Any:
+    made = init_moe_layer(ROUTER, FFN, jax.random.key(0), d_model=D, d_ff=4)
+    params = made if params is None else params(made)
+    return moe_layer(router, FFN, params, router.init_state(), x, **kwargs)
+
+
+def routing() -> Routing:
+    return ROUTER(ROUTER.init(jax.random.key(0), D), ROUTER.init_state(), X)
+
+
+def plan(**bounds: Any) -> Any:
+    return plan_dispatch(to_assignments(routing()), **bounds)
+
+
+def fit(x: Any = None, router: Any = None, target: float = 1.5, **kwargs: Any) -> Any:
+    router = DynamicK(num_experts=E, min_k=1, max_k=3) if router is None else router
+    x = jax.random.normal(jax.random.key(0), (40, D)) if x is None else x
+    params = router.init(jax.random.key(0), D)
+    return router.fit(params, router.init_state(), x, target_mean_k=target, **kwargs)
+
+
+def dynamic(difficulty: Any, **context: Any) -> Any:
+    router = DynamicK(num_experts=E, min_k=1, max_k=2, difficulty=difficulty)
+    return router(router.init(jax.random.key(0), D), router.init_state(), X, context=context)
+
+
+def stacked_wrong(params: Params) -> Params:
+    return {**params, "experts": jax.tree.map(lambda p: p[:3], params["experts"])}
+
+
+def ragged_axes(params: Params) -> Params:
+    return {**params, "experts": {**params["experts"], "up": params["experts"]["up"][:3]}}
+
+
+def expert_choice_weights() -> Any:
+    router = ExpertChoiceRouter(num_experts=E)
+    routing = router(router.init(jax.random.key(0), D), router.init_state(), X)
+    return kept_weights(plan_dispatch(to_assignments(routing)), renormalize=True)
+
+
+def report(**kwargs: Any) -> Any:
+    stats = routing_stats(routing(), plan())
+    return flops_report(stats, d_model=D, flops_per_row=10, max_k=2, **kwargs)
+
+
+NAN = jnp.ones((40, D)).at[3, 2].set(jnp.nan)
+
+TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
+    # --- x
+    "rank: no token axis of its own": (ValueError, lambda: layer(jnp.ones(())), "x: .*T, D"),
+    "rank: router given [B, S, D]": (
+        ValueError,
+        lambda: ROUTER(
+            ROUTER.init(jax.random.key(0), D), ROUTER.init_state(), jnp.ones((2, 3, D))
+        ),
+        r"float\[T, D=8\], got float32\[2, 3, 8\]",
+    ),
+    "width": (ValueError, lambda: layer(jnp.ones((T, D + 1))), r"D=8\], got float32\[6, 9\]"),
+    "dtype: integers": (TypeError, lambda: layer(jnp.ones((T, D), jnp.int32)), r"got int32\[6, 8\]"),
+    "dtype: booleans": (TypeError, lambda: layer(jnp.ones((T, D), bool)), r"got bool\[6, 8\]"),
+    "not an array": (TypeError, lambda: layer([[1.0] * D]), "got a list"),
+    "none at all": (TypeError, lambda: layer(None), "got a NoneType"),
+    "no tokens": (ValueError, lambda: layer(jnp.ones((0, D))), r"got float32\[0, 8\].*empty"),
+    "no width": (ValueError, lambda: layer(jnp.ones((T, 0))), r"got float32\[6, 0\]"),
+    # --- masks
+    "mask of another length": (
+        ValueError, lambda: layer(token_mask=jnp.ones((T + 1,), bool)), r"token_mask.*\[7\]",
+    ),
+    "mask of another rank": (
+        ValueError, lambda: layer(token_mask=jnp.ones((T, D), bool)), r"token_mask.*\[6, 8\]",
+    ),
+    "mask of floats": (
+        TypeError, lambda: layer(token_mask=jnp.ones((T,), jnp.float32)), "token_mask.*float32",
+    ),
+    "router: mask of another length": (
+        ValueError,
+        lambda: ROUTER(
+            ROUTER.init(jax.random.key(0), D), ROUTER.init_state(), X,
+            token_mask=jnp.ones((2,), bool),
+        ),
+        r"token_mask.*bool\[T=6\], got bool\[2\]",
+    ),
+    # --- k and experts
+    "k above E": (ValueError, lambda: TopK(num_experts=4, k=5), "num_experts=4.*max_k=5"),
+    "k of 0": (ValueError, lambda: TopK(num_experts=4, k=0), "max_k=0"),
+    "no experts": (ValueError, lambda: TopK(num_experts=0, k=1), "num_experts.*got 0"),
+    "min above max": (
+        ValueError, lambda: DynamicK(num_experts=4, min_k=3, max_k=2), "min_k=3, max_k=2",
+    ),
+    "negative min": (ValueError, lambda: DynamicK(num_experts=4, min_k=-1, max_k=2), "min_k=-1"),
+    "top-p without an expert": (ValueError, lambda: TopP(num_experts=4, min_k=0), "at least 1"),
+    "min-p without an expert": (ValueError, lambda: MinP(num_experts=4, min_k=0), "at least 1"),
+    "p above 1": (ValueError, lambda: TopP(num_experts=4, p=1.5), "0 <= p <= 1, got 1.5"),
+    "ratio below 0": (ValueError, lambda: MinP(num_experts=4, ratio=-0.1), "got -0.1"),
+    "target out of reach": (
+        ValueError, lambda: TopP(num_experts=4, max_k=2, target_mean_k=3.0), "got 3.0",
+    ),
+    "threshold target above E": (
+        ValueError, lambda: ExpertThreshold(num_experts=4, target_k=5.0), "got 5.0",
+    ),
+    "decay of 1": (
+        ValueError, lambda: ExpertThreshold(num_experts=4, target_k=1.0, decay=1.0), "got 1.0",
+    ),
+    "expert choice above E": (
+        ValueError, lambda: ExpertChoiceRouter(num_experts=4, mean_k=5.0), "got 5.0",
+    ),
+    "expert choice renormalised": (
+        ValueError,
+        lambda: ExpertChoiceRouter(num_experts=4, scoring=Scoring(norm="sum")),
+        "no renormalisation",
+    ),
+    "thresholds with groups": (
+        ValueError,
+        lambda: ExpertThreshold(
+            num_experts=4, target_k=1.0, scoring=Scoring(num_groups=2, top_groups=1)
+        ),
+        "num_groups=2",
+    ),
+    "random mean above k": (
+        ValueError, lambda: RandomSkip(num_experts=4, k=2, mean_k=2.5), "got 2.5",
+    ),
+    "random drop unknown": (
+        ValueError, lambda: RandomSkip(num_experts=4, k=2, mean_k=1.5, drop="x"), "'lowest'",
+    ),
+    # --- gate and scoring
+    "score unknown": (ValueError, lambda: Scoring(score="relu"), "'softmax'.*got 'relu'"),
+    "norm unknown": (ValueError, lambda: Scoring(norm="l2"), "'sum_eps'.*got 'l2'"),
+    "top groups above groups": (
+        ValueError, lambda: Scoring(num_groups=2, top_groups=3), "num_groups=2, got 3",
+    ),
+    "groups that do not divide E": (
+        ValueError,
+        lambda: TopK(num_experts=4, k=1, scoring=Scoring(num_groups=3, top_groups=1)),
+        "divisor of num_experts=4, got 3",
+    ),
+    "groups too small for k": (
+        ValueError,
+        lambda: TopK(num_experts=4, k=3, scoring=Scoring(num_groups=2, top_groups=1)),
+        "at most 2.*got 3",
+    ),
+    "jitter of 1": (ValueError, lambda: Gate(jitter=1.0), "got 1.0"),
+    "negative noise": (ValueError, lambda: Gate(noise=-1.0), "got -1.0"),
+    "softcap of 0": (ValueError, lambda: Gate(softcap=0.0), "got 0.0"),
+    "disabled expert out of range": (
+        ValueError,
+        lambda: TopK(num_experts=4, k=1, gate=Gate(disabled_experts=(4,))).init(
+            jax.random.key(0), D
+        ),
+        r"0\.\.3.*got \(4,\)",
+    ),
+    "all experts disabled": (
+        ValueError,
+        lambda: TopK(num_experts=2, k=1, gate=Gate(disabled_experts=(0, 1))).init(
+            jax.random.key(0), D
+        ),
+        "at least one expert",
+    ),
+    # --- difficulty
+    "estimator unknown": (
+        ValueError, lambda: dynamic("gradient"), "gradient_norm.*got 'gradient'.*register",
+    ),
+    "estimator neither name nor function": (TypeError, lambda: dynamic(3), "got a int"),
+    "gradients not given": (ValueError, lambda: dynamic("gradient_norm"), r"context\['gradients'\]"),
+    "attention not given": (
+        ValueError, lambda: dynamic("attention_entropy"), r"context\['attention'\]",
+    ),
+    "targets not given": (
+        ValueError, lambda: dynamic("surprisal", logits=jnp.ones((T, 5))), r"context\['targets'\]",
+    ),
+    "attention of other tokens": (
+        ValueError,
+        lambda: dynamic("attention_entropy", attention=jnp.ones((T + 1, 3))),
+        r"T=6, S\], got float32\[1, 7, 3\]",
+    ),
+    "estimator of the wrong shape": (
+        ValueError, lambda: dynamic(lambda x, context: x), r"float\[T=6\], got float32\[6, 8\]",
+    ),
+    "estimator of the wrong dtype": (
+        TypeError, lambda: dynamic(lambda x, context: x[:, 0].astype(jnp.int32)), r"got int32\[6\]",
+    ),
+    "estimator name taken": (
+        ValueError, lambda: register_estimator("router_entropy", lambda x, c: x[:, 0]), "free name",
+    ),
+    # --- calibration
+    "NaN in calibration": (ValueError, lambda: fit(NAN), "1 of 40 tokens with NaN"),
+    "inf in calibration": (ValueError, lambda: fit(NAN.at[3, 2].set(jnp.inf)), "1 of 40"),
+    "calibration on equal tokens": (ValueError, lambda: fit(jnp.ones((40, D))), "scores that differ"),
+    "calibration on padding alone": (
+        ValueError, lambda: fit(token_mask=jnp.zeros((40,), bool)), "only padding",
+    ),
+    "target at min": (ValueError, lambda: fit(target=1.0), "between min_k=1.*got 1.0"),
+    "target above max": (ValueError, lambda: fit(target=3.5), "max_k=3, got 3.5"),
+    "fit_thresholds: target": (
+        ValueError,
+        lambda: fit_thresholds(np.linspace(0, 1, 9), min_k=1, max_k=2, target_mean_k=2.0),
+        "got 2.0",
+    ),
+    "fit of a rule without a budget": (
+        TypeError, lambda: fit(router=ROUTER), "got TopK.*Use DynamicK",
+    ),
+    # --- dispatch
+    "capacity of 0": (ValueError, lambda: plan(capacity=0), "capacity.*got 0"),
+    "row budget of 0": (ValueError, lambda: plan(max_rows=0), "max_rows.*got 0"),
+    "row budget below T": (ValueError, lambda: plan(max_rows=T - 1), "at least T=6.*got 5"),
+    "priority unknown": (ValueError, lambda: plan(priority="best"), "'score', 'order', got 'best'"),
+    "capacity factor of 0": (ValueError, lambda: layer(capacity_factor=0.0), "got 0.0"),
+    "negative capacity factor": (ValueError, lambda: expert_capacity(4, 4, 1, -1.0), "got -1.0"),
+    "renormalised expert choice": (ValueError, expert_choice_weights, "got expert choice"),
+    # --- experts
+    "implementation unknown": (
+        ValueError, lambda: layer(implementation="fast"), r"'dense'.*got \['fast'\]",
+    ),
+    "every implementation refuses": (
+        ValueError, lambda: layer(implementation=("capacity",)), "has no capacity",
+    ),
+    "fewer experts than the router has": (
+        ValueError, lambda: layer(params=stacked_wrong), "E=4, got 3",
+    ),
+    "experts of different numbers": (ValueError, lambda: layer(params=ragged_axes), r"\[3, 4\]"),
+    "experts given other tokens": (
+        ValueError,
+        lambda: run_experts(
+            FFN, FFN.init(jax.random.key(0), num_experts=E, d_model=D, d_ff=4),
+            jnp.ones((T + 2, D)), plan(), kept_weights(plan()),
+        ),
+        "T=6.*got float32",
+    ),
+    "activation unknown": (ValueError, lambda: FeedForward(activation="swish"), "'silu'"),
+    # --- losses and reports
+    "sequence length that does not divide T": (
+        ValueError,
+        lambda: aux_loss(routing(), LossWeights(), sequence_length=4),
+        "divisor of T=6, got 4",
+    ),
+    "baseline unknown": (ValueError, lambda: report(baseline="best"), "'trained_k'.*got 'best'"),
+    "trained k not given": (ValueError, lambda: report(baseline="trained_k"), "got None"),
+    # --- routers as data
+    "router kind unknown": (
+        ValueError, lambda: router_from_json({"kind": "Top2"}), "TopK.*got 'Top2'",
+    ),
+    "router kind missing": (ValueError, lambda: router_from_json({"num_experts": 4}), "got None"),
+    "router field unknown": (
+        ValueError,
+        lambda: router_from_json({"kind": "TopK", "num_experts": 4, "k": 2, "topk": 2}),
+        "num_experts, k.*got topk",
+    ),
+    "router field unknown inside": (
+        ValueError,
+        lambda: router_from_json({"kind": "TopK", "num_experts": 4, "k": 2, "gate": {"bias": 1}}),
+        "use_bias.*got bias",
+    ),
+    "router field missing": (
+        ValueError,
+        lambda: router_from_json({"kind": "TopK", "num_experts": 4}),
+        r"\['num_experts'\].*'k'",
+    ),
+    "router field of the wrong kind": (
+        ValueError,
+        lambda: router_from_json({"kind": "TopK", "num_experts": 4, "k": 2, "scoring": "softmax"}),
+        "scoring.*softmax",
+    ),
+    "router field of the wrong type": (
+        ValueError,
+        lambda: router_from_json({"kind": "TopK", "num_experts": 4, "k": "two"}),
+        "TopK.*correct its type",
+    ),
+    "router field that should be plain": (
+        ValueError,
+        lambda: router_from_json({"kind": "TopK", "num_experts": 4, "k": {"min": 1}}),
+        "TopK.k: expected a plain value",
+    ),
+    "router that is no object": (ValueError, lambda: router_from_json(["TopK"]), "got a list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(TABLE))
+def test_refusals_say_expected_got_and_what_to_do(case):
+    error, cause, words = TABLE[case]
+    with pytest.raises(error) as caught:
+        cause()
+    message = str(caught.value)
+    assert type(caught.value) is error
+    assert re.search(words, message, re.DOTALL), message
+    parts = re.search(r"expected (.+?)\bgot (.+)", message, re.DOTALL)
+    assert parts, f"expected and got: {message}"
+    # What to do: a sentence after the one that says what came.
+    assert re.search(r"[.?)] ?[A-Z(0-9].*[.?)]$", parts[2], re.DOTALL), f"what to do: {message}"
+
+
+def test_values_are_checked_before_anything_is_compiled():
+    """The same refusals under ``jit``: shapes are known at trace time."""
+    with pytest.raises(ValueError, match="x: expected"):
+        jax.jit(layer)(jnp.ones((T, D + 1)))
+    with pytest.raises(TypeError, match="x: expected"):
+        jax.eval_shape(layer, jax.ShapeDtypeStruct((T, D), jnp.int32))
+
+
+def test_a_good_router_is_not_refused():
+    for router in (ROUTER, dataclasses.replace(ROUTER, k=E)):
+        assert router_from_json(router.to_json()) == router

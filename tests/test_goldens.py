@@ -1,0 +1,88 @@
+"""Numbers that other authors' code produced; see ``goldens/README.md``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax import FeedForward, Scoring, TopK, TopP, moe_layer
+from moe_jax.experts import IMPLEMENTATIONS
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDENS / name) as file:
+        return {key: file[key] for key in file.files}
+
+
+def dense_weights(indices, weights, none: int, experts: int) -> np.ndarray:
+    out = np.zeros((len(indices), experts), np.float32)
+    for t, slot in np.ndindex(np.shape(indices)):
+        if indices[t, slot] != none:
+            out[t, indices[t, slot]] = weights[t, slot]
+    return out
+
+
+@pytest.mark.parametrize("p", [0.4, 0.8])
+def test_top_p_equals_dynamic_moe(p):
+    """arXiv:2403.07652, the authors' code: experts, weights and the block's output."""
+    golden = load(f"topp_huang_p{round(100 * p)}.npz")
+    experts = golden["w/router.weight"].shape[0]
+    router = TopP(num_experts=experts, p=p)
+
+    def stacked(name: str) -> jax.Array:  # torch keeps [out, in]
+        return jnp.stack([golden[f"w/experts.{e}.{name}.weight"].T for e in range(experts)])
+
+    params = {
+        "router": {"kernel": jnp.asarray(golden["w/router.weight"].T)},
+        "experts": {n: stacked(f"{n}_proj") for n in ("gate", "up", "down")},
+    }
+    x = jnp.asarray(golden["x"])
+    ffn = FeedForward(activation="silu", gated=True)
+    y, aux = moe_layer(router, ffn, params, router.init_state(), x)
+
+    routing = aux.routing
+    np.testing.assert_allclose(
+        routing.router_probs, golden["probs"].reshape(-1, experts), rtol=1e-5, atol=1e-7
+    )
+    want = golden["sorted_index"].reshape(-1, experts)
+    np.testing.assert_array_equal(
+        routing.num_experts_per_token, (want >= 0).sum(axis=1), err_msg="k of each token"
+    )
+    ours = dense_weights(
+        np.asarray(routing.expert_indices), np.asarray(routing.combine_weights), experts, experts
+    )
+    theirs = dense_weights(want, golden["sorted_weights"].reshape(-1, experts), -1, experts)
+    np.testing.assert_array_equal(ours > 0, theirs > 0)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(y, golden["y"], rtol=1e-4, atol=1e-5)
+    for name in sorted({"capacity", "dense"} & set(IMPLEMENTATIONS)):
+        y, _ = moe_layer(router, ffn, params, router.init_state(), x, implementation=name)
+        np.testing.assert_allclose(y, golden["y"], rtol=1e-4, atol=1e-5)
+
+
+def test_sigmoid_groups_and_bias_equal_megatron():
+    """DeepSeek-V3's rule as Megatron-LM has it: 2 of 4 groups, bias for selection alone.
+
+    There a group is worth its ``k / top_groups`` best scores, which at k = 2 is its best one.
+    """
+    golden = load("megatron_sigmoid_group.npz")
+    tokens, experts = golden["logits"].shape
+    scoring = Scoring(
+        score="sigmoid", norm="sum_eps", num_groups=4, top_groups=2, group_score="max"
+    )
+    router = TopK(num_experts=experts, k=2, scoring=scoring)
+    state = type(router.init_state())(expert_bias=jnp.asarray(golden["bias"]))
+    identity = {"kernel": jnp.eye(experts, dtype=jnp.float32)}
+    routing = router(identity, state, jnp.asarray(golden["logits"]))
+    np.testing.assert_array_equal(routing.expert_mask, golden["routing_map"])
+    ours = dense_weights(
+        np.asarray(routing.expert_indices), np.asarray(routing.combine_weights), experts, experts
+    )
+    np.testing.assert_allclose(ours, golden["probs"], rtol=1e-5, atol=1e-7)
+    assert tokens == 64
