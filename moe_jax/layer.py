@@ -122,9 +122,7 @@ def moe_layer(
     )
     weights = kept_weights(plan, renormalize=renormalize_kept)
     chosen = choose(plan, implementation, expert_fn=expert_fn)
-    y = run_experts(
-        expert_fn, params["experts"], flat, plan, weights, implementation=chosen.name
-    )
+    y = run_experts(expert_fn, params["experts"], flat, plan, weights, implementation=chosen.name)
     if "shared" in params:
         y = y + _shared(expert_fn, params, flat, mask)
     if isinstance(routing, Routing):

@@ -31,6 +31,7 @@ def routing_stats(
     *,
     slots_executed: Array | None = None,
     observed: Array | None = None,
+    implementation: str = "",
 ) -> RoutingStats:
     """Statistics of one batch. Arrays, a few hundred bytes, cheap beside the experts.
 
@@ -39,6 +40,7 @@ def routing_stats(
         plan: what became of it.
         slots_executed: f32[] rows the implementation computes; the kept rows when not given.
         observed: f32[E] from ``router.observe``; zeros when not given.
+        implementation: name of what runs the experts.
     """
     mask = routing.token_mask.astype(jnp.float32)
     count = jnp.maximum(mask.sum(), 1.0)
@@ -67,6 +69,7 @@ def routing_stats(
         load_balance_score=load_balance_score(load),
         router_entropy=jnp.where(mask > 0, entropy, 0.0).sum() / count,
         observed=observed,
+        implementation=implementation,
     )
 
 

@@ -203,6 +203,7 @@ class RoutingStats:
     load_balance_score: Array  # f32[]: 1 / (1 + CV^2) = effective experts / E, 1 when balanced
     router_entropy: Array  # f32[]: mean entropy of router_probs, in nats
     observed: Array  # f32[E]
+    implementation: str = static()  # what ran the experts; empty where nothing did
 
 
 # --- checks ---------------------------------------------------------------------------------

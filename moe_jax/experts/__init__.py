@@ -17,7 +17,7 @@ from moe_jax.experts.ragged import RAGGED
 from moe_jax.experts.tiered import TIERED
 from moe_jax.types import Array, DispatchPlan, Params, check_array
 
-_ALL = (ACTIVE, TIERED, CAPACITY, RAGGED, DENSE)  # in order of preference
+_ALL = (ACTIVE, RAGGED, TIERED, CAPACITY, DENSE)  # in order of preference
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in _ALL}
 
 __all__ = [
@@ -36,6 +36,7 @@ def explain_choice(
     plan: DispatchPlan,
     implementation: str | tuple[str, ...] | None = None,
     *,
+    expert_fn: ExpertFn = FeedForward(),
     backend: str | None = None,
 ) -> list[tuple[str, str]]:
     """What each candidate says: ``[(name, "chosen" | reason)]``, in order of preference.
@@ -51,7 +52,7 @@ def explain_choice(
     told: list[tuple[str, str]] = []
     chosen = False
     for name in names:
-        reason = IMPLEMENTATIONS[name].refuse(plan, backend)
+        reason = IMPLEMENTATIONS[name].refuse(expert_fn, plan, backend)
         if reason is None and not chosen:
             told.append((name, "chosen"))
             chosen = True
@@ -64,6 +65,7 @@ def choose(
     plan: DispatchPlan,
     implementation: str | tuple[str, ...] | None = None,
     *,
+    expert_fn: ExpertFn = FeedForward(),
     backend: str | None = None,
 ) -> Implementation:
     """The implementation that ``explain_choice`` marks as chosen.
@@ -71,7 +73,7 @@ def choose(
     Raises:
         ValueError: an unknown name, or every candidate refused; the reasons are in the message.
     """
-    told = explain_choice(plan, implementation, backend=backend)
+    told = explain_choice(plan, implementation, expert_fn=expert_fn, backend=backend)
     for name, reason in told:
         if reason == "chosen":
             return IMPLEMENTATIONS[name]
@@ -126,4 +128,5 @@ def run_experts(
             f"expert params: expected a leading axis of E={a.num_experts}, "
             f"got {num_experts_of(params)}. Initialise as many experts as the router has."
         )
-    return choose(plan, implementation).run(expert_fn, params, x, plan, weights)
+    chosen = choose(plan, implementation, expert_fn=expert_fn)
+    return chosen.run(expert_fn, params, x, plan, weights)

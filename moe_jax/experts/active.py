@@ -32,7 +32,7 @@ def slots_executed(plan: DispatchPlan) -> Array:
     return slots_executed_with(plan, _ONE_ROW)
 
 
-def refuse(plan: DispatchPlan, backend: str) -> str | None:
+def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
     rows, experts = plan.num_rows, plan.assignments.num_experts
     if rows > experts:
         return f"is for fewer rows than experts, and here up to {rows} rows meet {experts} experts"

@@ -22,7 +22,7 @@ class Implementation:
             what is dropped was decided in the plan.
         slots_executed: ``(plan) -> f32[]``, the rows that ``run`` pushes through experts, padding
             included.
-        refuse: ``(plan, backend) -> str | None``, the reason why it cannot or should not run
+        refuse: ``(expert_fn, plan, backend) -> str | None``, the reason why it cannot or should not run
             here. Asked when the choice is automatic; an implementation asked for by name runs.
         summary: one line for people.
     """
@@ -30,7 +30,7 @@ class Implementation:
     name: str
     run: Callable[[ExpertFn, Params, Array, DispatchPlan, Array], Array]
     slots_executed: Callable[[DispatchPlan], Array]
-    refuse: Callable[[DispatchPlan, str], str | None]
+    refuse: Callable[[ExpertFn, DispatchPlan, str], str | None]
     summary: str
 
 

@@ -38,7 +38,7 @@ def slots_executed(plan: DispatchPlan) -> Array:
     return jnp.asarray(plan.assignments.num_experts * plan.max_group, jnp.float32)
 
 
-def refuse(plan: DispatchPlan, backend: str) -> str | None:
+def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
     if plan.capacity is None:
         return "has no capacity to size its buffers by: dropless buffers would hold T rows each"
     return None

@@ -33,6 +33,6 @@ DENSE = Implementation(
     name="dense",
     run=run,
     slots_executed=slots_executed,
-    refuse=lambda plan, backend: "costs E times the work; it is the oracle for tests",
+    refuse=lambda expert_fn, plan, backend: "costs E times the work; it is the oracle",
     summary="every expert on every token (oracle)",
 )

@@ -52,7 +52,9 @@ def slots_executed(plan: DispatchPlan) -> Array:
     return jnp.asarray(plan.num_rows, jnp.float32)
 
 
-def refuse(plan: DispatchPlan, backend: str) -> str | None:
+def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
+    if not isinstance(expert_fn, FeedForward):
+        return "runs FeedForward only: a grouped product knows nothing of an expert as a function"
     if backend == "tpu":
         return None
     return f"does E times the work on {backend} unless XLA was told to fuse ragged_dot"

@@ -8,14 +8,16 @@ Two ways of running sorted rows are combined, and both choose among a few static
 * *Bulk*: the first C rows of every expert in one batched product, as in ``capacity``, where C is
   the cheapest of a few sizes for the loads at hand; what an expert has beyond C goes to the pieces.
 
-On a CPU the pieces alone are as fast as one large product, since the hidden activations of a piece
-stay in the cache, and follow any load; accelerators want the bulk. Nothing is dropped, no buffer is
-sized for the worst case, and fewer experts per token cost less time.
+On a CPU, with hundreds of rows an expert, the pieces alone are as fast as one large product, since
+the hidden activations of a piece stay in the cache, and follow any load; accelerators want the bulk.
+Nothing is dropped, no buffer is sized for the worst case, and fewer experts per token cost less
+time.
 
 The gradient is written by hand: differentiating through ``lax.switch`` would keep the residuals of
 every branch, and a loop with a dynamic trip count has no reverse derivative. The backward pass runs
 the hidden layers of the experts again instead of storing them. Rows move by gathers and contiguous
-writes in both directions; nothing is scattered.
+writes in both directions; only the last sum of expert choice, whose tokens come in no order, is a
+scatter.
 """
 
 from __future__ import annotations
@@ -352,6 +354,6 @@ TIERED = Implementation(
     name="tiered",
     run=run,
     slots_executed=slots_executed,
-    refuse=lambda plan, backend: None,
+    refuse=lambda expert_fn, plan, backend: None,
     summary="sorted rows in pieces of a size chosen at run time (dropless)",
 )

@@ -85,6 +85,6 @@ def test_the_automatic_choice():
 
     assert chosen(FEW["one token"](), "cpu") == "active"
     assert chosen(PLANS["uniform"](), "cpu") == "tiered"
-    assert ragged.refuse(PLANS["uniform"](), "tpu") is None
-    assert "E times" in ragged.refuse(PLANS["uniform"](), "gpu")
+    assert ragged.refuse(FeedForward(), PLANS["uniform"](), "tpu") is None
+    assert "E times" in ragged.refuse(FeedForward(), PLANS["uniform"](), "gpu")
     assert experts.choose(PLANS["uniform"](), "ragged").name == "ragged"
