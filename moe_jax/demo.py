@@ -334,7 +334,11 @@ def summarise(results: Mapping[str, Any], out: Path, console: Console) -> None:
         f"{seconds['total']:.0f} s ({parts}). Pictures and results.json in {_short(out)}."
     )
     console.print(f"Look at {_short(out / 'frontier.png')} and {_short(out / 'source.html')}.")
-    console.print(f"Next: [bold]moe-jax inspect {_short(out / 'calibrated')}[/bold]")
+    console.print(
+        f"Next: [bold]moe-jax calibrate {_short(out / 'model')} --rule MinP --target-saving 0.15 "
+        f"--out {_short(out / 'min_p-15')}[/bold]",
+        soft_wrap=True,
+    )
 
 
 def _cell(row: Mapping[str, Any]) -> str:
