@@ -244,7 +244,9 @@ def raw_to_k(raw: Array, knots: Array, thresholds: Array, *, min_k: int) -> Arra
     difficulty of the run's upper end.
     """
     level = jnp.linspace(0.0, 1.0, knots.shape[0], dtype=jnp.float32)
-    cuts = jnp.interp(thresholds, level, knots)
+    # A threshold that equals the difficulty of a run is not exceeded by it: just above, the cut is too.
+    above = jnp.nextafter(thresholds, jnp.ones_like(thresholds))
+    cuts = jnp.interp(above, level, knots)
     return min_k + (raw[:, None] >= cuts[None, :]).sum(axis=1, dtype=jnp.int32)
 
 
@@ -253,9 +255,10 @@ def fit_thresholds(
 ) -> np.ndarray:
     """Thresholds under which tokens of these difficulties use ``target_mean_k`` experts on average.
 
-    The thresholds keep the spacing of plain rounding, bent by one exponent: ``t_j = ((j - 1/2) /
-    (max_k - min_k)) ** gamma``, with gamma found by bisection. So every k from min_k to max_k stays
-    in use at any target strictly between the two.
+    The thresholds keep the spacing of plain rounding, ``b_j = (j - 1/2) / (max_k - min_k)``, bent
+    by one exponent in (0, 1] that bisection finds: ``b_j ** gamma`` for targets below the middle,
+    and the mirror image ``1 - (1 - b_j) ** gamma`` above it. So every k from min_k to max_k stays in
+    use at any target strictly between the two.
 
     Args:
         difficulty: f32[T] in [0, 1].
@@ -271,13 +274,13 @@ def fit_thresholds(
     base = np.asarray(rounding_thresholds(min_k, max_k), np.float64)
     scores = np.sort(np.asarray(difficulty, np.float32))
 
-    def thresholds(log_gamma: float) -> np.ndarray:
-        tiny = np.finfo(np.float32).tiny
-        bent = np.clip(base ** np.exp(log_gamma), tiny, 1 - 2**-24)
-        return bent.astype(np.float32)
+    def thresholds(knob: float) -> np.ndarray:
+        gamma = np.exp(-abs(knob))
+        bent = base**gamma if knob < 0 else 1.0 - (1.0 - base) ** gamma
+        return np.clip(bent, np.finfo(np.float32).tiny, 1 - 2**-24).astype(np.float32)
 
-    def mean_k(log_gamma: float) -> float:
-        below = np.searchsorted(scores, thresholds(log_gamma), side="right")
+    def mean_k(knob: float) -> float:
+        below = np.searchsorted(scores, thresholds(knob), side="right")
         return min_k + float((scores.size - below).sum()) / scores.size
 
     return thresholds(bisect(mean_k, target_mean_k, low=-12.0, high=12.0))

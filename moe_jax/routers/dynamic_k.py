@@ -45,6 +45,7 @@ class DynamicK(Router):
         balance_rate: step of the loss-free bias controller that ``update`` runs; 0 is off.
 
     Example:
+        >>> import jax
         >>> router = DynamicK(num_experts=8, min_k=1, max_k=4)
         >>> params = router.init(jax.random.key(0), 16)
         >>> x = jax.random.normal(jax.random.key(1), (1000, 16))

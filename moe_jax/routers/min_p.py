@@ -39,6 +39,7 @@ class MinP(Router):
         scoring: logits to scores and weights.
 
     Example:
+        >>> import jax
         >>> router = MinP(num_experts=8, ratio=0.5, max_k=4)
         >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
         >>> router(params, state, jnp.ones((5, 16))).expert_indices.shape

@@ -46,6 +46,7 @@ class TopP(Router):
         scoring: logits to scores and weights.
 
     Example:
+        >>> import jax
         >>> router = TopP(num_experts=8, p=0.4)
         >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
         >>> router(params, state, jnp.ones((5, 16))).expert_indices.shape
