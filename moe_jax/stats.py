@@ -143,7 +143,7 @@ def flops_report(
         >>> report = flops_report(routing_stats(routing, plan), baseline="dense",
         ...                       d_model=8, flops_per_row=2 * 8 * 16 * 2, max_k=2)
         >>> round(report.saving_used, 3)
-        0.438
+        0.469
     """
     check_choice("baseline", baseline, BASELINES)
     if baseline == "trained_k" and trained_k is None:
