@@ -26,11 +26,9 @@ from rich.progress import Progress
 
 from moe_jax.budget import check_target
 from moe_jax.data import Blocks, Corpus, cut_blocks, load_corpus
-from moe_jax.dispatch import kept_weights, plan_dispatch, to_assignments
-from moe_jax.experts import choose, run_experts
 from moe_jax.language_model import LMConfig, embed, layer_params, router_input
+from moe_jax.layer import run_routing
 from moe_jax.routers import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, TopP
-from moe_jax.stats import routing_stats
 from moe_jax.train import Model, PathLike, load_model, save_model, track
 from moe_jax.types import Array, Params, Routing, pytree
 
@@ -166,14 +164,10 @@ def mix(
 ) -> tuple[Array, Seen]:
     """What ``moe_layer`` does after routing. Apart from it, so that all rules share one compile."""
     flat = x.reshape(-1, config.d_model)
-    plan = plan_dispatch(to_assignments(routing))
-    y = run_experts(
-        config.experts, layer["moe"]["experts"], flat, plan, kept_weights(plan),
+    y, stats = run_routing(
+        config.experts, layer["moe"]["experts"], flat, routing,
         implementation=config.implementation,
     )  # fmt: skip
-    y = y + routing.residual_weight[:, None] * flat
-    used = choose(plan, config.implementation)
-    stats = routing_stats(routing, plan, slots_executed=used.slots_executed(plan))
     seen = Seen(
         counts=routing.num_experts_per_token.reshape(x.shape[:-1]),
         histogram=stats.experts_per_token_histogram * stats.token_count,

@@ -146,48 +146,60 @@ def _show_route(report: dict[str, Any]) -> None:
 @app.command()
 def train(
     folder: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
+    resume: Annotated[
+        Path | None, typer.Option(help="Checkpoint to go on from, made with the same options.")
+    ] = None,
+    until: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many steps of the schedule.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Train the small language model on the standard library's source."""
-    from moe_jax import train as job
+    from moe_jax.language_model import LMConfig
+    from moe_jax.train import train as job
 
     with _told():
-        path, summary = job.train(job.LMConfig(), folder, steps=steps, seed=seed, console=notes)
-    if as_json:
-        _print_json({"checkpoint": str(path), **summary})
-    else:
-        out.print(f"checkpoint in {path}: moe-jax inspect {path}")
+        path, summary = job(
+            LMConfig(), folder, steps, seed,
+            resume=resume, until=until, overwrite=overwrite, console=notes,
+        )  # fmt: skip
+    _print_checkpoint(path, summary, as_json)
 
 
 @app.command()
 def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of a trained model.")],
     folder: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
-    rule: Annotated[str, typer.Option(help="DynamicK, TopP, MinP or ExpertThreshold.")] = "TopP",
+    rule: Annotated[
+        list[str], typer.Option(help="top_p, min_p, TopP ... ; repeat it for several.")
+    ] = ["top_p"],  # noqa: B006 - typer copies it
     target_mean_k: Annotated[float | None, typer.Option(help="Experts per token, mean.")] = None,
     target_saving: Annotated[
         float | None, typer.Option(help="Share of expert calls to save against the trained k.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a dynamic rule to a budget on calibration text and save it with its provenance."""
-    from moe_jax import frontier as job
+    """Fit dynamic rules to a budget on calibration text and save them with their provenance."""
+    from moe_jax.calibration import calibrate as job
 
     with _told():
-        path, summary = job.calibrate(
-            checkpoint,
-            folder,
-            rule=rule,
-            target_mean_k=target_mean_k,
-            target_saving=target_saving,
-            console=notes,
-        )
+        path, summary = job(
+            checkpoint, folder, rule, target_mean_k=target_mean_k, target_saving=target_saving,
+            seed=seed, overwrite=overwrite, console=notes,
+        )  # fmt: skip
+    _print_checkpoint(path, summary, as_json)
+
+
+def _print_checkpoint(path: Path, summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json({"checkpoint": str(path), **summary})
     else:
-        out.print(f"checkpoint in {path}: moe-jax inspect {path}")
+        out.print(f"checkpoint in {path}; next: moe-jax inspect {path}", soft_wrap=True)
 
 
 @app.command()
@@ -207,21 +219,22 @@ def inspect(
         f"[bold]{checkpoint}[/bold]: format {report['format']}, moe_jax "
         f"{report['library_version']}, {report['parameters']:,} parameters, verified"
     )
+    table = Table("router", "rule", "budget", "reached", "tokens", "data", "weights")
     for name, router in report["routers"].items():
-        fit = router["fit"]
-        out.print(f"[bold]{name}[/bold]  {router['summary']}", highlight=False)
-        if fit is None:
-            continue
+        fit: dict[str, Any] = router["fit"] or {"fitted": False}
+        budget = ["", "", "", "", ""]
         if fit["fitted"]:
-            out.print(
-                f"  budget {fit['target_mean_k']:.3f} experts a token, reached "
-                f"{fit['achieved_mean_k']:.3f} on {fit['token_count']:,} tokens "
-                f"(data {fit['data_fingerprint'][:12]}, router {fit['router_fingerprint'][:12]})"
-            )
-        else:
-            out.print("  not calibrated")
+            budget = [
+                f"{fit['target_mean_k']:.3f}", f"{fit['achieved_mean_k']:.3f}",
+                f"{fit['token_count']:,}", fit["data_fingerprint"][:8],
+                fit["router_fingerprint"][:8],
+            ]  # fmt: skip
+        table.add_row(name, router["summary"], *budget)
+    out.print(table)
     for key, value in report["metadata"].items():
-        out.print(f"{key}: {json.dumps(value)}", soft_wrap=True)
+        text = json.dumps(value)
+        out.print(f"{key}: {text if len(text) <= 200 else text[:197] + '...'}", soft_wrap=True)
+    out.print("Everything, fingerprints in full: add --json.")
 
 
 @config_app.command("check")

@@ -13,6 +13,7 @@ import numpy as np
 from moe_jax import checkpoint as checkpoints
 from moe_jax.config import build_router, load_config
 from moe_jax.dispatch import plan_dispatch, to_assignments
+from moe_jax.language_model import layer_params
 from moe_jax.routers import Router
 from moe_jax.stats import routing_stats
 from moe_jax.types import Params, Routing
@@ -99,7 +100,7 @@ def router_from_checkpoint(path: Path, name: str | None) -> RouterSource:
         raise ValueError(
             f"router: expected one of {', '.join(names)}, got {chosen!r}. See moe-jax inspect."
         )
-    params = _find_params(saved.params, chosen)
+    params = _language_model_params(saved, chosen) or _find_params(saved.params, chosen)
     if params is None:
         raise ValueError(
             f"{path}: expected parameters of router {chosen!r}, got none under that name. "
@@ -108,6 +109,14 @@ def router_from_checkpoint(path: Path, name: str | None) -> RouterSource:
     return RouterSource(
         router=saved.routers[chosen], params=params, state=saved.states[chosen], trained=True
     )
+
+
+def _language_model_params(saved: checkpoints.Checkpoint, name: str) -> Params | None:
+    """Of a checkpoint that ``moe_jax.train`` wrote, whose layers are stacked and named layer_i."""
+    layer = name.rsplit("/", 1)[-1].removeprefix("layer_")
+    if "model" not in saved.metadata or not layer.isdigit():
+        return None
+    return layer_params(saved.params, int(layer))["moe"]["router"]
 
 
 def _find_params(params: Params, name: str) -> Params | None:
@@ -165,7 +174,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     for name, router in saved.routers.items():
         fit = getattr(saved.states[name], "fit", None)
         routers[name] = {
-            "summary": repr(router),
+            "summary": _short(router),
             "config": router.to_json(),
             "fingerprint": router.fingerprint(),
             "fit": None if fit is None else fit.describe(),
@@ -178,3 +187,13 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "routers": routers,
         "metadata": dict(saved.metadata),
     }
+
+
+def _short(router: Router) -> str:
+    """The rule's kind and whatever differs from its defaults."""
+    told = []
+    for field in dataclasses.fields(router):  # type: ignore[arg-type]  # every rule is a dataclass
+        value = getattr(router, field.name)
+        if value != field.default:
+            told.append(f"{field.name}={value!r}")
+    return f"{type(router).__name__}({', '.join(told)})"

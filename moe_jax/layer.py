@@ -113,28 +113,64 @@ def moe_layer(
     if mask is not None:  # whatever padding holds, NaN included, goes no further than here
         flat = jnp.where(mask[:, None], flat, jnp.zeros((), flat.dtype))
     routing = router(params["router"], state, flat, key=key, token_mask=mask, context=context)
-    tokens = flat.shape[0]
     capacity = None
     if capacity_factor is not None:
-        capacity = expert_capacity(tokens, router.num_experts, router.max_k, capacity_factor)
+        capacity = expert_capacity(flat.shape[0], router.num_experts, router.max_k, capacity_factor)
+    y, stats = run_routing(
+        expert_fn, params["experts"], flat, routing,
+        capacity=capacity, max_rows=max_rows, priority=priority,
+        renormalize_kept=renormalize_kept, implementation=implementation,
+        observed=router.observe(routing),
+    )  # fmt: skip
+    if "shared" in params:
+        y = y + _shared(expert_fn, params, flat, mask)
+    return y.astype(x.dtype).reshape(*lead, -1), LayerAux(routing=routing, stats=stats)
+
+
+def run_routing(
+    expert_fn: ExpertFn,
+    params: Params,
+    x: Array,
+    routing: Routing | ExpertChoice,
+    *,
+    capacity: int | None = None,
+    max_rows: int | None = None,
+    priority: str = "score",
+    renormalize_kept: bool = False,
+    implementation: str | tuple[str, ...] | None = None,
+    observed: Array | None = None,
+) -> tuple[Array, RoutingStats]:
+    """The second half of ``moe_layer``: what follows a routing decision, whoever made it.
+
+    Args:
+        expert_fn: one expert (static).
+        params: expert parameters with a leading axis E.
+        x: float[T, D], the tokens that were routed.
+        routing: the decision.
+        capacity, max_rows, priority: see ``plan_dispatch``.
+        renormalize_kept: see ``kept_weights``.
+        implementation: see ``moe_jax.experts``.
+        observed: f32[E] from ``router.observe``, for the statistics.
+
+    Returns:
+        f32[T, D_out], the sum of weighted expert outputs and of the residual, and statistics.
+    """
     plan = plan_dispatch(
         to_assignments(routing), capacity=capacity, max_rows=max_rows, priority=priority
     )
     weights = kept_weights(plan, renormalize=renormalize_kept)
     chosen = choose(plan, implementation, expert_fn=expert_fn)
-    y = run_experts(expert_fn, params["experts"], flat, plan, weights, implementation=chosen.name)
-    if "shared" in params:
-        y = y + _shared(expert_fn, params, flat, mask)
+    y = run_experts(expert_fn, params, x, plan, weights, implementation=chosen.name)
     if isinstance(routing, Routing):
-        y = y + routing.residual_weight[:, None] * flat.astype(jnp.float32)
+        y = y + routing.residual_weight[:, None] * x.astype(jnp.float32)
     stats = routing_stats(
         routing,
         plan,
         slots_executed=chosen.slots_executed(plan),
-        observed=router.observe(routing),
+        observed=observed,
         implementation=chosen.name,
     )
-    return y.astype(x.dtype).reshape(*lead, -1), LayerAux(routing=routing, stats=stats)
+    return y, stats
 
 
 def _flat_mask(token_mask: Array, lead: tuple[int, ...]) -> Array:

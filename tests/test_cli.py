@@ -105,7 +105,7 @@ def test_inspect_and_route_a_checkpoint(hidden, tmp_path):
 
     told = json.loads(runner.invoke(app, ["inspect", str(folder), "--json"]).stdout)
     assert told["routers"]["layer"]["fit"]["achieved_mean_k"] == pytest.approx(1.5, rel=0.01)
-    assert "budget 1.500" in runner.invoke(app, ["inspect", str(folder)]).stdout
+    assert "1.500" in runner.invoke(app, ["inspect", str(folder)]).stdout
     result = runner.invoke(app, ["route", str(hidden), "--checkpoint", str(folder), "--json"])
     report = json.loads(result.stdout)
     assert report["trained"]
@@ -113,6 +113,42 @@ def test_inspect_and_route_a_checkpoint(hidden, tmp_path):
     wrong = ["route", str(hidden), "--checkpoint", str(folder), "--router", "x"]
     assert runner.invoke(app, wrong).exit_code == 2
     assert runner.invoke(app, ["inspect", str(tmp_path)]).exit_code == 2
+
+
+def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path, monkeypatch):
+    """The commands of the README in a row, on a tiny model."""
+    import jax
+
+    # train is imported before the patch below, which its own import must not see.
+    from moe_jax import language_model, train
+
+    assert train.LMConfig is language_model.LMConfig
+
+    tiny = language_model.LMConfig(
+        num_layers=2, d_model=32, num_heads=2, num_experts=4, k=2, d_ff=16, length=32, batch_size=4
+    )
+    monkeypatch.setattr(language_model, "LMConfig", lambda: tiny)
+    model, fitted = tmp_path / "model", tmp_path / "fitted"
+    result = runner.invoke(app, ["train", "--out", str(model), "--steps", "40", "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["steps"] == 40
+    monkeypatch.undo()
+    taken = runner.invoke(app, ["train", "--out", str(model), "--steps", "3"])
+    assert taken.exit_code == 2
+    assert "overwrite" in taken.stderr
+    words = ["calibrate", str(model), "--out", str(fitted), "--rule", "TopP"]
+    assert runner.invoke(app, words).exit_code == 2  # no target
+    result = runner.invoke(app, [*words, "--target-saving", "0.2", "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(runner.invoke(app, ["inspect", str(fitted), "--json"]).stdout)
+    reached = told["routers"]["layer_1"]["fit"]["achieved_mean_k"]
+    assert reached == pytest.approx(1.6, rel=0.01)
+    hidden = np.asarray(jax.random.normal(jax.random.key(0), (50, 32)))
+    np.save(tmp_path / "h.npy", hidden)
+    words = ["route", str(tmp_path / "h.npy"), "--checkpoint", str(fitted), "--router", "layer_1"]
+    report = json.loads(runner.invoke(app, [*words, "--json"]).stdout)
+    assert report["trained"]
+    assert report["router"]["kind"] == "TopP"
 
 
 @pytest.mark.parametrize(

@@ -152,9 +152,13 @@ class Router(abc.ABC):
         return {"kind": type(self).__name__, **_to_json(self)}
 
     def fingerprint(self) -> str:
-        """32 hex digits over ``to_json``: equal configurations have equal fingerprints."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        """32 hex digits over the kind and every field that differs from its default.
+
+        Equal configurations have equal fingerprints, and a field that a later version adds, at its
+        default, changes none.
+        """
+        self.to_json()  # raises where a field is a function
+        return hashlib.sha256(_identity(self).encode()).hexdigest()[:32]
 
 
 def router_from_json(data: dict[str, Any]) -> Router:
@@ -199,6 +203,25 @@ def _to_json(value: Any) -> dict[str, Any]:
             v = list(v)
         out[f.name] = v
     return out
+
+
+def _identity(router: Router) -> str:
+    """The router as text that is the same in every process; functions by their name."""
+
+    def changed(value: Any) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(value):
+            v = getattr(value, f.name)
+            if v == f.default:
+                continue
+            if dataclasses.is_dataclass(v):
+                v = changed(v)
+            elif callable(v):
+                v = f"{v.__module__}.{getattr(v, '__qualname__', type(v).__qualname__)}"
+            out[f.name] = v
+        return out
+
+    return json.dumps({"kind": type(router).__name__, **changed(router)}, sort_keys=True)
 
 
 _NESTED: dict[str, type] = {"gate": Gate, "scoring": Scoring}
@@ -305,7 +328,7 @@ def finish_fit(
     counts = np.asarray(routing.num_experts_per_token)[mask]
     fit: Fit = record_fit(
         data=np.asarray(x)[mask],
-        router_parts=(repr(router), *[np.asarray(p) for p in jax.tree.leaves(params)]),
+        router_parts=(_identity(router), *[np.asarray(p) for p in jax.tree.leaves(params)]),
         target_mean_k=target_mean_k,
         counts=counts,
         max_k=router.max_k,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax import budget
 from moe_jax.difficulty import Context
@@ -132,8 +134,14 @@ class RandomSkip(Router):
         context: Context | None = None,
     ) -> RandomSkipState:
         budget.check_target(target_mean_k, min_k=1, max_k=self.k)
-        real_tokens(token_mask, x)
-        state = dataclasses.replace(state, mean_k=jnp.asarray(target_mean_k, jnp.float32))
+        mask = real_tokens(token_mask, x)
+        # Equal tokens draw equal chances, so the share below a number is not quite that number.
+        chance = np.asarray(_chance(self.gate(params, x), 1))[mask, 0]
+        low = math.floor(target_mean_k)
+        share = target_mean_k - low
+        if share:
+            share = min(max(budget.fit_cut(chance, share * chance.size), 0.0), 1.0 - 2**-20)
+        state = dataclasses.replace(state, mean_k=jnp.asarray(low + share, jnp.float32))
         return finish_fit(
             self, params, state, x,
             target_mean_k=target_mean_k, token_mask=token_mask, context=context,
