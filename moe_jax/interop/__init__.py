@@ -5,5 +5,12 @@ Nothing here imports torch, transformers or safetensors; checkpoints are read fr
 
 from moe_jax.interop.blocks import MoEBlock, moe_block_from_hf
 from moe_jax.interop.families import router_from_hf, supported_model_types
+from moe_jax.interop.hub import load_hf_block
 
-__all__ = ["MoEBlock", "moe_block_from_hf", "router_from_hf", "supported_model_types"]
+__all__ = [
+    "MoEBlock",
+    "load_hf_block",
+    "moe_block_from_hf",
+    "router_from_hf",
+    "supported_model_types",
+]

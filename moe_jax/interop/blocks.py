@@ -8,26 +8,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.difficulty import Context
 from moe_jax.dispatch import kept_weights, plan_dispatch, to_assignments
 from moe_jax.experts import ExpertFn, run_experts
+from moe_jax.interop import settings
 from moe_jax.interop.config import HFConfig
 from moe_jax.interop.experts import rms_norm
-from moe_jax.interop.families import Family, hash_router, read
+from moe_jax.interop.families import Family, read
 from moe_jax.interop.rules import (
-    BiasState,
     CapacityTopK,
     DepthRouter,
-    NoState,
-    SparseMixer,
     TableState,
     TokenTable,
     ZeroExperts,
 )
 from moe_jax.interop.tensors import Tensor, Tensors, expert_params, f32, linear, shared_params
-from moe_jax.routers import Router, TopK
-from moe_jax.routers.top_k import TopKState
+from moe_jax.routers import Router
 from moe_jax.types import Array, Params, Routing, check_array, pytree, static
 
 
@@ -39,14 +37,14 @@ class BlockOptions:
         output_scale: factor on the routed output, after the combine weights.
         average_shared: routed and shared output are averaged instead of added (Cohere 2).
         weight_on_input: combine weights multiply an expert's input (Llama 4).
-        norm_eps: eps of the norms inside the block.
+        norm_eps: eps of the norms inside the block, if there are any.
         per_sequence: the rule counts by sequence, the last but one axis of x.
     """
 
     output_scale: float = 1.0
     average_shared: bool = False
     weight_on_input: bool = False
-    norm_eps: float = 1e-6
+    norm_eps: float = 0.0
     per_sequence: bool = False
 
 
@@ -248,7 +246,7 @@ def moe_block_from_hf(
     hashed = "router.table" in found
     if hashed:
         c = c.with_value("vocab_size", found.shape("router.table")[0])
-        router = hash_router(c)
+        router = settings.hash_router(c)
     else:
         router = family.router(c)
     width = c.get("hidden_size") if c.key_of("hidden_size") else None
@@ -264,24 +262,23 @@ def moe_block_from_hf(
     )  # fmt: skip
     if "experts.post_norm" in family.extras:
         norm = f32(found.take("experts.post_norm", (inner,), "D"))
-        params["experts"]["post_norm"] = jnp.broadcast_to(
-            norm[None, :], (router.num_experts, inner)
-        )
+        each = np.broadcast_to if isinstance(norm, np.ndarray) else jnp.broadcast_to
+        params["experts"]["post_norm"] = each(norm[None, :], (router.num_experts, inner))
     if _has_shared(found, family, c):
         params["shared"] = shared_params(found, width=width, gated=family.gated)
     if "shared" in params and (family.shared == "gated" or "shared_gate" in found):
         params["shared_gate"] = linear(found.take("shared_gate", (1, width), "1 D"))
     for name in ("output_norm", "output_bias"):
         if name in family.extras:
-            params[name] = jnp.asarray(found.take(name, (width,), "D"))
+            params[name] = found.take(name, (width,), "D")
     state = _state(found, router, family, hashed=hashed)
     # transformers allocates this bias and never adds it.
     unused = ("router.bias",) if isinstance(router, ZeroExperts) else ()
     found.finish(allowed=unused)
     expert_fn = family.expert(c)
     return MoEBlock(
-        params=params,
-        state=state,
+        params=jax.tree.map(jnp.asarray, params),
+        state=jax.tree.map(jnp.asarray, state),
         router=router,
         expert_fn=expert_fn,
         shared_fn=expert_fn if family.shared_expert is None else family.shared_expert(c),
@@ -289,7 +286,7 @@ def moe_block_from_hf(
             output_scale=float(family.output_scale(c)),
             average_shared=_averages(c),
             weight_on_input=family.weight_on_input,
-            norm_eps=_norm_eps(c),
+            norm_eps=_norm_eps(c) if {"latent", "output_norm"} & set(params) else 0.0,
             per_sequence=family.per_sequence,
         ),
     )

@@ -10,14 +10,14 @@ import re
 
 # Canonical name -> names inside the block, as regular expressions that must match in full.
 _NAMES: dict[str, str] = {
-    "router.kernel": r"gate\.weight|router\.weight|(router\.)?(layer|classifier|proj|gate)\.weight"
-    r"|gate\.wg\.weight|gate_weight",
+    "router.kernel": r"(moe\.)?gate\.weight|router\.weight|router\.(layer|classifier|proj|gate)\.weight"
+    r"|gate\.wg\.weight",
     "router.bias": r"router\.bias|router\.classifier\.bias",
     "router.input_scale": r"router\.scale",
     "router.expert_scale": r"router\.per_expert_scale",
     "router.table": r"gate\.tid2eid",
     "expert_bias": r"((gate|router|experts)\.)?(moe_statics\.)?e_score_correction_bias"
-    r"|((moe\.)?(gate|router)\.)?expert_bias|gate\.bias|router_bias|gate\.balancing_biases",
+    r"|((gate|router)\.)?expert_bias|gate\.bias|(moe\.)?router_bias|gate\.balancing_biases",
     "depth.down": r"gate\.down_proj\.weight",
     "depth.down_bias": r"gate\.down_proj\.bias",
     "depth.depth_scale": r"gate\.router_states_scale",
@@ -30,10 +30,10 @@ _NAMES: dict[str, str] = {
     "experts.gate_up": r"experts\.gate_up_proj(\.weight)?|input_linear\.weight|experts\.fc1\.weight",
     "experts.gate_up_interleaved": r"experts\.w13_weight",
     "experts.gate_up_bias": r"experts\.gate_up_proj[._]bias",
-    "experts.gate": r"(experts\.)?gate_proj\.weight|experts\.gate_proj",
-    "experts.up": r"(experts\.)?up_proj\.weight|experts\.(gate_and_)?up_projs?",
-    "experts.down": r"(experts\.)?down_proj\.weight|experts\.down_projs?|output_linear\.weight"
-    r"|experts\.fc2\.weight|experts\.w2_weight",
+    "experts.gate": r"experts\.gate_proj(\.weight)?|moe\.gate_proj\.weight",
+    "experts.up": r"experts\.up_proj(\.weight)?|moe\.up_proj\.weight|experts\.gate_and_up_projs",
+    "experts.down": r"experts\.down_proj(\.weight)?|moe\.down_proj\.weight|experts\.down_projs"
+    r"|output_linear\.weight|experts\.fc2\.weight|experts\.w2_weight",
     "experts.down_bias": r"experts\.down_proj[._]bias",
     "experts.flat_gate": r"experts\.mlp\.w1",
     "experts.flat_up": r"experts\.mlp\.v1",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.interop.names import QUANTISED, SPELLINGS, canonical
-from moe_jax.types import Array, Params, describe_array
+from moe_jax.types import Params, describe_array
 
 Tensor = Any  # np.ndarray (memory-mapped or not) or jax.Array, tracers included
 
@@ -127,13 +127,17 @@ class Tensors:
         return ", ".join(names[:8]) + more
 
 
-def linear(tensor: Tensor) -> Array:
+# Host arrays stay on the host until a block is whole (views of the file, as far as that goes); what is
+# a JAX array stays one, so that a block can be differentiated by its tensors.
+
+
+def linear(tensor: Tensor) -> Tensor:
     """[in, out] from torch's [out, in]."""
-    return jnp.swapaxes(jnp.asarray(tensor), -1, -2)
+    return tensor.swapaxes(-1, -2)
 
 
-def f32(tensor: Tensor) -> Array:
-    return jnp.asarray(tensor).astype(jnp.float32)
+def f32(tensor: Tensor) -> Tensor:
+    return tensor.astype(np.float32)
 
 
 def expert_params(
@@ -171,13 +175,13 @@ def _flat(found: Tensors, experts: int, width: int) -> Params:
         )
     out = {}
     for part in ("gate", "up", "down"):
-        flat = jnp.asarray(found.take(f"experts.flat_{part}", (rows, width), "E*F D"))
+        flat = found.take(f"experts.flat_{part}", (rows, width), "E*F D")
         split = flat.reshape(experts, rows // experts, width)
-        out[part] = split if part == "down" else jnp.swapaxes(split, 1, 2)
+        out[part] = split if part == "down" else linear(split)
     return out
 
 
-def _halves(fused: Array, interleaved: bool) -> tuple[Array, Array]:
+def _halves(fused: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """(gate, up) of the last axis."""
     if interleaved:
         return fused[..., ::2], fused[..., 1::2]
@@ -186,24 +190,25 @@ def _halves(fused: Array, interleaved: bool) -> tuple[Array, Array]:
 
 
 def _stacked(found: Tensors, e: int, d: int, gated: bool, interleaved: bool) -> Params:
-    down_shape = found.shape("experts.down") if "experts.down" in found else ()
-    if len(down_shape) != 3 or d not in down_shape[1:]:
-        found.take("experts.down", (e, d, None), "E D F")
-    f = down_shape[2] if down_shape[1] == d else down_shape[1]
+    shape = found.shape("experts.down") if "experts.down" in found else ()
+    if len(shape) != 3 or d not in shape[1:]:
+        found.take("experts.down", (e, d, None), "E D F")  # raises, and says what was expected
+    rows, columns = shape[-2], shape[-1]
+    f = columns if rows == d else rows
     separate = "experts.up" in found
     meaning = "experts.up" if separate else "experts.gate_up"
     if not separate and "experts.gate_up_interleaved" in found:
         meaning, interleaved = "experts.gate_up_interleaved", True
     wide = f if separate else 2 * f
     # torch keeps [out, in]; some files keep [in, out]. The two tensors together always tell.
-    first = found.shape(meaning)[1:] if meaning in found else ()
-    torch_like = (down_shape[1:] == (d, f)) and (f != d or first == (wide, d))
+    first = found.shape(meaning)[1:] if meaning in found else None
+    torch_like = ((rows, columns) == (d, f)) and (f != d or first == (wide, d))
     if torch_like:
         down = linear(found.take("experts.down", (e, d, f), "E D F"))
         up = linear(found.take(meaning, (None, wide, d), f"E {'F' if separate else '2F'} D"))
     else:
-        down = jnp.asarray(found.take("experts.down", (e, f, d), "E F D"))
-        up = jnp.asarray(found.take(meaning, (None, d, wide), f"E D {'F' if separate else '2F'}"))
+        down = found.take("experts.down", (e, f, d), "E F D")
+        up = found.take(meaning, (None, d, wide), f"E D {'F' if separate else '2F'}")
     if up.shape[0] < e:
         raise ValueError(
             f"{found.what}: expected {found.name(meaning)!r} for E={e} experts, got {up.shape[0]}. "
@@ -213,9 +218,9 @@ def _stacked(found: Tensors, e: int, d: int, gated: bool, interleaved: bool) -> 
     if not gated:
         return {"up": up, "down": down}
     if separate:
-        shape, axes = ((e, f, d), "E F D") if torch_like else ((e, d, f), "E D F")
-        gate = found.take("experts.gate", shape, axes)
-        return {"gate": linear(gate) if torch_like else jnp.asarray(gate), "up": up, "down": down}
+        like_up, axes = ((e, f, d), "E F D") if torch_like else ((e, d, f), "E D F")
+        gate = found.take("experts.gate", like_up, axes)
+        return {"gate": linear(gate) if torch_like else gate, "up": up, "down": down}
     gate, up = _halves(up, interleaved)
     return {"gate": gate, "up": up, "down": down}
 
@@ -243,13 +248,13 @@ def _biases(found: Tensors, e: int, params: Params, gated: bool, interleaved: bo
     if "experts.0.down_bias" in found or "experts.0.up_bias" in found:
         parts = {"gate": f, "up": f, "down": d} if gated else {"up": f, "down": d}
         return {
-            f"{part}_bias": jnp.asarray(
-                _stack([found.take(f"experts.{i}.{part}_bias", (n,), "F") for i in range(e)])
+            f"{part}_bias": _stack(
+                [found.take(f"experts.{i}.{part}_bias", (n,), "F") for i in range(e)]
             )
             for part, n in parts.items()
         }
-    out = {"down_bias": jnp.asarray(found.take("experts.down_bias", (e, d), "E D"))}
-    both = jnp.asarray(found.take("experts.gate_up_bias", (e, 2 * f), "E 2F"))
+    out = {"down_bias": found.take("experts.down_bias", (e, d), "E D")}
+    both = found.take("experts.gate_up_bias", (e, 2 * f), "E 2F")
     out["gate_bias"], out["up_bias"] = _halves(both, interleaved)
     return out
 
@@ -258,7 +263,7 @@ def shared_params(found: Tensors, *, width: int, gated: bool) -> Params:
     """The shared expert: ``{"gate": [D, F], "up": [D, F], "down": [F, D]}`` and biases if there."""
     down = found.take("shared.down", (width, None), "D F")
     f = down.shape[1]
-    out: dict[str, Array] = {"down": linear(down)}
+    out: dict[str, Tensor] = {"down": linear(down)}
     if "shared.gate_up" in found:
         both = linear(found.take("shared.gate_up", (2 * f, width), "2F D"))
         out["gate"], out["up"] = _halves(both, interleaved=False)
@@ -268,5 +273,5 @@ def shared_params(found: Tensors, *, width: int, gated: bool) -> Params:
     for part in ("gate", "up", "down"):
         if f"shared.{part}_bias" in found:
             size = width if part == "down" else f
-            out[f"{part}_bias"] = jnp.asarray(found.take(f"shared.{part}_bias", (size,), "F"))
+            out[f"{part}_bias"] = found.take(f"shared.{part}_bias", (size,), "F")
     return out

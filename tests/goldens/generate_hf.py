@@ -6,13 +6,15 @@ Not a dependency of the library or of its tests: run it where transformers and t
     /tmp/hf/bin/python tests/goldens/generate_hf.py mixtral deepseek_v3
     /tmp/hf/bin/python tests/goldens/generate_hf.py --list
 
-Files go to ``hf_generated/``; those there were made with transformers 5.23.0 and torch 2.13.0. (``hf/`` holds\nfiles of the same kind from another hand, at other sizes.) Keys of a file:
+Files go to ``hf_generated/``; those there were made with transformers 5.23.0 and torch 2.13.0. (``hf/``
+holds files of the same kind from another hand, at other sizes.) Keys of a file:
 
-``x`` input, ``y`` output of the block, ``cot`` cotangent, ``w/<name>`` parameters and buffers under their
-own names, ``topk_index`` and ``topk_weight`` as the block hands them to its experts, ``grad/x`` and
-``grad/w/<name>`` gradients of ``(y * cot).sum()``, ``meta`` JSON with ``arch`` (the model type), ``used``
-(the settings given to the config class) and ``config`` (all that a config.json of it would say about
-the MoE block). Indices do not change under perturbations of 1e-4 of x, so no tie decides.
+``x`` input, ``y`` output of the block, ``cot`` cotangent, ``w/<name>`` parameters and buffers under
+their own names, ``topk_index`` and ``topk_weight`` as the block hands them to its experts,
+``context/<name>`` what the block takes beside x, ``grad/x`` and ``grad/w/<name>`` gradients of
+``(y * cot).sum()``, ``meta`` JSON with ``arch`` (the model type), ``used`` (the settings given to the
+config class) and ``config`` (all that a config.json of it would say about the MoE block). Indices do
+not change under perturbations of 1e-4 of x, so no tie decides.
 """
 
 from __future__ import annotations
@@ -263,7 +265,7 @@ def randomize(block, generator) -> None:
             elif re.search(r"gate\.weight|router|classifier|wg\.weight|gate\.", name):
                 tensor.copy_(0.5 * noise)
             else:
-                tensor.copy_(0.5 * noise)
+                tensor.copy_(0.25 * noise)
 
 
 def run(block, x, extra, record):
@@ -325,7 +327,7 @@ def generate(name: str, seed: int) -> dict[str, np.ndarray] | None:
         if isinstance(v, (bool, int, float, str, type(None))) or k in given
     }
     meta = {
-        "arch": name.split("__")[0], "variant": (name.split("__") + [None])[1],
+        "arch": name.split("__")[0], "variant": name.partition("__")[2] or None,
         "block": block_name, "used": given,
         "config": {k: v for k, v in scalars.items() if k not in ("transformers_version", "dtype")},
         "transformers": transformers.__version__, "torch": torch.__version__, "seed": seed,

@@ -1,0 +1,22 @@
+"""Routing rules that one published model needs and ``Scoring`` cannot say.
+
+They follow the contract of ``moe_jax.routers.base.Router``. What a rule needs beyond x comes in
+``context``, by the names in each docstring.
+"""
+
+from moe_jax.interop.rules.capacity import CapacityTopK
+from moe_jax.interop.rules.common import NoState
+from moe_jax.interop.rules.free_classes import BiasState, DepthRouter, ZeroExperts
+from moe_jax.interop.rules.sparse_mixer import SparseMixer
+from moe_jax.interop.rules.token_table import TableState, TokenTable
+
+__all__ = [
+    "BiasState",
+    "CapacityTopK",
+    "DepthRouter",
+    "NoState",
+    "SparseMixer",
+    "TableState",
+    "TokenTable",
+    "ZeroExperts",
+]

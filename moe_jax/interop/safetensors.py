@@ -1,0 +1,150 @@
+"""Safetensors files, read by memory mapping: nothing is loaded before it is used, nothing executed.
+
+The format (https://github.com/huggingface/safetensors): eight bytes with the length of a JSON header,
+the header (name -> dtype, shape, offsets), then the raw numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
+        "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
+        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+        "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+    }.items()
+}  # fmt: skip
+_LARGEST_HEADER = 100_000_000
+
+
+class SafetensorsFile(Mapping[str, np.ndarray]):
+    """One file as a mapping from name to array; arrays are read-only views of the mapped file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is cut off or not of this format.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+                raise self._broken(f"a header of {length} bytes in a file of {size}")
+            try:
+                header = json.loads(file.read(length))
+            except ValueError:
+                raise self._broken("a header that is not JSON") from None
+        if not isinstance(header, dict):
+            raise self._broken("a header that is not a JSON object")
+        header.pop("__metadata__", None)
+        self._start = 8 + length
+        self._header = {n: self._entry(n, e, size - self._start) for n, e in header.items()}
+        self._bytes: np.ndarray | None = None
+
+    def _entry(self, name: str, entry: Any, room: int) -> tuple[np.dtype, tuple[int, ...], int]:
+        try:
+            dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+            begin, end = (int(n) for n in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise self._broken(f"an unreadable entry for {name!r}: {entry}") from None
+        if not (0 <= begin <= end <= room) or end - begin != math.prod(shape) * dtype.itemsize:
+            raise self._broken(f"{name!r} at bytes {begin} to {end} of {room} for shape {shape}")
+        return dtype, shape, begin
+
+    def _broken(self, what: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: expected a whole safetensors file, got {what}. Download it again."
+        )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._header[name][1]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        dtype, shape, begin = self._header[name]
+        if self._bytes is None:
+            self._bytes = np.memmap(self.path, np.uint8, mode="r", offset=self._start)
+        size = math.prod(shape) * dtype.itemsize
+        return self._bytes[begin : begin + size].view(dtype).reshape(shape).view(np.ndarray)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        return len(self._header)
+
+
+class SafetensorsFolder(Mapping[str, np.ndarray]):
+    """All tensors of a checkpoint folder, from one file or from shards with an index.
+
+    Raises:
+        FileNotFoundError: no safetensors in the folder, or a shard is missing.
+        ValueError: the index or a file is broken.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._open: dict[str, SafetensorsFile] = {}
+        index = self.folder / "model.safetensors.index.json"
+        files = sorted(p.name for p in self.folder.glob("*.safetensors"))
+        if index.is_file():
+            self._where = self._read_index(index)
+        elif len(files) == 1 or "model.safetensors" in files:
+            name = "model.safetensors" if "model.safetensors" in files else files[0]
+            self._where = dict.fromkeys(self._file(name), name)
+        else:
+            pickled = sorted(p.name for p in self.folder.glob("*.bin"))
+            hint = (
+                f" There is {pickled[0]}, a pickle, which can run any code when read: convert it to "
+                "safetensors where you trust it."
+                if pickled
+                else " Give the folder that holds config.json and the weights."
+            )
+            raise FileNotFoundError(
+                f"{self.folder}: expected model.safetensors or model.safetensors.index.json, got "
+                f"{files or 'neither'}.{hint}"
+            )
+
+    def _read_index(self, path: Path) -> dict[str, str]:
+        try:
+            weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
+            where = {str(n): str(f) for n, f in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{path}: expected a JSON object with a 'weight_map', got something else. "
+                "Download it again."
+            ) from None
+        outside = [f for f in where.values() if Path(f).name != f]
+        if outside:
+            raise ValueError(
+                f"{path}: expected names of files in this folder, got {outside[0]!r}. The index is "
+                "not one that the Hub writes."
+            )
+        return where
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._open:
+            self._open[name] = SafetensorsFile(self.folder / name)
+        return self._open[name]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._file(self._where[name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
