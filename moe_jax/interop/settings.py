@@ -155,6 +155,8 @@ def lfm2(c: HFConfig) -> Router:
 
 
 def laguna(c: HFConfig) -> Router:
+    if c.stated.get("moe_apply_router_weight_on_input"):
+        raise unsupported(c, "moe_apply_router_weight_on_input", True, "false")
     cap = c.get("moe_router_logit_softcapping")
     return top_k(c, gate=Gate(softcap=cap if cap > 0 else None), score="sigmoid", norm="sum")
 

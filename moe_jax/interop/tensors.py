@@ -193,7 +193,7 @@ def _stacked(found: Tensors, e: int, d: int, gated: bool, interleaved: bool) -> 
     shape = found.shape("experts.down") if "experts.down" in found else ()
     if len(shape) != 3 or d not in shape[1:]:
         found.take("experts.down", (e, d, None), "E D F")  # raises, and says what was expected
-    rows, columns = shape[-2], shape[-1]
+    _, rows, columns = (*shape, 0, 0, 0)[:3]
     f = columns if rows == d else rows
     separate = "experts.up" in found
     meaning = "experts.up" if separate else "experts.gate_up"

@@ -43,6 +43,12 @@ COUNTS = {
     "num_experts_per_tok": K, "num_experts_per_token": K, "moe_topk": K, "moe_k": K,
     "top_k_experts": K,
 }  # fmt: skip
+# The same for all, so that families which are one computation compile once in the tests.
+RULE = {
+    "routed_scaling_factor": 1.5, "route_scale": 1.5, "router_scaling_factor": 1.5,
+    "moe_router_scaling_factor": 1.5, "moe_routed_scaling_factor": 1.5,
+    "norm_topk_prob": True, "moe_renormalize": True,
+}  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2, "num_expert_group": 4}
 ONE = {"num_experts_per_tok": 1}
 THREE = {"num_experts_per_tok": 3, "num_experts_per_token": 3}
@@ -220,7 +226,7 @@ def make_config(module: str, name: str, settings: dict):
         importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name
     )
     known = set(cls().to_dict()) | set(cls.attribute_map or {})
-    given = {k: v for k, v in (SIZES | COUNTS | SHARED).items() if k in known}
+    given = {k: v for k, v in (SIZES | COUNTS | RULE | SHARED).items() if k in known}
     given |= {k: v for k, v in settings.items() if k in known or k not in GROUPS | THREE}
     # Aliases would be set twice; keep the names that to_dict writes.
     given = {k: v for k, v in given.items() if k not in (cls.attribute_map or {})}

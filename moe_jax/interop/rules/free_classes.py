@@ -208,6 +208,12 @@ class DepthRouter(Router):
             "x", x, "T D", sizes={"D": params["down"].shape[0]},
             fix="Pass hidden states flattened to [tokens, d_model].",
         )  # fmt: skip
+        if token_mask is not None:  # a NaN in padding would survive in the kernel's gradient
+            check_array(
+                "token_mask", token_mask, "T", kind="bool", sizes={"T": x.shape[0]},
+                fix="Pass bool[T], True for real tokens, flattened like x.",
+            )  # fmt: skip
+            x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
         h = rms_norm(self.hidden(params, x, context), self.norm_eps)
         h = h * params["norm"].astype(jnp.float32)[None, :]
         for name in ("fc1", "fc2"):

@@ -1,0 +1,170 @@
+"""The rules of single models keep what every rule promises, and their own examples by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.interop.rules import (
+    CapacityTopK,
+    DepthRouter,
+    NoState,
+    SparseMixer,
+    TableState,
+    TokenTable,
+    ZeroExperts,
+)
+from moe_jax.routers import Router, router_from_json
+from moe_jax.scoring import Scoring
+from moe_jax.types import Routing
+
+T, D, E = 12, 16, 8
+CASES: dict[str, Any] = {
+    "capacity": CapacityTopK(num_experts=E, k=2, capacity=2),
+    "capacity, sequences": CapacityTopK(num_experts=E, capacity=1, sequence_length=4),
+    "capacity, share, best first": CapacityTopK(
+        num_experts=E, k=2, capacity_fraction=0.1, prioritize=True, scoring=Scoring(norm="sum")
+    ),
+    "token table": TokenTable(num_experts=E, k=2, vocab_size=64, scoring=Scoring(norm="sum")),
+    "sparse mixer": SparseMixer(num_experts=E, eps=0.3),
+    "zero experts": ZeroExperts(num_experts=E, num_zero_experts=4, k=3, scoring=Scoring(scale=6.0)),
+    "depth": DepthRouter(num_experts=E, k=1, hidden_size=6),
+}
+X = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
+CONTEXT = {"token_ids": jnp.arange(T, dtype=jnp.int32) * 7 % 64, "router_states": jnp.ones((T, 6))}
+
+
+@pytest.fixture(params=list(CASES))
+def router(request: pytest.FixtureRequest) -> Router:
+    return CASES[request.param]
+
+
+def route(router: Router, x=X, mask=None, context=CONTEXT) -> Routing:
+    params, state = router.init(jax.random.key(0), D), router.init_state()
+    call = jax.jit(lambda x: router(params, state, x, token_mask=mask, context=context))
+    return call(x)
+
+
+def test_the_contract(router):
+    mask = jnp.arange(T) % 5 != 3
+    routing = route(router, jnp.where(mask[:, None], X, jnp.nan), mask)
+    indices, weights = np.asarray(routing.expert_indices), np.asarray(routing.combine_weights)
+    used = indices < E
+    assert indices.shape == weights.shape == (T, router.max_k)
+    assert routing.num_experts == router.num_experts == E
+    assert (indices >= 0).all()
+    assert (indices[~used] == E).all()
+    assert (weights[~used] == 0).all()
+    assert (np.diff(used.astype(int), axis=1) <= 0).all(), "used slots come first"
+    assert not used[~np.asarray(mask)].any(), "padding uses no expert"
+    real = used[np.asarray(mask)].sum(axis=1)
+    assert real.min() >= router.min_k
+    assert router.traits.may_leave_token_empty or real.min() >= 1
+    for row in indices:
+        assert len(set(row[row < E])) == (row < E).sum(), "no expert twice"
+    assert routing.router_logits.shape == routing.router_probs.shape == (T, E)
+    assert np.isfinite(weights).all()
+    probs = np.asarray(routing.router_probs)[np.asarray(mask)]
+    np.testing.assert_allclose(probs.sum(axis=1), 1.0, rtol=1e-5)
+    assert routing.residual_weight.shape == (T,)
+    assert (np.asarray(routing.residual_weight)[~np.asarray(mask)] == 0).all()
+
+
+def test_a_rule_is_a_value(router):
+    again = router_from_json(router.to_json())
+    assert again == router
+    assert hash(again) == hash(router)
+    assert again.fingerprint() == router.fingerprint()
+
+
+def test_batch_invariance_as_stated(router):
+    whole = route(router)
+    half = route(router, X[:8], context={k: v[:8] for k, v in CONTEXT.items()})
+    same = np.array_equal(whole.expert_indices[:8], half.expert_indices)
+    if router.traits.batch_invariant or router.traits.causal:
+        assert same
+
+
+def test_gradients_reach_the_router(router):
+    params, state = router.init(jax.random.key(0), D), router.init_state()
+
+    def loss(params):
+        routing = router(params, state, X, context=CONTEXT)
+        return (routing.combine_weights**2).sum() + (routing.residual_weight**2).sum()
+
+    for path, g in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
+        assert np.isfinite(g).all(), path
+        assert np.abs(g).max() > 0, path
+
+
+def by_hand(logits) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Parameters and tokens whose logits are these."""
+    return {"kernel": jnp.eye(len(logits[0]))}, jnp.asarray(logits, jnp.float32)
+
+
+def test_capacity_by_position_and_by_sequence():
+    params, x = by_hand([[3, 0], [2, 0], [0, 1], [9, 0]])
+    rule = CapacityTopK(num_experts=2, capacity=1)
+    first = lambda r: r(params, NoState(), x).expert_indices[:, 0].tolist()  # noqa: E731
+    assert first(rule) == [0, 2, 1, 2]
+    assert first(dataclasses.replace(rule, sequence_length=2)) == [0, 2, 1, 0]
+    assert first(dataclasses.replace(rule, prioritize=True)) == [2, 2, 1, 0]
+    assert first(dataclasses.replace(rule, capacity=None)) == [0, 0, 1, 0]
+    assert first(dataclasses.replace(rule, capacity_fraction=0.5)) == [0, 0, 1, 2]
+
+
+def test_first_choices_are_served_before_second_ones():
+    params, x = by_hand([[2, 1], [1, 2]])
+    routing = CapacityTopK(num_experts=2, k=2, capacity=1)(params, NoState(), x)
+    assert routing.expert_indices.tolist() == [[0, 2], [1, 2]]
+
+
+def test_a_zero_experts_weight_is_what_x_keeps():
+    rule = ZeroExperts(num_experts=2, num_zero_experts=1, k=2, scoring=Scoring(scale=6.0))
+    params, x = by_hand([[3, 1, 2], [1, 2, -9]])
+    routing = rule(params, rule.init_state(), x)
+    p = np.asarray(jax.nn.softmax(x, axis=-1)) * 6
+    assert routing.expert_indices.tolist() == [[0, 2], [1, 0]]
+    np.testing.assert_allclose(
+        routing.combine_weights, [[p[0, 0], 0], [p[1, 1], p[1, 0]]], rtol=1e-6
+    )
+    np.testing.assert_allclose(routing.residual_weight, [p[0, 2], 0], rtol=1e-6)
+
+
+def test_sparse_mixer_weights_stand_alone():
+    """Far apart, each chosen expert is alone in its softmax: two weights of 1."""
+    params, x = by_hand([[9, 5, 1], [9, 8.9, 8.8]])
+    weights = SparseMixer(num_experts=3)(params, NoState(), x).combine_weights
+    np.testing.assert_allclose(weights[0], [1, 1])
+    near = np.exp([9, 8.9]) / np.exp([9, 8.9]).sum()
+    np.testing.assert_allclose(weights[1, 0], near[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: SparseMixer(num_experts=2)(*_two(), key=jax.random.key(0)), "key: expected None"),
+        (lambda: TokenTable(num_experts=2, k=1, vocab_size=2)(*_two()), "expected 'token_ids'"),
+        (
+            lambda: CapacityTopK(num_experts=2, sequence_length=2)(*_two()),
+            "multiple of sequence_len",
+        ),
+        (lambda: CapacityTopK(num_experts=2, capacity=0), "capacity: expected at least 1"),
+        (
+            lambda: CapacityTopK(num_experts=2, prioritize=True, sequence_length=2),
+            "prioritize: expected sequence_length=None",
+        ),
+    ],
+)
+def test_refusals(call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
+
+
+def _two():
+    return {"kernel": jnp.eye(2)}, TableState(table=jnp.zeros((2, 1), jnp.int32)), jnp.ones((3, 2))
