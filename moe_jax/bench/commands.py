@@ -95,6 +95,7 @@ def layer(
     max_rows: Annotated[int | None, typer.Option(help="Row budget for the layer.")] = None,
     activation: str = "gelu_tanh",
     gated: bool = False,
+    peers: Annotated[bool, typer.Option(help="Time installed peers too (uniform load).")] = False,
     rounds: Rounds = 10,
     json: Json = None,
     plot: Plot = None,
@@ -112,13 +113,13 @@ def layer(
             implementations, (*IMPLEMENTATIONS, "balanced"), "--implementations"
         ),
         activation=_words(activation, tuple(ACTIVATIONS), "--activation")[0],
-        gated=gated, mean_k=mean_k, max_rows=max_rows, rounds=rounds,
+        gated=gated, mean_k=mean_k, max_rows=max_rows, peers=peers, rounds=rounds,
     )  # fmt: skip
     with _progress() as progress:
         rows = bench_layer(**settings, progress=progress)
     columns = [
-        "implementation", "default", "experts", "dtype", "load", "max_over_mean", "pass", "ratio",
-        "ratio_balanced", "ms", "floor_ms", "temp_mb", "dropped",
+        "implementation", "experts", "dtype", "load", "pass", "ratio", "ratio_balanced", "ms",
+        "temp_mb", "dropped",
     ]  # fmt: skip
     _finish("layer", rows, columns, settings, json, plot)
 

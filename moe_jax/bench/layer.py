@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.bench.measure import interleave, temp_bytes
+from moe_jax.bench.peers import peer_cases
 from moe_jax.bench.workload import (
     DTYPES,
     balanced_floor,
@@ -70,6 +71,7 @@ def bench_layer(
     gated: bool = False,
     mean_k: float | None = None,
     max_rows: int | None = None,
+    peers: bool = False,
     rounds: int = 10,
     progress: Callable[[str], None] = lambda told: None,
 ) -> list[dict[str, Any]]:
@@ -108,6 +110,7 @@ def bench_layer(
         measured = _grid_point(
             ffn, params, x, routing,
             k=k, max_rows=max_rows, backward=direction == "bwd",
+            peers=peers and load == "uniform" and mean_k is None and max_rows is None,
             implementations=implementations, rounds=rounds,
         )  # fmt: skip
         rows += [{**about, **row} for row in measured]
@@ -123,6 +126,7 @@ def _grid_point(
     k: int,
     max_rows: int | None,
     backward: bool,
+    peers: bool,
     implementations: Sequence[str],
     rounds: int,
 ) -> list[dict[str, Any]]:
@@ -165,6 +169,14 @@ def _grid_point(
             "dropped": round(1 - float(plan.group_sizes.sum()) / active, 6),
             "slots_executed": float(choose(plan, name).slots_executed(plan)),
         }
+    if peers:
+        width = jax.tree.leaves(params)[0].shape[1]  # of "down", the first in name order
+        found = peer_cases(
+            ffn, params, x, routing,
+            d_ff=width, k=k, backward=backward, with_gradients=with_gradients,
+        )  # fmt: skip
+        cases |= found
+        details |= {name: {"temp_mb": None, "dropped": 0.0, "peer": True} for name in found}
     timings, floors = interleave(functools.partial(floor_jit, one, rows), cases, rounds=rounds)
     balanced = timings["balanced"].ratio if "balanced" in timings else None
     return [

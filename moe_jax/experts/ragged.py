@@ -8,6 +8,8 @@ times the work, and one expert's infinite weights reach every token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,18 @@ from moe_jax.types import Array, DispatchPlan, Params
 
 
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    return run_with(jax.lax.ragged_dot, expert_fn, params, x, plan, weights)
+
+
+def run_with(
+    ragged_dot: Callable[..., Array],
+    expert_fn: ExpertFn,
+    params: Params,
+    x: Array,
+    plan: DispatchPlan,
+    weights: Array,
+) -> Array:
+    """``run`` with a grouped product of one's own, called as ``jax.lax.ragged_dot`` is."""
     if not isinstance(expert_fn, FeedForward):
         raise ValueError(
             f"expert_fn: expected FeedForward, got {type(expert_fn).__name__}. "
@@ -30,7 +44,7 @@ def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weigh
 
     def project(name: str, rows: Array) -> Array:
         kernel = params[name].astype(rows.dtype)
-        out = jax.lax.ragged_dot(rows, kernel, plan.group_sizes, preferred_element_type=jnp.float32)
+        out = ragged_dot(rows, kernel, plan.group_sizes, preferred_element_type=jnp.float32)
         bias = params.get(f"{name}_bias")
         if bias is not None:
             out = out + bias.astype(jnp.float32)[experts]
