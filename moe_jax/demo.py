@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -312,20 +313,23 @@ def summarise(results: Mapping[str, Any], out: Path, console: Console) -> None:
     rows, trained = results["rows"], results["trained"]
     savings = sorted({row["saving"] for row in rows})
     table = Table(
-        title=f"Change in bits per byte on {results['held_out_files']} held-out files, against "
+        title=f"Change in bits per byte, %, on {results['held_out_files']} held-out files, against "
         f"{trained['bits_per_byte']:.3f} at k={trained['k']}",
         title_justify="left", caption_justify="left",
         caption="Each with its own 95 % paired bootstrap interval over files, not adjusted for their "
-        "number. Green: equal quality. ~: mean k off its target by more than 3 %.",
+        "number. Green: equal quality. Dim: controls. ~: mean k off its target by more than 3 %.",
+        box=box.SIMPLE_HEAD,
     )  # fmt: skip
-    table.add_column("rule")
+    # Every column fits a terminal of 80: a rule without its name would say nothing.
+    table.add_column("rule", no_wrap=True)
     for saving in savings:
         table.add_column(f"-{saving:.0%} experts", justify="right", no_wrap=True)
     for rule in dict.fromkeys(row["rule"] for row in rows):
         own = {row["saving"]: row for row in rows if row["rule"] == rule}
         cells = [_cell(own[saving]) for saving in savings]
         label = next(iter(own.values()))["label"]
-        table.add_row(f"[dim]{label}[/dim]" if RULES[rule].control else label, *cells)
+        label = label.removesuffix(" (control)")
+        table.add_row(*[label, *cells], style="dim" if RULES[rule].control else None)
     console.print(table)
     console.print(Panel("\n".join(findings(results)), title="Found", title_align="left"))
     seconds = results["seconds"]
@@ -343,12 +347,17 @@ def summarise(results: Mapping[str, Any], out: Path, console: Console) -> None:
 
 def _cell(row: Mapping[str, Any]) -> str:
     text = (
-        f"{100 * row['relative']:+.2f} % "
-        f"[dim]{100 * row['relative_low']:+.2f}..{100 * row['relative_high']:+.2f}[/dim]"
+        f"{_percent(row['relative'])} "
+        f"[dim]({_percent(row['relative_low'])}–{_percent(row['relative_high'])})[/dim]"
     )
     if row["verdict"] == "equal":
         text = f"[green]{text}[/green]"
     return f"{text} ~" if row["drifted"] else text
+
+
+def _percent(share: float) -> str:
+    """Three digits: 0.09, -0.02, 11.1."""
+    return f"{100 * share:.2f}" if abs(share) < 0.0995 else f"{100 * share:.1f}"
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
