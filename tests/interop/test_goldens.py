@@ -47,11 +47,23 @@ def context_of(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array] | None:
 
 # One compiled function for all: families that are the same computation share its cache entry. The
 # numbers are tiny, so compiling well would cost more than it saves.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
+def known_options(**options: Any) -> dict[str, Any]:
+    """Those that this version of JAX has; it refuses the others."""
+    known = {}
+    for name, value in options.items():
+        try:
+            jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+        except jax.errors.JaxRuntimeError:
+            continue
+        known[name] = value
+    return known
+
+
+QUICK = known_options(
+    xla_backend_optimization_level=0,
+    xla_llvm_disable_expensive_passes=True,
+    xla_cpu_use_fusion_emitters=False,
+)
 
 
 @functools.partial(jax.jit, static_argnames="implementation", compiler_options=QUICK)
