@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -46,12 +47,18 @@ ROUTER = TopK(num_experts=E, k=2)
 X = jnp.ones((T, D), jnp.float32)
 
 
+@functools.cache
+def layer_params() -> Params:
+    return init_moe_layer(ROUTER, FFN, jax.random.key(0), d_model=D, d_ff=4)
+
+
 def layer(x: Any = X, router: Any = ROUTER, params: Params = None, **kwargs: Any) -> Any:
-    made = init_moe_layer(ROUTER, FFN, jax.random.key(0), d_model=D, d_ff=4)
+    made = layer_params()
     params = made if params is None else params(made)
     return moe_layer(router, FFN, params, router.init_state(), x, **kwargs)
 
 
+@functools.cache
 def routing() -> Routing:
     return ROUTER(ROUTER.init(jax.random.key(0), D), ROUTER.init_state(), X)
 

@@ -170,7 +170,7 @@ def fitted(name: str, target: float):
 
 
 @pytest.mark.parametrize("name", list(RULES))
-@pytest.mark.parametrize("target", [1.3, 2.0, 3.0])
+@pytest.mark.parametrize("target", [1.3, 2.0])
 def test_fit_reaches_the_target_and_holds_on_fresh_data(name, target):
     """Within 1 % on what it was fitted on, 3 % on more of the same; the latter allowing for chance."""
     router, params, state = fitted(name, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
@@ -9,10 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import FeedForward, Scoring, TopK, TopP, moe_layer
+import moe_jax
+from moe_jax import FeedForward, Scoring, TopK, TopP
 from moe_jax.experts import IMPLEMENTATIONS
 
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=(0, 1),
+    static_argnames=("capacity_factor", "renormalize_kept", "implementation"),
+)
+def moe_layer(*args, **kwargs):
+    return moe_jax.moe_layer(*args, **kwargs)
 
 
 def load(name: str) -> dict[str, np.ndarray]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import FeedForward, TopK, TopP, init_moe_layer, moe_layer
+import moe_jax
+from moe_jax import FeedForward, TopK, TopP, init_moe_layer
 from moe_jax.experts import IMPLEMENTATIONS
 from moe_jax.logits import Gate
 from moe_jax.routers import ExpertChoiceRouter, Router, Traits
@@ -18,6 +20,15 @@ from moe_jax.types import Routing
 
 D, F, E = 8, 12, 4
 FFN = FeedForward(activation="silu", gated=True)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnums=(0, 1),
+    static_argnames=("capacity_factor", "renormalize_kept", "implementation"),
+)
+def moe_layer(*args, **kwargs):
+    return moe_jax.moe_layer(*args, **kwargs)
 
 
 def make(router: Router, **sizes):

@@ -197,11 +197,12 @@ def test_padding_counts_in_nothing(term):
 def test_gradients_equal_finite_differences(term):
     routing = draw(tokens=6)
 
+    @jax.jit
     def f(logits):
         probs = jax.nn.softmax(logits, axis=-1)
         return term(dataclasses.replace(routing, router_logits=logits, router_probs=probs))
 
-    gradient = jax.grad(f)(routing.router_logits)
+    gradient = jax.jit(jax.grad(f))(routing.router_logits)
     step = jax.random.normal(jax.random.key(0), routing.router_logits.shape)
     eps = 1e-2
     slope = (f(routing.router_logits + eps * step) - f(routing.router_logits - eps * step)) / (
