@@ -158,6 +158,8 @@ def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path, monkeyp
          "--rounds", "2", "--implementations", "capacity,balanced,dense"],
         ["decode", "--tokens", "1", "--experts", "4", "--d-model", "8", "--d-ff", "16",
          "--rounds", "2"],
+        ["dynamic", "--tokens", "64", "--d-model", "8", "--d-ff", "16", "--experts", "4",
+         "--rounds", "2"],
         ["route", "--tokens", "64", "--d-model", "8", "--rounds", "2"],
         ["batch", "--sizes", "1,2", "--sequence", "8", "--d-model", "8", "--d-ff", "16",
          "--rounds", "2"],
@@ -188,5 +190,5 @@ def test_bench_layer_rows_have_the_promised_columns(tmp_path):
 
 
 def test_bench_refuses_unknown_words():
-    result = runner.invoke(app, ["bench", "layer", "--load", "heavy"])
-    assert result.exit_code == 2
+    assert runner.invoke(app, ["bench", "layer", "--load", "heavy"]).exit_code == 2
+    assert runner.invoke(app, ["bench", "dynamic", "--mean-k", "3"]).exit_code == 2

@@ -156,6 +156,42 @@ def decode(
 
 
 @app.command()
+def dynamic(
+    tokens: int = 8192,
+    d_model: int = 512,
+    d_ff: int = 2048,
+    experts: int = 8,
+    k: int = 2,
+    mean_k: Annotated[str, typer.Option(help="Means below k, e.g. 1.3,1.6.")] = "1.3",
+    load: Annotated[str, typer.Option(help="uniform or zipf")] = "uniform",
+    passes: Annotated[str, typer.Option("--pass", help="fwd or bwd")] = "fwd",
+    rounds: Rounds = 10,
+    json: Json = None,
+) -> None:
+    """How much of what a dynamic k saves in operations becomes time."""
+    from moe_jax.bench.dynamic import bench_dynamic
+    from moe_jax.bench.workload import LOADS
+
+    try:
+        means = [float(m) for m in mean_k.split(",")]
+    except ValueError:
+        means = []
+    if not means or not all(1 <= m < k for m in means):
+        raise typer.BadParameter(
+            f"expected means from 1 to below k={k}, got {mean_k!r}", param_hint="--mean-k"
+        )
+    settings: dict[str, Any] = dict(
+        tokens=tokens, d_model=d_model, d_ff=d_ff, experts=experts, k=k, mean_ks=means,
+        load=_words(load, LOADS, "--load")[0],
+        backward=_words(passes, ("fwd", "bwd"), "--pass")[0] == "bwd", rounds=rounds,
+    )  # fmt: skip
+    with _progress() as progress:
+        rows = bench_dynamic(**settings, progress=progress)
+    columns = ["way", "implementation", "mean_k", "pass", "flops_fall", "time_fall", "share"]
+    _finish("dynamic", rows, [*columns, "dropped"], settings, json)
+
+
+@app.command()
 def route(
     tokens: int = 4096,
     d_model: int = 768,
