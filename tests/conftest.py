@@ -14,6 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+# Makes golden files with torch and transformers, which are no dependencies; it is no test.
+collect_ignore = ["goldens/generate_hf.py"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
