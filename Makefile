@@ -25,7 +25,7 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 demo: $(VENV)/.installed  ## train, calibrate, save, restore and evaluate on real text; pictures in runs/demo
 	$(BIN)/moe-jax demo --out runs/demo
 
-demo-quick: $(VENV)/.installed  ## the same in under a minute, with a smaller model
+demo-quick: $(VENV)/.installed  ## the same in about a minute, with a smaller model
 	$(BIN)/moe-jax demo --quick --out runs/demo-quick
 
 test: $(VENV)/.installed-dev  ## the tests, doctests included

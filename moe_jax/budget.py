@@ -283,7 +283,36 @@ def fit_thresholds(
         below = np.searchsorted(scores, thresholds(knob), side="right")
         return min_k + float((scores.size - below).sum()) / scores.size
 
-    return thresholds(bisect(mean_k, target_mean_k, low=-12.0, high=12.0))
+    fitted = thresholds(bisect(mean_k, target_mean_k, low=-12.0, high=12.0))
+    return _split_ties(fitted, scores, target_mean_k - min_k)
+
+
+def _split_ties(thresholds: np.ndarray, scores: np.ndarray, target: float) -> np.ndarray:
+    """Makes up for a step in the mean that a run of equal scores caused.
+
+    Many equal scores pass a threshold all at once, and no exponent then meets the target. Some other
+    threshold, where scores differ, can take the rest: each is tried, and the closest wins. Ordered
+    thresholds in (0, 1) stay so.
+    """
+
+    def mean(candidate: np.ndarray) -> float:
+        below = np.searchsorted(scores, candidate, side="right")
+        return float((scores.size - below).sum()) / scores.size
+
+    best, rest = thresholds, target - mean(thresholds)
+    if abs(rest) * scores.size < 1:
+        return thresholds
+    for j in range(thresholds.size):
+        below = int(np.searchsorted(scores, thresholds[j], side="right"))
+        place = below - round(rest * scores.size)
+        if not 0 < place < scores.size:
+            continue
+        moved = thresholds.copy()
+        moved[j] = scores[place - 1]  # exceeded by what comes after it
+        inside = 0 < moved[j] < 1 and bool((np.diff(moved) > 0).all())
+        if inside and abs(target - mean(moved)) < abs(target - mean(best)):
+            best = moved
+    return best
 
 
 def check_target(target_mean_k: float, *, min_k: float, max_k: float) -> None:

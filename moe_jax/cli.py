@@ -219,7 +219,8 @@ def inspect(
         f"[bold]{checkpoint}[/bold]: format {report['format']}, moe_jax "
         f"{report['library_version']}, {report['parameters']:,} parameters, verified"
     )
-    table = Table("router", "rule", "budget", "reached", "tokens", "data", "weights")
+    table = Table("rule", "budget", "reached", "tokens", "data", "weights")
+    # Names are what route --router takes, so they are never cut: each has the first column to itself.
     for name, router in report["routers"].items():
         fit: dict[str, Any] = router["fit"] or {"fitted": False}
         budget = ["", "", "", "", ""]
@@ -229,7 +230,7 @@ def inspect(
                 f"{fit['token_count']:,}", fit["data_fingerprint"][:8],
                 fit["router_fingerprint"][:8],
             ]  # fmt: skip
-        table.add_row(name, router["summary"], *budget)
+        table.add_row(f"[bold]{name}[/bold]\n{router['summary']}", *budget)
     out.print(table)
     for key, value in report["metadata"].items():
         text = json.dumps(value)

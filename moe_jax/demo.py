@@ -318,7 +318,7 @@ def summarise(results: Mapping[str, Any], out: Path, console: Console) -> None:
         title_justify="left", caption_justify="left",
         caption="Each with its own 95 % paired bootstrap interval over files, not adjusted for their "
         "number. Green: equal quality. Dim: controls. ~: mean k off its target by more than 3 %.",
-        box=box.SIMPLE_HEAD,
+        box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
     # Every column fits a terminal of 80: a rule without its name would say nothing.
     table.add_column("rule", no_wrap=True)

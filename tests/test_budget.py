@@ -299,3 +299,14 @@ def test_batch_design_effect_sees_that_neighbours_are_alike():
 
 def test_the_module_imports_no_clock_and_no_environment():
     assert not {"os", "time"} & set(vars(module))
+
+
+def test_a_run_of_equal_scores_is_made_up_for_elsewhere():
+    """40 % of the tokens are alike: no single exponent meets these targets, moving another does."""
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.uniform(0, 1, 600), np.full(400, 0.45)]).astype(np.float32)
+    for target in (2.2, 2.4, 2.6, 2.8):
+        thresholds = module.fit_thresholds(scores, min_k=1, max_k=4, target_mean_k=target)
+        counts = module.difficulty_to_k(jnp.asarray(scores), jnp.asarray(thresholds), min_k=1)
+        assert float(counts.mean()) == pytest.approx(target, rel=0.01)
+        assert (np.diff(thresholds) > 0).all()

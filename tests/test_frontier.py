@@ -166,7 +166,7 @@ def test_calibrate_refuses_what_makes_no_sense(tmp_path, source, corpus, wrong, 
 
 def test_the_whole_demo(tmp_path, corpus):
     settings = demo.Settings(
-        model=TINY, steps=30, rules=("top_p", "dynamic_k_entropy", "drop_lowest", "drop_random"),
+        model=TINY, steps=80, rules=("top_p", "dynamic_k_entropy", "drop_lowest", "drop_random"),
         savings=(0.1, 0.35), calibration_tokens=2048, held_out_tokens=4096,
     )  # fmt: skip
     console = Console(record=True, width=120, file=io.StringIO())
