@@ -1,61 +1,17 @@
-"""The ``moe-jax`` command.
-
-Exit codes: 0 done, 1 a check said no (``config check`` on a bad file, a failed verification),
-2 wrong input, with a message that says what was expected. ``--json`` prints one JSON object on
-standard output and nothing else there; progress and notes go to standard error.
-"""
+"""Commands about models and their routers: demo, train, calibrate, route, inspect."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from moe_jax.bench.commands import app as bench_app
+from moe_jax.cli.shared import AsJson, ConfigFile, Seed, notes, out, print_json, told
 
-app = typer.Typer(
-    name="moe-jax",
-    help="Dynamic Mixture-of-Experts routing for JAX, with compute budgets that are held.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-config_app = typer.Typer(no_args_is_help=True, help="Check and show configuration.")
-app.add_typer(config_app, name="config")
-app.add_typer(bench_app, name="bench")
-
-notes = Console(stderr=True)
-out = Console()
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (JSON).")]
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Turns the library's own errors, which say what to do, into exit code 2 without a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        notes.print(f"[red]error:[/red] {_plain(error)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-
-
-def _plain(error: Exception) -> str:
-    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
-    return text.replace("[", r"\[")
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+app = typer.Typer()
 
 
 @app.command()
@@ -70,10 +26,10 @@ def demo(
     """Train a small model on real text, calibrate budgets, and see what each saving costs."""
     from moe_jax import demo as job
 
-    with _told():
+    with told():
         results = job.run(folder, quick=quick, seed=seed, console=notes if as_json else out)
     if as_json:
-        _print_json(results)
+        print_json(results)
 
 
 @app.command()
@@ -98,7 +54,7 @@ def route(
 
     from moe_jax import inspection
 
-    with _told():
+    with told():
         x = inspection.load_hidden_states(file)
         if checkpoint is not None:
             source = inspection.router_from_checkpoint(checkpoint, router_name)
@@ -110,7 +66,7 @@ def route(
         if save is not None:
             np.savez(save, allow_pickle=False, **arrays)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     if not report["trained"]:
         notes.print(
@@ -161,7 +117,7 @@ def train(
     from moe_jax.language_model import LMConfig
     from moe_jax.train import train as job
 
-    with _told():
+    with told():
         path, summary = job(
             LMConfig(), folder, steps, seed,
             resume=resume, until=until, overwrite=overwrite, console=notes,
@@ -187,7 +143,7 @@ def calibrate(
     """Fit dynamic rules to a budget on calibration text and save them with their provenance."""
     from moe_jax.calibration import calibrate as job
 
-    with _told():
+    with told():
         path, summary = job(
             checkpoint, folder, rule, target_mean_k=target_mean_k, target_saving=target_saving,
             seed=seed, overwrite=overwrite, console=notes,
@@ -197,7 +153,7 @@ def calibrate(
 
 def _print_checkpoint(path: Path, summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json({"checkpoint": str(path), **summary})
+        print_json({"checkpoint": str(path), **summary})
     else:
         out.print(f"checkpoint in {path}; next: moe-jax inspect {path}", soft_wrap=True)
 
@@ -210,10 +166,10 @@ def inspect(
     """Show what a checkpoint holds: routers, budgets and their provenance, sizes."""
     from moe_jax import inspection
 
-    with _told():
+    with told():
         report = inspection.describe_checkpoint(checkpoint)
     if as_json:
-        _print_json(report)
+        print_json(report)
         return
     out.print(
         f"[bold]{checkpoint}[/bold]: format {report['format']}, moe_jax "
@@ -236,72 +192,3 @@ def inspect(
         text = json.dumps(value)
         out.print(f"{key}: {text if len(text) <= 200 else text[:197] + '...'}", soft_wrap=True)
     out.print("Everything, fingerprints in full: add --json.")
-
-
-@config_app.command("check")
-def config_check(
-    file: Annotated[Path, typer.Argument(help="Configuration file (JSON).")],
-    as_json: AsJson = False,
-) -> None:
-    """Check a configuration file as the service would; exit code 1 if it is bad."""
-    from moe_jax.config import ConfigError, build_router, load_config
-
-    try:
-        router = build_router(load_config(file))
-    except ConfigError as error:
-        if as_json:
-            _print_json({"file": str(file), "ok": False, "problems": str(error).splitlines()})
-        else:
-            notes.print(f"[red]bad[/red] {_plain(error)}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    if as_json:
-        _print_json({"file": str(file), "ok": True, "router": router.to_json()})
-    else:
-        out.print(f"[green]good[/green] {file}: {type(router).__name__}, {_k_range(router)}")
-
-
-def _k_range(router: Any) -> str:
-    return f"{router.min_k} to {router.max_k} of {router.num_experts} experts"
-
-
-@config_app.command("show")
-def config_show(
-    config: ConfigFile = None,
-    preset: Annotated[
-        str | None, typer.Option(help="balanced, low_latency, high_accuracy or production.")
-    ] = None,
-) -> None:
-    """Print the configuration in force: environment over file over defaults; or a preset."""
-    from moe_jax.config import PRESETS, load_config
-
-    with _told():
-        if preset is not None:
-            if preset not in PRESETS:
-                raise ValueError(
-                    f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}. "
-                    "Leave it out to see the configuration in force."
-                )
-            chosen = PRESETS[preset]
-        else:
-            chosen = load_config(config)
-    _print_json(chosen.to_json())
-
-
-@app.command()
-def version() -> None:
-    """Print the versions of the library and of JAX, and the devices."""
-    import jax
-
-    import moe_jax
-
-    devices = ", ".join(str(d) for d in jax.devices())
-    out.print(f"moe_jax {moe_jax.__version__}, jax {jax.__version__}, devices: {devices}")
-
-
-def main() -> None:
-    """Entry point of the ``moe-jax`` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,44 @@
+"""The ``moe-jax`` command.
+
+Exit codes: 0 done, 1 a check said no (``config check`` on a bad file, a failed verification),
+2 wrong input, with a message that says what was expected. ``--json`` prints one JSON object on
+standard output and nothing else there; progress and notes go to standard error.
+
+One file a group of commands, one line here: a file exports ``app``, and whatever it needs beyond
+typer and rich is imported inside its commands, so that ``moe-jax --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from moe_jax.bench.commands import app as bench
+from moe_jax.cli import configuration, models
+from moe_jax.cli.shared import out
+
+app = typer.Typer(
+    name="moe-jax",
+    help="Dynamic Mixture-of-Experts routing for JAX, with compute budgets that are held.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(models.app)
+app.add_typer(configuration.app, name="config")
+app.add_typer(bench, name="bench")
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of the library and of JAX, and the devices."""
+    import jax
+
+    import moe_jax
+
+    devices = ", ".join(str(d) for d in jax.devices())
+    out.print(f"moe_jax {moe_jax.__version__}, jax {jax.__version__}, devices: {devices}")
+
+
+def main() -> None:
+    """Entry point of the ``moe-jax`` command."""
+    app()

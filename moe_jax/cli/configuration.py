@@ -1,0 +1,61 @@
+"""``moe-jax config ...``: check and show configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_jax.cli.shared import AsJson, ConfigFile, notes, out, plain, print_json, told
+
+app = typer.Typer(no_args_is_help=True, help="Check and show configuration.")
+
+
+@app.command("check")
+def config_check(
+    file: Annotated[Path, typer.Argument(help="Configuration file (JSON).")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a configuration file as the service would; exit code 1 if it is bad."""
+    from moe_jax.config import ConfigError, build_router, load_config
+
+    try:
+        router = build_router(load_config(file))
+    except ConfigError as error:
+        if as_json:
+            print_json({"file": str(file), "ok": False, "problems": str(error).splitlines()})
+        else:
+            notes.print(f"[red]bad[/red] {plain(error)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        print_json({"file": str(file), "ok": True, "router": router.to_json()})
+    else:
+        out.print(f"[green]good[/green] {file}: {type(router).__name__}, {_k_range(router)}")
+
+
+def _k_range(router: Any) -> str:
+    return f"{router.min_k} to {router.max_k} of {router.num_experts} experts"
+
+
+@app.command("show")
+def config_show(
+    config: ConfigFile = None,
+    preset: Annotated[
+        str | None, typer.Option(help="balanced, low_latency, high_accuracy or production.")
+    ] = None,
+) -> None:
+    """Print the configuration in force: environment over file over defaults; or a preset."""
+    from moe_jax.config import PRESETS, load_config
+
+    with told():
+        if preset is not None:
+            if preset not in PRESETS:
+                raise ValueError(
+                    f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}. "
+                    "Leave it out to see the configuration in force."
+                )
+            chosen = PRESETS[preset]
+        else:
+            chosen = load_config(config)
+    print_json(chosen.to_json())
