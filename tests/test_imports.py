@@ -26,6 +26,7 @@ LAYERS: dict[str, int] = {
         [
             "nn", "sharding", "checkpoint", "config", "interop", "train", "plots", "data",
             "frontier", "calibration", "language_model", "inspection", "profiler",
+            "archive",
         ],
         3,
     ),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True, help="Measure this machine, always against a floor.")
+app = typer.Typer(help="Measure this machine, always against a floor.")
 notes, out = Console(stderr=True), Console()
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write rows and machine to this file.")]
@@ -76,6 +76,78 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)
+
+
+@app.callback(invoke_without_command=True)
+def against(
+    context: typer.Context,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            help="Take this baseline's measurement again; exit code 1 if anything is slower. "
+            "A file of --json, or an export that holds one.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="How much slower is still the same: 0.1 is 10 %.")
+    ] = 0.1,
+    rounds: Annotated[
+        int | None, typer.Option(min=2, help="Rounds; the baseline's own by default.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Measure this machine, always against a floor; or against a baseline taken earlier."""
+    if context.invoked_subcommand is not None:
+        if baseline is not None:
+            raise typer.BadParameter(
+                "the baseline says what is measured; leave the subcommand out",
+                param_hint="--against",
+            )
+        return
+    if baseline is None:
+        out.print(context.get_help())
+        raise typer.Exit(0)
+    _against(baseline, tolerance, rounds, json)
+
+
+def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None) -> None:
+    from moe_jax.archive import ArchiveError, baseline_of
+    from moe_jax.bench.against import BaselineError, compare, measure_again, read_baseline
+    from moe_jax.bench.measure import machine, write_results
+
+    try:
+        content = read_baseline(baseline_of(file))
+        with _progress() as progress:
+            rows = measure_again(content, rounds=rounds, progress=progress)
+    except (BaselineError, ArchiveError) as error:
+        notes.print(f"[red]error:[/red] {str(error).replace('[', chr(92) + '[')}", soft_wrap=True)
+        raise typer.Exit(2) from None
+    changes, lost = compare(content["rows"], rows)
+    table = Table("case", "ratio then", "ratio now", "now / then", "interval", "slower")
+    for change in changes:
+        table.add_row(
+            change.name, f"{change.before:.3f}", f"{change.now:.3f}", f"{change.change:.3f}",
+            f"{change.low:.3f} to {change.high:.3f}", _shown(change.slower(tolerance)),
+        )  # fmt: skip
+    out.print(table)
+    if json is not None:
+        write_results(json, bench=content["bench"], settings=content["settings"], rows=rows)
+        notes.print(f"rows written to {json}")
+    here = {word: machine()[word] for word in ("cpu", "cores", "backend", "jax")}
+    there = {word: content["machine"].get(word) for word in here}
+    if here != there:
+        notes.print(f"the baseline is of another machine: {there}, here {here}", soft_wrap=True)
+    for name in lost:
+        notes.print(f"[red]gone[/red] {name}: the baseline has it, this version does not")
+    slower = [change.name for change in changes if change.slower(tolerance)]
+    if slower or lost:
+        notes.print(
+            f"[red]slower[/red] in {len(slower)} of {len(changes)} cases by more than "
+            f"{tolerance:.0%}, with middle halves that do not overlap"
+        )
+        raise typer.Exit(1)
+    out.print(f"none of {len(changes)} cases is slower by more than {tolerance:.0%}")
 
 
 @app.command()

@@ -39,7 +39,8 @@ class Timing:
         """The middle half of the ratios."""
         if len(self.ratios) < 2:
             return self.ratio, self.ratio
-        low, _, high = statistics.quantiles(self.ratios, n=4)
+        # "inclusive" stays within what was measured; the default extrapolates, even below zero.
+        low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
         return low, high
 
     @property
