@@ -27,6 +27,16 @@ from moe_jax.types import Assignments, DispatchPlan, ExpertChoice, Routing, Rout
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str):
+    # The service and its libraries load only for those who ask for it.
+    if name == "RouterFactory":
+        from moe_jax.serving.engine import RouterFactory
+
+        return RouterFactory
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "Assignments",
     "DispatchPlan",

@@ -23,8 +23,8 @@ from moe_jax.config import (
     build_router,
     load_config,
 )
+from moe_jax.config import checks as checks_module
 from moe_jax.config import loading as loading_module
-from moe_jax.config import settings as settings_module
 from moe_jax.difficulty import ESTIMATORS, register_estimator
 from moe_jax.routers import DynamicK, ExpertThreshold
 from moe_jax.types import RoutingStats
@@ -75,6 +75,28 @@ VARIABLES = {
     "MOE_MAX_TENSOR_SIZE": ("1000", 1000),
     "MOE_MAX_BATCH_SIZE": ("32", 32),
     "MOE_SECURITY_LEVEL": ("Strict", "strict"),
+    "MOE_HOST": ("0.0.0.0", "0.0.0.0"),
+    "MOE_PORT": ("9000", 9000),
+    "MOE_REQUEST_TIMEOUT_SECONDS": ("2.5", 2.5),
+    "MOE_MAX_INFLIGHT": ("8", 8),
+    "MOE_MAX_QUEUE": ("0", 0),
+    "MOE_DRAIN_SECONDS": ("1", 1.0),
+    "MOE_NONFINITE": ("Reject", "reject"),
+    "MOE_MAX_MAGNITUDE": ("1e4", 1e4),
+    "MOE_RATE_LIMIT_REQUESTS": ("10", 10),
+    "MOE_RATE_LIMIT_TOKENS": ("1000", 1000),
+    "MOE_REPLICAS": ("3", 3),
+    "MOE_CACHE_MAX_BYTES": ("1000000", 1_000_000),
+    "MOE_PREFETCH": ("on", True),
+    "MOE_TRUSTED_PROXIES": ("10.0.0.0/8, ::1", "10.0.0.0/8, ::1"),
+    "MOE_CHECKPOINT": ("runs/demo", "runs/demo"),
+    "MOE_CHECKPOINT_ROUTER": ("layer_1", "layer_1"),
+    "MOE_SEED": ("7", 7),
+    "MOE_SERVE_MOE": ("on", "on"),
+    "MOE_EXPERT_HIDDEN_DIM": ("64", 64),
+    "MOE_BUCKETS": ("64,512", "64,512"),
+    "MOE_FALLBACK_STATIC_TOP_K": ("true", True),
+    "MOE_SLOW_CALL_SECONDS": ("1", 1.0),
     "MOE_ENVIRONMENT": ("production", "production"),
     "MOE_LOG_LEVEL": ("debug", "DEBUG"),
 }
@@ -345,8 +367,8 @@ def test_estimator_words(word, difficulty):  # R03-R06
 
 
 def test_an_estimator_of_ones_own_by_name(monkeypatch):  # R06
-    monkeypatch.setattr(settings_module, "ESTIMATORS", dict(ESTIMATORS))
-    monkeypatch.setattr("moe_jax.difficulty.ESTIMATORS", settings_module.ESTIMATORS)
+    monkeypatch.setattr(checks_module, "ESTIMATORS", dict(ESTIMATORS))
+    monkeypatch.setattr("moe_jax.difficulty.ESTIMATORS", checks_module.ESTIMATORS)
     assert "expected one of" in problem(load_config, env={}, complexity_estimator="first_value")
     register_estimator("first_value", lambda x, context: x[:, 0])
     config = load_config(env={"MOE_COMPLEXITY_ESTIMATOR": "first_value"})

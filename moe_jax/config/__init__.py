@@ -16,13 +16,14 @@ Nothing is ignored: an unknown key or an unknown ``MOE_*`` variable is an error,
 that is misspelt and silently dropped costs more than a start that fails.
 """
 
+from moe_jax.config.checks import ConfigError
 from moe_jax.config.loading import ENV_PREFIX, load_config
 from moe_jax.config.settings import (
     Config,
-    ConfigError,
     PerformanceConfig,
     RouterConfig,
     SecurityConfig,
+    ServingConfig,
 )
 from moe_jax.config.words import PRESETS, build_router
 
@@ -34,6 +35,7 @@ __all__ = [
     "PerformanceConfig",
     "RouterConfig",
     "SecurityConfig",
+    "ServingConfig",
     "build_router",
     "load_config",
 ]

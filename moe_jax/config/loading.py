@@ -9,16 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config.settings import (
-    SETTINGS,
-    Config,
-    ConfigError,
-    bad_value,
-    build_config,
-    choices_of,
-    from_nested,
-    unknown_name,
-)
+from moe_jax.config.checks import ConfigError, bad_value, choices_of, unknown_name
+from moe_jax.config.settings import SETTINGS, Config, build_config, from_nested
 
 ENV_PREFIX = "MOE_"
 
@@ -26,6 +18,7 @@ ENV_PREFIX = "MOE_"
 def load_config(
     file: str | os.PathLike[str] | None = None,
     env: Mapping[str, str] | None = None,
+    base: Config | None = None,
     **overrides: Any,
 ) -> Config:
     """The configuration from arguments, environment, file and defaults, in this order.
@@ -34,6 +27,7 @@ def load_config(
         file: a JSON file in the form of ``configs/production.json``; it may leave keys out.
         env: the environment; None reads the process's, ``{}`` ignores it. Variables that do not
             start with ``MOE_`` are not looked at.
+        base: a configuration, e.g. a preset, that stands in place of the defaults.
         **overrides: any setting by its own name, e.g. ``num_experts=16``. None means not given,
             so that a command line can pass its options as they are.
 
@@ -49,6 +43,8 @@ def load_config(
     """
     problems: list[str] = []
     given: dict[str, tuple[Any, str]] = {}
+    if base is not None:
+        given |= from_nested(base.to_json(), " in the preset", problems)
     if file is not None:
         path = Path(file)
         given |= from_nested(_read_json(path), f" in {path}", problems)
@@ -77,7 +73,7 @@ def _from_environment(env: Mapping[str, str], problems: list[str]) -> dict[str, 
         _, field = SETTINGS[name]
         try:
             given[name] = (_parse(field, env[variable]), variable)
-        except ValueError:
+        except ValueError:  # never of a secret: any text is one
             problems.append(bad_value(variable, env[variable], field))
     return given
 

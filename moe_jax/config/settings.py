@@ -1,38 +1,25 @@
-"""The settings: sections, ranges, checks, and what a bad value is told."""
+"""The settings: sections, and how a tree of them is built from flat values."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.difficulty import ESTIMATORS
-
-# The guide's word -> the library's estimator. A word that is missing here passes through as it is.
-# "gradient_norm" is the one word that both know and mean differently; see build_router.
-ESTIMATOR_WORDS = MappingProxyType(
-    {
-        "gradient_norm": "activation_norm",
-        "perplexity_proxy": "surprisal",
-        "threshold": "large_activation_share",
-    }
+from moe_jax.config.checks import (
+    EXPERT_COUNTS,
+    ConfigError,
+    check_fields,
+    checked,
+    experts_problem,
+    serving_problems,
+    setting,
+    shown,
+    split_words,
+    unknown_name,
 )
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message names every problem, one a line."""
-
-
-def _setting(default: Any, fix: str, *, low: float = -math.inf, high: float = math.inf,
-             choices: tuple[str, ...] = ()) -> Any:  # fmt: skip
-    """A field with its range; ``fix`` is the sentence that tells an operator what to do."""
-    metadata = {"fix": fix, "low": low, "high": high, "choices": choices}
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,24 +42,22 @@ class RouterConfig:
         ConfigError: a value of the wrong type or out of range.
     """
 
-    input_dim: int = _setting(768, "Give the width of the hidden states.", low=1, high=2**20)
-    num_experts: int = _setting(8, "Give the number of experts.", low=1, high=2**16)
-    min_experts: int = _setting(1, "A token uses at least this many experts.", low=1)
-    max_experts: int = _setting(4, "A token uses at most this many experts.", low=1)
-    complexity_estimator: str = _setting(
+    input_dim: int = setting(768, "Give the width of the hidden states.", low=1, high=2**20)
+    num_experts: int = setting(8, "Give the number of experts.", low=1, high=2**16)
+    min_experts: int = setting(1, "A token uses at least this many experts.", low=1)
+    max_experts: int = setting(4, "A token uses at most this many experts.", low=1)
+    complexity_estimator: str = setting(
         "gradient_norm",
         "Choose one of these, or register your own with moe_jax.difficulty.register_estimator.",
     )
-    routing_strategy: str = _setting(
-        "top_k", "Choose one of these.", choices=("top_k", "threshold")
-    )
-    load_balancing: bool = _setting(True, "Switch balancing on or off.")
-    noise_factor: float = _setting(0.1, "0.1 to 0.2 is usual, 0 is no noise.", low=0, high=1)
+    routing_strategy: str = setting("top_k", "Choose one of these.", choices=("top_k", "threshold"))
+    load_balancing: bool = setting(True, "Switch balancing on or off.")
+    noise_factor: float = setting(0.1, "0.1 to 0.2 is usual, 0 is no noise.", low=0, high=1)
 
     def __post_init__(self) -> None:
-        _check_fields(self, "router_config.")
+        check_fields(self, "router_config.")
         if not self.min_experts <= self.max_experts <= self.num_experts:
-            raise ConfigError(_experts_problem(self, {}))
+            raise ConfigError(experts_problem(self, {}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,20 +72,20 @@ class PerformanceConfig:
         parallel_threshold: batches of more rows than this are split.
     """
 
-    enable_caching: bool = _setting(True, "Switch the result cache on or off.")
-    enable_monitoring: bool = _setting(True, "Switch metrics on or off.")
-    cache_size: int = _setting(
+    enable_caching: bool = setting(True, "Switch the result cache on or off.")
+    enable_monitoring: bool = setting(True, "Switch metrics on or off.")
+    cache_size: int = setting(
         10_000, "To have no cache set enable_caching to false.", low=1, high=2**31
     )
-    cache_ttl_seconds: float = _setting(
+    cache_ttl_seconds: float = setting(
         3600.0, "To have no cache set enable_caching to false.", low=0.001, high=10 * 365 * 86400.0
     )
-    parallel_threshold: int = _setting(
+    parallel_threshold: int = setting(
         1000, "Raise it to split only larger batches.", low=1, high=2**40
     )
 
     def __post_init__(self) -> None:
-        _check_fields(self, "performance.")
+        check_fields(self, "performance.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,15 +100,100 @@ class SecurityConfig:
         security_level: ``minimal``, ``standard`` or ``strict``.
     """
 
-    enable_validation: bool = _setting(True, "Switch the checks of values on or off.")
-    max_tensor_size: int = _setting(1_000_000_000, "Count elements, not bytes.", low=1, high=2**48)
-    max_batch_size: int = _setting(1024, "Count sequences, not tokens.", low=1, high=2**31)
-    security_level: str = _setting(
+    enable_validation: bool = setting(True, "Switch the checks of values on or off.")
+    max_tensor_size: int = setting(1_000_000_000, "Count elements, not bytes.", low=1, high=2**48)
+    max_batch_size: int = setting(1024, "Count sequences, not tokens.", low=1, high=2**31)
+    security_level: str = setting(
         "standard", "Choose one of these.", choices=("minimal", "standard", "strict")
     )
 
     def __post_init__(self) -> None:
-        _check_fields(self, "security.")
+        check_fields(self, "security.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ServingConfig:
+    """How the service runs. The last three are secrets: only the environment and arguments set them.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        request_timeout_seconds: deadline of a request that states none.
+        max_inflight: requests on the device at once.
+        max_queue: requests that may wait for it; more are refused.
+        drain_seconds: how long readiness says no before the server stops.
+        nonfinite: what NaN and inf in a request do; ``level`` is what the security level says.
+        max_magnitude: largest absolute value that is not suspicious.
+        rate_limit_requests: requests a client may make in a minute; 0 is what the level says.
+        rate_limit_tokens: tokens a client may send in a minute; 0 is what the level says.
+        replicas: how many instances share the load, for honest limits.
+        cache_max_bytes: most bytes of results in the cache.
+        prefetch: whether results are fetched ahead and hot keys re-warmed after a reload.
+        trusted_proxies: networks whose X-Forwarded-For is believed, e.g. ``10.0.0.0/8,::1``.
+        checkpoint: folder of the weights; empty serves seeded, untrained ones.
+        checkpoint_router: which of the checkpoint's routers, e.g. ``layer_0``; empty is the first.
+        seed: of untrained weights.
+        serve_moe: whether the model ``moe`` is served; ``auto`` is when the checkpoint has experts.
+        expert_hidden_dim: F of untrained experts; 0 is twice ``input_dim``.
+        buckets: token counts that are compiled at start, e.g. ``64,512``; empty is powers of two.
+        fallback_static_top_k: whether a failing device is covered by a plain top-k, flagged.
+        slow_call_seconds: device work that takes longer counts as slow for the circuit breaker.
+        api_keys: secret; keys of clients, separated by commas.
+        admin_key: secret; the bearer token of admin requests and, under strict, of metrics.
+        redis_url: secret, as it may hold a password; shares limits and cached results.
+    """
+
+    host: str = setting("127.0.0.1", "Give an address, 0.0.0.0 for all.", text=True)
+    port: int = setting(8000, "Give a port; 0 takes a free one.", low=0, high=65535)
+    request_timeout_seconds: float = setting(
+        30.0, "Give the deadline in seconds.", low=0.001, high=3600.0
+    )
+    max_inflight: int = setting(4, "Requests on the device at once.", low=1, high=1024)
+    max_queue: int = setting(128, "Requests that may wait.", low=0, high=2**20)
+    drain_seconds: float = setting(5.0, "Seconds between not ready and stop.", low=0, high=3600)
+    nonfinite: str = setting(
+        "level", "Choose one of these.", choices=("level", "off", "sanitize", "mask", "reject")
+    )
+    max_magnitude: float = setting(1e6, "Hidden states are rarely above 1e4.", low=1e-6, high=3e38)
+    rate_limit_requests: int = setting(
+        0, "Requests a minute; 0 is what the security level says.", low=0, high=2**31
+    )
+    rate_limit_tokens: int = setting(
+        0, "Tokens a minute; 0 is what the security level says.", low=0, high=2**48
+    )
+    replicas: int = setting(1, "How many instances run.", low=1, high=100_000)
+    cache_max_bytes: int = setting(
+        256 * 2**20, "To have no cache set enable_caching to false.", low=1, high=2**48
+    )
+    prefetch: bool = setting(False, "Switch prefetching on or off.")
+    trusted_proxies: str = setting("", "Give networks separated by commas.", text=True)
+    checkpoint: str = setting("", "Give a checkpoint folder, or leave it empty.", text=True)
+    checkpoint_router: str = setting("", "See moe-jax inspect for the names.", text=True)
+    seed: int = setting(0, "Any whole number.", low=0, high=2**31 - 1)
+    serve_moe: str = setting("auto", "Choose one of these.", choices=("auto", "on", "off"))
+    expert_hidden_dim: int = setting(
+        0, "Width of untrained experts; 0 is twice input_dim.", low=0, high=2**20
+    )
+    buckets: str = setting("", "Give token counts separated by commas.", text=True)
+    fallback_static_top_k: bool = setting(False, "Switch the degraded fallback on or off.")
+    slow_call_seconds: float = setting(5.0, "Seconds of device work.", low=0.001, high=3600)
+    api_keys: str = setting("", "Give keys separated by commas.", secret=True)
+    admin_key: str = setting("", "Give a long random text.", secret=True)
+    redis_url: str = setting("", "Give redis://host:port/0, or leave it empty.", secret=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self, "serving.")
+        for problem in serving_problems(self.buckets, self.trusted_proxies):
+            raise ConfigError(problem)
+
+    @property
+    def bucket_sizes(self) -> tuple[int, ...]:
+        """``buckets`` as ascending numbers of tokens; () where none are given."""
+        return tuple(sorted({int(word) for word in split_words(self.buckets)}))
+
+    @property
+    def api_key_list(self) -> tuple[str, ...]:
+        return tuple(split_words(self.api_keys))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +204,7 @@ class Config:
         router_config: what the router is.
         performance: how the service spends time and memory.
         security: what a request may be.
+        serving: how the service runs.
         environment: where this runs.
         log_level: least severe message that is logged.
 
@@ -151,10 +222,11 @@ class Config:
     router_config: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     performance: PerformanceConfig = dataclasses.field(default_factory=PerformanceConfig)
     security: SecurityConfig = dataclasses.field(default_factory=SecurityConfig)
-    environment: str = _setting(
+    serving: ServingConfig = dataclasses.field(default_factory=ServingConfig)
+    environment: str = setting(
         "development", "Choose one of these.", choices=("development", "staging", "production")
     )
-    log_level: str = _setting(
+    log_level: str = setting(
         "INFO", "Choose one of these.",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
     )  # fmt: skip
@@ -166,11 +238,19 @@ class Config:
                     f"{name}: expected a {section.__name__}, got {getattr(self, name)!r}. "
                     f"Build one, or use Config.from_json."
                 )
-        _check_fields(self, "")
+        check_fields(self, "")
 
     def to_json(self) -> dict[str, Any]:
-        """The configuration as plain JSON values, in the words of the guide's production.json."""
-        return dataclasses.asdict(self)
+        """The configuration as plain JSON values, in the words of the guide's production.json.
+
+        Without its secrets.
+        """
+        return {
+            name: {k: v for k, v in section.items() if k not in SECRETS}
+            if isinstance(section, dict)
+            else section
+            for name, section in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Config:
@@ -199,7 +279,7 @@ def from_nested(data: Any, where: str, problems: list[str]) -> dict[str, tuple[A
     if not isinstance(data, Mapping):
         raise ConfigError(
             f"configuration{where}: expected a JSON object with {', '.join(_TOP_LEVEL)}, "
-            f"got {_shown(data)}. See configs/production.json."
+            f"got {shown(data)}. See configs/production.json."
         )
     given: dict[str, tuple[Any, str]] = {}
     for key, value in data.items():
@@ -217,12 +297,17 @@ def from_nested(data: Any, where: str, problems: list[str]) -> dict[str, tuple[A
         elif not isinstance(value, Mapping):
             problems.append(
                 f"{key}{where}: expected a JSON object with {', '.join(_NAMES[key])}, "
-                f"got {_shown(value)}. See configs/production.json."
+                f"got {shown(value)}. See configs/production.json."
             )
         else:
             for name, item in value.items():
                 origin = f"{key}.{name}{where}"
-                if name in _NAMES[key]:
+                if name in SECRETS:
+                    problems.append(
+                        f"{origin}: expected no secret in a file, got one. Set "
+                        f"MOE_{name.upper()} in the environment instead."
+                    )
+                elif name in _NAMES[key]:
                     given[name] = (item, origin)
                 else:
                     problems.append(unknown_name(origin, name, _NAMES[key], "Remove it."))
@@ -234,14 +319,18 @@ def build_config(given: Mapping[str, tuple[Any, str]], problems: list[str]) -> C
     values: dict[str, Any] = {}
     for name, (value, origin) in given.items():
         try:
-            values[name] = _checked(SETTINGS[name][1], value, origin)
+            values[name] = checked(SETTINGS[name][1], value, origin)
         except ConfigError as error:
             problems.append(str(error))
     if not problems:
-        counts = {name: values.get(name, SETTINGS[name][1].default) for name in _EXPERT_COUNTS}
+        counts = {name: values.get(name, SETTINGS[name][1].default) for name in EXPERT_COUNTS}
         low, high, most = counts.values()
         if not low <= high <= most:
-            problems.append(_experts_problem(counts, {n: o for n, (_, o) in given.items()}))
+            problems.append(experts_problem(counts, {n: o for n, (_, o) in given.items()}))
+        problems += serving_problems(
+            values.get("buckets", ""), values.get("trusted_proxies", ""),
+            *(given[n][1] if n in given else n for n in ("buckets", "trusted_proxies")),
+        )  # fmt: skip
     if problems:
         raise ConfigError("\n".join(problems))
     parts: dict[str, Any] = {name: value for name, value in values.items() if name in _TOP_LEVEL}
@@ -250,94 +339,11 @@ def build_config(given: Mapping[str, tuple[Any, str]], problems: list[str]) -> C
     return Config(**parts)
 
 
-# --- checks ---------------------------------------------------------------------------------
-
-
-_EXPERT_COUNTS = ("min_experts", "max_experts", "num_experts")
-
-
-def _check_fields(section: Any, prefix: str) -> None:
-    for field in dataclasses.fields(section):
-        if field.metadata:
-            value = _checked(field, getattr(section, field.name), prefix + field.name)
-            object.__setattr__(section, field.name, value)
-
-
-def _checked(field: dataclasses.Field[Any], value: Any, origin: str) -> Any:
-    """The value, an int widened where a float is meant. Raises ConfigError."""
-    kind = type(field.default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    right = type(value) is kind
-    if right and kind is str:
-        right = value in choices_of(field)
-    elif right and kind is not bool:
-        right = field.metadata["low"] <= value <= field.metadata["high"]
-    if not right:
-        raise ConfigError(bad_value(origin, value, field))
-    return value
-
-
-def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
-    if field.name != "complexity_estimator":
-        return field.metadata["choices"]
-    # Looked up late, so that an estimator of the user's own can be named in a file.
-    return tuple(sorted({*ESTIMATOR_WORDS, *ESTIMATORS}))
-
-
-def _allowed(field: dataclasses.Field[Any]) -> str:
-    if isinstance(field.default, bool):
-        return "true or false"
-    if isinstance(field.default, str):
-        return "one of " + ", ".join(choices_of(field))
-    low, high = field.metadata["low"], field.metadata["high"]
-    kind = "a whole number" if isinstance(field.default, int) else "a number"
-    return f"{kind} of at least {low}" if math.isinf(high) else f"{kind} from {low} to {high}"
-
-
-def bad_value(origin: str, value: Any, field: dataclasses.Field[Any]) -> str:
-    fix = field.metadata["fix"]
-    near = difflib.get_close_matches(str(value), choices_of(field), n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    return f"{origin}: expected {_allowed(field)}, got {_shown(value)}. {hint}{fix}"
-
-
-def _experts_problem(counts: Any, origins: Mapping[str, str]) -> str:
-    values = counts if isinstance(counts, Mapping) else dataclasses.asdict(counts)
-    got = ", ".join(
-        f"{name}={values[name]}" + (f" ({origins.get(name, 'default')})" if origins else "")
-        for name in _EXPERT_COUNTS
-    )
-    return (
-        f"router_config: expected min_experts <= max_experts <= num_experts, got {got}. "
-        "Lower the first or raise the last."
-    )
-
-
-def unknown_name(origin: str, name: str, known: Iterable[str], otherwise: str) -> str:
-    by_case = {word.lower(): word for word in known}
-    near = difflib.get_close_matches(name.lower(), by_case, n=1)
-    hint = (
-        f"Did you mean {by_case[near[0]]}?"
-        if near
-        else f"{otherwise} Known: {', '.join(by_case.values())}."
-    )
-    return f"{origin}: expected a known name, got {name!r}. {hint}"
-
-
-def _shown(value: Any) -> str:
-    """A value as JSON where it is JSON, cut short: an error is no place for a megabyte."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
 _SECTIONS: dict[str, type[Any]] = {
     "router_config": RouterConfig,
     "performance": PerformanceConfig,
     "security": SecurityConfig,
+    "serving": ServingConfig,
 }
 _TOP_LEVEL = tuple(field.name for field in dataclasses.fields(Config))
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -352,3 +358,4 @@ SETTINGS: dict[str, tuple[str, dataclasses.Field[Any]]] = {
     for field in dataclasses.fields(kind)
     if field.metadata
 }
+SECRETS = frozenset(name for name, (_, field) in SETTINGS.items() if field.metadata["secret"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from moe_jax.config.settings import ESTIMATOR_WORDS, Config, RouterConfig
+from moe_jax.config.checks import ESTIMATOR_WORDS
+from moe_jax.config.settings import Config, PerformanceConfig, RouterConfig
 from moe_jax.logits import Gate
 from moe_jax.routers import DynamicK, ExpertThreshold, Router
 
@@ -73,6 +74,8 @@ PRESETS: Mapping[str, Config] = MappingProxyType(
             router_config=RouterConfig(num_experts=16, min_experts=2, max_experts=6)
         ),
         "production": Config(router_config=RouterConfig(max_experts=3), environment="production"),
+        "training": Config(performance=PerformanceConfig(enable_caching=False)),
+        "mixed": Config(performance=PerformanceConfig(cache_size=5000)),
     }
 )
 """The guide's advice as named configurations; ``configs/<name>.json`` holds the same."""

@@ -1,0 +1,249 @@
+"""Compiled functions for a few token counts, and requests of any size run through them.
+
+A request is padded with masked tokens to the next bucket, or cut into the largest one. Every bucket
+is compiled before the first request, so that none waits for the compiler. Padding and cutting are
+invisible in the answer only for rules whose tokens do not depend on each other, and so the service
+takes no other (``Traits.batch_invariant``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import budget
+from moe_jax.experts import FeedForward
+from moe_jax.layer import moe_layer
+from moe_jax.routers import DynamicK, Router
+from moe_jax.scoring import Scoring
+from moe_jax.types import Array, Params, Routing
+
+SMALLEST_BUCKET = 16
+_MARGIN = 1e-4  # keeps a complexity off the edge at which round() would fall to the other side
+
+
+def bucket_sizes(largest: int, given: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """Ascending token counts to compile: those given, or powers of two up to ``largest``.
+
+    Example:
+        >>> bucket_sizes(100)
+        (16, 32, 64, 128)
+    """
+    if given:
+        return given
+    sizes = [SMALLEST_BUCKET]
+    while sizes[-1] < largest:
+        sizes.append(2 * sizes[-1])
+    return tuple(sizes)
+
+
+# --- what is compiled -----------------------------------------------------------------------
+
+
+def route_tokens(
+    router: Router, by_logit: bool, params: Params, state: Any, x: Array, token_mask: Array
+) -> dict[str, Array]:
+    """The service's answer for tokens x f32[T, D]: the guide's words, -1 for "no expert"."""
+    x = jnp.where(token_mask[:, None], x, 0.0)
+    routing = router(params, state, x, token_mask=token_mask)
+    assert isinstance(routing, Routing)
+    used = routing.expert_indices < routing.num_experts
+    indices = jnp.where(used, routing.expert_indices, -1)
+    weights = routing.combine_weights
+    if by_logit:
+        own = jnp.take_along_axis(routing.router_logits, jnp.where(used, indices, 0), axis=-1)
+        order = jnp.argsort(jnp.where(used, -own, jnp.inf), axis=-1, stable=True)
+        indices = jnp.take_along_axis(indices, order, axis=-1)
+        weights = jnp.take_along_axis(weights, order, axis=-1)
+    return {
+        "expert_indices": indices,
+        "expert_weights": weights,
+        "num_experts_per_token": used.sum(axis=-1, dtype=jnp.int32),
+        "complexity_scores": _complexity(router, params, state, x, routing),
+        "router_logits": routing.router_logits,
+    }
+
+
+def _complexity(router: Router, params: Params, state: Any, x: Array, routing: Routing) -> Array:
+    """f32[T] in [0, 1], on the scale on which k is ``round(min_k + (max_k - min_k) * complexity)``.
+
+    ``DynamicK``'s calibrated difficulty with its thresholds carried to those of plain rounding; for
+    rules without a difficulty, the entropy of the router's probabilities, within the band of their k.
+    """
+    if isinstance(router, DynamicK):
+        level = router.difficulty_of(params, state, x)
+        ends = jnp.array([0.0], jnp.float32), jnp.array([1.0], jnp.float32)
+        steps = budget.rounding_thresholds(router.min_k, router.max_k)
+        if router.min_k < router.max_k:
+            level = jnp.interp(
+                level,
+                jnp.concatenate([ends[0], state.thresholds, ends[1]]),
+                jnp.concatenate([ends[0], steps, ends[1]]),
+            )
+    else:
+        p = routing.router_probs
+        entropy = -(p * jnp.log(jnp.where(p > 0, p, 1.0))).sum(axis=-1)
+        level = jnp.clip(entropy / np.log(max(routing.num_experts, 2)), 0.0, 1.0)
+    span = router.max_k - router.min_k
+    if span:
+        rank = (routing.num_experts_per_token - router.min_k).astype(jnp.float32)
+        low, high = (rank - 0.5) / span + _MARGIN, (rank + 0.5) / span - _MARGIN
+        level = jnp.clip(level, jnp.maximum(low, 0.0), jnp.minimum(high, 1.0))
+    return jnp.where(routing.token_mask, level, 0.0)
+
+
+def layer_output(
+    router: Router, experts: FeedForward, params: Params, state: Any, x: Array, token_mask: Array
+) -> dict[str, Array]:
+    """The ``moe`` model's answer for tokens x f32[T, D]."""
+    y, aux = moe_layer(router, experts, params, state, x, token_mask=token_mask)
+    routing = aux.routing
+    assert isinstance(routing, Routing)
+    used = routing.expert_indices < routing.num_experts
+    return {"output": y, "expert_indices": jnp.where(used, routing.expert_indices, -1)}
+
+
+# --- compiling ------------------------------------------------------------------------------
+
+
+class CompileCounter:
+    """Counts what XLA really compiles in this process, whoever asked for it."""
+
+    _EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._lock = threading.Lock()
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == self._EVENT:
+            with self._lock:
+                self.count += 1
+
+
+@functools.cache
+def compile_counter() -> CompileCounter:
+    """The one counter of this process: JAX's listeners cannot be taken back."""
+    return CompileCounter()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """What to compile, apart from the number of tokens: hashable, so equal ones compile once.
+
+    Attributes:
+        router: the rule.
+        experts: of the model ``moe``; None for the model ``router``.
+        by_logit: whether the slots must be put into the order of their logits.
+        width: D.
+        device: where it runs.
+    """
+
+    router: Router
+    experts: FeedForward | None
+    by_logit: bool
+    width: int
+    device: Any  # a jax.Device
+
+
+_compiling = threading.Lock()
+
+
+def compiled(program: Program, params: Params, state: Any, tokens: int) -> Any:
+    """The executable for ``tokens`` tokens, compiled if it never was in this process."""
+    leaves, tree = jax.tree.flatten((params, state))
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    with _compiling:
+        return _compiled(program, tree, shapes, tokens)
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(program: Program, tree: Any, shapes: tuple[Any, ...], tokens: int) -> Any:
+    where = jax.sharding.SingleDeviceSharding(program.device)
+
+    def spec(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where)
+
+    params, state = jax.tree.unflatten(tree, [spec(*s) for s in shapes])
+    if program.experts is None:
+        function = functools.partial(route_tokens, program.router, program.by_logit)
+    else:
+        function = functools.partial(layer_output, program.router, program.experts)
+    lowered = jax.jit(function).lower(
+        params, state, spec((tokens, program.width), "float32"), spec((tokens,), "bool")
+    )
+    return lowered.compile()
+
+
+# --- running --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The executables of one model on one device with the arrays they take.
+
+    Attributes:
+        program: what is compiled.
+        params, state: device arrays.
+        sizes: ascending token counts.
+        split_above: more tokens than this are cut into the largest bucket.
+    """
+
+    program: Program
+    params: Params
+    state: Any
+    sizes: tuple[int, ...]
+    table: dict[int, Any] = dataclasses.field(default_factory=dict)
+    masks: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def warm(self) -> None:
+        """Compiles every bucket and runs each once."""
+        for size in self.sizes:
+            self.table[size] = compiled(self.program, self.params, self.state, size)
+            self.masks[size] = np.ones(size, bool)
+            jax.device_get(self._start(np.zeros((size, self.program.width), np.float32), None))
+
+    def run(self, x: np.ndarray, token_mask: np.ndarray | None) -> dict[str, np.ndarray]:
+        """The answer for x f32[T, D], on the host. Device errors surface here and nowhere else."""
+        largest = self.sizes[-1]
+        starts = range(0, len(x), largest)
+        parts = [
+            self._start(
+                x[i : i + largest], None if token_mask is None else token_mask[i : i + largest]
+            )
+            for i in starts
+        ]
+        found = jax.device_get(parts)
+        if len(found) == 1 and len(x) in self.table:
+            return found[0]
+        sizes = [min(largest, len(x) - i) for i in starts]
+        return {
+            name: np.concatenate([part[name][:n] for part, n in zip(found, sizes, strict=True)])
+            for name in found[0]
+        }
+
+    def _start(self, x: np.ndarray, token_mask: np.ndarray | None) -> dict[str, jax.Array]:
+        tokens = len(x)
+        size = next(s for s in self.sizes if s >= tokens)
+        if size != tokens:
+            padded = np.zeros((size, x.shape[1]), np.float32)
+            padded[:tokens] = x
+            mask = np.zeros(size, bool)
+            mask[:tokens] = True if token_mask is None else token_mask
+            x = padded
+        else:
+            mask = self.masks[size] if token_mask is None else token_mask
+        return self.table[size](self.params, self.state, x, mask)
+
+
+def slots_follow_logits(state: Any, scoring: Scoring | None) -> bool:
+    """Whether a rule's slots are in the order of the logits already: no bias moved them."""
+    bias = getattr(state, "expert_bias", None)
+    return scoring is not None and bias is not None and not np.any(np.asarray(bias))

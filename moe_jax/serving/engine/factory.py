@@ -1,0 +1,42 @@
+"""The guide's four doors to an engine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from moe_jax.config import PRESETS, load_config
+from moe_jax.serving.engine.core import RouterEngine
+
+
+class RouterFactory:
+    """Builds a ``RouterEngine``. Every setting may be given as an argument, which wins over the rest.
+
+    Example:
+        >>> from moe_jax import RouterFactory
+        >>> import numpy as np
+        >>> with RouterFactory.create_from_environment(input_dim=16, buckets="16") as router:
+        ...     result = router.route(np.ones((1, 4, 16), np.float32))
+        >>> result["expert_indices"].shape
+        (1, 4, 4)
+    """
+
+    @staticmethod
+    def create_optimized_for_inference(**overrides: Any) -> RouterEngine:
+        """Preset ``production``: 1 to 3 of 8 experts, results cached (10,000 of them)."""
+        return RouterEngine(load_config(base=PRESETS["production"], **overrides))
+
+    @staticmethod
+    def create_optimized_for_training(**overrides: Any) -> RouterEngine:
+        """No cache, as training inputs do not repeat."""
+        return RouterEngine(load_config(base=PRESETS["training"], **overrides))
+
+    @staticmethod
+    def create_from_environment(**overrides: Any) -> RouterEngine:
+        """From ``MOE_*`` variables and defaults."""
+        return RouterEngine(load_config(**overrides))
+
+    @staticmethod
+    def create_from_config_file(path: str | os.PathLike[str], **overrides: Any) -> RouterEngine:
+        """From a JSON file in the form of ``configs/production.json``; ``MOE_*`` variables win."""
+        return RouterEngine(load_config(path, **overrides))

@@ -1,0 +1,91 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """Who asks: ``id`` is a hash of the API key, else the peer's address; ``local`` in process."""
+
+    id: str
+
+
+LOCAL = Client("local")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An answer.
+
+    Attributes:
+        arrays: read-only numpy arrays by output name, ``[B, S, ...]``.
+        info: request_id, processing_time_ms, router_health, cached, fallback_used, degraded,
+            sanitized, nonfinite_tokens, digest, model_version.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    info: Mapping[str, Any]
+
+
+def read_only(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Arrays [T, ...] as read-only [B, S, ...]."""
+    out = {}
+    for name, array in arrays.items():
+        shaped = array.reshape(*shape, *array.shape[1:])
+        shaped.flags.writeable = False
+        out[name] = shaped
+    return out
+
+
+def guide_result(
+    result: Result, *, min_k: int, max_k: int, num_experts: int, logits: bool
+) -> dict[str, Any]:
+    """The production guide's dictionary of ``route``, see PROMISES "Result of route".
+
+    ``flop_reduction`` is the share of expert calls saved against ``flop_baseline``, every token at
+    ``max_k``. Means and standard deviations are over real tokens.
+    """
+    arrays = result.arrays
+    counts, scores = arrays["num_experts_per_token"], arrays["complexity_scores"]
+    real = counts > 0
+    used = int(counts.sum())
+    tokens = int(real.sum())
+    if min_k == 0:  # a rule may leave a real token empty, so every token counts
+        real, tokens = np.ones_like(real), int(real.size)
+    load = expert_counts(arrays["expert_indices"], num_experts)
+    seen = scores[real] if tokens else np.zeros(1, np.float32)
+    most = tokens * max_k
+    out: dict[str, Any] = {
+        "expert_indices": arrays["expert_indices"],
+        "expert_weights": arrays["expert_weights"],
+        "num_experts_per_token": counts,
+        "complexity_scores": scores,
+        "routing_info": {
+            "avg_experts_per_token": used / max(tokens, 1),
+            "total_expert_calls": used,
+            "flop_reduction": 1.0 - used / most if most else 0.0,
+            "flop_baseline": f"top_max={max_k}",
+            "expert_utilization": [float(u) for u in load / max(used, 1)],
+            "complexity_stats": {
+                "mean": float(seen.mean()),
+                "std": float(seen.std()),
+                "min": float(seen.min()),
+                "max": float(seen.max()),
+            },
+        },
+        "production_info": dict(result.info),
+    }
+    if logits:
+        out["router_logits"] = arrays["router_logits"]
+    return out
+
+
+def expert_counts(indices: np.ndarray, num_experts: int) -> np.ndarray:
+    """int64[E]: how often each expert is used in indices i32[..., K], -1 being none."""
+    return np.bincount(indices.reshape(-1) + 1, minlength=num_experts + 1)[1:]

@@ -1,0 +1,225 @@
+"""What is served: one immutable set of router, parameters, state and compiled buckets.
+
+A request takes the snapshot once and uses nothing else, so a reload between two requests is one
+assignment, and no answer mixes two checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import budget
+from moe_jax import checkpoint as checkpoints
+from moe_jax.config import Config, ConfigError, build_router
+from moe_jax.experts import FeedForward
+from moe_jax.inspection import router_from_checkpoint
+from moe_jax.language_model import LMConfig, layer_params
+from moe_jax.layer import init_moe_layer
+from moe_jax.routers import DynamicK, ExpertChoiceRouter, Router
+from moe_jax.serving.engine.buckets import (
+    Buckets,
+    Program,
+    bucket_sizes,
+    slots_follow_logits,
+)
+from moe_jax.types import Params
+
+# Estimators that look at more than the hidden states, which is all that a request brings.
+_NEED_CONTEXT = ("attention_entropy", "gradient_norm", "surprisal", "prediction_entropy")
+_CALIBRATION_TOKENS = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A router with what it needs to run, on the host.
+
+    Attributes:
+        router: the rule.
+        params: its parameters.
+        state: its state.
+        experts: the expert of the model ``moe``, or None where there are no experts.
+        layer: parameters of ``moe_layer``, or None.
+        trained: whether they come from a checkpoint.
+        source: where they come from, for people.
+    """
+
+    router: Router
+    params: Params
+    state: Any
+    experts: FeedForward | None
+    layer: dict[str, Params] | None
+    trained: bool
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Weights with their compiled buckets. ``version`` tells any two weights apart.
+
+    Attributes:
+        weights: router, parameters, state.
+        version: 16 hex digits over the rule, its parameters and its state, experts included.
+        models: ``router``, and ``moe`` if it is served.
+    """
+
+    weights: Weights
+    version: str
+    models: dict[str, Buckets]
+
+    @property
+    def router(self) -> Router:
+        return self.weights.router
+
+    @property
+    def trained(self) -> bool:
+        return self.weights.trained
+
+    @property
+    def width(self) -> int:
+        return self.models["router"].program.width
+
+
+def load_weights(config: Config, checkpoint: str | None = None) -> Weights:
+    """The weights that a configuration names: a checkpoint's, or seeded ones.
+
+    Raises:
+        CheckpointError, ValueError: the checkpoint cannot be used; see the message.
+        ConfigError: the configured rule cannot be served.
+    """
+    folder = config.serving.checkpoint if checkpoint is None else checkpoint
+    weights = _from_checkpoint(config, folder) if folder else _seeded(config)
+    _check_servable(weights.router)
+    return weights
+
+
+def build_snapshot(config: Config, weights: Weights, device: Any = None) -> Snapshot:
+    """Puts weights on the device and prepares the buckets; ``warm`` compiles them."""
+    device = jax.devices()[0] if device is None else device
+    sizes = bucket_sizes(config.performance.parallel_threshold, config.serving.bucket_sizes)
+    width = router_width(weights)
+    state = jax.device_put(weights.state, device)
+    scoring = getattr(weights.router, "scoring", None)
+    program = Program(
+        router=weights.router,
+        experts=None,
+        by_logit=not slots_follow_logits(weights.state, scoring),
+        width=width,
+        device=device,
+    )
+    models = {"router": Buckets(program, jax.device_put(weights.params, device), state, sizes)}
+    if weights.experts is not None and weights.layer is not None:
+        models["moe"] = Buckets(
+            dataclasses.replace(program, experts=weights.experts),
+            jax.device_put(weights.layer, device),
+            state,
+            sizes,
+        )
+    return Snapshot(weights=weights, version=version_of(weights), models=models)
+
+
+def version_of(weights: Weights) -> str:
+    """16 hex digits that change whenever an answer could."""
+    parts: list[object] = [weights.router.fingerprint()]
+    for tree in (weights.params, weights.state, weights.layer):
+        parts += [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return "".join(f"{int(word):08x}" for word in budget.fingerprint(*parts)[:2])
+
+
+def router_width(weights: Weights) -> int:
+    """D, from the router's kernel f32[D, E]."""
+    return int(weights.params["kernel"].shape[0])
+
+
+# --- where weights come from ----------------------------------------------------------------
+
+
+def _seeded(config: Config) -> Weights:
+    """Weights from a seed, their budget calibrated on seeded normal data.
+
+    Without a calibration a raw score would not spread over [0, 1], and "dynamic" would be a fixed k.
+    """
+    router = build_router(config)
+    _check_servable(router)
+    width = config.router_config.input_dim
+    keys = jax.random.split(jax.random.key(config.serving.seed), 3)
+    experts, layer = None, None
+    if config.serving.serve_moe == "on":
+        experts = FeedForward()
+        hidden = config.serving.expert_hidden_dim or 2 * width
+        layer = init_moe_layer(router, experts, keys[0], d_model=width, d_ff=hidden)
+        params = layer["router"]
+    else:
+        params = router.init(keys[0], width)
+    state = router.init_state()
+    if router.min_k < router.max_k:
+        x = jax.random.normal(keys[1], (_CALIBRATION_TOKENS, width), jnp.float32)
+        middle = (router.min_k + router.max_k) / 2
+        state = router.fit(params, state, x, target_mean_k=middle)
+        if isinstance(router, DynamicK):
+            # Calibrated difficulty is uniform, so plain rounding has this mean by itself.
+            steps = budget.rounding_thresholds(router.min_k, router.max_k)
+            state = dataclasses.replace(state, thresholds=steps)
+    return Weights(
+        router=router, params=params, state=state, experts=experts, layer=layer,
+        trained=False, source=f"untrained, seed {config.serving.seed}",
+    )  # fmt: skip
+
+
+def _from_checkpoint(config: Config, folder: str) -> Weights:
+    name = config.serving.checkpoint_router or None
+    found = router_from_checkpoint(folder, name)  # type: ignore[arg-type]  # a str is a path here
+    layer, experts = None, None
+    if config.serving.serve_moe != "off":
+        layer, experts = _experts_of(folder, name)
+    if config.serving.serve_moe == "on" and layer is None:
+        raise ConfigError(
+            f"serve_moe: expected a checkpoint with experts, got {folder} without any that this "
+            "service can read. Set MOE_SERVE_MOE=auto, or save them with moe-jax train."
+        )
+    return Weights(
+        router=found.router, params=found.params, state=found.state, experts=experts,
+        layer=None if layer is None else {**layer, "router": found.params},
+        trained=True, source=folder,
+    )  # fmt: skip
+
+
+def _experts_of(
+    folder: str, name: str | None
+) -> tuple[dict[str, Params] | None, FeedForward | None]:
+    """Parameters of ``moe_layer`` and its expert, where a checkpoint says what they are.
+
+    ``moe-jax train`` and ``calibrate`` do by ``metadata["model"]``; others may by
+    ``metadata["experts"]`` = {"activation": ..., "gated": ...} and ``params[name]["experts"]``.
+    """
+    saved = checkpoints.restore(folder)
+    chosen = sorted(saved.routers)[0] if name is None else name
+    if "model" in saved.metadata:
+        model = LMConfig.from_json(saved.metadata["model"])
+        number = int(chosen.rsplit("/", 1)[-1].removeprefix("layer_"))
+        return layer_params(saved.params, number)["moe"], model.experts
+    told = saved.metadata.get("experts")
+    tree = saved.params.get(chosen, saved.params) if isinstance(saved.params, dict) else None
+    if not isinstance(told, dict) or not isinstance(tree, dict) or "experts" not in tree:
+        return None, None
+    return tree, FeedForward(**told)
+
+
+def _check_servable(router: Router) -> None:
+    if isinstance(router, ExpertChoiceRouter) or not router.traits.batch_invariant:
+        raise ConfigError(
+            f"router: expected a rule whose tokens do not depend on each other, got "
+            f"{type(router).__name__}. Requests are padded, cut and cached, which would change its "
+            "answers: use TopK, DynamicK, TopP, MinP or ExpertThreshold."
+        )
+    estimator = getattr(router, "difficulty", None)
+    if estimator in _NEED_CONTEXT:
+        raise ConfigError(
+            f"complexity_estimator: expected one that looks at hidden states only, got {estimator!r}"
+            f", which needs what a request does not bring. Use router_entropy, router_margin, "
+            "activation_norm or large_activation_share."
+        )
