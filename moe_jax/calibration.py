@@ -262,7 +262,7 @@ def fit_rules(
         for rule in chosen:
             for saving in savings:
                 target = config.k * (1.0 - saving)
-                routers = (rule.build(config, target),) * config.num_layers
+                routers = (rule.build(config, target),) * config.num_moe_layers
                 states = fit_layers(model, routers, blocks, target)
                 found[variant_name(rule.name, saving)] = (routers, states)
                 advance(f"{rule.label}, -{saving:.0%}")
@@ -339,7 +339,7 @@ def calibrate(
     corpus = load_corpus() if corpus is None else corpus
     model = load_model(source)
     trained = model.config.router()
-    if model.routers != (trained,) * model.config.num_layers:
+    if model.routers != (trained,) * model.config.num_moe_layers:
         model = load_model(source, "trained")
     config = model.config
     if target_mean_k is None:
@@ -349,7 +349,7 @@ def calibrate(
     fitted: dict[str, Fitted] = {}
     with track(progress, "calibrate", len(chosen), console=console) as advance:
         for one in chosen:
-            routers = (one.build(config, target_mean_k),) * config.num_layers
+            routers = (one.build(config, target_mean_k),) * config.num_moe_layers
             fitted[one.name] = (routers, fit_layers(model, routers, blocks, target_mean_k))
             advance(one.label)
     fits = {name: [s.fit.describe() for s in states] for name, (_, states) in fitted.items()}

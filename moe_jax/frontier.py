@@ -137,12 +137,12 @@ def evaluate(
     def by_layer(name: str) -> np.ndarray:
         return np.stack(
             [sum(np.asarray(getattr(b[i], name), np.float64) for b in seen)
-             for i in range(config.num_layers)]
+             for i in range(config.num_moe_layers)]
         )  # fmt: skip
 
     counts = [
         np.concatenate([b[i].counts for b in seen])[:count].astype(np.int8)
-        for i in range(config.num_layers)
+        for i in range(config.num_moe_layers)
     ]
     return Evaluation(
         nats_per_file=np.bincount(blocks.file_index, each, minlength=files),

@@ -38,19 +38,61 @@ from moe_jax.types import Array, Params, pytree
 # --- training -------------------------------------------------------------------------------
 
 
+PARTS = ("router", "experts", "rest")
+
+
+def part_of(path: Sequence[Any]) -> str:
+    """Which of ``PARTS`` the parameter at this path of a tree belongs to, by the names on its way.
+
+    Takes the paths of ``jax.tree_util`` in trees of dicts and in those of Flax modules.
+
+    Example:
+        >>> tree = {"moe": {"router": {"kernel": 1.0}, "experts": {"up": 2.0}}, "qkv": 3.0}
+        >>> jax.tree_util.tree_map_with_path(lambda path, leaf: part_of(path), tree)
+        {'moe': {'experts': {'up': 'experts'}, 'router': {'kernel': 'router'}}, 'qkv': 'rest'}
+    """
+    names = [_name(step) for step in path]
+    return next((part for part in ("router", "experts") if part in names), "rest")
+
+
+def _name(step: Any) -> str:
+    return str(getattr(step, "key", getattr(step, "name", getattr(step, "idx", step))))
+
+
 def optimizer(config: LMConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine, and clipped gradients."""
+    """AdamW with warm-up and cosine, and clipped gradients; routers and experts have their own rate
+    and weight decay (``optax.partition``).
+
+    For the trees of ``moe_jax.language_model`` as well as for ``nnx.Optimizer(decoder, ...)``.
+    """
     warmup = max(1, round(config.warmup * steps))
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(steps, warmup + 1), config.learning_rate / 10
-    )
+    factors = {"router": config.router_rate, "experts": config.expert_rate, "rest": 1.0}
+    decays = {"router": config.router_decay, "experts": config.expert_decay, "rest": None}
+
+    def adamw(part: str) -> optax.GradientTransformation:
+        peak = config.learning_rate * factors[part]
+        decay = config.weight_decay if decays[part] is None else decays[part]
+        return optax.adamw(
+            optax.warmup_cosine_decay_schedule(
+                0.0, peak, warmup, max(steps, warmup + 1), peak / 10
+            ),
+            b1=0.9, b2=0.98, weight_decay=decay, mask=_decayed,
+        )  # fmt: skip
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, leaf: part_of(path), params)
+
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            rate, b1=0.9, b2=0.98, weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        ),
-    )  # fmt: skip
+        optax.partition({part: adamw(part) for part in PARTS}, labels),
+    )
+
+
+def _decayed(params: Any) -> Any:
+    # By name: stacked layers give the scales of norms a second axis.
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: not any(_name(step).endswith("norm") for step in path), params
+    )
 
 
 @pytree
@@ -58,7 +100,7 @@ class TrainState:
     """All that a training step changes."""
 
     params: Params
-    router_states: tuple[Any, ...]  # one a layer
+    router_states: tuple[Any, ...]  # one a layer with experts
     optimizer_state: Any
     step: Array  # i32[]
 
@@ -190,7 +232,7 @@ def train(
     model = Model(
         config=config,
         params=state.params,
-        routers=(config.router(),) * config.num_layers,
+        routers=(config.router(),) * config.num_moe_layers,
         states=state.router_states,
         metadata={"training": told, "data": text},
     )
@@ -209,7 +251,8 @@ def _resume(
     )
     training = saved.metadata["training"]
     had = {
-        "model": saved.metadata["model"], "data": saved.metadata["data"]["fingerprint"],
+        "model": LMConfig.from_json(saved.metadata["model"]).to_json(),
+        "data": saved.metadata["data"]["fingerprint"],
         **{name: training[name] for name in wanted},
     }  # fmt: skip
     now = {"model": config.to_json(), "data": text, **wanted}
@@ -219,7 +262,7 @@ def _resume(
             f"resume: expected a checkpoint of the same run, got one with {names}. "
             "Give the same model, steps, seed and text, or train anew."
         )
-    states = tuple(saved.states[f"layer_{i}"] for i in range(config.num_layers))
+    states = tuple(saved.states[f"layer_{i}"] for i in range(config.num_moe_layers))
     return TrainState(
         params=saved.params,
         router_states=states,
@@ -233,7 +276,7 @@ def _resume(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Model:
-    """A trained model with a rule and its state for every layer."""
+    """A trained model with a rule and its state for every layer that has experts."""
 
     config: LMConfig
     params: dict[str, Params]
@@ -299,7 +342,7 @@ def load_variants(path: PathLike, names: Sequence[str] | None = None) -> dict[st
             f"variant: expected one of {', '.join(known[1:]) or 'none'}, got {unknown[0]!r}. "
             "Leave it out for the model itself."
         )
-    layers = range(config.num_layers)
+    layers = range(config.num_moe_layers)
     return {
         name: Model(
             config=config,

@@ -20,21 +20,22 @@ class RouterState(nnx.Variable):
     """What a router learns without gradients. Not an ``nnx.Param``, so no optimiser touches it."""
 
 
-def _hold(tree: Params, path: str) -> Any:
+def hold(tree: Params, path: str) -> Any:
     """Arrays as ``nnx.Param`` with the logical names of their axes; dicts and lists as nnx's own."""
     if isinstance(tree, dict):
-        return nnx.Dict({k: _hold(v, f"{path}/{k}" if path else k) for k, v in tree.items()})
+        return nnx.Dict({k: hold(v, f"{path}/{k}" if path else k) for k, v in tree.items()})
     if isinstance(tree, list | tuple):
-        return nnx.List([_hold(v, f"{path}/{i}") for i, v in enumerate(tree)])
+        return nnx.List([hold(v, f"{path}/{i}") for i, v in enumerate(tree)])
     # Logical names, for rules to map to a mesh later: not for nnx to place arrays by right now.
     return nnx.Param(tree, out_sharding=logical_axes(path, tree.ndim), eager_sharding=False)
 
 
-def _arrays(held: Any) -> Params:
+def arrays(held: Any) -> Params:
+    """The plain tree of arrays that ``hold`` was given."""
     if isinstance(held, nnx.Dict):
-        return {k: _arrays(v) for k, v in held.items()}
+        return {k: arrays(v) for k, v in held.items()}
     if isinstance(held, nnx.List):
-        return [_arrays(v) for v in held]
+        return [arrays(v) for v in held]
     return held.get_value()
 
 
@@ -55,7 +56,7 @@ class Router(nnx.Module):
 
     def __init__(self, router: Rule, d_model: int, *, rngs: nnx.Rngs) -> None:
         self.rule = router
-        self.router = _hold(router.init(rngs.params(), d_model), "router")
+        self.router = hold(router.init(rngs.params(), d_model), "router")
         self.router_state = RouterState(router.init_state())
 
     def __call__(
@@ -69,7 +70,7 @@ class Router(nnx.Module):
         """Routes x float[T, D]; see ``moe_jax.Router.__call__``."""
         state = self.router_state.get_value()
         return self.rule(
-            _arrays(self.router), state, x, key=key, token_mask=token_mask, context=context
+            arrays(self.router), state, x, key=key, token_mask=token_mask, context=context
         )
 
     def update_router(self, stats: RoutingStats) -> None:
@@ -79,9 +80,7 @@ class Router(nnx.Module):
     def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
         """Calibrates the state on x float[T, D]; see ``moe_jax.Router.fit``. Outside of jit."""
         state = self.router_state.get_value()
-        fitted = self.rule.fit(
-            _arrays(self.router), state, x, target_mean_k=target_mean_k, **kwargs
-        )
+        fitted = self.rule.fit(arrays(self.router), state, x, target_mean_k=target_mean_k, **kwargs)
         self.router_state.set_value(fitted)
 
 
@@ -95,7 +94,9 @@ class MoE(nnx.Module):
         expert_fn: the expert; a function of your own needs ``expert_init``.
         expert_init: ``(key, num_experts) -> params`` for experts of your own.
         shared_d_ff: width of a shared expert; 0 is none.
-        rngs: ``params`` makes the initial parameters.
+        rngs: ``params`` makes the initial parameters; or give
+        params: arrays to hold instead, as ``moe_layer`` takes them.
+        state: the router's state to hold; None is a new one.
         **call: capacity_factor, max_rows, priority, renormalize_kept, implementation: as in
             ``moe_layer``.
 
@@ -115,7 +116,9 @@ class MoE(nnx.Module):
         expert_fn: ExpertFn = FeedForward(),
         expert_init: ExpertInit | None = None,
         shared_d_ff: int = 0,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None = None,
+        params: dict[str, Params] | None = None,
+        state: Any = None,
         **call: Any,
     ) -> None:
         self.spec = LayerSpec(
@@ -127,17 +130,24 @@ class MoE(nnx.Module):
             expert_init=expert_init,
             call=tuple(sorted(call.items())),
         )
-        params = self.spec.init(rngs.params())
-        self.router = _hold(params["router"], "router")
-        self.experts = _hold(params["experts"], "experts")
-        if "shared" in params:
-            self.shared = _hold(params["shared"], "shared")
-        self.router_state = RouterState(router.init_state())
+        if params is None:
+            if rngs is None:
+                raise ValueError(
+                    "rngs: expected nnx.Rngs or params=, got neither. Pass rngs=nnx.Rngs(0) for new "
+                    "parameters."
+                )
+            params = self.spec.init(rngs.params())
+        self.router = hold(params["router"], "router")
+        self.experts = hold(params["experts"], "experts")
+        for name in ("shared", "shared_gate"):
+            if name in params:
+                setattr(self, name, hold(params[name], name))
+        self.router_state = RouterState(router.init_state() if state is None else state)
 
     def params(self) -> dict[str, Params]:
         """The arrays as ``moe_layer`` takes them."""
-        names = ("router", "experts", "shared")
-        return {n: _arrays(getattr(self, n)) for n in names if hasattr(self, n)}
+        names = ("router", "experts", "shared", "shared_gate")
+        return {n: arrays(getattr(self, n)) for n in names if hasattr(self, n)}
 
     def __call__(
         self,
@@ -165,7 +175,7 @@ class MoE(nnx.Module):
 
     def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
         """Calibrates the router on x float[T, D]; see ``moe_jax.Router.fit``. Outside of jit."""
-        params, state = _arrays(self.router), self.router_state.get_value()
+        params, state = arrays(self.router), self.router_state.get_value()
         fitted = self.spec.router.fit(params, state, x, target_mean_k=target_mean_k, **kwargs)
         self.router_state.set_value(fitted)
 
