@@ -99,7 +99,9 @@ def test_other_rules_at_evaluation(trained):
     assert float(out.layers[1].stats.mean_experts_per_token) <= 2
     assert out.layers[1].routing.expert_indices.shape == (64, 2)
     assert [x.shape for x in out.router_inputs] == [(64, 32)] * 2
-    with pytest.raises(ValueError, match="routers: expected one for each of the 2 layers, got 1"):
+    with pytest.raises(
+        ValueError, match="routers: expected one for each of the 2 layers with experts, got 1"
+    ):
         forward(TINY, model.params, states, TOKENS, routers=mixed[:1])
 
 
