@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from moe_jax.cli.service import Key, route_over
 from moe_jax.cli.shared import AsJson, ConfigFile, Seed, notes, out, print_json, told
 
 app = typer.Typer()
@@ -46,6 +47,8 @@ def route(
         float | None, typer.Option(help="Without a checkpoint: experts per token to calibrate to.")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="Write the routing to this .npz file.")] = None,
+    url: Annotated[str | None, typer.Option(help="Ask a running service instead.")] = None,
+    key: Key = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -54,6 +57,19 @@ def route(
 
     from moe_jax import inspection
 
+    if url is not None:
+        with told():
+            if (checkpoint, router_name, config, target_mean_k) != (None,) * 4:
+                raise ValueError(
+                    "--url: expected it without --checkpoint, --router, --config and "
+                    "--target-mean-k, which are the service's own. Leave them out."
+                )
+        report = route_over(url, key, file, save)
+        if as_json:
+            print_json(report)
+        else:
+            _show_route(report)
+        return
     with told():
         x = inspection.load_hidden_states(file)
         if checkpoint is not None:

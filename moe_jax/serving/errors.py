@@ -15,6 +15,7 @@ CODES: Mapping[str, int] = MappingProxyType(
         "blocked": 403,
         "not_found": 404,
         "method_not_allowed": 405,
+        "request_timeout": 408,
         "too_large": 413,
         "unsupported_media_type": 415,
         "invalid_values": 422,

@@ -1,0 +1,160 @@
+"""Commands about the service: serve, smoke, reload, and routing over a URL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_jax.cli.shared import AsJson, ConfigFile, notes, out, plain, print_json, told
+
+app = typer.Typer()
+
+Url = Annotated[str, typer.Argument(help="Where the service is, e.g. http://127.0.0.1:8000.")]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", envvar="ROUTER_API_KEY", help="API key, where the service asks for one."),
+]
+AdminKey = Annotated[
+    str | None,
+    typer.Option("--admin-key", envvar="ROUTER_ADMIN_KEY", help="Admin key, where it has one."),
+]
+
+
+@contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """Turns a library that is not installed into exit code 2 and what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("moe_jax"):
+            raise
+        notes.print(
+            f"[red]error:[/red] expected the {extra} libraries, got no {error.name}. "
+            rf"Install them: pip install 'moe_jax\[{extra}]'",
+            soft_wrap=True,
+        )
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder; without one, seeded untrained weights.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port; 0 takes a free one. Default 8000.")
+    ] = None,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Serve gRPC too, on this port; 0 takes a free one.")
+    ] = None,
+) -> None:
+    """Serve the router over HTTP (Open Inference Protocol v2), until SIGTERM drains it."""
+    with _needs("serve"):
+        from moe_jax.serving.http.process import run
+    with _needs("grpc" if grpc_port is not None else "serve"), told():
+        run(
+            config_file=config,
+            grpc_port=grpc_port,
+            host=host,
+            port=port,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+        )
+
+
+def route_over(url: str, key: str | None, file: Path, save: Path | None) -> dict[str, Any]:
+    """What ``moe-jax route --url`` does: a report like the local one, from the service's answer."""
+    import numpy as np
+
+    from moe_jax import inspection
+    from moe_jax.serving.http.client import Refused, Service
+
+    with told():
+        x = inspection.load_hidden_states(file)
+        service = Service(url, key=key)
+        shaped = x.reshape(-1, x.shape[-2], x.shape[-1]) if x.ndim > 2 else x[None]
+        try:
+            metadata = service.get_json("/v2/models/router")
+            arrays, facts = service.infer("router", {"hidden_states": shaped})
+        except Refused as error:
+            raise ValueError(str(error)) from None
+        if save is not None:
+            np.savez(save, allow_pickle=False, **arrays)
+    shapes = {t["name"]: t["shape"] for t in metadata["outputs"]}
+    return remote_report(arrays, shapes["router_logits"][-1], facts)
+
+
+def remote_report(arrays: Any, num_experts: int, facts: dict[str, Any]) -> dict[str, Any]:
+    """Plain JSON values about a routed batch: counts i32[B, S] and indices i32[B, S, K]."""
+    import numpy as np
+
+    counts, indices = arrays["num_experts_per_token"].reshape(-1), arrays["expert_indices"]
+    most = int(indices.shape[-1])
+    histogram = np.bincount(counts, minlength=most + 1) / counts.size
+    load = np.bincount(indices[indices >= 0].reshape(-1), minlength=num_experts)
+    mean, share = float(counts.mean()), load / max(int(load.sum()), 1)
+    spread = float(np.square(share * num_experts - 1.0).mean())
+    return {
+        "router": {"kind": "of the service"},
+        "min_k": int(counts.min()),
+        "num_experts": num_experts,
+        "tokens": int(counts.size),
+        "mean_experts_per_token": mean,
+        "experts_per_token_histogram": [float(h) for h in histogram],
+        "expert_utilization": [float(u) for u in share],
+        "load_balance_score": 1.0 / (1.0 + spread),
+        "flop_reduction": 1.0 - mean / most,
+        "flop_baseline": f"top_max={most}",
+        "answer": facts,
+    }
+
+
+@app.command()
+def smoke(url: Url, key: Key = None, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
+    """Check a running service: health, one routed batch, metrics. Exit code 1 if a check fails."""
+    from moe_jax.serving.http.smoke import check
+
+    with told():
+        checks = check(url, key=key, admin_key=admin_key or key)
+    good = all(c["ok"] for c in checks)
+    if as_json:
+        print_json({"url": url, "ok": good, "checks": checks})
+    else:
+        for c in checks:
+            mark = "[green]good[/green]" if c["ok"] else "[red]bad[/red] "
+            detail = str(c["detail"]).replace("[", r"\[")
+            out.print(f"{mark} {c['check']}: {detail}", highlight=False, soft_wrap=True)
+    if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reload(
+    url: Url,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Folder, as the service sees it; without one, the configured one."),
+    ] = None,
+    admin_key: AdminKey = None,
+    as_json: AsJson = False,
+) -> None:
+    """Swap another checkpoint into a running service; exit code 1 if it refuses."""
+    from moe_jax.serving.http.client import Refused, Service
+
+    with told():
+        service = Service(url, key=admin_key, timeout_seconds=600.0)
+        try:
+            asked = {} if checkpoint is None else {"checkpoint": checkpoint}
+            answer = service.post_json("/admin/reload", asked)
+        except Refused as error:
+            notes.print(f"[red]refused:[/red] {plain(error)}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+    if as_json:
+        print_json(answer)
+    else:
+        out.print(f"reloaded: {answer}", soft_wrap=True, markup=False)

@@ -1,0 +1,195 @@
+"""One request and its answer: names, headers, errors, one line in the log."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from urllib.parse import parse_qsl
+
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moe_jax.serving.engine import Client
+from moe_jax.serving.errors import ServingError
+from moe_jax.serving.http.body import Disconnected
+from moe_jax.serving.http.door import Door, retry_after
+from moe_jax.serving.http.identity import presented_key, request_id, trace_of
+
+Parts = Sequence[bytes | memoryview]
+Pairs = list[tuple[bytes, bytes]]
+
+_log = structlog.get_logger("moe_jax.http")
+# What Prometheus and Kubernetes ask every few seconds is no news.
+_QUIET = frozenset(
+    {"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready", "/status.json"}
+)
+# Fewer parts than this many bytes are cheaper to join than to send one by one.
+_JOIN = 128 * 1024
+_STATUS_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class Exchange:
+    """One request as endpoints see it, at ``scope["exchange"]``."""
+
+    __slots__ = (
+        "_client", "address", "body_complete", "door", "headers", "key", "path", "query",
+        "request_id", "started", "status",
+    )  # fmt: skip
+
+    def __init__(self, door: Door, scope: Scope) -> None:
+        self.started = time.monotonic()
+        self.door = door
+        # Names are lower-case already. A header that is given twice is refused by `duplicated`.
+        self.headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in scope["headers"]}
+        self.path: str = scope["path"]
+        query = scope.get("query_string", b"")
+        self.query = dict(parse_qsl(query.decode("latin-1"))) if query else {}
+        peer = scope.get("client")
+        self.address = door.address(peer[0] if peer else None, self.headers.get("x-forwarded-for"))
+        self.key = presented_key(self.headers.get("authorization"), self.headers.get("x-api-key"))
+        self.request_id = request_id(self.headers.get("x-request-id"))
+        self.body_complete = scope["method"] in ("GET", "HEAD")
+        self.status = 0
+        self._client: Client | None = None
+
+    def client(self) -> Client:
+        """Who asks. Raises ``unauthorized``."""
+        if self._client is None:
+            self._client = self.door.client(self.address, self.key)
+        return self._client
+
+    def require_admin(self) -> None:
+        """Raises ``unauthorized`` unless the operator asks."""
+        self.door.require_admin(self.address, self.key)
+
+    async def send_parts(
+        self,
+        send: Send,
+        status: int,
+        kind: bytes,
+        parts: Parts,
+        more: Pairs = [],  # noqa: B006
+    ) -> None:
+        """Sends a whole answer."""
+        length = sum(len(part) for part in parts)
+        headers: Pairs = [
+            (b"content-type", kind), (b"content-length", str(length).encode()), *more
+        ]  # fmt: skip
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        if length <= _JOIN:
+            parts = [b"".join(parts)]
+        for i, part in enumerate(parts):
+            last = i + 1 == len(parts)
+            await send({"type": "http.response.body", "body": part, "more_body": not last})
+
+    async def send_error(self, send: Send, error: ServingError, more: Pairs = []) -> None:  # noqa: B006
+        """``{"error": text, "code": word}`` with the status of the code."""
+        text = {"error": self.door.told(error), "code": error.code}
+        headers = list(more)
+        if (seconds := retry_after(error)) is not None:
+            headers.append((b"retry-after", seconds.encode()))
+        if error.code == "unsupported_media_type":
+            headers.append((b"accept-encoding", b"gzip, deflate"))
+        if error.code == "unauthorized":
+            headers.append((b"www-authenticate", b"Bearer"))
+        if not self._worth_draining():
+            headers.append((b"connection", b"close"))
+        body = json.dumps(text, separators=(",", ":")).encode()
+        await self.send_parts(send, error.status, b"application/json", [body], headers)
+
+    def _worth_draining(self) -> bool:
+        """Whether the rest of the body may still come in, to be thrown away.
+
+        A client that is cut off while it sends often never sees why. One whose body has no end that
+        we know, or is larger than we take, is cut off all the same.
+        """
+        if self.body_complete:
+            return True
+        declared = self.headers.get("content-length", "")
+        return declared.isdigit() and len(declared) < 19 and \
+            int(declared) <= self.door.body_limit  # fmt: skip
+
+
+_ONCE = (b"content-type", b"content-encoding", b"inference-header-content-length", b"authorization")
+
+
+def _duplicated(scope: Scope) -> str | None:
+    names = [name for name, _ in scope["headers"]]
+    return next((n.decode() for n in _ONCE if names.count(n) > 1), None)
+
+
+class Envelope:
+    """The outermost layer: every request gets an id, every fault an answer, every answer its headers.
+
+    Args:
+        app: the routes.
+        door: what they share.
+    """
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self.app, self.door = app, door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+                return
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        exchange = Exchange(self.door, scope)
+        scope["exchange"] = exchange
+        scope["app"] = self  # by which Starlette's router knows that its errors are handled
+        own = [
+            (b"x-request-id", exchange.request_id.encode()),
+            (b"x-content-type-options", b"nosniff"),
+            (b"cache-control", b"no-store"),
+        ]
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                named = {name for name, _ in message["headers"]}
+                extra = [pair for pair in own if pair[0] not in named]
+                message["headers"] = [*message["headers"], *extra]
+            await send(message)
+
+        names = {"request_id": exchange.request_id}
+        if (trace := trace_of(exchange.headers.get("traceparent"))) is not None:
+            names |= {"trace_id": trace.trace_id, "parent_id": trace.parent_id}
+        code = "ok"
+        with structlog.contextvars.bound_contextvars(**names):
+            try:
+                if (twice := _duplicated(scope)) is not None:
+                    raise ServingError("malformed", f"{twice}: expected once, got more than once.")
+                await self.app(scope, receive, answer)
+            except ServingError as error:
+                code = error.code
+                await exchange.send_error(answer, error)
+            except HTTPException as error:
+                code = _STATUS_CODES.get(error.status_code, "malformed")
+                more = [(k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items()]
+                text = f"{scope['method']} {exchange.path[:100]}: {error.detail}."
+                await exchange.send_error(answer, ServingError(code, text), more)
+            except Disconnected:
+                code = "disconnected"
+            except Exception:
+                code = "internal"
+                _log.exception("failed", path=exchange.path[:200])
+                if exchange.status:
+                    raise
+                wrong = ServingError(
+                    "internal", "an internal error, which is in the service's log."
+                )
+                await exchange.send_error(answer, wrong)
+            level = _log.debug if exchange.path in _QUIET else _log.info
+            level(
+                "request",
+                method=scope["method"],
+                path=exchange.path[:200],
+                status=exchange.status,
+                code=code,
+                client=exchange.address,
+                ms=round(1e3 * (time.monotonic() - exchange.started), 2),
+            )

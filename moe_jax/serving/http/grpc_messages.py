@@ -1,0 +1,118 @@
+"""The Open Inference Protocol's gRPC messages, built from a table.
+
+Their descriptors live in a pool of their own: a process may also hold the generated messages of
+``tritonclient``, which have the same full names, and protobuf's default pool takes a name once.
+
+Names and numbers of the fields are the protocol's (kserve/open-inference-protocol,
+open_inference_grpc.proto).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+SERVICE = "inference.GRPCInferenceService"
+
+_MAP = "map"
+# message -> fields in order of their numbers, from 1: name, type, how often.
+# A type that starts with a capital letter is a message; "map" is map<string, InferParameter>.
+_TABLE: dict[str, str] = {
+    "ServerLiveRequest": "",
+    "ServerLiveResponse": "live:bool",
+    "ServerReadyRequest": "",
+    "ServerReadyResponse": "ready:bool",
+    "ModelReadyRequest": "name:string version:string",
+    "ModelReadyResponse": "ready:bool",
+    "ServerMetadataRequest": "",
+    "ServerMetadataResponse": "name:string version:string extensions:string*",
+    "ModelMetadataRequest": "name:string version:string",
+    "ModelMetadataResponse.TensorMetadata": "name:string datatype:string shape:int64*",
+    "ModelMetadataResponse": (
+        "name:string versions:string* platform:string inputs:ModelMetadataResponse.TensorMetadata* "
+        "outputs:ModelMetadataResponse.TensorMetadata*"
+    ),
+    "InferParameter": (
+        "bool_param:bool int64_param:int64 string_param:string double_param:double "
+        "uint64_param:uint64"
+    ),
+    "InferTensorContents": (
+        "bool_contents:bool* int_contents:int32* int64_contents:int64* uint_contents:uint32* "
+        "uint64_contents:uint64* fp32_contents:float* fp64_contents:double* bytes_contents:bytes*"
+    ),
+    "ModelInferRequest.InferInputTensor": (
+        "name:string datatype:string shape:int64* parameters:map contents:InferTensorContents"
+    ),
+    "ModelInferRequest.InferRequestedOutputTensor": "name:string parameters:map",
+    "ModelInferRequest": (
+        "model_name:string model_version:string id:string parameters:map "
+        "inputs:ModelInferRequest.InferInputTensor* "
+        "outputs:ModelInferRequest.InferRequestedOutputTensor* raw_input_contents:bytes*"
+    ),
+    "ModelInferResponse.InferOutputTensor": (
+        "name:string datatype:string shape:int64* parameters:map contents:InferTensorContents"
+    ),
+    "ModelInferResponse": (
+        "model_name:string model_version:string id:string parameters:map "
+        "outputs:ModelInferResponse.InferOutputTensor* raw_output_contents:bytes*"
+    ),
+}
+_ONEOF = {"InferParameter": "parameter_choice"}
+
+
+def _build() -> dict[str, Any]:
+    file = descriptor_pb2.FileDescriptorProto(
+        name="moe_jax/open_inference.proto", package="inference", syntax="proto3"
+    )
+    made: dict[str, descriptor_pb2.DescriptorProto] = {}
+    for top in [n for n in _TABLE if "." not in n]:
+        made[top] = file.message_type.add(name=top)
+    for nested in [n for n in _TABLE if "." in n]:
+        outer, name = nested.split(".")
+        made[nested] = made[outer].nested_type.add(name=name)
+    for name, fields in _TABLE.items():
+        message = made[name]
+        if name in _ONEOF:
+            message.oneof_decl.add(name=_ONEOF[name])
+        for number, field in enumerate(fields.split(), start=1):
+            _add_field(message, name, number, field)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file) if hasattr(pool, "Add") else pool.AddSerializedFile(file.SerializeToString())
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"inference.{name}"))
+        for name in _TABLE
+    }
+
+
+def _add_field(message: Any, name: str, number: int, field: str) -> None:
+    kinds = descriptor_pb2.FieldDescriptorProto
+    word, kind = field.removesuffix("*").split(":")
+    many = field.endswith("*") or kind == _MAP
+    added = message.field.add(
+        name=word,
+        number=number,
+        label=kinds.LABEL_REPEATED if many else kinds.LABEL_OPTIONAL,
+    )
+    if kind == _MAP:
+        entry = message.nested_type.add(name="ParametersEntry")
+        entry.options.map_entry = True
+        entry.field.add(name="key", number=1, label=kinds.LABEL_OPTIONAL, type=kinds.TYPE_STRING)
+        entry.field.add(
+            name="value",
+            number=2,
+            label=kinds.LABEL_OPTIONAL,
+            type=kinds.TYPE_MESSAGE,
+            type_name=".inference.InferParameter",
+        )
+        added.type, added.type_name = kinds.TYPE_MESSAGE, f".inference.{name}.ParametersEntry"
+    elif kind[0].isupper():
+        added.type, added.type_name = kinds.TYPE_MESSAGE, f".inference.{kind}"
+    else:
+        added.type = getattr(kinds, f"TYPE_{kind.upper()}")
+    if name in _ONEOF:
+        added.oneof_index = 0
+
+
+MESSAGES: dict[str, Any] = _build()
+"""Message classes by name, e.g. ``MESSAGES["ModelInferRequest"]``."""

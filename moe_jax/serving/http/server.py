@@ -1,0 +1,135 @@
+"""The process: a socket, uvicorn, signals, and an end that loses no request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from moe_jax.serving.engine import RouterEngine
+from moe_jax.serving.http.app import create_app
+from moe_jax.serving.http.connection import BoundedProtocol
+
+_log = structlog.get_logger("moe_jax.server")
+_BACKLOG = 2048
+# Longer than the usual 60 s of load balancers: the side that closes an idle connection first should
+# be the one that would open the next.
+_KEEP_ALIVE_SECONDS = 75
+_GRACE_SECONDS = 5.0
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that holds the address and does not listen yet. Raises OSError that says which."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise OSError(
+            f"{host}:{port}: expected an address to listen on, got {error.strerror or error}. "
+            "Stop what listens there, or give another --host or --port."
+        ) from error
+    sock.setblocking(False)
+    return sock
+
+
+class Server(uvicorn.Server):
+    """uvicorn that drains.
+
+    On SIGTERM or SIGINT readiness turns to no first, requests are answered for another
+    ``drain_seconds`` while load balancers notice, then the socket closes, what is in flight ends,
+    and the process exits with 0. A second signal skips the wait. SIGHUP reloads the checkpoint.
+
+    Args:
+        engine: what answers.
+        on_stop: called once when the socket closes; other transports stop with it.
+    """
+
+    def __init__(self, engine: RouterEngine, on_stop: Callable[[], None] = lambda: None) -> None:
+        self.engine, self.on_stop = engine, on_stop
+        app = create_app(engine)
+        self.door = app.door
+        self._signals = 0
+        self._drain_until: float | None = None
+        self._asked_to_reload = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        # What uvicorn would print for every line of garbage, the client has been told.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=BoundedProtocol,
+                ws="none",
+                loop="asyncio",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=_BACKLOG,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=int(
+                    engine.config.serving.request_timeout_seconds + _GRACE_SECONDS
+                ),
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # A signal handler runs between any two lines: it takes no lock, it only leaves a note.
+        self._signals += 1
+
+    def ask_to_reload(self, sig: int, frame: FrameType | None) -> None:
+        self._asked_to_reload = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._asked_to_reload:
+            self._asked_to_reload = False
+            task = asyncio.create_task(self._reload())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        if self._signals and self._drain_until is None:
+            seconds = self.engine.config.serving.drain_seconds
+            self._drain_until = time.monotonic() + seconds
+            self.engine.begin_drain()
+            _log.info("draining", seconds=seconds)
+        if self._drain_until is not None and (
+            self._signals > 1 or time.monotonic() >= self._drain_until
+        ):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def _reload(self) -> None:
+        checkpoint = self.engine.config.serving.checkpoint
+        try:
+            swap = self.engine.reload  # pyright: ignore[reportAttributeAccessIssue]
+            told = await asyncio.to_thread(swap, checkpoint)
+            _log.info("reloaded", model_version=told.get("model_version"))
+        except Exception as error:  # whatever it was, the old checkpoint serves on
+            _log.error("reload refused", error=str(error))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.on_stop()
+        await super().shutdown(sockets)
+
+
+def serve(server: Server, sock: socket.socket) -> None:
+    """Serves until a signal, then drains. Blocks; call it on the main thread.
+
+    Args:
+        server: what serves.
+        sock: from ``bind``.
+    """
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, server.ask_to_reload)
+    host, port = sock.getsockname()[:2]
+    _log.info("listening", host=host, port=port, protocol="http")
+    server.run(sockets=[sock])
+    _log.info("stopped")

@@ -1,0 +1,89 @@
+"""A quick look at a running service from outside, as after a deployment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moe_jax.serving.http.client import Refused, Service, Unreachable
+
+_METRICS = ("moe_requests_total", "moe_request_duration_seconds", "moe_circuit_state",
+            "moe_build_info")  # fmt: skip
+
+
+def check(
+    url: str, *, key: str | None = None, admin_key: str | None = None
+) -> list[dict[str, Any]]:
+    """Runs every check: ``{"check", "ok", "detail"}`` each.
+
+    Args:
+        url: where the service is.
+        key: API key, where it asks for one.
+        admin_key: for metrics under strict.
+
+    Raises:
+        ValueError: no such URL.
+    """
+    service = Service(url, key=key, timeout_seconds=30.0)
+    admin = Service(url, key=admin_key, timeout_seconds=30.0)
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("live", lambda: _status(service, "/v2/health/live")),
+        ("ready", lambda: _ready(service)),
+        ("health", lambda: str(service.get_json("/health")["status"])),
+        ("routes a batch", lambda: _routes(service)),
+        ("metrics", lambda: _metrics(admin)),
+    ]
+    told = []
+    for name, run in checks:
+        try:
+            told.append({"check": name, "ok": True, "detail": run()})
+        except (Refused, Unreachable, ValueError, KeyError, AssertionError) as error:
+            told.append({"check": name, "ok": False, "detail": str(error)})
+    return told
+
+
+def _status(service: Service, path: str) -> str:
+    status, _, _ = service.request("GET", path)
+    _hold(status == 200, f"{path}: expected status 200, got {status}")
+    return "yes"
+
+
+def _ready(service: Service) -> str:
+    status, _, body = service.request("GET", "/ready")
+    _hold(status == 200, f"expected ready, got {body[:200].decode(errors='replace')}")
+    return "yes"
+
+
+def _routes(service: Service) -> str:
+    metadata = service.get_json("/v2/models/router")
+    width = next(t["shape"][-1] for t in metadata["inputs"] if t["name"] == "hidden_states")
+    experts = next(t["shape"][-1] for t in metadata["outputs"] if t["name"] == "router_logits")
+    x = np.random.default_rng(0).standard_normal((2, 8, width), dtype=np.float32)
+    started = time.perf_counter()
+    arrays, facts = service.infer("router", {"hidden_states": x})
+    milliseconds = 1e3 * (time.perf_counter() - started)
+    counts, indices = arrays["num_experts_per_token"], arrays["expert_indices"]
+    sums = arrays["expert_weights"].sum(axis=-1)
+    _hold(counts.shape == (2, 8), f"expected counts [2, 8], got {list(counts.shape)}")
+    _hold(((indices >= 0).sum(axis=-1) == counts).all(), "indices and counts differ")
+    _hold(((indices >= -1) & (indices < experts)).all(), "indices out of range")
+    _hold(np.allclose(sums[counts > 0], 1.0, atol=1e-4), "weights do not add up to 1")
+    kind = " (degraded)" if facts.get("degraded") else ""
+    return f"16 tokens, {counts.mean():.2f} experts each, {milliseconds:.1f} ms{kind}"
+
+
+def _metrics(service: Service) -> str:
+    status, _, body = service.request("GET", "/metrics")
+    _hold(status == 200, f"/metrics: expected status 200, got {status}")
+    text = body.decode(errors="replace")
+    missing = [name for name in _METRICS if name not in text]
+    _hold(not missing, f"expected {', '.join(missing)}, got none")
+    return f"{sum(1 for line in text.splitlines() if line and line[0] != '#')} series"
+
+
+def _hold(true: Any, otherwise: str) -> None:
+    if not true:
+        raise AssertionError(otherwise)
