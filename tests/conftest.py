@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Makes golden files with torch and transformers, which are no dependencies; it is no test.
-collect_ignore = ["goldens/generate_hf.py"]
+# Make golden files with torch and transformers, which are no dependencies; they are no tests.
+collect_ignore = ["goldens/generate_hf.py", "goldens/generate_hub.py"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
