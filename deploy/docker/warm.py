@@ -1,0 +1,20 @@
+"""Compiles what a configuration serves, into JAX's compile cache: python warm.py CONFIG.
+
+Run while the image is built. The engine warms itself as it does at every start; that its compiled
+functions land in the cache is JAX's own doing, by JAX_COMPILATION_CACHE_DIR.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from moe_jax import RouterFactory
+
+with RouterFactory.create_from_config_file(sys.argv[1]) as router:
+    ready, reasons = router.readiness()
+if not ready:
+    sys.exit(f"expected a router that is ready, got one that is not: {', '.join(reasons)}")
+entries = len(list(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).iterdir()))
+if not entries:
+    sys.exit("expected compiled functions in the cache, got none: is it writable?")
+print(f"{entries} entries in the compile cache")
