@@ -1,0 +1,1 @@
+"""Checks of everything around the service against real parts: image, monitoring, rollout."""
