@@ -118,7 +118,8 @@ def test_an_alert_that_does_not_wait_fails_its_tests(tmp_path, alert):
         ("MoeHighErrorRate", "or moe:requests:rate5m * 0", ""),
         ("MoeHighErrorRate", "record: moe:errors:ratio_rate5m", "record: moe:errors:ratio"),
         ("MoeHighLatency", "histogram_quantile(0.95,", "histogram_quantile(0.5,"),
-        ("MoeCacheLoss", 'result="hit"', 'result="hits"'),
+        ("MoeCacheLoss", '"hit|coalesced"', '"hits"'),
+        ("MoeCacheLoss", 'result!="bypass"', 'result!="miss"'),
         ("MoeInstanceSkew", "max by (job)", "min by (job)"),
     ],
 )
