@@ -28,7 +28,7 @@ def metrics_in(text: str) -> set[str]:
     ['moe_requests_total']
     """
     bare = _STRINGS.sub('""', text)
-    return set(re.findall(r"(?<![\w:.$/-])(?:moe|process)_[a-z0-9_]+(?![\w:*(])", bare))
+    return set(re.findall(r"(?<![\w:.$/-])(?:moe_(?!jax\b)|process_)[a-z0-9_]+(?![\w:*(])", bare))
 
 
 def recorded_in(text: str) -> set[str]:
