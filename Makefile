@@ -29,7 +29,7 @@ demo-quick: $(VENV)/.installed  ## the same in about a minute, with a smaller mo
 	$(BIN)/moe-jax demo --quick --out runs/demo-quick
 
 test: $(VENV)/.installed-dev  ## the tests, doctests included
-	$(BIN)/python -m pytest -n $(JOBS) --doctest-modules tests moe_jax
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --doctest-modules tests moe_jax
 
 lint: $(VENV)/.installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -23,7 +24,12 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-    # Most of the suite's time is compilation, so compiled code is kept between runs.
+    # Most of the suite's time is compilation, so compiled code is kept between runs. Modules that run
+    # many small programs once ask for cheap compilation too: the same program, less work on its code.
+    # With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment they compile as users do.
+    config.addinivalue_line(
+        "markers", "compile_cheaply: this module's programs skip the backend's costlier passes"
+    )
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -40,3 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cheap_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Module scope, so that it comes before the fixtures that compile; see ``pytest_configure``."""
+    marked = request.node.get_closest_marker("compile_cheaply") is not None
+    if not marked or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -18,6 +18,8 @@ from moe_jax.routers import ExpertChoiceRouter, Router, Traits
 from moe_jax.scoring import Scoring
 from moe_jax.types import Routing
 
+pytestmark = pytest.mark.compile_cheaply
+
 D, F, E = 8, 12, 4
 FFN = FeedForward(activation="silu", gated=True)
 

@@ -20,6 +20,8 @@ from moe_jax.losses import (
 )
 from moe_jax.types import Routing
 
+pytestmark = pytest.mark.compile_cheaply
+
 GOLDENS = Path(__file__).parent / "goldens"
 
 

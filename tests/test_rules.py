@@ -41,6 +41,8 @@ from moe_jax.selection import build_routing, first_k
 from moe_jax.stats import routing_stats
 from moe_jax.types import ExpertChoice, Routing, pytree
 
+pytestmark = pytest.mark.compile_cheaply
+
 T, D, E = 24, 16, 8
 ALL_LOSSES = LossWeights(load_balancing=1.0, router_z=1.0, entropy=1.0, importance=1.0)
 

@@ -23,6 +23,8 @@ from moe_jax.routers import Router, router_from_json
 from moe_jax.scoring import Scoring
 from moe_jax.types import Routing
 
+pytestmark = pytest.mark.compile_cheaply
+
 T, D, E = 12, 16, 8
 CASES: dict[str, Any] = {
     "capacity": CapacityTopK(num_experts=E, k=2, capacity=2),
