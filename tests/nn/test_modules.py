@@ -1,6 +1,7 @@
 """Flax modules add nothing to the pure function: same trees, same bits, state only where told."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,13 @@ def rule(request):
     return RULES[request.param]
 
 
+# Eager calls compile every operation by itself.
+moe_layer = jax.jit(moe_jax.moe_layer, static_argnums=(0, 1))
+call_nnx = nnx.jit(lambda module, x: module(x))
+call_nnx_with_aux = nnx.jit(lambda module, x: module(x, return_aux=True))
+gradients_nnx = nnx.jit(nnx.grad(lambda module: (module(X) ** 2).sum()))
+
+
 def _equal(left, right):
     assert jax.tree.structure(left) == jax.tree.structure(right)
     jax.tree.map(np.testing.assert_array_equal, left, right)
@@ -49,12 +57,12 @@ def _linen(rule):
 def test_pure_nnx_and_linen_have_one_tree_and_give_the_same_bits(rule):
     module = _nnx(rule)
     params, state = module.params(), module.router_state.get_value()
-    pure = jax.jit(lambda p, s, x: moe_jax.moe_layer(rule, FFN, p, s, x)[0])(params, state, X)
+    pure, _ = moe_layer(rule, FFN, params, state, X)
 
-    np.testing.assert_array_equal(nnx.jit(lambda m, x: m(x))(module, X), pure)
+    np.testing.assert_array_equal(call_nnx(module, X), pure)
 
     layer = _linen(rule)
-    variables = nn.meta.unbox(layer.init(jax.random.key(0), X))
+    variables = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), X))
     assert jax.tree.structure(variables["params"]) == jax.tree.structure(params)
     assert jax.tree.map(jnp.shape, variables["params"]) == jax.tree.map(jnp.shape, params)
     own = {"params": params, "router_state": {"state": state}}
@@ -64,15 +72,16 @@ def test_pure_nnx_and_linen_have_one_tree_and_give_the_same_bits(rule):
 def test_only_update_router_writes_the_state(rule):
     module = _nnx(rule)
     before = jax.tree.map(np.asarray, module.router_state.get_value())
-    _, aux = module(X, return_aux=True)
+    _, aux = call_nnx_with_aux(module, X)
     _equal(before, module.router_state.get_value())
     expected = rule.update(module.router_state.get_value(), aux.stats)
     module.update_router(aux)
     _equal(expected, module.router_state.get_value())
 
     layer = _linen(rule)
-    variables = nn.meta.unbox(layer.init(jax.random.key(0), X))
-    (_, aux), changed = layer.apply(variables, X, return_aux=True, mutable=["router_state"])
+    variables = nn.meta.unbox(jax.jit(layer.init)(jax.random.key(0), X))
+    apply = partial(layer.apply, return_aux=True, mutable=["router_state"])
+    (_, aux), changed = jax.jit(apply)(variables, X)
     _equal(variables["router_state"], changed["router_state"])
     with pytest.raises(ValueError, match="mutable"):
         layer.apply(variables, aux, method="update_router")
@@ -97,11 +106,13 @@ def test_router_state_is_no_parameter():
     module = _nnx(RULES["dynamic_k"])
     assert "router_state" not in nnx.to_pure_dict(nnx.state(module, nnx.Param))
     assert "router_state" in nnx.to_pure_dict(nnx.state(module, moe_nnx.RouterState))
-    grads = nnx.grad(lambda m: (m(X) ** 2).sum())(module)
+    grads = gradients_nnx(module)
     assert set(nnx.to_pure_dict(grads)) == {"router", "experts", "shared"}
 
 
-def test_gradients_equal_those_of_the_pure_function(rule):
+@pytest.mark.parametrize("name", ["dynamic_k", "expert_choice"])  # one of each kind of routing
+def test_gradients_equal_those_of_the_pure_function(name):
+    rule = RULES[name]
     module = _nnx(rule)
     params, state = module.params(), module.router_state.get_value()
 
@@ -109,7 +120,7 @@ def test_gradients_equal_those_of_the_pure_function(rule):
         return (moe_jax.moe_layer(rule, FFN, p, state, X)[0] ** 2).sum()
 
     pure = jax.jit(jax.grad(loss))(params)
-    held = nnx.to_pure_dict(nnx.jit(nnx.grad(lambda m: (m(X) ** 2).sum()))(module))
+    held = nnx.to_pure_dict(gradients_nnx(module))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), held, pure)
 
 
@@ -139,7 +150,7 @@ def test_nnx_scan_over_layers_equals_a_loop():
     y = X
     graph, state = nnx.split(layers)
     for i in range(3):
-        y = y + nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state))(y)
+        y = y + call_nnx(nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state)), y)
     np.testing.assert_allclose(nnx.jit(run)(layers, X), y, rtol=1e-5, atol=1e-5)
 
 
@@ -147,13 +158,15 @@ def test_nnx_scan_over_layers_equals_a_loop():
 def test_rematerialised_gradients_are_equal(remat):
     module = _nnx(RULES["dynamic_k"])
     if remat is nnx.remat:
-        again = nnx.grad(lambda m: (nnx.remat(lambda m, x: m(x))(m, X) ** 2).sum())(module)
+        loss = lambda m: (nnx.remat(lambda m, x: m(x))(m, X) ** 2).sum()  # noqa: E731
+        again = nnx.jit(nnx.grad(loss))(module)
     else:
         graph, state = nnx.split(module)
         call = jax.checkpoint(lambda s, x: nnx.merge(graph, s)(x))
         params, rest = nnx.split_state(state, nnx.Param, ...)
-        again = jax.grad(lambda p: (call(nnx.merge_state(p, rest), X) ** 2).sum())(params)
-    plain = nnx.grad(lambda m: (m(X) ** 2).sum())(module)
+        loss = lambda p: (call(nnx.merge_state(p, rest), X) ** 2).sum()  # noqa: E731
+        again = jax.jit(jax.grad(loss))(params)
+    plain = gradients_nnx(module)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         nnx.to_pure_dict(again),
@@ -183,7 +196,7 @@ def test_linen_scan_and_remat():
             )
             return scanned(name="layers")(x, None)[0]
 
-    variables = nn.meta.unbox(Stack().init(jax.random.key(0), X))
+    variables = nn.meta.unbox(jax.jit(Stack().init)(jax.random.key(0), X))
     inside = variables["params"]["layers"]
     (name,) = inside
     assert inside[name]["experts"]["up"].shape == (3, E, D, F)
@@ -193,17 +206,16 @@ def test_linen_scan_and_remat():
         state = jax.tree.map(
             lambda a, i=i: a[i], variables["router_state"]["layers"][name]["state"]
         )
-        y = y + moe_jax.moe_layer(rule, FFN, params, state, y)[0]
+        y = y + moe_layer(rule, FFN, params, state, y)[0]
     np.testing.assert_allclose(jax.jit(Stack().apply)(variables, X), y, rtol=1e-5, atol=1e-5)
-    grads = jax.grad(lambda v: (Stack().apply({**variables, "params": v}, X) ** 2).sum())(
-        variables["params"]
-    )
+    loss = lambda v: (Stack().apply({**variables, "params": v}, X) ** 2).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(variables["params"])
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
 
 
 def test_mixed_precision_keeps_the_router_in_float32():
     module = _nnx(RULES["top_k"])
-    y, aux = module(X.astype(jnp.bfloat16), return_aux=True)
+    y, aux = call_nnx_with_aux(module, X.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert aux.routing.router_logits.dtype == jnp.float32
 
@@ -212,14 +224,14 @@ def test_the_guides_dynamic_moe_holds_its_range_and_its_budget():
     layer = moe_nnx.DynamicMoE(8, FFN, 1, 3, d_model=D, d_ff=F, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2000, D))
     layer.fit_router(x, target_mean_k=1.6)
-    _, aux = layer(x, return_aux=True)
+    _, aux = call_nnx_with_aux(layer, x)
     assert float(aux.stats.mean_experts_per_token) == pytest.approx(1.6, rel=0.01)
     assert aux.stats.experts_per_token_histogram[1:].min() > 0
     assert float(layer.router_state.get_value().fit.achieved_mean_k) == pytest.approx(1.6, rel=0.01)
 
     twin = moe_linen.DynamicMoE(8, FFN, 1, 3, d_model=D, d_ff=F)
     own = {"params": layer.params(), "router_state": {"state": layer.router_state.get_value()}}
-    np.testing.assert_array_equal(jax.jit(twin.apply)(own, x), nnx.jit(lambda m, x: m(x))(layer, x))
+    np.testing.assert_array_equal(jax.jit(twin.apply)(own, x), call_nnx(layer, x))
 
 
 def test_experts_of_ones_own():
