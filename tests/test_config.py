@@ -312,6 +312,48 @@ def test_an_unknown_variable_is_refused_with_the_nearest_one(variable, near):
     assert told.endswith(f"Did you mean {near}?")
 
 
+@pytest.mark.parametrize("name", ["api_keys", "admin_key", "redis_url"])
+def test_a_secret_is_in_no_json_no_repr_no_hash_and_no_file(tmp_path, name):
+    value = "redis://:hunter2@localhost:1/0"
+    config = load_config(env={"MOE_" + name.upper(): value})
+    assert getattr(config.serving, name) == value
+    for text in (json.dumps(config.to_json()), repr(config), repr(config.serving)):
+        assert "hunter2" not in text
+    assert config.config_hash == Config().config_hash
+    told = problem(load_config, write(tmp_path, {"serving": {name: value}}), env={})
+    assert f"Set MOE_{name.upper()}" in told
+    assert "hunter2" not in told
+    assert "hunter2" not in problem(load_config, env={"MOE_" + name.upper(): value + "\n"})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "part"),
+    [
+        ("MOE_BUCKETS", "64,x", "whole numbers"),
+        ("MOE_BUCKETS", "0", "whole numbers"),
+        ("MOE_TRUSTED_PROXIES", "10.0.0.0/8,everyone", "networks"),
+        ("MOE_NONFINITE", "drop", "off, sanitize, mask, reject"),
+        ("MOE_PORT", "70000", "from 0 to 65535"),
+    ],
+)
+def test_bad_lists_and_choices_of_the_service(variable, text, part):
+    told = problem(load_config, env={variable: text})
+    assert told.startswith(variable)
+    assert part in told
+
+
+def test_lists_of_the_service_are_read():
+    serving = load_config(env={"MOE_BUCKETS": "512, 64,64", "MOE_API_KEYS": "a, b"}).serving
+    assert serving.bucket_sizes == (64, 512)
+    assert serving.api_key_list == ("a", "b")
+
+
+def test_a_preset_stands_in_place_of_the_defaults():
+    base = PRESETS["production"]
+    assert load_config(env={}, base=base) == base
+    assert load_config(env={"MOE_MAX_EXPERTS": "2"}, base=base).router_config.max_experts == 2
+
+
 def test_an_unknown_argument_is_refused():
     assert "Did you mean max_experts?" in problem(load_config, env={}, max_expert=3)
 

@@ -192,6 +192,11 @@ class ServingConfig:
         return tuple(sorted({int(word) for word in split_words(self.buckets)}))
 
     @property
+    def proxy_list(self) -> tuple[str, ...]:
+        """``trusted_proxies`` one by one."""
+        return tuple(split_words(self.trusted_proxies))
+
+    @property
     def api_key_list(self) -> tuple[str, ...]:
         return tuple(split_words(self.api_keys))
 

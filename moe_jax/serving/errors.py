@@ -25,6 +25,7 @@ CODES: Mapping[str, int] = MappingProxyType(
         "circuit_open": 503,
         "draining": 503,
         "warming": 503,
+        "device_error": 503,
         "deadline_exceeded": 504,
     }
 )

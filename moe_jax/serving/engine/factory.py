@@ -15,7 +15,8 @@ class RouterFactory:
     Example:
         >>> from moe_jax import RouterFactory
         >>> import numpy as np
-        >>> with RouterFactory.create_from_environment(input_dim=16, buckets="16") as router:
+        >>> quiet = {"input_dim": 16, "buckets": "16", "log_level": "ERROR"}
+        >>> with RouterFactory.create_from_environment(**quiet) as router:
         ...     result = router.route(np.ones((1, 4, 16), np.float32))
         >>> result["expert_indices"].shape
         (1, 4, 4)

@@ -65,11 +65,20 @@ class Snapshot:
         weights: router, parameters, state.
         version: 16 hex digits over the rule, its parameters and its state, experts included.
         models: ``router``, and ``moe`` if it is served.
+        host_models: the same on the host's CPU, for when the device fails; None where the device
+            is the host's CPU.
     """
 
     weights: Weights
     version: str
     models: dict[str, Buckets]
+    host_models: dict[str, Buckets] | None = None
+
+    def warm(self) -> None:
+        """Compiles everything and runs it once."""
+        for models in (self.models, self.host_models or {}):
+            for buckets in models.values():
+                buckets.warm()
 
     @property
     def router(self) -> Router:
@@ -97,18 +106,39 @@ def load_weights(config: Config, checkpoint: str | None = None) -> Weights:
     return weights
 
 
-def build_snapshot(config: Config, weights: Weights, device: Any = None) -> Snapshot:
-    """Puts weights on the device and prepares the buckets; ``warm`` compiles them."""
+def build_snapshot(
+    config: Config, weights: Weights, *, device: Any = None, host_fallback: bool | None = None
+) -> Snapshot:
+    """Puts weights on the device and prepares the buckets; ``Snapshot.warm`` compiles them.
+
+    Args:
+        config: the configuration.
+        weights: what to serve.
+        device: None is JAX's first.
+        host_fallback: whether to keep the same functions on the host's CPU; None is wherever that is
+            another device.
+    """
     device = jax.devices()[0] if device is None else device
+    if host_fallback is None:
+        host_fallback = device.platform != "cpu"
+    host = jax.local_devices(backend="cpu")[0] if host_fallback else None
+    return Snapshot(
+        weights=weights,
+        version=version_of(weights),
+        models=_models(config, weights, device),
+        host_models=None if host is None else _models(config, weights, host),
+    )
+
+
+def _models(config: Config, weights: Weights, device: Any) -> dict[str, Buckets]:
     sizes = bucket_sizes(config.performance.parallel_threshold, config.serving.bucket_sizes)
-    width = router_width(weights)
     state = jax.device_put(weights.state, device)
     scoring = getattr(weights.router, "scoring", None)
     program = Program(
         router=weights.router,
         experts=None,
         by_logit=not slots_follow_logits(weights.state, scoring),
-        width=width,
+        width=router_width(weights),
         device=device,
     )
     models = {"router": Buckets(program, jax.device_put(weights.params, device), state, sizes)}
@@ -119,7 +149,7 @@ def build_snapshot(config: Config, weights: Weights, device: Any = None) -> Snap
             state,
             sizes,
         )
-    return Snapshot(weights=weights, version=version_of(weights), models=models)
+    return models
 
 
 def version_of(weights: Weights) -> str:

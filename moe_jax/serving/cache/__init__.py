@@ -1,0 +1,21 @@
+"""Results of whole requests, kept while that saves time. Knows numpy, not JAX."""
+
+from moe_jax.serving.cache.entry import Entry, from_bytes, to_bytes
+from moe_jax.serving.cache.gain import Gain
+from moe_jax.serving.cache.keys import Keyer
+from moe_jax.serving.cache.prefetch import HotInputs, Prefetcher, Successors
+from moe_jax.serving.cache.shared import SharedCache
+from moe_jax.serving.cache.store import ResultCache
+
+__all__ = [
+    "Entry",
+    "Gain",
+    "HotInputs",
+    "Keyer",
+    "Prefetcher",
+    "ResultCache",
+    "SharedCache",
+    "Successors",
+    "from_bytes",
+    "to_bytes",
+]

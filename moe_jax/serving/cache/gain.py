@@ -1,0 +1,55 @@
+"""Whether a cache is worth its trouble: time saved by hits against time spent on all lookups."""
+
+from __future__ import annotations
+
+import collections
+
+WINDOW = 256  # lookups that decide
+ASIDE = 1024  # requests that then pass by the cache
+TRIAL = 64  # lookups after that, which decide again
+
+
+class Gain:
+    """Measures gain and stands aside while there is none. Not locked: its owner is.
+
+    Hashing 1.5 MB can take as long as a tenth of routing it, so below some share of hits a cache
+    only costs. What that share is depends on the machine and the requests, and so it is measured.
+
+    Example:
+        >>> gain = Gain()
+        >>> for _ in range(WINDOW):
+        ...     _ = gain.takes_part()
+        ...     gain.lookup(saved=0.0, spent=1e-4)
+        >>> gain.takes_part(), gain.aside
+        (False, True)
+    """
+
+    def __init__(self) -> None:
+        self.saved = 0.0
+        self.spent = 0.0
+        self.aside = False
+        self._recent: collections.deque[float] = collections.deque(maxlen=WINDOW)
+        self._skipped = 0
+        self._needed = WINDOW
+
+    def takes_part(self) -> bool:
+        """Whether the next request should look into the cache."""
+        if not self.aside:
+            return True
+        self._skipped += 1
+        if self._skipped <= ASIDE:
+            return False
+        self.aside = False
+        self._recent.clear()
+        self._needed = TRIAL
+        return True
+
+    def lookup(self, *, saved: float, spent: float) -> None:
+        """Counts a lookup: seconds that it saved and that it took."""
+        self.saved += saved
+        self.spent += spent
+        self._recent.append(saved - spent)
+        if len(self._recent) >= self._needed:
+            if sum(self._recent) < 0:
+                self.aside, self._skipped = True, 0
+            self._needed = WINDOW

@@ -1,0 +1,119 @@
+"""The gate: who asks, whether they may, and what becomes of those who misbehave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moe_jax.config import Config
+from moe_jax.serving import admission
+from moe_jax.serving.engine.recording import Recorder
+from moe_jax.serving.engine.requests import LOCAL, Client
+from moe_jax.serving.errors import CODES, ServingError
+
+# Refusals that count towards an automatic block.
+VIOLATIONS = (
+    "malformed", "too_large", "invalid_values", "rate_limited", "unauthorized",
+    "unsupported_media_type",
+)  # fmt: skip
+
+
+class Gate:
+    """Level, limits, blocks and keys of one engine.
+
+    Args:
+        config: the configuration.
+        clock: seconds that never go back.
+        recorder: counts refusals.
+        log: a structlog logger.
+        notify: called as ``notify(event, **facts)``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        clock: Callable[[], float],
+        recorder: Recorder,
+        log: Any,
+        notify: Callable[..., None],
+    ) -> None:
+        serving = config.serving
+        self._recorder = recorder
+        self._log = log
+        self.level = level = admission.level_for(
+            config.security.security_level,
+            nonfinite=serving.nonfinite,
+            requests_per_minute=serving.rate_limit_requests,
+            tokens_per_minute=serving.rate_limit_tokens,
+        )
+        self.limiter = admission.RateLimiter(
+            requests_per_minute=level.requests_per_minute,
+            tokens_per_minute=level.tokens_per_minute,
+            redis_url=serving.redis_url,
+            clock=clock,
+            notify=notify,
+        )
+        self.blocks = admission.Blocks(
+            after=level.block_after,
+            window=level.block_window,
+            first_seconds=level.block_seconds,
+            longest_seconds=level.block_max_seconds,
+            clock=clock,
+        )
+        self.keys = admission.Keys(serving.api_key_list)
+        self._admin = admission.Keys([serving.admin_key] if serving.admin_key else [])
+        self._proxies = config.serving.proxy_list
+        if serving.replicas > 1 and not serving.redis_url and level.requests_per_minute:
+            log.warning(
+                "limits_not_shared",
+                told=f"{serving.replicas} replicas count on their own, so a client's real limit is "
+                f"{serving.replicas} times the configured one. Set MOE_REDIS_URL to share it.",
+            )
+        if level.api_key_required and not self.keys:
+            log.warning(
+                "no_api_keys",
+                told="security level strict asks for API keys and none are configured, so remote "
+                "requests are all refused. Set MOE_API_KEYS.",
+            )
+
+    def identify(self, api_key: str | None, peer: str, forwarded_for: str | None) -> Client:
+        """See ``RouterEngine.identify``."""
+        address = Client(admission.peer_address(peer, forwarded_for, self._proxies))
+        if api_key is not None and self.keys:
+            if self.keys.valid(api_key):
+                return Client(admission.client_id(api_key))
+        elif not self.level.api_key_required:
+            return address  # no key, or one where none was given out
+        error = ServingError(
+            "unauthorized",
+            "expected a valid API key, got none or a wrong one. Send one that the operator gave you.",
+        )
+        try:
+            self.blocks.check(address.id)
+        except ServingError as blocked:
+            error = blocked
+        raise self.refused(error, address)
+
+    def is_admin(self, bearer: str | None) -> bool:
+        """See ``RouterEngine.is_admin``."""
+        return self._admin.valid(bearer)
+
+    def admit(self, client: Client, *, tokens: int, requests: int) -> None:
+        """See ``RouterEngine.admit``."""
+        try:
+            self.blocks.check(client.id)
+            self.limiter.take(client.id, requests=requests, tokens=tokens)
+        except ServingError as error:
+            raise self.refused(error, client) from None
+
+    def violation(self, client: Client, kind: str) -> None:
+        """See ``RouterEngine.violation``."""
+        self.refused(ServingError(kind if kind in CODES else "malformed", kind), client)
+
+    def refused(self, error: ServingError, client: Client) -> ServingError:
+        """Counts a refusal and returns it to be raised. Calls in process are never blocked."""
+        self._recorder.refused(error)
+        if error.code in VIOLATIONS and client != LOCAL and self.blocks.violation(client.id):
+            self._log.warning("client_blocked", client=client.id, reason=error.code)
+        return error

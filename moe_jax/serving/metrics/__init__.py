@@ -1,0 +1,17 @@
+"""Counters of the service: the contract, its exporter, recent traffic, the process. Knows no JAX."""
+
+from moe_jax.serving.metrics.contract import CONTRACT, MAX_EXPERT_LABELS, NAMES, Metric
+from moe_jax.serving.metrics.export import Exporter
+from moe_jax.serving.metrics.system import SystemSampler
+from moe_jax.serving.metrics.window import Traffic, balance_score
+
+__all__ = [
+    "CONTRACT",
+    "MAX_EXPERT_LABELS",
+    "NAMES",
+    "Exporter",
+    "Metric",
+    "SystemSampler",
+    "Traffic",
+    "balance_score",
+]

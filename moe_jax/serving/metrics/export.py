@@ -1,0 +1,116 @@
+"""The contract as Prometheus metrics of one engine, in a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import prometheus_client as prometheus
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+from moe_jax.serving.metrics.contract import CONTRACT, MAX_EXPERT_LABELS, Metric
+
+prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_KINDS: dict[str, Any] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
+
+
+class Exporter:
+    """Holds one Prometheus metric for each entry of the contract.
+
+    Args:
+        num_experts: E, for the labels of experts.
+        codes: error codes, so that each is there at 0 before it happens.
+        build: labels of ``moe_build_info``.
+
+    Example:
+        >>> exporter = Exporter(num_experts=4, codes=("internal",), build={
+        ...     "version": "0", "jax": "0", "backend": "cpu", "params": "untrained-0"})
+        >>> exporter.add("moe_tokens_total", 7)
+        >>> b"moe_tokens_total 7.0" in exporter.text()
+        True
+    """
+
+    def __init__(self, *, num_experts: int, codes: Sequence[str], build: Mapping[str, str]) -> None:
+        self.registry = CollectorRegistry()
+        self._metrics: dict[str, Any] = {m.name: self._made(m) for m in CONTRACT}
+        self._children: dict[tuple[str, str], Any] = {}
+        self._mirrored: dict[tuple[str, str | None], float] = {}
+        ProcessCollector(registry=self.registry)
+        for metric in CONTRACT:
+            for value in metric.values:
+                self._child(metric.name, value)
+        for code in codes:
+            self._child("moe_errors_total", code)
+        named = min(num_experts, MAX_EXPERT_LABELS)
+        self._experts = [self._child("moe_expert_assignments_total", str(e)) for e in range(named)]
+        if num_experts > MAX_EXPERT_LABELS:
+            self._experts.append(self._child("moe_expert_assignments_total", "other"))
+        self.set_build(build)
+
+    def _made(self, metric: Metric) -> Any:
+        # The client adds "_total" to a counter's name by itself.
+        name = metric.name.removesuffix("_total") if metric.kind == "counter" else metric.name
+        extra = {"buckets": metric.buckets} if metric.kind == "histogram" else {}
+        kind = _KINDS[metric.kind]
+        return kind(name, metric.help, metric.labels, registry=self.registry, **extra)
+
+    def _child(self, name: str, label: str | None) -> Any:
+        if label is None:
+            return self._metrics[name]
+        child = self._children.get((name, label))
+        if child is None:
+            child = self._children[name, label] = self._metrics[name].labels(label)
+        return child
+
+    def set_build(self, build: Mapping[str, str]) -> None:
+        """Says what runs; the labels of what ran before are dropped."""
+        info = self._metrics["moe_build_info"]
+        info.clear()
+        info.labels(**build).set(1)
+
+    def add(self, name: str, amount: float = 1.0, label: str | None = None) -> None:
+        """Raises a counter."""
+        self._child(name, label).inc(amount)
+
+    def observe(self, name: str, value: float) -> None:
+        """Adds to a histogram."""
+        self._metrics[name].observe(value)
+
+    def observe_many(self, name: str, values: np.ndarray, counts: np.ndarray) -> None:
+        """Adds ``counts`` observations of each value at once; Prometheus itself takes one by one."""
+        histogram = self._metrics[name]
+        bounds = np.asarray(histogram._upper_bounds)
+        into = np.searchsorted(bounds, values, side="left")
+        for bucket in np.unique(into):
+            histogram._buckets[bucket].inc(float(counts[into == bucket].sum()))
+        histogram._sum.inc(float((values * counts).sum()))
+
+    def set(self, name: str, value: float, label: str | None = None) -> None:
+        """Sets a gauge."""
+        self._child(name, label).set(value)
+
+    def mirror(self, name: str, total: float, label: str | None = None) -> None:
+        """Raises a counter to a total that is kept elsewhere."""
+        before = self._mirrored.get((name, label), 0.0)
+        if total > before:
+            self._mirrored[name, label] = total
+            self._child(name, label).inc(total - before)
+
+    def add_experts(self, counts: np.ndarray) -> None:
+        """Raises the experts' counters by int[E]."""
+        if len(counts) > MAX_EXPERT_LABELS:
+            named = counts[:MAX_EXPERT_LABELS]
+            counts = np.append(named, counts[MAX_EXPERT_LABELS:].sum())
+        for child, count in zip(self._experts, counts.tolist(), strict=True):
+            if count:
+                child.inc(count)
+
+    def value(self, name: str, label: str | None = None) -> float:
+        """What a counter or gauge stands at."""
+        return float(self._child(name, label)._value.get())
+
+    def text(self) -> bytes:
+        """The exposition in Prometheus' text format."""
+        return prometheus.generate_latest(self.registry)

@@ -1,0 +1,94 @@
+"""Memory and processor of this process, sampled every few seconds and never for a request."""
+
+from __future__ import annotations
+
+import collections
+import statistics
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+SAMPLE_SECONDS = 5.0
+_MEMORY_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+class SystemSampler:
+    """Keeps the last minutes of resident memory and processor use.
+
+    Args:
+        read: ``() -> (rss_bytes, cpu_percent)``; the process's own unless a test gives another.
+
+    Example:
+        >>> sampler = SystemSampler(read=lambda: (100, 50.0))
+        >>> sampler.sample()
+        >>> sampler.report()["rss_bytes"], sampler.report()["cpu_percent"]
+        (100, 50.0)
+    """
+
+    def __init__(self, read: Callable[[], tuple[int, float]] | None = None) -> None:
+        self._process = psutil.Process()
+        self._process.cpu_percent(None)  # the first call only sets the mark to measure from
+        self._read = self._read_process if read is None else read
+        self._history: collections.deque[tuple[int, float]] = collections.deque(maxlen=120)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.limit_bytes = memory_limit()
+
+    def _read_process(self) -> tuple[int, float]:
+        return self._process.memory_info().rss, self._process.cpu_percent(None)
+
+    def sample(self) -> None:
+        """Takes one sample now."""
+        self._history.append(self._read())
+
+    def start(self, also: Callable[[], object]) -> None:
+        """Samples every few seconds from a thread, and calls ``also`` after each sample."""
+
+        def work() -> None:
+            while not self._stop.wait(SAMPLE_SECONDS):
+                self.sample()
+                also()
+
+        self._thread = threading.Thread(target=work, name="moe-sampler", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=1.0)
+
+    def spike_ratio(self) -> float:
+        """Resident memory now over its median in the last ten minutes; 1 where nothing is known."""
+        rss = [r for r, _ in self._history]
+        return rss[-1] / max(statistics.median(rss), 1) if rss else 1.0
+
+    def report(self) -> dict[str, Any]:
+        """What the last sample said, in bytes and percent of one core."""
+        if not self._history:
+            self.sample()
+        rss, cpu = self._history[-1]
+        return {
+            "rss_bytes": rss,
+            "limit_bytes": self.limit_bytes,
+            "used_ratio": rss / self.limit_bytes if self.limit_bytes else None,
+            "spike_ratio": self.spike_ratio(),
+            "cpu_percent": cpu,
+        }
+
+
+def memory_limit() -> int:
+    """Bytes that this process may use: the container's limit, else the machine's memory."""
+    total = int(psutil.virtual_memory().total)
+    for file in _MEMORY_LIMITS:
+        try:
+            limit = int(file.read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        return min(limit, total)
+    return total

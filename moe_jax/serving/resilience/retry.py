@@ -1,0 +1,58 @@
+"""Which device errors may pass by themselves, and one more attempt for those."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from moe_jax.serving.errors import ServingError
+
+# The status words that XLA and PJRT put first in their messages. Out of memory is survivable: the
+# other requests' buffers are freed in the meantime.
+TRANSIENT_STATUS = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED", "CANCELLED")
+_DELAY = 0.02
+
+T = TypeVar("T")
+
+
+class BadOutput(RuntimeError):
+    """The device answered, and the answer is not finite although the input was."""
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same work may succeed a moment later. Never for what validation refused.
+
+    Example:
+        >>> is_transient(RuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+        True
+        >>> is_transient(ValueError("RESOURCE_EXHAUSTED"))
+        False
+    """
+    if isinstance(error, ServingError) or not isinstance(error, RuntimeError | OSError):
+        return False
+    return str(error).lstrip().startswith(TRANSIENT_STATUS)
+
+
+def retry_once(
+    function: Callable[[], T],
+    *,
+    seconds_left: Callable[[], float],
+    on_retry: Callable[[BaseException], None] = lambda error: None,
+    sleep: Callable[[float], None] = time.sleep,
+    uniform: Callable[[float, float], float] = random.uniform,
+) -> T:
+    """Calls the function, and once more after a transient error if time allows.
+
+    The pause is 10 to 30 ms at random, so that requests that failed together do not return together.
+    """
+    try:
+        return function()
+    except Exception as error:
+        pause = _DELAY * uniform(0.5, 1.5)
+        if not is_transient(error) or seconds_left() <= pause:
+            raise
+        on_retry(error)
+    sleep(pause)
+    return function()
