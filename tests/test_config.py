@@ -323,7 +323,7 @@ def test_a_secret_is_in_no_json_no_repr_no_hash_and_no_file(tmp_path, name):
     told = problem(load_config, write(tmp_path, {"serving": {name: value}}), env={})
     assert f"Set MOE_{name.upper()}" in told
     assert "hunter2" not in told
-    assert "hunter2" not in problem(load_config, env={"MOE_" + name.upper(): value + "\n"})
+    assert "hunter2" not in problem(load_config, env={"MOE_" + name.upper(): value + "\x00x"})
 
 
 @pytest.mark.parametrize(
