@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+TESTS ?= tests moe_jax
+NEWER ?= $(shell .ci/newer-python)
 
 .PHONY: help demo demo-quick test lint format check test-newer clean
 
@@ -29,7 +31,7 @@ demo-quick: $(VENV)/.installed  ## the same in about a minute, with a smaller mo
 	$(BIN)/moe-jax demo --quick --out runs/demo-quick
 
 test: $(VENV)/.installed-dev  ## the tests, doctests included
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --doctest-modules tests moe_jax
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --doctest-modules $(TESTS)
 
 lint: $(VENV)/.installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -42,9 +44,9 @@ format: $(VENV)/.installed-dev  ## put the code into shape
 
 check: lint test  ## everything that CI runs
 
-test-newer:  ## the tests on a newer Python: make test-newer NEWER=/path/to/python3.13
-	@test -n "$(NEWER)" || { echo "say which: make test-newer NEWER=/path/to/python3.13"; exit 2; }
-	$(MAKE) test PYTHON=$(NEWER) VENV=.venv-newer
+test-newer:  ## the tests on the newest Python here, or on NEWER=/path/to/python3.13
+	@test -n "$(NEWER)" || { echo "no Python newer than 3.11 found, say which: make test-newer NEWER=/path/to/python3.13"; exit 2; }
+	$(MAKE) test PYTHON=$(NEWER) VENV=.venv-newer TESTS="$(TESTS)"
 
 clean:  ## remove environments, caches and runs
 	rm -rf .venv .venv-newer .jax_cache .pytest_cache .ruff_cache .hypothesis runs build dist *.egg-info
