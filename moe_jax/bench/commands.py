@@ -52,7 +52,7 @@ def _progress() -> Iterator[Any]:
 
 def _finish(
     bench: str, rows: list[dict[str, Any]], columns: list[str], settings: dict[str, Any],
-    json: Path | None, plot: Path | None = None,
+    json: Path | None, plot: Path | None = None, promised: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     from moe_jax.bench.measure import write_results
 
@@ -61,7 +61,7 @@ def _finish(
         table.add_row(*[_shown(row.get(c)) for c in columns])
     out.print(table)
     if json is not None:
-        write_results(json, bench=bench, settings=settings, rows=rows)
+        write_results(json, bench=bench, settings=settings, rows=rows, promised=promised)
         notes.print(f"rows written to {json}")
     if plot is not None:
         from moe_jax.bench.plot import plot_ratios
@@ -169,11 +169,14 @@ def layer(
     gated: bool = False,
     peers: Annotated[bool, typer.Option(help="Time installed peers too (uniform load).")] = False,
     rounds: Rounds = 10,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="A case of the grid ends after these, with fewer rounds.")
+    ] = 40.0,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
     """The layer after routing against one dense feed-forward over the same rows."""
-    from moe_jax.bench.layer import bench_layer
+    from moe_jax.bench.layer import PROMISED, bench_layer
     from moe_jax.bench.workload import DTYPES, LOADS
     from moe_jax.experts import ACTIVATIONS, IMPLEMENTATIONS
 
@@ -186,14 +189,15 @@ def layer(
         ),
         activation=_words(activation, tuple(ACTIVATIONS), "--activation")[0],
         gated=gated, mean_k=mean_k, max_rows=max_rows, peers=peers, rounds=rounds,
+        most_seconds=seconds,
     )  # fmt: skip
     with _progress() as progress:
         rows = bench_layer(**settings, progress=progress)
     columns = [
         "implementation", "experts", "dtype", "load", "pass", "ratio", "ratio_balanced", "ms",
-        "temp_mb", "dropped",
+        "temp_mb", "dropped", "rounds",
     ]  # fmt: skip
-    _finish("layer", rows, columns, settings, json, plot)
+    _finish("layer", rows, columns, settings, json, plot, PROMISED)
 
 
 @app.command()
@@ -204,6 +208,7 @@ def decode(
     d_model: int = 512,
     d_ff: int = 2048,
     dtype: str = "f32",
+    gated: bool = False,
     implementations: Annotated[str, typer.Option(help="Beside the default.")] = "",
     rounds: Rounds = 30,
     json: Json = None,
@@ -217,12 +222,14 @@ def decode(
         if implementations else []  # fmt: skip
     settings: dict[str, Any] = dict(
         tokens=_numbers(tokens, "--tokens"), experts=experts, k=k, d_model=d_model, d_ff=d_ff,
-        dtype=_words(dtype, tuple(DTYPES), "--dtype")[0], implementations=others, rounds=rounds,
+        gated=gated, dtype=_words(dtype, tuple(DTYPES), "--dtype")[0],
+        implementations=others, rounds=rounds,
     )  # fmt: skip
     with _progress() as progress:
         rows = bench_decode(**settings, progress=progress)
     columns = [
         "implementation", "default", "tokens", "active_experts", "ratio", "ms", "floor_ms",
+        "floor_gb_per_s",
     ]  # fmt: skip
     _finish("decode", rows, columns, settings, json)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.bench.measure import interleave, temp_bytes
+from moe_jax.bench.measure import compile_for, interleave
 from moe_jax.bench.peers import peer_cases
 from moe_jax.bench.workload import (
     DTYPES,
@@ -25,6 +25,11 @@ from moe_jax.experts import FeedForward, choose, run_experts
 from moe_jax.types import Array, Params, Routing
 
 Step = Callable[[Params, Array, Routing], Any]
+
+PROMISED = (
+    "implementation", "default", "tokens", "experts", "k", "dtype", "load", "pass", "ratio",
+    "temp_mb", "dropped",
+)  # fmt: skip
 
 
 def experts_step(
@@ -73,6 +78,7 @@ def bench_layer(
     max_rows: int | None = None,
     peers: bool = False,
     rounds: int = 10,
+    most_seconds: float | None = None,
     progress: Callable[[str], None] = lambda told: None,
 ) -> list[dict[str, Any]]:
     """Times the default implementation and others over a grid; one row each.
@@ -81,15 +87,18 @@ def bench_layer(
     where given), in the same dtype. ``balanced`` in ``implementations`` is no implementation but a
     reference: a batched product in which every expert gets exactly its share. ``ratio_balanced`` is
     the ratio to it, the fairer one in bf16 on CPU and where all experts' weights must be streamed.
+    A point of the grid that takes longer than ``most_seconds`` ends with fewer rounds, three at least.
 
     Returns:
         Rows of {implementation, default, tokens, experts, k, dtype, load, pass, ratio, spread,
-        ratio_balanced, ms, floor_ms, temp_mb, dropped, ...}.
+        ratio_balanced, ms, floor_ms, temp_mb, dropped, rounds, ...}.
     """
     ffn = FeedForward(activation=activation, gated=gated)
     rows = []
-    for e, dtype, load, direction in itertools.product(experts, dtypes, loads, passes):
-        progress(f"E={e} {dtype} {load} {direction}")
+    grid = list(itertools.product(experts, dtypes, loads, passes))
+    for at, (e, dtype, load, direction) in enumerate(grid, start=1):
+        told = f"{at} of {len(grid)}: E={e} {dtype} {load} {direction}"
+        progress(f"{told}, compiling")
         routing = sample_routing(tokens=tokens, experts=e, k=k, load=load, mean_k=mean_k)
         load_of = np.asarray(plan_dispatch(to_assignments(routing)).group_sizes)
         about = {
@@ -111,7 +120,8 @@ def bench_layer(
             ffn, params, x, routing,
             k=k, max_rows=max_rows, backward=direction == "bwd",
             peers=peers and load == "uniform" and mean_k is None and max_rows is None,
-            implementations=implementations, rounds=rounds,
+            implementations=implementations, rounds=rounds, most_seconds=most_seconds,
+            after_round=lambda done, told=told: progress(f"{told}, round {done} of {rounds}"),
         )  # fmt: skip
         rows += [{**about, **row} for row in measured]
     return rows
@@ -129,6 +139,8 @@ def _grid_point(
     peers: bool,
     implementations: Sequence[str],
     rounds: int,
+    most_seconds: float | None,
+    after_round: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     tokens, d_model = x.shape
     experts = routing.num_experts
@@ -145,14 +157,13 @@ def _grid_point(
     even = functools.partial(balanced_floor, ffn)
     if backward:
         floor, even = _both(floor), _both(even)
-    floor_jit, even_jit = jax.jit(floor), jax.jit(even)
 
     cases: dict[str, Callable[[], Any]] = {}
     details: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys((default, *implementations)):
         if name == "balanced":
-            cases[name] = functools.partial(even_jit, params, shares)
-            details[name] = {"temp_mb": _mb(temp_bytes(even, params, shares)), "dropped": 0.0}
+            cases[name], size = compile_for(even, params, shares)
+            details[name] = {"temp_mb": _mb(size), "dropped": 0.0}
             continue
         capacity = expert_capacity(tokens, experts, k, 1.25) if name == "capacity" else None
         step = experts_step(
@@ -163,9 +174,9 @@ def _grid_point(
         )
         step = with_gradients(step) if backward else step
         plan = plan_dispatch(to_assignments(routing), capacity=capacity, max_rows=max_rows)
-        cases[name] = functools.partial(jax.jit(step), params, x, routing)
+        cases[name], size = compile_for(step, params, x, routing)
         details[name] = {
-            "temp_mb": _mb(temp_bytes(step, params, x, routing)),
+            "temp_mb": _mb(size),
             "dropped": round(1 - float(plan.group_sizes.sum()) / active, 6),
             "slots_executed": float(choose(plan, name).slots_executed(plan)),
         }
@@ -177,7 +188,10 @@ def _grid_point(
         )  # fmt: skip
         cases |= found
         details |= {name: {"temp_mb": None, "dropped": 0.0, "peer": True} for name in found}
-    timings, floors = interleave(functools.partial(floor_jit, one, rows), cases, rounds=rounds)
+    dense, _ = compile_for(floor, one, rows)
+    timings, floors = interleave(
+        dense, cases, rounds=rounds, most_seconds=most_seconds, after_round=after_round
+    )
     balanced = timings["balanced"].ratio if "balanced" in timings else None
     return [
         {
@@ -188,6 +202,7 @@ def _grid_point(
             "ratio_balanced": None if balanced is None else round(timing.ratio / balanced, 4),
             "ms": round(1e3 * timing.median_seconds, 3),
             "floor_ms": round(1e3 * sorted(floors)[len(floors) // 2], 3),
+            "rounds": len(timing.ratios),
             **details[name],
         }
         for name, timing in timings.items()

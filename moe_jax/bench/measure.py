@@ -8,6 +8,7 @@ is its time over the mean of the floors right before and right after it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -60,7 +61,8 @@ def interleave(
     cases: Mapping[str, Thunk],
     *,
     rounds: int = 10,
-    after_round: Callable[[], None] = lambda: None,
+    most_seconds: float | None = None,
+    after_round: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, Timing], tuple[float, ...]]:
     """Times every case in turns with the floor. Compiles and warms up first.
 
@@ -68,7 +70,9 @@ def interleave(
         floor: what the cases are compared with.
         cases: thunks by name. Their order rotates from round to round.
         rounds: 10 or more for figures that are reported.
-        after_round: called after each round, to show progress.
+        most_seconds: no further round is begun after this long, once three are done; None is no
+            bound. ``len(timing.ratios)`` says how many there were.
+        after_round: called with the number of rounds done, to show progress.
 
     Returns:
         A ``Timing`` a case, and the floor's own seconds.
@@ -80,7 +84,10 @@ def interleave(
     ratios: dict[str, list[float]] = {name: [] for name in cases}
     floors: list[float] = []
     names = list(cases)
+    start = time.perf_counter()
     for i in range(rounds):
+        if most_seconds is not None and i >= 3 and time.perf_counter() - start > most_seconds:
+            break
         turn = names[i % len(names) :] + names[: i % len(names)]
         before = run_once(floor)
         floors.append(before)
@@ -91,15 +98,20 @@ def interleave(
             seconds[name].append(own)
             ratios[name].append(own / (0.5 * (before + after)))
             before = after
-        after_round()
+        after_round(i + 1)
     timings = {n: Timing(seconds=tuple(seconds[n]), ratios=tuple(ratios[n])) for n in names}
     return timings, tuple(floors)
 
 
-def temp_bytes(function: Callable[..., Any], *args: Any) -> int | None:
-    """Peak temporary memory of the compiled function, as XLA states it; None where it does not."""
-    analysis = jax.jit(function).lower(*args).compile().memory_analysis()
-    return None if analysis is None else int(analysis.temp_size_in_bytes)
+def compile_for(function: Callable[..., Any], *args: Any) -> tuple[Thunk, int | None]:
+    """The compiled call on these arguments, and its peak temporary memory in bytes.
+
+    The memory is what XLA states; None where it states none.
+    """
+    compiled = jax.jit(function).lower(*args).compile()
+    analysis = compiled.memory_analysis()
+    size = None if analysis is None else int(analysis.temp_size_in_bytes)
+    return functools.partial(compiled, *args), size
 
 
 def machine() -> dict[str, Any]:
@@ -123,8 +135,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_results(path: Path, *, bench: str, settings: dict[str, Any], rows: list[Any]) -> None:
-    """Writes ``{bench, machine, settings, rows}`` as JSON, making the folder if need be."""
+def write_results(
+    path: Path,
+    *,
+    bench: str,
+    settings: dict[str, Any],
+    rows: list[dict[str, Any]],
+    promised: tuple[str, ...] = (),
+) -> None:
+    """Writes ``{bench, machine, settings, rows}`` as JSON, making the folder if need be.
+
+    With ``promised`` the rows hold exactly those keys, and what else there is goes to ``details``,
+    a list of the same length.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"bench": bench, "machine": machine(), "settings": settings, "rows": rows}
+    content: dict[str, Any] = {"bench": bench, "machine": machine(), "settings": settings}
+    if promised:
+        content["rows"] = [{key: row[key] for key in promised} for row in rows]
+        content["details"] = [{k: v for k, v in r.items() if k not in promised} for r in rows]
+    else:
+        content["rows"] = rows
     path.write_text(json.dumps(content, indent=1) + "\n")

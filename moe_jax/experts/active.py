@@ -2,9 +2,12 @@
 
 With fewer rows than experts the time goes into reading weights. So every kept row is a piece of its
 own in the loop of ``tiered``: the trip count is the number of kept rows, experts without rows are
-never touched, and a product with a single row is a matrix-vector product, which streams the
-weights once where a product with a few rows first repacks them (more than twice as slow on CPU).
-Rows of the same expert follow each other, so its weights are still in the cache.
+never touched, and rows of the same expert follow each other, so its weights are still in the cache.
+
+XLA for CPU hands a product to a library, which wants its operand as an array: an expert's slice of
+the weights is copied first, and reading, writing and reading again takes two to three times as long
+as reading. ``FeedForward`` is therefore run there by ``_stream_row``, in sums that XLA compiles
+together with the slices they read.
 
 The gradient is that of ``tiered``. It is right, but meant for tests: training batches are larger.
 """
@@ -14,17 +17,95 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 
-from moe_jax.experts.base import Implementation
-from moe_jax.experts.feed_forward import ExpertFn
-from moe_jax.experts.tiered import Sizes, run_sizes, slots_executed_with
+from moe_jax.experts.base import Implementation, one_expert
+from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
+from moe_jax.experts.tiered import (
+    Sizes,
+    backward,
+    run_sizes,
+    slots_executed_with,
+    sum_over_slots,
+)
 from moe_jax.types import Array, DispatchPlan, Params
 
 _ONE_ROW = Sizes(bulk=(0,), pieces=(1,))
+_MOST_SLICES = 32  # rows of a matrix that one fused sum reads; more compile longer and gain nothing
+
+
+def _vector_product(kernels: Array, expert: Array, row: Array) -> Array:
+    """``row f32[M] @ kernels[expert]`` as f32[N], ``kernels`` [E, M, N], read in place.
+
+    The matrix is seen as [M / S, S, N]. The sum over S is written out, S slices of the stack of
+    matrices, each used once and so fused into the one loop that adds them up. What is left, 1/S of
+    the matrix, is summed by a product with ones: XLA would merge a plain sum with the first.
+    """
+    _, rows, width = kernels.shape
+    if kernels.dtype in (jnp.bfloat16, jnp.float16):  # cannot be read in place, see ``one_expert``
+        kernels, expert = one_expert(kernels, expert)[None], jnp.zeros_like(expert)
+    s = max(d for d in range(1, _MOST_SLICES + 1) if rows % d == 0)
+    stack = kernels.reshape(-1, rows // s, s, width)
+    factors = row.reshape(rows // s, s)
+    zero = jnp.zeros_like(expert)
+
+    def term(i: int) -> Array:
+        at = (expert, zero, jnp.full_like(expert, i), zero)
+        part = jax.lax.dynamic_slice(stack, at, (1, rows // s, 1, width))[0, :, 0]
+        return part.astype(row.dtype).astype(jnp.float32) * factors[:, i, None].astype(jnp.float32)
+
+    partial = functools.reduce(jnp.add, [term(i) for i in range(s)])
+    return jnp.ones((rows // s,), jnp.float32) @ partial
+
+
+def _stream_row(ffn: FeedForward, params: Params, expert: Array, row: Array) -> Array:
+    """What ``ffn`` makes of one row [D] with the parameters of ``expert``, as it would itself."""
+
+    def project(name: str, row: Array) -> Array:
+        out = _vector_product(params[name], expert, row)
+        bias = params.get(f"{name}_bias")
+        return out if bias is None else out + bias[expert].astype(jnp.float32)
+
+    act = ACTIVATIONS[ffn.activation]
+    hidden = project("up", row)
+    hidden = act(project("gate", row)) * hidden if ffn.gated else act(hidden)
+    return project("down", hidden.astype(row.dtype)).astype(row.dtype)
+
+
+def _outputs(ffn: FeedForward, params: Params, x: Array, plan: DispatchPlan) -> Array:
+    """Every kept assignment's expert output, [num_rows + 1, D] in sorted order."""
+    a = plan.assignments
+
+    def step(i: Array, total: Array) -> Array:
+        n = plan.order[i]
+        made = _stream_row(ffn, params, a.expert_indices[n], x[a.token_indices[n]])
+        return jax.lax.dynamic_update_index_in_dim(total, made, i, axis=0)
+
+    total = jnp.zeros((plan.num_rows + 1, params["down"].shape[2]), x.dtype)
+    return jax.lax.fori_loop(jnp.int32(0), plan.group_sizes.sum(dtype=jnp.int32), step, total)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stream(ffn: FeedForward, params: Params, x: Array, weights: Array, plan: DispatchPlan):
+    return sum_over_slots(plan, _outputs(ffn, params, x, plan), weights)
+
+
+def _fwd(ffn, params, x, weights, plan):
+    outputs = _outputs(ffn, params, x, plan)
+    return sum_over_slots(plan, outputs, weights), (params, x, weights, plan, outputs)
+
+
+def _bwd(ffn, residuals, dy):
+    return backward(ffn, _ONE_ROW, residuals, dy)
+
+
+_stream.defvjp(_fwd, _bwd)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    if isinstance(expert_fn, FeedForward) and jax.default_backend() == "cpu":
+        return _stream(expert_fn, params, x, weights, plan)
     return run_sizes(expert_fn, _ONE_ROW, params, x, weights, plan)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.types import Array, DispatchPlan, Params
@@ -53,3 +54,22 @@ def num_experts_of(params: Params) -> int:
             f"axes {sizes}. Stack the experts' parameters along axis 0."
         )
     return sizes[0]
+
+
+def one_expert(params: Params, expert: Array) -> Params:
+    """The parameters of the expert with index ``expert`` i32[]. For written gradients only.
+
+    XLA for CPU slices no 16-bit floats: it would widen the whole stack of weights to float32 for one
+    expert's sake. So their bits are sliced, and a barrier keeps the reinterpretation, which would be
+    a copy of the whole stack, from being moved out of a loop over experts. No gradient passes.
+    """
+
+    def pick(stack: Array, expert: Array) -> Array:
+        narrow = stack.dtype in (jnp.bfloat16, jnp.float16)
+        if narrow:
+            stack, expert = jax.lax.optimization_barrier((stack, expert))
+        bits = jax.lax.bitcast_convert_type(stack, jnp.uint16) if narrow else stack
+        part = jax.lax.dynamic_index_in_dim(bits, expert, axis=0, keepdims=False)
+        return jax.lax.bitcast_convert_type(part, stack.dtype) if narrow else part
+
+    return jax.tree.map(lambda stack: pick(stack, expert), params)

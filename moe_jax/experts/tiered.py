@@ -30,7 +30,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.base import Implementation, all_experts
+from moe_jax.experts.base import Implementation, all_experts, one_expert
 from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.types import Array, DispatchPlan, Params
 
@@ -157,7 +157,7 @@ def _sort_bulk(plan: DispatchPlan, flat: Array, size: int, length: int) -> Array
     return _zero_unless(here, flat[home])
 
 
-def _sum_over_slots(plan: DispatchPlan, rows: Array, weights: Array | None) -> Array:
+def sum_over_slots(plan: DispatchPlan, rows: Array, weights: Array | None) -> Array:
     """From sorted rows, [length, D], to f32[T, D]: the weighted sum over a token's assignments."""
     a = plan.assignments
     sorted_row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)]
@@ -206,9 +206,7 @@ def _run_layout(
         done = (index - layout.pieces_end[expert] + -(-held // most)) * most
         row = plan.group_offsets[expert] + layout.base + done
         held = held - done
-        one = jax.tree.map(
-            lambda p: jax.lax.dynamic_index_in_dim(p, expert, axis=0, keepdims=False), params
-        )
+        one = one_expert(params, expert)
         rows = _rows(plan, row + slot, slot < held)
         # Only the experts run in branches: what is outside is compiled once, not once a size.
         branches = [functools.partial(piece, size) for size in pieces]
@@ -277,17 +275,18 @@ def run_sizes(
     expert_fn: ExpertFn, sizes: Sizes, params: Params, x: Array, weights: Array, plan: DispatchPlan
 ) -> Array:
     """``run`` with the sizes given."""
-    return _sum_over_slots(plan, _outputs(expert_fn, sizes, params, x, plan), weights)
+    return sum_over_slots(plan, _outputs(expert_fn, sizes, params, x, plan), weights)
 
 
 def _fwd(expert_fn, sizes, params, x, weights, plan):
     outputs = _outputs(expert_fn, sizes, params, x, plan)
     # The outputs are kept because the gradient of the combine weights needs them: without, the
     # backward pass would run the whole forward pass again, not only the hidden layers.
-    return _sum_over_slots(plan, outputs, weights), (params, x, weights, plan, outputs)
+    return sum_over_slots(plan, outputs, weights), (params, x, weights, plan, outputs)
 
 
-def _bwd(expert_fn, sizes, residuals, dy):
+def backward(expert_fn: ExpertFn, sizes: Sizes, residuals, dy: Array):
+    """Gradients of (params, x, weights), and None for the plan, from what ``_fwd`` kept."""
     params, x, weights, plan, outputs = residuals
     a = plan.assignments
     most = sizes.pieces[-1]
@@ -321,7 +320,7 @@ def _bwd(expert_fn, sizes, residuals, dy):
 
     dparams, drows = _run_layout(sizes, plan, params, bulk, gather, piece, put)
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
-    dx = _sum_over_slots(plan, drows, None).astype(x.dtype)
+    dx = sum_over_slots(plan, drows, None).astype(x.dtype)
 
     tokens = a.token_indices[plan.order[: plan.num_rows]]
     sorted_dweights = (outputs[: plan.num_rows].astype(jnp.float32) * dy[tokens]).sum(axis=1)
@@ -330,7 +329,7 @@ def _bwd(expert_fn, sizes, residuals, dy):
     return dparams, dx, dweights, None
 
 
-run_sizes.defvjp(_fwd, _bwd)
+run_sizes.defvjp(_fwd, backward)
 
 
 @functools.partial(jax.jit, static_argnums=0)
