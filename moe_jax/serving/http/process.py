@@ -10,6 +10,7 @@ import structlog
 
 from moe_jax.config import load_config
 from moe_jax.serving.engine import RouterEngine
+from moe_jax.serving.http.logs import configure_logs
 from moe_jax.serving.http.server import Server, bind, serve
 
 _log = structlog.get_logger("moe_jax.server")
@@ -28,6 +29,7 @@ def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: A
         OSError: an address that is taken.
     """
     config = load_config(config_file, **settings)
+    configure_logs(config.log_level)
     host, port = config.serving.host, config.serving.port
     # Taken before minutes are spent on warming up; connections are refused until it listens.
     sock = bind(host, port)

@@ -1,0 +1,145 @@
+"""Who may ask, at each level, and what is checked before a body is read."""
+
+import asyncio
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from moe_jax.serving.errors import ServingError
+from moe_jax.serving.http.app import create_app
+from tests.serving.fuzz import ask
+from tests.serving.served import WIDTH, small_engine, tensor
+
+INFER = "/v2/models/router/infer"
+BODY = json.dumps({"inputs": [tensor(np.ones((1, 2, WIDTH), np.float32))]}).encode()
+
+
+@pytest.fixture(scope="module")
+def strict():
+    with small_engine(security_level="strict", api_keys="alice,bob", admin_key="root") as engine:
+        app = create_app(engine)
+        yield app
+        app.door.close()
+
+
+def asked(app, method, path, body=b"", **headers):
+    named = [(n.replace("_", "-").lower().encode(), v.encode()) for n, v in headers.items()]
+    status, data = asyncio.run(ask(app, (method, path, named, body)))
+    return status, json.loads(data) if data[:1] in (b"{", b"[") else data
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", INFER, {}, 401),
+        ("POST", INFER, {"authorization": "Bearer mallory"}, 401),
+        ("POST", INFER, {"authorization": "Basic alice"}, 401),
+        ("POST", INFER, {"authorization": "Bearer alice"}, 200),
+        ("POST", INFER, {"x_api_key": "bob"}, 200),
+        ("GET", "/v2/models/router", {}, 401),
+        ("GET", "/v2/models/router", {"authorization": "Bearer alice"}, 200),
+        ("GET", "/v2/models/router/routes/0123456789abcdef", {}, 401),
+        ("GET", "/metrics", {}, 401),
+        ("GET", "/metrics", {"authorization": "Bearer alice"}, 401),
+        ("GET", "/metrics", {"authorization": "Bearer root"}, 200),
+        ("POST", "/admin/reload", {"authorization": "Bearer alice"}, 401),
+        ("GET", "/v2/health/live", {}, 200),
+        ("GET", "/ready", {}, 200),
+    ],
+)
+def test_strict_asks_for_keys(strict, method, path, headers, status):
+    body = BODY if path == INFER else b""
+    assert asked(strict, method, path, body, **headers)[0] == status
+
+
+def test_strict_is_terse(strict):
+    status, told = asked(strict, "POST", INFER, b"{}", x_api_key="alice")
+    assert (status, told) == (400, {"error": "malformed request", "code": "malformed"})
+    assert asked(strict, "GET", "/health")[1].keys() == {"status"}
+    assert "configuration" in asked(strict, "GET", "/health", authorization="Bearer root")[1]
+
+
+def test_a_key_is_optional_below_strict_but_a_wrong_one_is_told():
+    with small_engine(api_keys="alice") as engine:
+        app = create_app(engine)
+        assert asked(app, "POST", INFER, BODY)[0] == 200
+        assert asked(app, "POST", INFER, BODY, x_api_key="alice")[0] == 200
+        assert asked(app, "POST", INFER, BODY, x_api_key="mallory")[0] == 401
+        app.door.close()
+
+
+def test_a_client_is_a_known_key_or_an_address_and_never_what_it_claims():
+    with small_engine(api_keys="alice", trusted_proxies="10.0.0.0/8") as engine:
+        door = create_app(engine).door
+        here = door.client(door.address("10.1.1.1", "9.9.9.9, 1.2.3.4"), None)
+        assert here == door.client(door.address("1.2.3.4", "5.6.7.8"), None)
+        assert here != door.client(door.address("1.2.3.5", None), None)
+        assert "alice" not in door.client("1.2.3.4", "alice").id
+        assert door.client("1.2.3.4", "alice") == door.client("4.3.2.1", "alice")
+        assert door.client("2001:db8::1", None) == door.client("2001:db8::2", None)
+        with pytest.raises(ServingError):
+            door.client("1.2.3.4", "mallory")
+        door.close()
+
+
+def test_limits_are_checked_before_the_body_is_read(monkeypatch):
+    with small_engine() as engine:
+        app = create_app(engine)
+
+        def refuse(client, *, tokens=0, requests=1):
+            raise ServingError("rate_limited", "too many requests", retry_after=2.5)
+
+        monkeypatch.setattr(engine, "admit", refuse)
+
+        async def receive():
+            raise AssertionError("the body was read")
+
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http", "method": "POST", "path": INFER, "query_string": b"",
+            "headers": [(b"content-length", b"10")], "client": ("127.0.0.1", 1),
+        }  # fmt: skip
+        asyncio.run(app(scope, receive, send))
+        app.door.close()
+    assert sent[0]["status"] == 429
+    assert (b"retry-after", b"3") in sent[0]["headers"]
+
+
+def test_a_fault_of_ours_is_a_500_that_says_nothing_of_it(monkeypatch):
+    with small_engine() as engine:
+        app = create_app(engine)
+
+        def broken(*args, **options):
+            raise RuntimeError("secret detail")
+
+        monkeypatch.setattr(engine, "infer", broken)
+        status, told = asked(app, "POST", INFER, BODY)
+        app.door.close()
+    assert (status, told["code"]) == (500, "internal")
+    assert "secret" not in told["error"]
+
+
+def test_more_requests_than_may_wait_are_told_to_come_back():
+    with small_engine(max_inflight=1, max_queue=1) as engine:
+        app = create_app(engine)
+        door = app.door
+        assert door.capacity == 2
+        block = threading.Event()
+
+        async def crowd():
+            tasks = [asyncio.create_task(door.work(block.wait)) for _ in range(2)]
+            await asyncio.sleep(0)
+            status, data = await ask(app, ("POST", INFER, [], BODY))
+            block.set()
+            await asyncio.gather(*tasks)
+            return status, json.loads(data)["code"]
+
+        assert asyncio.run(crowd()) == (503, "queue_full")
+        assert asked(app, "POST", INFER, BODY)[0] == 200
+        door.close()
