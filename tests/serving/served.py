@@ -16,12 +16,18 @@ from moe_jax.serving.http.server import Server, bind
 
 WIDTH = 16
 SMALL: dict[str, Any] = dict(
-    input_dim=WIDTH, buckets="8,64", serve_moe="on", security_level="minimal", drain_seconds=0.0
+    input_dim=WIDTH,
+    buckets="8,64",
+    serve_moe="on",
+    security_level="minimal",
+    drain_seconds=0.0,
+    log_level="CRITICAL",
+    max_inflight=2,
 )
 
 
-def small_engine(**settings: Any) -> RouterEngine:
-    return RouterEngine(load_config(env={}, **{**SMALL, **settings}))
+def small_engine(logger: Any = None, **settings: Any) -> RouterEngine:
+    return RouterEngine(load_config(env={}, **{**SMALL, **settings}), logger=logger)
 
 
 class Served:

@@ -70,20 +70,6 @@ def test_a_key_is_optional_below_strict_but_a_wrong_one_is_told():
         app.door.close()
 
 
-def test_a_client_is_a_known_key_or_an_address_and_never_what_it_claims():
-    with small_engine(api_keys="alice", trusted_proxies="10.0.0.0/8") as engine:
-        door = create_app(engine).door
-        here = door.client(door.address("10.1.1.1", "9.9.9.9, 1.2.3.4"), None)
-        assert here == door.client(door.address("1.2.3.4", "5.6.7.8"), None)
-        assert here != door.client(door.address("1.2.3.5", None), None)
-        assert "alice" not in door.client("1.2.3.4", "alice").id
-        assert door.client("1.2.3.4", "alice") == door.client("4.3.2.1", "alice")
-        assert door.client("2001:db8::1", None) == door.client("2001:db8::2", None)
-        with pytest.raises(ServingError):
-            door.client("1.2.3.4", "mallory")
-        door.close()
-
-
 def test_limits_are_checked_before_the_body_is_read(monkeypatch):
     with small_engine() as engine:
         app = create_app(engine)

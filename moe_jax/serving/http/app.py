@@ -174,12 +174,11 @@ async def reload(request: Request) -> Response:
         exchange.body_complete = True
         asked = parse_object(data, "the body") if len(data) else {}
         del data
-    checkpoint = asked.get("checkpoint") or door.engine.config.serving.checkpoint
-    if not isinstance(checkpoint, str) or set(asked) - {"checkpoint"}:
+    checkpoint = asked.get("checkpoint")
+    if not isinstance(checkpoint, str | None) or set(asked) - {"checkpoint"}:
         raise malformed('the body: expected {"checkpoint": "FOLDER"}, or nothing.')
     try:
-        swap = door.engine.reload  # pyright: ignore[reportAttributeAccessIssue]
-        told = await door.aside(swap, checkpoint)
+        told = await door.aside(door.engine.reload, checkpoint or None)
     except (CheckpointError, OSError, ValueError) as error:
         raise ServingError("invalid_values", f"not reloaded, the old one serves on: {error}") \
             from None  # fmt: skip

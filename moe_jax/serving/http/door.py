@@ -9,16 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from moe_jax.serving.engine import Client, RouterEngine
+from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.body import Buffers
-from moe_jax.serving.http.identity import (
-    client_network,
-    key_id,
-    matching_key,
-    networks,
-    peer_address,
-)
 from moe_jax.serving.http.protocol import HEADER_LIMIT, JSON_LIMIT, ModelSpec, TensorSpec
 
 T = TypeVar("T")
@@ -40,6 +33,7 @@ _TERSE = {
     "circuit_open": "unavailable",
     "draining": "unavailable",
     "warming": "unavailable",
+    "device_error": "unavailable",
     "deadline_exceeded": "deadline exceeded",
 }
 
@@ -64,11 +58,6 @@ class Door:
         serving, security = engine.config.serving, engine.config.security
         self.engine = engine
         self.level = engine.level
-        self.keys = serving.api_key_list
-        self.admin_key = serving.admin_key
-        self.trusted = networks(
-            [w.strip() for w in serving.trusted_proxies.split(",") if w.strip()]
-        )
         # Four bytes an element, as FP32, and the JSON beside them.
         self.body_limit = max(
             JSON_LIMIT, min(4 * security.max_tensor_size + HEADER_LIMIT, _BUFFER_LIMIT // 2)
@@ -76,6 +65,7 @@ class Door:
         self.buffers = Buffers(_BUFFER_LIMIT)
         self.capacity = min(serving.max_inflight + serving.max_queue, _MOST_THREADS)
         self.pending = 0
+        self.draining = False
         self._workers = ThreadPoolExecutor(self.capacity, thread_name_prefix="moe-infer")
         # Probes and metrics never wait behind inference.
         self._side = ThreadPoolExecutor(2, thread_name_prefix="moe-side")
@@ -87,51 +77,20 @@ class Door:
 
     # --- who asks ---
 
-    def address(self, peer: str | None, forwarded_for: str | None) -> str:
-        """Address of the client itself, behind proxies that are trusted."""
-        return peer_address(peer, forwarded_for, self.trusted)
-
-    def client(self, address: str, key: str | None) -> Client:
-        """Who asks: the holder of a known key, else an address.
-
-        A key that nobody was given names nobody: else a client could be a new one at every request.
-
-        Raises:
-            ServingError: ``unauthorized`` for a wrong key, and for none where one is required.
-        """
-        by_address = Client(id="ip:" + client_network(address))
-        if key is not None and self.keys:
-            found = matching_key(key, self.keys)
-            if found is not None:
-                return Client(id=key_id(found))
-            if self.admin_key and matching_key(key, [self.admin_key]):
-                return Client(id=key_id(self.admin_key))
-            self.engine.violation(by_address, "unauthorized")
-            raise ServingError("unauthorized", "the API key: expected a known one, got another.")
-        if self.level.api_key_required:
-            raise ServingError(
-                "unauthorized",
-                "expected an API key in Authorization: Bearer or X-API-Key, got none."
-                if self.keys
-                else "this service is strict and has no API keys: its operator sets MOE_API_KEYS.",
-            )
-        return by_address
-
-    def require_admin(self, address: str, key: str | None) -> None:
+    def require_admin(self, peer: str | None, key: str | None) -> None:
         """Raises ``unauthorized`` unless the admin key was given.
 
         Without an admin key, and not under strict, requests from the machine itself are trusted.
         """
-        if self.admin_key:
-            if key is not None and matching_key(key, [self.admin_key]):
-                return
-            self.engine.violation(Client(id="ip:" + client_network(address)), "unauthorized")
-            raise ServingError("unauthorized", "expected the admin key as a bearer token.")
-        if self.level.api_key_required or address not in ("127.0.0.1", "::1"):
-            raise ServingError(
-                "unauthorized",
-                "this service has no admin key: its operator sets MOE_ADMIN_KEY.",
-            )
+        if self.engine.is_admin(key):
+            return
+        if self.engine.config.serving.admin_key:
+            told = "expected the admin key as a bearer token."
+        elif self.level.api_key_required or peer not in ("127.0.0.1", "::1"):
+            told = "this service has no admin key: its operator sets MOE_ADMIN_KEY."
+        else:
+            return
+        raise ServingError("unauthorized", told)
 
     # --- who answers ---
 

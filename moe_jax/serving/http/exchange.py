@@ -20,7 +20,6 @@ from moe_jax.serving.http.identity import presented_key, request_id, trace_of
 Parts = Sequence[bytes | memoryview]
 Pairs = list[tuple[bytes, bytes]]
 
-_log = structlog.get_logger("moe_jax.http")
 # What Prometheus and Kubernetes ask every few seconds is no news.
 _QUIET = frozenset(
     {"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready", "/status.json"}
@@ -34,7 +33,7 @@ class Exchange:
     """One request as endpoints see it, at ``scope["exchange"]``."""
 
     __slots__ = (
-        "_client", "address", "body_complete", "door", "headers", "key", "path", "query",
+        "_client", "body_complete", "counted", "door", "headers", "key", "path", "peer", "query",
         "request_id", "started", "status",
     )  # fmt: skip
 
@@ -47,7 +46,8 @@ class Exchange:
         query = scope.get("query_string", b"")
         self.query = dict(parse_qsl(query.decode("latin-1"))) if query else {}
         peer = scope.get("client")
-        self.address = door.address(peer[0] if peer else None, self.headers.get("x-forwarded-for"))
+        self.peer = peer[0] if peer else "unknown"
+        self.counted = False
         self.key = presented_key(self.headers.get("authorization"), self.headers.get("x-api-key"))
         self.request_id = request_id(self.headers.get("x-request-id"))
         self.body_complete = scope["method"] in ("GET", "HEAD")
@@ -57,12 +57,19 @@ class Exchange:
     def client(self) -> Client:
         """Who asks. Raises ``unauthorized``."""
         if self._client is None:
-            self._client = self.door.client(self.address, self.key)
+            self._client = self.door.engine.identify(
+                api_key=self.key, peer=self.peer, forwarded_for=self.headers.get("x-forwarded-for")
+            )
         return self._client
+
+    @property
+    def client_id(self) -> str:
+        """For the log: a hash of the key or an address, once it is known who asks."""
+        return self.peer if self._client is None else self._client.id
 
     def require_admin(self) -> None:
         """Raises ``unauthorized`` unless the operator asks."""
-        self.door.require_admin(self.address, self.key)
+        self.door.require_admin(self.peer, self.key)
 
     async def send_parts(
         self,
@@ -138,6 +145,7 @@ class Envelope:
                 return
             await send({"type": "websocket.close", "code": 1003})
             return
+        log = self.door.engine.log
         exchange = Exchange(self.door, scope)
         scope["exchange"] = exchange
         scope["app"] = self  # by which Starlette's router knows that its errors are handled
@@ -146,6 +154,9 @@ class Envelope:
             (b"x-content-type-options", b"nosniff"),
             (b"cache-control", b"no-store"),
         ]
+        if self.door.draining:
+            # Clients with a pool of connections open the next one elsewhere.
+            own.append((b"connection", b"close"))
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -176,20 +187,20 @@ class Envelope:
                 code = "disconnected"
             except Exception:
                 code = "internal"
-                _log.exception("failed", path=exchange.path[:200])
+                log.exception("failed", path=exchange.path[:200])
                 if exchange.status:
                     raise
                 wrong = ServingError(
                     "internal", "an internal error, which is in the service's log."
                 )
                 await exchange.send_error(answer, wrong)
-            level = _log.debug if exchange.path in _QUIET else _log.info
+            level = log.debug if exchange.path in _QUIET else log.info
             level(
                 "request",
                 method=scope["method"],
                 path=exchange.path[:200],
                 status=exchange.status,
                 code=code,
-                client=exchange.address,
+                client=exchange.client_id,
                 ms=round(1e3 * (time.monotonic() - exchange.started), 2),
             )

@@ -14,7 +14,6 @@ from urllib.parse import unquote
 
 import grpc
 import numpy as np
-import structlog
 from google.protobuf.message import DecodeError
 
 import moe_jax
@@ -37,7 +36,6 @@ from moe_jax.serving.http.protocol import (
 )
 from moe_jax.serving.http.strict_json import malformed, shown
 
-_log = structlog.get_logger("moe_jax.grpc")
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -116,6 +114,7 @@ class GrpcServer:
                 caller = _Caller(self.door, context, started)
                 if name in _LIMITED:
                     self.door.engine.admit(caller.client())
+                    caller.refuses = True
                 request = MESSAGES[f"{name}Request"].FromString(data)
                 return method(caller, request)
             except DecodeError:
@@ -123,10 +122,10 @@ class GrpcServer:
             except ServingError as raised:
                 error = raised
             except Exception:
-                _log.exception("failed", method=name)
+                self.door.engine.log.exception("failed", method=name)
                 error = ServingError("internal", "an internal error, which is in the log.")
             code = error.code
-            if error.code in ("malformed", "too_large") and caller is not None:
+            if caller is not None and caller.refuses:
                 self.door.engine.violation(caller.client(), error.code)
             trailing = [("moe-code", code)]
             if (seconds := retry_after(error)) is not None:
@@ -149,21 +148,24 @@ class _Caller:
         self.door, self.context, self.started = door, context, started
         metadata = {k: v for k, v in context.invocation_metadata() if isinstance(v, str)}
         self.request_id = request_id(metadata.get("x-request-id"))
-        self.address = door.address(_peer(context.peer()), metadata.get("x-forwarded-for"))
+        self.forwarded_for = metadata.get("x-forwarded-for")
+        self.refuses = False  # whether a refusal would be this transport's, and not the engine's
         self.key = presented_key(metadata.get("authorization"), metadata.get("x-api-key"))
         self._client: Client | None = None
 
     def client(self) -> Client:
         if self._client is None:
-            self._client = self.door.client(self.address, self.key)
+            self._client = self.door.engine.identify(
+                api_key=self.key, peer=_peer(self.context.peer()), forwarded_for=self.forwarded_for
+            )
         return self._client
 
 
-def _peer(text: str) -> str | None:
+def _peer(text: str) -> str:
     """The address in ``ipv4:127.0.0.1:4242`` or ``ipv6:%5B::1%5D:4242``."""
     family, _, rest = unquote(text).partition(":")
     if family not in ("ipv4", "ipv6"):
-        return None
+        return "unknown"
     return rest.rpartition(":")[0].strip("[]")
 
 
@@ -216,6 +218,7 @@ def _model_infer(caller: _Caller, request: Any) -> Any:
         outputs=_outputs(request, spec),
         timeout_seconds=_timeout(caller, parameters),
     )
+    caller.refuses = False
     result = run(caller.door, caller.client(), spec, asked, caller.request_id, caller.started)
     answer = MESSAGES["ModelInferResponse"](
         model_name=spec.name, model_version=str(result.info["model_version"]), id=request.id

@@ -37,7 +37,6 @@ from moe_jax.serving.http.strict_json import malformed, shown
 
 _MEDIA_TYPES = ("application/json", "application/octet-stream")
 _LENGTH = "inference-header-content-length"
-_MALFORMED = frozenset({"malformed", "too_large", "unsupported_media_type", "request_timeout"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
             answer = await door.work(_answer, exchange, client, spec, data, encoding)
             del data
     except ServingError as error:
-        if error.code in _MALFORMED:
+        if not exchange.counted:
             door.engine.violation(client, error.code)
         raise
     told: list[tuple[bytes, bytes]] = [(b"vary", b"accept-encoding")]
@@ -101,7 +100,9 @@ def _answer(
     if encoding is not None:
         data = memoryview(decompress(data, encoding, door.body_limit))
     request = decode_request(data, header_length(headers.get(_LENGTH), len(data)), spec)
+    exchange.counted = True  # the engine counts its own refusals
     result = run(door, client, spec, request, exchange.request_id, exchange.started)
+    exchange.counted = False
     parts, length = encode_response(
         spec, str(result.info["model_version"]), request, result.arrays, facts(result.info)
     )

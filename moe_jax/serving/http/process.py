@@ -6,14 +6,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from moe_jax.config import load_config
 from moe_jax.serving.engine import RouterEngine
-from moe_jax.serving.http.logs import configure_logs
 from moe_jax.serving.http.server import Server, bind, serve
-
-_log = structlog.get_logger("moe_jax.server")
 
 
 def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: Any) -> None:
@@ -27,13 +22,13 @@ def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: A
     Raises:
         ConfigError: a setting that is wrong.
         OSError: an address that is taken.
+        ValueError: weights that cannot be served.
     """
     config = load_config(config_file, **settings)
-    configure_logs(config.log_level)
     host, port = config.serving.host, config.serving.port
     # Taken before minutes are spent on warming up; connections are refused until it listens.
     sock = bind(host, port)
-    with RouterEngine(config) as engine:
+    with RouterEngine(config, background=True) as engine:
         server = Server(engine)
         stopped: list[threading.Event] = []
         if grpc_port is not None:
@@ -43,7 +38,9 @@ def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: A
             grpc.start()
             seconds = config.serving.request_timeout_seconds
             server.on_stop = lambda: stopped.append(grpc.stop(seconds))
-            _log.info("listening", host=host, port=grpc.port, protocol="grpc")
+            engine.log.info("listening", host=host, port=grpc.port, protocol="grpc")
         serve(server, sock)
         for event in stopped:
             event.wait()
+        if engine.load_error is not None:
+            raise ValueError(engine.load_error)

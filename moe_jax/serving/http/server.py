@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -10,14 +11,12 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-import structlog
 import uvicorn
 
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.http.app import create_app
 from moe_jax.serving.http.connection import BoundedProtocol
 
-_log = structlog.get_logger("moe_jax.server")
 _BACKLOG = 2048
 # Longer than the usual 60 s of load balancers: the side that closes an idle connection first should
 # be the one that would open the next.
@@ -98,8 +97,10 @@ class Server(uvicorn.Server):
         if self._signals and self._drain_until is None:
             seconds = self.engine.config.serving.drain_seconds
             self._drain_until = time.monotonic() + seconds
+            self.door.draining = True
             self.engine.begin_drain()
-            _log.info("draining", seconds=seconds)
+        if self.engine.load_error is not None:
+            self.should_exit = True  # it would never be ready; the process says why and ends
         if self._drain_until is not None and (
             self._signals > 1 or time.monotonic() >= self._drain_until
         ):
@@ -107,13 +108,9 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _reload(self) -> None:
-        checkpoint = self.engine.config.serving.checkpoint
-        try:
-            swap = self.engine.reload  # pyright: ignore[reportAttributeAccessIssue]
-            told = await asyncio.to_thread(swap, checkpoint)
-            _log.info("reloaded", model_version=told.get("model_version"))
-        except Exception as error:  # whatever it was, the old checkpoint serves on
-            _log.error("reload refused", error=str(error))
+        # Whatever goes wrong, the engine has logged it and the old checkpoint serves on.
+        with contextlib.suppress(Exception):
+            await self.door.aside(self.engine.reload)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.on_stop()
@@ -130,6 +127,5 @@ def serve(server: Server, sock: socket.socket) -> None:
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, server.ask_to_reload)
     host, port = sock.getsockname()[:2]
-    _log.info("listening", host=host, port=port, protocol="http")
+    server.engine.log.info("listening", host=host, port=port, protocol="http")
     server.run(sockets=[sock])
-    _log.info("stopped")
