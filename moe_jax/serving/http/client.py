@@ -30,7 +30,7 @@ class Refused(Exception):
         self.status, self.code = status, code
 
 
-class Unreachable(OSError):
+class Unreachable(ValueError):
     """Nothing that speaks HTTP answers there."""
 
 

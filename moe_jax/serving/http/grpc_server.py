@@ -68,7 +68,7 @@ class GrpcServer:
         port: the port in use.
 
     Raises:
-        OSError: nothing can listen there.
+        ValueError: nothing can listen there.
     """
 
     def __init__(self, door: Door, address: str) -> None:
@@ -94,7 +94,7 @@ class GrpcServer:
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise OSError(f"{address}: gRPC cannot listen there. Give another --grpc-port.") \
+            raise ValueError(f"{address}: gRPC cannot listen there. Give another --grpc-port.") \
                 from error  # fmt: skip
 
     def start(self) -> None:

@@ -10,6 +10,20 @@ from moe_jax.config import load_config
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.http.server import Server, bind, serve
 
+_MOST_FILES = 65_536
+
+
+def _allow_many_connections() -> None:
+    """Each connection is an open file, and the usual soft limit is 1,024 of them."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
 
 def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: Any) -> None:
     """Serves until a signal. Blocks; call it on the main thread.
@@ -21,10 +35,10 @@ def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: A
 
     Raises:
         ConfigError: a setting that is wrong.
-        OSError: an address that is taken.
-        ValueError: weights that cannot be served.
+        ValueError: an address that is taken, or weights that cannot be served.
     """
     config = load_config(config_file, **settings)
+    _allow_many_connections()
     host, port = config.serving.host, config.serving.port
     # Taken before minutes are spent on warming up; connections are refused until it listens.
     sock = bind(host, port)

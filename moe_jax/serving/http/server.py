@@ -25,7 +25,7 @@ _GRACE_SECONDS = 5.0
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the address and does not listen yet. Raises OSError that says which."""
+    """A socket that holds the address and does not listen yet. Raises ValueError that says which."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -33,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
-        raise OSError(
+        raise ValueError(
             f"{host}:{port}: expected an address to listen on, got {error.strerror or error}. "
             "Stop what listens there, or give another --host or --port."
         ) from error

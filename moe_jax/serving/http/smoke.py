@@ -66,11 +66,13 @@ def _routes(service: Service) -> str:
     arrays, facts = service.infer("router", {"hidden_states": x})
     milliseconds = 1e3 * (time.perf_counter() - started)
     counts, indices = arrays["num_experts_per_token"], arrays["expert_indices"]
-    sums = arrays["expert_weights"].sum(axis=-1)
+    weights = arrays["expert_weights"]
     _hold(counts.shape == (2, 8), f"expected counts [2, 8], got {list(counts.shape)}")
     _hold(((indices >= 0).sum(axis=-1) == counts).all(), "indices and counts differ")
     _hold(((indices >= -1) & (indices < experts)).all(), "indices out of range")
-    _hold(np.allclose(sums[counts > 0], 1.0, atol=1e-4), "weights do not add up to 1")
+    # Their sum is the rule's affair: not every rule renormalises.
+    _hold(np.isfinite(weights).all() and (weights >= 0).all(), "weights not finite or negative")
+    _hold((weights[indices < 0] == 0).all(), "weights where there is no expert")
     kind = " (degraded)" if facts.get("degraded") else ""
     return f"16 tokens, {counts.mean():.2f} experts each, {milliseconds:.1f} ms{kind}"
 
