@@ -6,10 +6,11 @@ JOBS ?= 2
 TESTS ?= tests moe_jax
 NEWER ?= $(shell .ci/newer-python)
 
-.PHONY: help demo demo-quick test lint format check test-newer clean
+.PHONY: help demo demo-quick test lint format check test-newer clean \
+  verify-image verify-monitoring verify-rollout
 
 help:  ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
@@ -47,6 +48,15 @@ check: lint test  ## everything that CI runs
 test-newer:  ## the tests on the newest Python here, or on NEWER=/path/to/python3.13
 	@test -n "$(NEWER)" || { echo "no Python newer than 3.11 found, say which: make test-newer NEWER=/path/to/python3.13"; exit 2; }
 	$(MAKE) test PYTHON=$(NEWER) VENV=.venv-newer TESTS="$(TESTS)"
+
+verify-image: $(VENV)/.installed-dev  ## build and run the image without Docker (root; installs buildah, runc, debootstrap)
+	$(BIN)/python -m deploy.verify.image
+
+verify-monitoring: $(VENV)/.installed-dev  ## a real Prometheus: every query has data, every alert fires and clears
+	$(BIN)/python -m deploy.verify.monitoring
+
+verify-rollout: $(VENV)/.installed-dev  ## two instances behind HAProxy with Redis: limits, blue-green, rollback under load
+	$(BIN)/python -m deploy.verify.rollout
 
 clean:  ## remove environments, caches and runs
 	rm -rf .venv .venv-newer .jax_cache .pytest_cache .ruff_cache .hypothesis runs build dist *.egg-info

@@ -188,8 +188,13 @@ class Container:
                 return int((at / "memory.max").read_text()), int((at / "memory.peak").read_text())
         return 0, 0
 
-    def terminate(self) -> None:
-        run(*self._runc, "kill", self.name, "TERM")
+    def terminate(self) -> bool:
+        """Sends SIGTERM; False where there is nothing to send it to."""
+        try:
+            run(*self._runc, "kill", self.name, "TERM")
+        except DidNotRun:
+            return False
+        return True
 
     def remove(self) -> None:
         with contextlib.suppress(DidNotRun, subprocess.TimeoutExpired):
@@ -204,8 +209,7 @@ class Container:
 SPEC = """{
   "ociVersion": "1.0.2",
   "process": {
-    "terminal": false, "user": {"uid": 10001, "gid": 10001}, "noNewPrivileges": true,
-    "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 65536, "soft": 65536}]
+    "terminal": false, "user": {"uid": 10001, "gid": 10001}, "noNewPrivileges": true
   },
   "mounts": [
     {"destination": "/proc", "type": "proc", "source": "proc"},
@@ -301,7 +305,9 @@ def check_drain(container: Container, report: Report) -> None:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     time.sleep(0.5)
-    container.terminate()
+    if not report.hold(container.terminate(), "SIGTERM reaches it"):
+        stop.set()
+        return
     drained = until(lambda: get(f"{url}/ready")[0] == 503, 3, every=0.05)
     served = get(f"{url}/v2/models/router")[0]
     stop.set()
