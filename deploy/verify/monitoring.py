@@ -2,7 +2,7 @@
 
 Every query of the dashboard and every recording rule must return data, every name that anything asks
 for must be in a live /metrics, and every alert is driven to fire and to clear by what it is about: slow
-and oversized requests, slow work that opens the circuit, tokens that all look the same, an instance that
+and oversized requests, slow work that opens the circuit, tokens that all look alike, an instance that
 is killed. Windows and ``for`` are divided by ``--scale`` (60: an hour is a minute); thresholds
 stay as they are. What fires reaches a real Alertmanager and its webhook.
 
