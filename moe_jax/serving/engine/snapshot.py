@@ -172,8 +172,10 @@ def _seeded(config: Config) -> Weights:
     """Weights from a seed, their budget calibrated on seeded normal data.
 
     Without a calibration a raw score would not spread over [0, 1], and "dynamic" would be a fixed k.
+    Weights are the softmax over the experts a token uses, as the guide has it; a checkpoint's rule
+    keeps the weights that it was trained with.
     """
-    router = build_router(config)
+    router = _summing_to_one(build_router(config))
     _check_servable(router)
     width = config.router_config.input_dim
     keys = jax.random.split(jax.random.key(config.serving.seed), 3)
@@ -198,6 +200,15 @@ def _seeded(config: Config) -> Weights:
         router=router, params=params, state=state, experts=experts, layer=layer,
         trained=False, source=f"untrained, seed {config.serving.seed}",
     )  # fmt: skip
+
+
+def _summing_to_one(router: Router) -> Router:
+    """The rule with a token's weights divided by their sum; with softmax scores that is the softmax
+    over the selected. Only for serving: training would starve it (``warn_starved_router``)."""
+    scoring = getattr(router, "scoring", None)
+    if scoring is None or scoring.renormalizes:
+        return router
+    return dataclasses.replace(router, scoring=dataclasses.replace(scoring, norm="sum"))  # type: ignore[type-var]
 
 
 def _from_checkpoint(config: Config, folder: str) -> Weights:
