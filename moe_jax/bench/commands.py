@@ -319,3 +319,31 @@ def batch(
         f"{advice['to']}[/bold] ({advice['latency_ms']:.1f} ms, "
         f"{advice['tokens_per_second']:,} tokens/s at {advice['from']})."
     )
+
+
+@app.command()
+def serve(
+    batch: int = 4,
+    sequence: int = 128,
+    d_model: int = 768,
+    experts: int = 8,
+    max_k: int = 4,
+    clients: Annotated[str, typer.Option(help="At once, e.g. 1,8.")] = "1,8",
+    seconds: Annotated[float, typer.Option(min=0.01, help="Of load a case and round.")] = 0.4,
+    rounds: Rounds = 5,
+    json: Json = None,
+) -> None:
+    """The service over HTTP against a bare echo of the same body plus the bare route."""
+    from moe_jax.bench.http import bench_http
+
+    settings: dict[str, Any] = dict(
+        shape=(batch, sequence, d_model), experts=experts, max_k=max_k,
+        clients=_numbers(clients, "--clients"), seconds=seconds, rounds=rounds,
+    )  # fmt: skip
+    with _progress() as progress:
+        rows = bench_http(**settings, progress=progress)
+    columns = [
+        "case", "clients", "ratio", "ratio_sink", "times_json", "ms", "requests_per_second",
+        "echo_ms", "sink_ms", "route_ms",
+    ]  # fmt: skip
+    _finish("serve", rows, columns, settings, json)

@@ -27,7 +27,8 @@ _GRACE_SECONDS = 5.0
 def bind(host: str, port: int) -> socket.socket:
     """A socket that holds the address and does not listen yet. Raises ValueError that says which."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named: asyncio turns off Nagle's delay, 40 ms an answer, for TCP sockets only.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, port))
