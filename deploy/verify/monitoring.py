@@ -265,11 +265,11 @@ def drive_alerts(
         seconds=240,
     )  # fmt: skip
 
-    # Far more at once than the one worker of the first instance does in half a second.
-    queued = rng.standard_normal((16, 1024, WIDTH), dtype=np.float32)
+    # Requests of 32 MiB, one after another on the one worker of the first instance; all others wait.
+    heavy = rng.standard_normal((128, 1024, WIDTH), dtype=np.float32)
     drill(
         {"MoeHighLatency"},
-        lambda done: burst(first, queued, requests=8000, threads=48, until=done),
+        lambda done: burst(first, heavy, requests=1000, threads=5, until=done),
         mix(),
     )  # fmt: skip
 

@@ -1,0 +1,39 @@
+"""The guide's advice as presets (Q02–Q05, K08): in code, in configs/, and the same in both."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_jax.config import PRESETS, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_every_preset_has_a_file_and_every_file_a_preset():
+    files = {file.stem: load_config(file, env={}) for file in CONFIGS.glob("*.json")}
+    assert files == dict(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "most"),
+    [
+        ("high_accuracy", range(12, 17), range(4, 7)),
+        ("low_latency", range(6, 9), range(2, 4)),
+        ("balanced", range(8, 9), range(3, 4)),
+    ],
+)
+def test_experts_are_within_the_guides_ranges(name, experts, most):
+    router = PRESETS[name].router_config
+    assert router.num_experts in experts
+    assert router.max_experts in most
+    assert 1 <= router.min_experts <= router.max_experts
+
+
+@pytest.mark.parametrize(
+    ("name", "enabled", "size"),
+    [("production", True, 10_000), ("training", False, 10_000), ("mixed", True, 5_000)],
+)
+def test_caches_are_the_guides(name, enabled, size):
+    performance = PRESETS[name].performance
+    assert performance.enable_caching is enabled
+    assert performance.cache_size == size
