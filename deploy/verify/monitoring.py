@@ -246,6 +246,15 @@ def drive_alerts(
         mix(repeated=0.0, ports=(first,)), mix(repeated=0.8, ports=(first, second)),
     )  # fmt: skip
 
+    # Requests of 128 MiB each on the one worker of the first instance; all others wait behind them.
+    huge = rng.standard_normal((512, 1024, WIDTH), dtype=np.float32)
+    drill(
+        {"MoeMemorySpike", "MoeHighLatency"},
+        lambda done: burst(first, huge, requests=400, threads=3, until=done),
+        mix(),
+    )  # fmt: skip
+    del huge
+
     # Work that takes longer than the second instance's breaker calls slow: it opens, and until its
     # probe succeeds requests are refused.
     large = rng.standard_normal((64, 1024, WIDTH), dtype=np.float32)
@@ -263,22 +272,6 @@ def drive_alerts(
         lambda done: burst(first, same, requests=400, threads=1, until=done),
         lambda done: burst(first, varied, requests=2000, threads=1, until=done),
         seconds=240,
-    )  # fmt: skip
-
-    # Requests of 32 MiB, one after another on the one worker of the first instance; all others wait.
-    heavy = rng.standard_normal((128, 1024, WIDTH), dtype=np.float32)
-    drill(
-        {"MoeHighLatency"},
-        lambda done: burst(first, heavy, requests=1000, threads=5, until=done),
-        mix(),
-    )  # fmt: skip
-
-    # Requests of 128 MiB each.
-    huge = rng.standard_normal((512, 1024, WIDTH), dtype=np.float32)
-    drill(
-        {"MoeMemorySpike"},
-        lambda done: burst(first, huge, requests=400, threads=3, until=done),
-        mix(),
     )  # fmt: skip
 
     def kill_one(done: Callable[[], bool]) -> None:
