@@ -209,6 +209,76 @@ def plan_dispatch(
     )  # fmt: skip
 
 
+def plan_in_groups(
+    assignments: Assignments,
+    groups: int,
+    *,
+    capacity: int | None = None,
+    max_rows: int | None = None,
+    priority: str = "score",
+) -> DispatchPlan:
+    """``plan_dispatch`` with both bounds held in every group of T / groups consecutive tokens.
+
+    This is what so many devices drop when each plans for its own tokens, without asking the others.
+    On one device it gives their answer, so it is the reference for ``moe_jax.sharding``.
+
+    Args:
+        assignments: of token choice, N assignments.
+        groups: must divide T.
+        capacity: most rows of one expert from one group; None for no bound.
+        max_rows: most rows of one group; None for no bound.
+        priority: as in ``plan_dispatch``.
+
+    Raises:
+        ValueError: ``groups`` does not divide T, expert choice, or what ``plan_dispatch`` refuses.
+
+    Example:
+        >>> a = Assignments(
+        ...     token_indices=jnp.arange(4), expert_indices=jnp.array([0, 0, 0, 1]),
+        ...     weights=jnp.ones(4), valid=jnp.ones(4, bool),
+        ...     num_tokens=4, num_experts=2, slots_per_token=1)
+        >>> plan_in_groups(a, 2, capacity=1).kept.tolist()
+        [True, False, True, True]
+    """
+    tokens, slots, experts = (
+        assignments.num_tokens, assignments.slots_per_token, assignments.num_experts,
+    )  # fmt: skip
+    if groups < 1 or tokens % groups or not slots:
+        raise ValueError(
+            f"groups: expected token choice and a divisor of T={tokens}, got groups={groups}, "
+            f"slots_per_token={slots}. Pad the batch, or use groups=1."
+        )
+    if groups == 1 or (capacity is None and max_rows is None):
+        return plan_dispatch(assignments, capacity=capacity, max_rows=max_rows, priority=priority)
+    each = tokens // groups
+
+    def kept_of(group: Assignments) -> Array:
+        return plan_dispatch(group, capacity=capacity, max_rows=max_rows, priority=priority).kept
+
+    token = jnp.tile(jnp.arange(each * slots, dtype=jnp.int32) // slots, groups)
+    split = Assignments(
+        token_indices=token.reshape(groups, -1),
+        expert_indices=assignments.expert_indices.reshape(groups, -1),
+        weights=assignments.weights.reshape(groups, -1),
+        valid=assignments.valid.reshape(groups, -1),
+        num_tokens=each, num_experts=experts, slots_per_token=slots,
+    )  # fmt: skip
+    kept = jax.vmap(kept_of)(split).reshape(-1)
+    order = _stable_argsort(jnp.where(kept, assignments.expert_indices, experts), experts + 1)
+    group_sizes = _count(assignments.expert_indices, kept, experts)
+    starts = jnp.concatenate([jnp.cumsum(group_sizes) - group_sizes, jnp.zeros((1,), jnp.int32)])
+    return DispatchPlan(
+        assignments=assignments,
+        order=order,
+        position=_rank(order) - starts[assignments.expert_indices],
+        kept=kept,
+        group_sizes=group_sizes,
+        demand=_count(assignments.expert_indices, assignments.valid, experts),
+        capacity=None if capacity is None else capacity * groups,
+        max_rows=None if max_rows is None else max_rows * groups,
+    )
+
+
 def kept_weights(plan: DispatchPlan, *, renormalize: bool = False) -> Array:
     """f32[N]: combine weights of the kept assignments, 0 elsewhere.
 

@@ -8,10 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.difficulty import Context
-from moe_jax.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
+from moe_jax.dispatch import (
+    expert_capacity,
+    kept_weights,
+    plan_dispatch,
+    plan_in_groups,
+    to_assignments,
+)
 from moe_jax.experts import ExpertFn, FeedForward, choose, run_experts
+from moe_jax.experts.expert_parallel import ExpertParallel, bias_once, run_parallel
 from moe_jax.routers import Router
-from moe_jax.stats import routing_stats
+from moe_jax.stats import global_stats, routing_stats
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, check_array, pytree
 
 
@@ -71,6 +78,8 @@ def moe_layer(
     priority: str = "score",
     renormalize_kept: bool = False,
     implementation: str | tuple[str, ...] | None = None,
+    groups: int = 1,
+    parallel: ExpertParallel | None = None,
 ) -> tuple[Array, LayerAux]:
     """A Mixture-of-Experts layer.
 
@@ -90,6 +99,12 @@ def moe_layer(
         priority: who is dropped, see ``plan_dispatch``.
         renormalize_kept: scale a token's kept weights up to what they were before drops.
         implementation: see ``moe_jax.experts``.
+        groups: hold capacity and row budget in each of so many equal runs of tokens, as so many
+            devices would (``plan_in_groups``), and let the rule observe each by itself.
+        parallel: inside your own ``shard_map``: the axes over which tokens and experts are split.
+            x is then this device's share, ``params["experts"]`` this device's experts, and the
+            statistics are those of the whole batch. ``moe_jax.sharding.sharded_moe_layer`` does it
+            from outside.
 
     Returns:
         y like x, and ``LayerAux``. Sums are taken in float32.
@@ -115,15 +130,16 @@ def moe_layer(
     routing = router(params["router"], state, flat, key=key, token_mask=mask, context=context)
     capacity = None
     if capacity_factor is not None:
-        capacity = expert_capacity(flat.shape[0], router.num_experts, router.max_k, capacity_factor)
+        each = flat.shape[0] // groups
+        capacity = expert_capacity(each, router.num_experts, router.max_k, capacity_factor)
     y, stats = run_routing(
         expert_fn, params["experts"], flat, routing,
         capacity=capacity, max_rows=max_rows, priority=priority,
         renormalize_kept=renormalize_kept, implementation=implementation,
-        observed=router.observe(routing),
+        observed=_observed(router, routing, groups), groups=groups, parallel=parallel,
     )  # fmt: skip
     if "shared" in params:
-        y = y + _shared(expert_fn, params, flat, mask)
+        y = y + _shared(expert_fn, params, flat, mask, parallel)
     return y.astype(x.dtype).reshape(*lead, -1), LayerAux(routing=routing, stats=stats)
 
 
@@ -139,6 +155,8 @@ def run_routing(
     renormalize_kept: bool = False,
     implementation: str | tuple[str, ...] | None = None,
     observed: Array | None = None,
+    groups: int = 1,
+    parallel: ExpertParallel | None = None,
 ) -> tuple[Array, RoutingStats]:
     """The second half of ``moe_layer``: what follows a routing decision, whoever made it.
 
@@ -151,26 +169,47 @@ def run_routing(
         renormalize_kept: see ``kept_weights``.
         implementation: see ``moe_jax.experts``.
         observed: f32[E] from ``router.observe``, for the statistics.
+        groups, parallel: see ``moe_layer``; the bounds are then those of one group, or device.
 
     Returns:
         f32[T, D_out], the sum of weighted expert outputs and of the residual, and statistics.
     """
-    plan = plan_dispatch(
-        to_assignments(routing), capacity=capacity, max_rows=max_rows, priority=priority
-    )
+    bounds = {"capacity": capacity, "max_rows": max_rows, "priority": priority}
+    assignments = to_assignments(routing)
+    if groups == 1:
+        plan = plan_dispatch(assignments, **bounds)
+    else:
+        plan = plan_in_groups(assignments, groups, **bounds)
     weights = kept_weights(plan, renormalize=renormalize_kept)
-    chosen = choose(plan, implementation, expert_fn=expert_fn)
-    y = run_experts(expert_fn, params, x, plan, weights, implementation=chosen.name)
+    if parallel is None:
+        chosen = choose(plan, implementation, expert_fn=expert_fn)
+        y = run_experts(expert_fn, params, x, plan, weights, implementation=chosen.name)
+        name, executed = chosen.name, chosen.slots_executed(plan)
+    else:
+        y, executed = run_parallel(
+            expert_fn, params, x, plan, weights, parallel, implementation=implementation
+        )
+        name = "expert_parallel"
     if isinstance(routing, Routing):
         y = y + routing.residual_weight[:, None] * x.astype(jnp.float32)
     stats = routing_stats(
         routing,
         plan,
-        slots_executed=chosen.slots_executed(plan),
+        slots_executed=executed,
         observed=observed,
-        implementation=chosen.name,
+        implementation=name,
     )
-    return y, stats
+    return y, stats if parallel is None else global_stats(stats, parallel.token_axes)
+
+
+def _observed(router: Router, routing: Routing | ExpertChoice, groups: int) -> Array:
+    """What the rule observes, in each group by itself and averaged by tokens, as devices do it."""
+    if groups == 1:
+        return router.observe(routing)
+    split = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), routing)
+    tokens = split.token_mask.sum(axis=1, dtype=jnp.float32)
+    seen = jax.vmap(router.observe)(split)
+    return (seen * tokens[:, None]).sum(axis=0) / jnp.maximum(tokens.sum(), 1.0)
 
 
 def _flat_mask(token_mask: Array, lead: tuple[int, ...]) -> Array:
@@ -182,8 +221,19 @@ def _flat_mask(token_mask: Array, lead: tuple[int, ...]) -> Array:
     return token_mask.reshape(-1)
 
 
-def _shared(expert_fn: ExpertFn, params: dict[str, Params], x: Array, mask: Array | None) -> Array:
-    out = expert_fn(params["shared"], x).astype(jnp.float32)
+def _shared(
+    expert_fn: ExpertFn,
+    params: dict[str, Params],
+    x: Array,
+    mask: Array | None,
+    parallel: ExpertParallel | None,
+) -> Array:
+    shared, axis = params["shared"], None if parallel is None else parallel.model_axis
+    if axis is not None:
+        shared = bias_once(shared, axis)
+    out = expert_fn(shared, x).astype(jnp.float32)
+    if axis is not None:
+        out = jax.lax.psum(out, axis)
     if "shared_gate" in params:
         gate = params["shared_gate"].astype(jnp.float32)
         out = out * jax.nn.sigmoid(x.astype(jnp.float32) @ gate)

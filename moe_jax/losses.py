@@ -1,6 +1,8 @@
 """Auxiliary losses. All over real tokens only; padding counts in nothing.
 
-Pass ``axis_name`` inside ``shard_map`` or ``pmap`` to take the counts over all data shards.
+Pass ``axis_name`` inside ``shard_map`` for the loss of the whole batch, the same on every device:
+everything is summed over the shards of these axes, so there is nothing left to average, and the
+gradient is that of the whole batch. (Outside, where arrays are seen as a whole, leave it out.)
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from moe_jax.types import Array, ExpertChoice, Routing
 
 AnyRouting = Routing | ExpertChoice
+Axes = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,20 +36,21 @@ def _real(routing: AnyRouting) -> tuple[Array, Array]:
     return mask, mask.sum()
 
 
-def _sum(value: Array, axis_name: str | tuple[str, ...] | None) -> Array:
+def _sum(value: Array, axis_name: Axes) -> Array:
     return value if axis_name is None else jax.lax.psum(value, axis_name)
 
 
-def _mean_over_tokens(values: Array, routing: AnyRouting) -> Array:
+def _mean_over_tokens(values: Array, routing: AnyRouting, axis_name: Axes) -> Array:
     mask, count = _real(routing)
-    return jnp.where(mask > 0, values, 0.0).sum() / jnp.maximum(count, 1.0)
+    total = _sum(jnp.where(mask > 0, values, 0.0).sum(), axis_name)
+    return total / jnp.maximum(_sum(count, axis_name), 1.0)
 
 
 def load_balancing_loss(
     routing: AnyRouting,
     *,
     sequence_length: int | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: Axes = None,
 ) -> Array:
     """f32[]: ``E / (T^2 * mean_k) * sum_e (sum_t p[t, e]) * (sum_t used[t, e])``; 1 at balance.
 
@@ -58,8 +62,8 @@ def load_balancing_loss(
         routing: of T tokens.
         sequence_length: take the loss per sequence of so many consecutive tokens and average
             (DeepSeek-V3's sequence-wise loss); must divide T. None takes the batch as one.
-        axis_name: take the counts ``used`` over all shards of this mapped axis (the global-batch
-            loss of arXiv:2501.11873); probabilities stay local, so average the result over shards.
+        axis_name: over all shards of these mapped axes: as one batch (the global-batch loss of
+            arXiv:2501.11873), or as the mean over the sequences of all.
 
     Raises:
         ValueError: ``sequence_length`` does not divide T.
@@ -74,36 +78,35 @@ def load_balancing_loss(
             "Pass the padded length of one sequence."
         )
     shape = (tokens // length, length, experts)
+    within = axis_name if sequence_length is None else None  # a sequence is whole on its shard
     p = jnp.where(routing.token_mask[:, None], probs, 0.0).reshape(shape).sum(axis=1)
-    counts = _sum(used.reshape(shape).sum(axis=1), axis_name)
-    own = mask.reshape(shape[:2]).sum(axis=1)
-    everyone = _sum(own, axis_name)
-    mean_k = counts.sum(axis=1) / jnp.maximum(everyone, 1.0)
-    scale = experts / (jnp.maximum(own, 1.0) * jnp.maximum(everyone, 1.0))
+    p, counts = _sum(p, within), _sum(used.reshape(shape).sum(axis=1), within)
+    own = _sum(mask.reshape(shape[:2]).sum(axis=1), within)
+    mean_k = counts.sum(axis=1) / jnp.maximum(own, 1.0)
+    scale = experts / jnp.square(jnp.maximum(own, 1.0))
     value = scale * (p * counts).sum(axis=1) / jnp.where(mean_k > 0, mean_k, 1.0)
     some = (own > 0).astype(jnp.float32)
-    return (value * some).sum() / jnp.maximum(some.sum(), 1.0)
+    among = None if sequence_length is None else axis_name
+    return _sum((value * some).sum(), among) / jnp.maximum(_sum(some.sum(), among), 1.0)
 
 
-def router_z_loss(routing: AnyRouting) -> Array:
+def router_z_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
     """f32[]: mean of ``logsumexp(logits)^2`` (ST-MoE, arXiv:2202.08906 eq. 5)."""
     z = jax.nn.logsumexp(routing.router_logits, axis=-1)
-    return _mean_over_tokens(jnp.square(z), routing)
+    return _mean_over_tokens(jnp.square(z), routing, axis_name)
 
 
-def entropy_loss(routing: AnyRouting) -> Array:
+def entropy_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
     """f32[]: mean entropy of the router probabilities, in nats.
 
     The "dynamic loss" of top-p routing (arXiv:2403.07652), which keeps p from spreading out.
     """
     p = routing.router_probs
     safe = jnp.where(p > 0, p, 1.0)
-    return _mean_over_tokens(-(p * jnp.log(safe)).sum(axis=-1), routing)
+    return _mean_over_tokens(-(p * jnp.log(safe)).sum(axis=-1), routing, axis_name)
 
 
-def importance_loss(
-    routing: AnyRouting, *, axis_name: str | tuple[str, ...] | None = None
-) -> Array:
+def importance_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
     """f32[]: squared coefficient of variation of each expert's summed probability; 0 at balance.
 
     Shazeer et al. 2017, arXiv:1701.06538 eq. 6-7.
@@ -119,7 +122,7 @@ def aux_loss(
     weights: LossWeights,
     *,
     sequence_length: int | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: Axes = None,
 ) -> tuple[Array, dict[str, Array]]:
     """The weighted sum f32[], and each term before weighting, of the terms with a weight.
 
@@ -138,9 +141,9 @@ def aux_loss(
             routing, sequence_length=sequence_length, axis_name=axis_name
         )
     if weights.router_z:
-        terms["router_z"] = router_z_loss(routing)
+        terms["router_z"] = router_z_loss(routing, axis_name=axis_name)
     if weights.entropy:
-        terms["entropy"] = entropy_loss(routing)
+        terms["entropy"] = entropy_loss(routing, axis_name=axis_name)
     if weights.importance:
         terms["importance"] = importance_loss(routing, axis_name=axis_name)
     total = jnp.zeros((), jnp.float32)

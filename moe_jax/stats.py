@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
+import jax.flatten_util
 import jax.numpy as jnp
 
 from moe_jax.types import Array, DispatchPlan, ExpertChoice, Routing, RoutingStats, check_choice
@@ -43,34 +47,110 @@ def routing_stats(
         implementation: name of what runs the experts.
     """
     mask = routing.token_mask.astype(jnp.float32)
-    count = jnp.maximum(mask.sum(), 1.0)
-    load = plan.demand.astype(jnp.float32)
-    asked = load.sum()
     kept = plan.group_sizes.astype(jnp.float32).sum()
     k = routing.num_experts_per_token
     most = routing.expert_indices.shape[1] if isinstance(routing, Routing) else routing.num_experts
     bins = jnp.arange(most + 1, dtype=jnp.int32)
     hits = (k[:, None] == bins[None, :]).astype(jnp.float32) * mask[:, None]
-    histogram = hits.sum(axis=0) / count
     p = routing.router_probs
     entropy = -(p * jnp.log(jnp.where(p > 0, p, 1.0))).sum(axis=-1)
     if observed is None:
         observed = jnp.zeros((routing.num_experts,), jnp.float32)
+    totals = _Totals(
+        tokens=mask.sum(),
+        load=plan.demand.astype(jnp.float32),
+        used=kept,
+        executed=kept if slots_executed is None else slots_executed,
+        histogram=hits.sum(axis=0),
+        entropy=jnp.where(mask > 0, entropy, 0.0).sum(),
+        observed=observed * mask.sum(),
+    )
+    # As it was given: dividing a product by its factor again could move its last bit.
+    return dataclasses.replace(_of_totals(totals, implementation), observed=observed)
+
+
+class _Totals(NamedTuple):
+    """What adds up over parts of a batch. Every field of ``RoutingStats`` follows from it."""
+
+    tokens: Array  # f32[]
+    load: Array  # f32[E]
+    used: Array  # f32[]
+    executed: Array  # f32[]
+    histogram: Array  # f32[K + 1], tokens
+    entropy: Array  # f32[], summed over tokens
+    observed: Array  # f32[E], weighted by tokens
+
+
+def _totals_of(stats: RoutingStats) -> _Totals:
+    n = stats.token_count
+    return _Totals(
+        tokens=n,
+        load=stats.tokens_per_expert,
+        used=stats.slots_used,
+        executed=stats.slots_executed,
+        histogram=stats.experts_per_token_histogram * n,
+        entropy=stats.router_entropy * n,
+        observed=stats.observed * n,
+    )
+
+
+def _of_totals(t: _Totals, implementation: str) -> RoutingStats:
+    count = jnp.maximum(t.tokens, 1.0)
+    asked = t.load.sum()
+    histogram = t.histogram / count
     return RoutingStats(
-        token_count=mask.sum(),
-        tokens_per_expert=load,
+        token_count=t.tokens,
+        tokens_per_expert=t.load,
         mean_experts_per_token=asked / count,
         experts_per_token_histogram=histogram,
-        dropped_fraction=(asked - kept) / jnp.maximum(asked, 1.0),
+        dropped_fraction=(asked - t.used) / jnp.maximum(asked, 1.0),
         empty_fraction=histogram[0],
-        slots_used=kept,
-        slots_executed=kept if slots_executed is None else slots_executed,
-        max_over_mean_load=jnp.where(asked > 0, load.max() / jnp.maximum(load.mean(), 1e-20), 1.0),
-        load_balance_score=load_balance_score(load),
-        router_entropy=jnp.where(mask > 0, entropy, 0.0).sum() / count,
-        observed=observed,
+        slots_used=t.used,
+        slots_executed=t.executed,
+        max_over_mean_load=jnp.where(
+            asked > 0, t.load.max() / jnp.maximum(t.load.mean(), 1e-20), 1.0
+        ),
+        load_balance_score=load_balance_score(t.load),
+        router_entropy=t.entropy / count,
+        observed=t.observed / count,
         implementation=implementation,
     )
+
+
+def merge_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
+    """The statistics of one batch from those of its parts, e.g. micro-batches. Order is no matter.
+
+    Counts add up; shares and means are weighted by tokens, and so is ``observed``, which for a
+    quantile is an approximation of the whole batch's.
+
+    Raises:
+        ValueError: no parts.
+
+    Example:
+        >>> import jax, moe_jax
+        >>> router = moe_jax.TopK(num_experts=4, k=2)
+        >>> params, state = router.init(jax.random.key(0), 8), router.init_state()
+        >>> def of(x):
+        ...     routing = router(params, state, x)
+        ...     return routing_stats(routing, moe_jax.plan_dispatch(moe_jax.to_assignments(routing)))
+        >>> x = jax.random.normal(jax.random.key(1), (6, 8))
+        >>> float(merge_stats([of(x[:2]), of(x[2:])]).token_count)
+        6.0
+    """
+    if not parts:
+        raise ValueError("parts: expected statistics of at least one part, got none.")
+    added = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *map(_totals_of, parts))
+    return _of_totals(added, parts[0].implementation)
+
+
+def global_stats(stats: RoutingStats, axis_name: str | tuple[str, ...]) -> RoutingStats:
+    """The statistics of the whole batch, equal on all devices, from those of each device's tokens.
+
+    For use inside ``shard_map``. One ``psum`` of one vector; ``merge_stats`` says what is summed.
+    Controllers fed with it (``router.update``) move alike on every device.
+    """
+    flat, rebuild = jax.flatten_util.ravel_pytree(_totals_of(stats))
+    return _of_totals(rebuild(jax.lax.psum(flat, axis_name)), stats.implementation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

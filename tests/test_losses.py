@@ -127,30 +127,23 @@ def test_a_sequence_of_padding_alone_is_left_out_of_the_mean():
 
 @pytest.mark.parametrize("mask", [None, np.arange(12) % 5 != 0], ids=["full", "padded"])
 def test_global_batch_equals_the_whole_batch_at_once(mask):
-    """Counts over all shards, probabilities local: the mean over shards is the whole batch's loss.
-
-    With unequal padding a shard's mean weighs its tokens more, so the shards are weighted back.
-    """
+    """Every shard has the whole batch's loss, however padding is spread over the shards."""
     whole = draw(tokens=12)
     if mask is not None:
         whole = routing_of(
             np.asarray(whole.expert_mask) & mask[:, None], logits=whole.router_logits, mask=mask
         )
     shards = jax.tree.map(lambda leaf: leaf.reshape(3, 4, *leaf.shape[1:]), whole)
-    each = jax.vmap(lambda r: load_balancing_loss(r, axis_name="data"), axis_name="data")(shards)
-    count = np.asarray(shards.token_mask).sum(axis=1).astype(np.float32)
-    np.testing.assert_allclose(
-        (each * count).sum() / count.sum(), load_balancing_loss(whole), rtol=1e-5
-    )
+    for loss in (load_balancing_loss, router_z_loss, entropy_loss, importance_loss):
+        each = jax.vmap(lambda r, f=loss: f(r, axis_name="data"), axis_name="data")(shards)
+        np.testing.assert_allclose(each, np.full(3, loss(whole)), rtol=1e-4)
+    by_sequence = jax.vmap(
+        lambda r: load_balancing_loss(r, sequence_length=2, axis_name="data"), axis_name="data"
+    )(shards)
+    wanted = load_balancing_loss(whole, sequence_length=2)
+    np.testing.assert_allclose(by_sequence, np.full(3, wanted), rtol=1e-5)
     local = jax.vmap(load_balancing_loss)(shards)
     assert not np.allclose(local.mean(), load_balancing_loss(whole), rtol=1e-3)
-
-
-def test_importance_over_shards_equals_the_whole_batch_at_once():
-    whole = draw(tokens=12)
-    shards = jax.tree.map(lambda leaf: leaf.reshape(3, 4, *leaf.shape[1:]), whole)
-    each = jax.vmap(lambda r: importance_loss(r, axis_name="data"), axis_name="data")(shards)
-    np.testing.assert_allclose(each, np.full(3, importance_loss(whole)), rtol=1e-4)
 
 
 # --- the others, by hand --------------------------------------------------------------------

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.types import Array, DispatchPlan, Params
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,3 +76,32 @@ def one_expert(params: Params, expert: Array) -> Params:
         return jax.lax.bitcast_convert_type(part, stack.dtype) if narrow else part
 
     return jax.tree.map(lambda stack: pick(stack, expert), params)
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The mapped axes over which any array of the tree differs; none outside of ``shard_map``."""
+    found: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(tree):
+        found |= jax.typeof(leaf).manual_axis_type.varying
+    return found
+
+
+def vary_over(tree: _T, axes: Iterable[str]) -> _T:
+    """The same arrays, typed as differing over these axes too (``check_vma`` keeps account of it).
+
+    The gradient of what did not differ before is summed over the axes by the transpose.
+    """
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(a for a in axes if a not in varying_axes(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def vary_like(tree: _T, others: Any) -> _T:
+    """``tree`` typed as differing over every axis that ``others`` differ over.
+
+    For zeros that start a loop: inside ``shard_map`` a loop's carry may not change its type.
+    """
+    return vary_over(tree, sorted(varying_axes(others)))

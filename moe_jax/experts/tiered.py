@@ -30,7 +30,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.base import Implementation, all_experts, one_expert
+from moe_jax.experts.base import Implementation, all_experts, one_expert, vary_like
 from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.types import Array, DispatchPlan, Params
 
@@ -253,7 +253,7 @@ def _outputs(
 
     def bulk(size: int) -> Array:
         if size == 0:
-            return jnp.zeros((length, out.shape[1]), out.dtype)
+            return vary_like(jnp.zeros((length, out.shape[1]), out.dtype), (params, x, plan))
         rows = _bulk_rows(plan, size)
         made = all_experts(expert_fn, params, _zero_unless(rows.live, x[rows.tokens]))
         return _sort_bulk(plan, made.reshape(-1, out.shape[1]), size, length)
@@ -298,7 +298,8 @@ def backward(expert_fn: ExpertFn, sizes: Sizes, residuals, dy: Array):
     def bulk(size: int) -> tuple[Params, Array]:
         if size == 0:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p.dtype)), params)
-            return zeros, jnp.zeros((outputs.shape[0], x.shape[1]), x.dtype)
+            rows = jnp.zeros((outputs.shape[0], x.shape[1]), x.dtype)
+            return vary_like((zeros, rows), (params, x, plan, dy))
         rows = _bulk_rows(plan, size)
         blocks = _zero_unless(rows.live, x[rows.tokens])
         _, pull = jax.vjp(functools.partial(all_experts, expert_fn), params, blocks)

@@ -15,43 +15,12 @@ from moe_jax.layer import init_moe_layer
 from moe_jax.logits import Gate
 from moe_jax.routers import DynamicK, Router
 from moe_jax.scoring import Scoring
+from moe_jax.sharding import logical_axes
 from moe_jax.types import Array, Params
 
+__all__ = ["ExpertInit", "LayerSpec", "dynamic_router", "logical_axes"]
+
 ExpertInit = Callable[[Array, int], Params]
-
-# Logical names of the axes of each array, for sharding rules to map to a mesh. Arrays of a user's own
-# experts get "expert" for the leading axis and no name for the rest.
-_AXES: dict[str, tuple[str | None, ...]] = {
-    "router/kernel": ("embed", None),
-    "router/bias": (None,),
-    "experts/gate": ("expert", "embed", "mlp"),
-    "experts/up": ("expert", "embed", "mlp"),
-    "experts/down": ("expert", "mlp", "embed"),
-    "experts/gate_bias": ("expert", "mlp"),
-    "experts/up_bias": ("expert", "mlp"),
-    "experts/down_bias": ("expert", "embed"),
-    "shared/gate": ("embed", "mlp"),
-    "shared/up": ("embed", "mlp"),
-    "shared/down": ("mlp", "embed"),
-    "shared/gate_bias": ("mlp",),
-    "shared/up_bias": ("mlp",),
-    "shared/down_bias": ("embed",),
-    "shared_gate": ("embed", None),
-}
-
-
-def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
-    """Names of the axes of the parameter at ``path``, e.g. ``"experts/up"``; None is unnamed.
-
-    Example:
-        >>> logical_axes("experts/up", 3)
-        ('expert', 'embed', 'mlp')
-    """
-    names = _AXES.get(path)
-    if names is not None and len(names) == ndim:
-        return names
-    lead = ("expert",) if path.startswith("experts/") and ndim else ()
-    return (*lead, *[None] * (ndim - len(lead)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,130 @@
+"""What a compiled program sends between devices: counted and weighed in its HLO, without running it.
+
+Counted is what one execution does on each device, so the program's structure is followed: of the
+branches of a conditional one runs, and all must send alike or the dearest is counted; the body of a
+loop counts as often as the compiler knows it to run, and once where the trip count is only known at
+run time (a further round of the dropless exchange).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+KINDS = (
+    "all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter",
+    "collective-permute", "collective-broadcast",
+)  # fmt: skip
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.+)$")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TWO_BRANCHES = re.compile(r"\b(?:true|false)_computation=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """One kind of collective: how often it runs, and the bytes of its results on each device."""
+
+    count: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(count=self.count + other.count, num_bytes=self.num_bytes + other.num_bytes)
+
+    def times(self, n: int) -> Traffic:
+        return Traffic(count=self.count * n, num_bytes=self.num_bytes * n)
+
+
+def collectives_of(compiled: Any) -> dict[str, Traffic]:
+    """The collectives of a compiled function by kind, those that occur.
+
+    Args:
+        compiled: ``jax.jit(f).lower(...).compile()``, or its text.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> collectives_of(jax.jit(jnp.sin).lower(jnp.ones(3)).compile())
+        {}
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    computations, entry = _computations(text)
+    done: dict[str, Mapping[str, Traffic]] = {}
+
+    def of(name: str) -> Mapping[str, Traffic]:
+        if name not in done:
+            done[name] = {}  # a computation never calls itself; this is for unknown names
+            total: dict[str, Traffic] = {}
+            for line in computations.get(name, ()):
+                for kind, traffic in _of_line(line, of).items():
+                    total[kind] = total.get(kind, Traffic()) + traffic
+            done[name] = total
+        return done[name]
+
+    return {kind: of(entry)[kind] for kind in KINDS if kind in of(entry)}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    found: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = found.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif current is not None and (body := _INSTRUCTION.match(line)):
+            current.append(body[1])
+    return found, entry
+
+
+def _of_line(line: str, of: Any) -> dict[str, Traffic]:
+    shape, operation = _split(line)
+    kind = operation.removesuffix("-start")
+    if kind in KINDS:
+        size = _num_bytes(shape)
+        if operation.endswith("-start") and kind != "all-reduce":
+            size //= 2  # the result lists the operands too
+        return {kind: Traffic(count=1, num_bytes=size)}
+    branches = [b for group in _BRANCHES.findall(line) for b in re.findall(r"[\w.\-]+", group)]
+    branches += _TWO_BRANCHES.findall(line)
+    total: dict[str, Traffic] = {}
+    for branch in branches:
+        for kind, traffic in of(branch).items():
+            had = total.get(kind, Traffic())
+            total[kind] = Traffic(
+                count=max(had.count, traffic.count),
+                num_bytes=max(had.num_bytes, traffic.num_bytes),
+            )
+    trips = _TRIPS.search(line)
+    for called in _CALLED.findall(line):
+        for kind, traffic in of(called).items():
+            times = int(trips[1]) if trips and operation == "while" else 1
+            total[kind] = total.get(kind, Traffic()) + traffic.times(times)
+    return total
+
+
+def _split(line: str) -> tuple[str, str]:
+    """(shape, operation) of an instruction; a tuple's shape has brackets and spaces of its own."""
+    depth = 0
+    for i, letter in enumerate(line):
+        depth += letter in "([{"
+        depth -= letter in ")]}"
+        if letter == " " and depth == 0:
+            rest = line[i + 1 :]
+            return line[:i], rest[: rest.find("(")]
+    return line, ""
+
+
+def _num_bytes(shape: str) -> int:
+    total = 0
+    for dtype, sizes in _SHAPE.findall(shape):
+        digits = re.search(r"\d+", dtype)
+        bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
+        total += math.prod(int(s) for s in sizes.split(",") if s) * bits // 8
+    return total
