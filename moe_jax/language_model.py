@@ -26,10 +26,11 @@ import numpy as np
 
 from moe_jax.data import VOCAB_SIZE
 from moe_jax.experts import FeedForward
-from moe_jax.layer import LayerAux, init_moe_layer, moe_layer
+from moe_jax.layer import LayerAux, init_moe_layer
 from moe_jax.losses import LossWeights, aux_loss
 from moe_jax.routers import Router, TopK
 from moe_jax.scoring import Scoring
+from moe_jax.sharding import Mesh, layer_over
 from moe_jax.types import Array, Params, pytree
 
 _NATS_PER_BIT = math.log(2.0)
@@ -287,6 +288,7 @@ def block(
     state: Any,
     h: Array,
     mask: Array,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, LayerAux, Array]:
     """A layer with experts and the plain ones before it.
 
@@ -294,7 +296,7 @@ def block(
         h f32[B, S, D], what the MoE layer reports, and what its router saw f32[T, D].
     """
     h, x = router_input(config, layer, h)
-    y, aux = moe_layer(
+    y, aux = layer_over(mesh)(
         router, config.experts, layer["moe"], state, x,
         token_mask=mask, implementation=config.implementation,
     )  # fmt: skip
@@ -329,6 +331,7 @@ def forward(
     *,
     routers: Sequence[Router] | None = None,
     mask: Array | None = None,
+    mesh: Mesh | None = None,
 ) -> Output:
     """Runs the model.
 
@@ -339,6 +342,7 @@ def forward(
         tokens: i32[B, S], byte values.
         routers: a rule for each such layer; None is the trained rule everywhere.
         mask: bool[B, S], False for padding; None is all real.
+        mesh: spreads tokens and experts over its devices; see ``moe_jax.sharding``.
 
     Raises:
         ValueError: not as many routers or states as layers.
@@ -356,7 +360,7 @@ def forward(
     if all(router == routers[0] for router in routers):
         # One rule throughout: the layers are one loop, which compiles in a quarter of the time.
         def step(h: Array, layer: tuple[Params, Any]) -> tuple[Array, tuple[LayerAux, Array]]:
-            h, aux, x = block(config, routers[0], *layer, h, mask)
+            h, aux, x = block(config, routers[0], *layer, h, mask, mesh)
             return h, (aux, x)
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
@@ -365,7 +369,7 @@ def forward(
     else:
         each = []
         for i, (router, state) in enumerate(zip(routers, states, strict=True)):
-            h, aux, x = block(config, router, layer_params(params, i), state, h, mask)
+            h, aux, x = block(config, router, layer_params(params, i), state, h, mask, mesh)
             each.append((aux, x))
     layers, seen = zip(*each, strict=True)
     return Output(logits=unembed(params, h), layers=layers, router_inputs=seen)
@@ -406,6 +410,7 @@ def loss(
     params: dict[str, Params],
     states: Sequence[Any],
     tokens: Array,
+    mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[tuple[Any, ...], dict[str, Array]]]:
     """What training minimises: mean nats a byte plus the auxiliary losses, averaged over layers.
 
@@ -416,7 +421,7 @@ def loss(
         f32[], and (states after ``router.update``, metrics): ``bits_per_byte``, the auxiliary terms
         before weighting, ``max_over_mean_load`` and ``mean_experts_per_token``.
     """
-    out = forward(config, params, states, tokens[:, :-1])
+    out = forward(config, params, states, tokens[:, :-1], mesh=mesh)
     value, metrics = objective(config, out, tokens[:, 1:])
     router = config.router()
     new = tuple(router.update(s, a.stats) for s, a in zip(states, out.layers, strict=True))

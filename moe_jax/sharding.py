@@ -15,6 +15,7 @@ router's parameters and state are on every device. An axis of size 1 is as good 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -384,6 +385,11 @@ def sharded_moe_layer(
         y = y[:total]
         aux = LayerAux(routing=jax.tree.map(lambda r: r[:total], aux.routing), stats=aux.stats)
     return y.reshape(*lead, -1), aux
+
+
+def layer_over(mesh: Mesh | None) -> Callable[..., tuple[Array, LayerAux]]:
+    """``moe_layer`` without a mesh, ``sharded_moe_layer`` over one."""
+    return moe_layer if mesh is None else functools.partial(sharded_moe_layer, mesh=mesh)
 
 
 def _check_experts(params: Params, experts: int, mesh: AnyMesh, parallel: ExpertParallel) -> None:

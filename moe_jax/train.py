@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import (
@@ -31,8 +32,18 @@ from rich.progress import (
 
 from moe_jax import checkpoint
 from moe_jax.data import Batches, Corpus, load_corpus
+from moe_jax.distributed import agreed, gathered, global_array
 from moe_jax.language_model import LMConfig, init, init_states, loss
 from moe_jax.routers import Router
+from moe_jax.sharding import (
+    Mesh,
+    NamedSharding,
+    P,
+    jit_sharded,
+    param_specs,
+    shard,
+    token_spec,
+)
 from moe_jax.types import Array, Params, pytree
 
 # --- training -------------------------------------------------------------------------------
@@ -119,13 +130,15 @@ def init_training(config: LMConfig, steps: int, seed: int | Array) -> TrainState
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "steps", "mesh"), donate_argnames="state")
 def train_step(
-    config: LMConfig, steps: int, state: TrainState, tokens: Array
+    config: LMConfig, steps: int, state: TrainState, tokens: Array, mesh: Mesh | None = None
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step on tokens i32[B, S + 1]. ``state`` is donated: use the returned one."""
-    value = functools.partial(loss, config)
-    gradient = jax.value_and_grad(lambda p: value(p, state.router_states, tokens), has_aux=True)
+    value = functools.partial(loss, config, mesh=mesh)
+    gradient = jax.value_and_grad(
+        lambda p: value(p, states=state.router_states, tokens=tokens), has_aux=True
+    )
     (_, (router_states, metrics)), grads = gradient(state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with float32 rates
         updates, optimizer_state = optimizer(config, steps).update(
@@ -138,6 +151,47 @@ def train_step(
         optimizer_state=optimizer_state,
         step=state.step + 1,
     ), metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Place:
+    """Where training runs: on the default device, or over a mesh, maybe of several processes."""
+
+    config: LMConfig
+    steps: int
+    mesh: Mesh | None
+
+    @functools.cached_property
+    def _specs(self) -> Any:
+        assert self.mesh is not None
+        shapes = jax.eval_shape(functools.partial(init_training, self.config, self.steps, 0))
+        return param_specs(shapes, self.mesh)
+
+    def start(self, seed: int) -> TrainState:
+        start = functools.partial(init_training, self.config, self.steps)
+        if self.mesh is None:
+            return start(seed)
+        made = jit_sharded(lambda s: start(s), self.mesh, in_specs=None, out_specs=self._specs)
+        return made(np.int32(seed))
+
+    def put(self, state: TrainState) -> TrainState:
+        return state if self.mesh is None else shard(state, self.mesh, self._specs)
+
+    @functools.cached_property
+    def step(self) -> Callable[[TrainState, np.ndarray], tuple[TrainState, dict[str, Array]]]:
+        if self.mesh is None:
+            return lambda state, tokens: train_step(
+                self.config, self.steps, state, jnp.asarray(tokens)
+            )
+        mesh, rows = self.mesh, token_spec(self.mesh)
+        step = jit_sharded(
+            lambda state, tokens: train_step(self.config, self.steps, state, tokens, mesh),
+            mesh,
+            in_specs=(self._specs, rows),
+            out_specs=(self._specs, P()),
+            donate_argnums=0,
+        )
+        return lambda state, tokens: step(state, global_array(tokens, NamedSharding(mesh, rows)))
 
 
 PathLike = str | os.PathLike[str]
@@ -156,6 +210,8 @@ def train(
     until: int | None = None,
     overwrite: bool = False,
     corpus: Corpus | None = None,
+    mesh: Mesh | None = None,
+    save_every: int | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Trains on the standard library's source and saves a checkpoint.
 
@@ -175,6 +231,10 @@ def train(
         until: stop and save after so many steps of the schedule; None goes on to the end.
         overwrite: whether a checkpoint at ``out`` is replaced.
         corpus: the text; None is ``load_corpus()``.
+        mesh: the devices, maybe of several processes (``moe_jax.distributed.process_group``), each of
+            which calls this alike, feeds its devices' share of the batch and sees the same results.
+            Process 0 saves.
+        save_every: also save after every so many steps, each time in place of the last.
 
     Returns:
         The checkpoint's folder, and what its metadata says of the training: ``steps``, ``seed``,
@@ -202,18 +262,44 @@ def train(
         )
     corpus = load_corpus() if corpus is None else corpus
     text = corpus.describe()
-    state, history, spent = init_training(config, steps, seed), [], 0.0
+    place = _Place(config=config, steps=steps, mesh=mesh)
+    state, history, spent = place.start(seed), [], 0.0
     wanted = {"steps": steps, "seed": seed}
     if resume is not None:
         state, before = _resume(resume, config, wanted, state, str(text["fingerprint"]))
+        state = place.put(state)
         history, spent = list(before["history"]), float(before["seconds"])
     batches = Batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=seed)
     started = time.perf_counter()
     every = max(1, steps // 50)
     first = int(state.step)
+
+    def save(step: int, overwrite: bool) -> tuple[Path, dict[str, Any]]:
+        told = {
+            **wanted, "step": step, "history": list(history),
+            "seconds": spent + time.perf_counter() - started,
+        }  # fmt: skip
+        whole = gathered(state)
+        model = Model(
+            config=config,
+            params=whole.params,
+            routers=(config.router(),) * config.num_moe_layers,
+            states=whole.router_states,
+            metadata={"training": told, "data": text},
+        )
+        error = None
+        if jax.process_index() == 0:
+            try:
+                extra = {"optimizer": whole.optimizer_state}
+                save_model(out, model, extra=extra, overwrite=overwrite)
+            except checkpoint.CheckpointError as problem:
+                error = problem
+        agreed(error)
+        return Path(out).resolve(), told
+
     with track(progress, "train", until, first, console=console) as advance:
         for step in range(first, until):
-            state, metrics = train_step(config, steps, state, jnp.asarray(batches[step]))
+            state, metrics = place.step(state, batches[step])
             note = ""
             if (step + 1) % every == 0 or step + 1 == until:
                 now = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -225,19 +311,10 @@ def train(
                 history.append({"step": step + 1, **now})
                 note = f"{now['bits_per_byte']:.2f} bits/byte"
             advance(note)
-    told = {
-        **wanted, "step": until, "history": history,
-        "seconds": spent + time.perf_counter() - started,
-    }  # fmt: skip
-    model = Model(
-        config=config,
-        params=state.params,
-        routers=(config.router(),) * config.num_moe_layers,
-        states=state.router_states,
-        metadata={"training": told, "data": text},
-    )
-    extra = {"optimizer": state.optimizer_state}
-    return save_model(out, model, extra=extra, overwrite=overwrite), told
+            if save_every and (step + 1) % save_every == 0 and step + 1 < until:
+                save(step + 1, overwrite)
+                overwrite = True
+    return save(until, overwrite)
 
 
 def _resume(

@@ -114,7 +114,9 @@ class SaveHandle:
 def save(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> Path:
     """Writes a checkpoint folder and returns its path. It appears whole or not at all.
 
-    Arrays are gathered to this process, so all of them must be addressable from it.
+    Arrays are gathered to this process, so all of them must be addressable from it; for arrays over
+    several processes see ``moe_jax.distributed.gathered``. What is on disk knows no mesh: it restores
+    on any number of devices and processes.
 
     Args:
         path: the folder to make; missing parents are made too.
@@ -249,7 +251,7 @@ def _write(
         for item, arrays in items.items():
             stored = {name: x for name, x in arrays.items() if x.size}  # orbax takes no empty array
             if stored:
-                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
+                with _alone() as writer:
                     writer.save(beside / _ARRAYS / item, args=ocp.args.StandardSave(stored))
         manifest = {**content, "files": file_digests(beside, sync=True)}
         with open(beside / MANIFEST, "x", encoding="utf-8") as file:
@@ -449,7 +451,7 @@ def _read_arrays(folder: Path, item: str, entry: dict[str, Any]) -> dict[str, ja
     found: dict[str, Any] = {}
     if wanted:
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            with _alone() as reader:
                 found = reader.restore(
                     folder / _ARRAYS / item, args=ocp.args.StandardRestore(wanted)
                 )
@@ -467,6 +469,14 @@ def _read_arrays(folder: Path, item: str, entry: dict[str, Any]) -> dict[str, ja
             f"{difference_between(leaf_table(entry), table)}. {RESTORE_COPY}"
         )
     return arrays
+
+
+def _alone() -> ocp.Checkpointer:
+    """Orbax for this process alone: of several processes, one writes, and each reads for itself."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _state_template(router: Router) -> Any:

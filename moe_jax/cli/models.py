@@ -125,20 +125,51 @@ def train(
     until: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many steps of the schedule.")
     ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Also save after every so many steps.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Sizes and rates (JSON, fields of LMConfig).")
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(help="Several processes: HOST:PORT of process 0.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="How many processes.")] = 1,
+    process_id: Annotated[int, typer.Option(min=0, help="Which one this is, from 0.")] = 0,
+    expert_devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Devices that share the experts; the rest splits data."),
+    ] = None,
+    host_devices: Annotated[
+        int | None, typer.Option(min=1, help="CPU: devices to make in this process.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(help="Seconds of silence after which a process counts as lost.")
+    ] = 20.0,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train the small language model on the standard library's source."""
+    """Train the small language model on the standard library's source, on one device or many."""
+    from moe_jax.cli.devices import training_mesh
     from moe_jax.language_model import LMConfig
     from moe_jax.train import train as job
 
-    with told():
+    hint = f"Start all again with --resume {folder} --overwrite." if save_every else ""
+    with (
+        told(),
+        training_mesh(
+            coordinator, processes, process_id,
+            expert_devices=expert_devices, host_devices=host_devices, patience=patience, hint=hint,
+        ) as mesh,
+    ):  # fmt: skip
+        config = LMConfig() if model is None else LMConfig.from_json(json.loads(model.read_text()))
         path, summary = job(
-            LMConfig(), folder, steps, seed,
+            config, folder, steps, seed, process_id == 0, mesh=mesh, save_every=save_every,
             resume=resume, until=until, overwrite=overwrite, console=notes,
         )  # fmt: skip
-    _print_checkpoint(path, summary, as_json)
+    if process_id == 0:
+        _print_checkpoint(path, summary, as_json)
 
 
 @app.command()

@@ -13,11 +13,12 @@ from flax import linen as nn
 
 from moe_jax.difficulty import Context, Estimator
 from moe_jax.experts import ExpertFn, FeedForward
-from moe_jax.layer import LayerAux, moe_layer
+from moe_jax.layer import LayerAux
 from moe_jax.logits import Gate
 from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes
 from moe_jax.routers import Router as Rule
 from moe_jax.scoring import Scoring
+from moe_jax.sharding import layer_over
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
 
 STATE = "router_state"
@@ -186,7 +187,8 @@ def _apply(
         name: module.param(name, lambda _, n=name: _boxed(spec.init(key)[n], n)) for name in names
     }
     state = module.variable(STATE, "state", rule.init_state).value
-    y, aux = moe_layer(rule, spec.expert_fn, params, state, x, **kwargs, **call)
+    layer = layer_over(call.pop("mesh", None))
+    y, aux = layer(rule, spec.expert_fn, params, state, x, **kwargs, **call)
     return (y, aux) if return_aux else y
 
 

@@ -8,11 +8,12 @@ from flax import nnx
 
 from moe_jax.difficulty import Context, Estimator
 from moe_jax.experts import ExpertFn, FeedForward
-from moe_jax.layer import LayerAux, moe_layer
+from moe_jax.layer import LayerAux
 from moe_jax.logits import Gate
 from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes
 from moe_jax.routers import Router as Rule
 from moe_jax.scoring import Scoring
+from moe_jax.sharding import layer_over
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
 
 
@@ -98,7 +99,8 @@ class MoE(nnx.Module):
         params: arrays to hold instead, as ``moe_layer`` takes them.
         state: the router's state to hold; None is a new one.
         **call: capacity_factor, max_rows, priority, renormalize_kept, implementation: as in
-            ``moe_layer``.
+            ``moe_layer``; ``mesh`` spreads tokens and experts over its devices, see
+            ``moe_jax.sharding.sharded_moe_layer``.
 
     Example:
         >>> import jax.numpy as jnp, moe_jax
@@ -162,9 +164,10 @@ class MoE(nnx.Module):
 
         Reads the router's state and never writes it: see ``update_router``.
         """
-        y, aux = moe_layer(
+        options = dict(self.spec.call)
+        y, aux = layer_over(options.pop("mesh", None))(
             self.spec.router, self.spec.expert_fn, self.params(), self.router_state.get_value(), x,
-            key=key, token_mask=token_mask, context=context, **dict(self.spec.call),
+            key=key, token_mask=token_mask, context=context, **options,
         )  # fmt: skip
         return (y, aux) if return_aux else y
 

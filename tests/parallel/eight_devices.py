@@ -23,7 +23,7 @@ from moe_jax.sharding import P
 from moe_jax.stats import merge_stats
 
 T, D, F = 64, 8, 16
-FFN = moe_jax.FeedForward(activation="silu", gated=True, use_bias=True)
+FFN = moe_jax.FeedForward(activation="silu", use_bias=True)
 MESHES = {"8x1": (8, 1), "4x2": (4, 2), "2x4": (2, 4), "1x8": (1, 8)}
 RULES = {
     "top-k": lambda e: moe_jax.TopK(num_experts=e, k=2, balance_rate=1e-2),
@@ -32,7 +32,8 @@ RULES = {
     # Tokens may use no expert at all, and the cutoffs follow what is observed.
     "null": lambda e: moe_jax.ExpertThreshold(num_experts=e, target_k=1.5, max_k=3, decay=0.5),
 }
-LOSSES = LossWeights(load_balancing=0.1, router_z=0.1, entropy=0.1, importance=0.1)
+LOSSES = LossWeights(load_balancing=0.1, router_z=0.1)
+ALL_LOSSES = LossWeights(load_balancing=0.1, router_z=0.1, entropy=0.1, importance=0.1)
 
 
 @functools.cache
@@ -240,7 +241,7 @@ def own_shard_map(router, params):
                 router, FFN, params, router.init_state(), x,
                 token_mask=mask, parallel=parallel, implementation="dense",
             )  # fmt: skip
-            loss, _ = aux_loss(aux.routing, LOSSES, axis_name=parallel.token_axes)
+            loss, _ = aux_loss(aux.routing, ALL_LOSSES, axis_name=parallel.token_axes)
             return y, loss, router.update(router.init_state(), aux.stats)
 
         y, loss, state = inside(params, x, mask)
@@ -250,7 +251,7 @@ def own_shard_map(router, params):
         y, aux = moe_jax.moe_layer(
             router, FFN, params, router.init_state(), x, token_mask=mask, implementation="dense"
         )
-        loss, _ = aux_loss(aux.routing, LOSSES)
+        loss, _ = aux_loss(aux.routing, ALL_LOSSES)
         return jnp.square(y).mean() + loss, (y, loss, router.update(router.init_state(), aux.stats))
 
     with jax.set_mesh(mesh):

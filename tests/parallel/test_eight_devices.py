@@ -133,9 +133,16 @@ def test_two_all_to_alls_forward_four_with_backward(measured, case, forward, bot
 
 
 def test_memory_of_experts_and_rows_falls_as_the_devices_grow(measured):
-    """Each doubling of the devices halves what one of them holds, within a tenth."""
-    for what in ("arguments", "results", "temporary"):
-        sizes = [measured[f"memory: {n}"][what] for n in (1, 2, 4, 8)]
-        slack = 1.1 if what != "temporary" else 1.35
+    """Each doubling of the devices halves what one of them holds, within a tenth.
+
+    Arguments and results are experts, tokens and their gradients; temporary is what the rows need on
+    their way. A single device sends nothing, so its temporary memory is no part of that row.
+    """
+    for what, devices in (
+        ("arguments", (1, 2, 4, 8)),
+        ("results", (1, 2, 4, 8)),
+        ("temporary", (2, 4, 8)),
+    ):
+        sizes = [measured[f"memory: {n}"][what] for n in devices]
         for more, fewer in itertools.pairwise(sizes):
-            assert fewer <= more / 2 * slack, (what, sizes)
+            assert fewer <= more / 2 * 1.1, (what, sizes)

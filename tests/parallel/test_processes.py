@@ -1,0 +1,124 @@
+"""Several processes train as one: same loss, a killed one is noticed, and the run goes on from disk.
+
+Real processes on the loopback interface, with the command that a person would type.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from moe_jax import train as lm
+from moe_jax.distributed import EXIT_CODE, Group
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+MODEL = {
+    "num_layers": 1, "d_model": 16, "num_heads": 2, "num_experts": 8, "k": 2, "d_ff": 16,
+    "length": 16, "batch_size": 16, "learning_rate": 0.01, "balance_rate": 0.001,
+    "implementation": "dense",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "PYTHONPATH": str(ROOT),
+    }
+
+    def start(name: str, *more: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [
+                sys.executable, "-m", "moe_jax.cli", "train", "--out", str(folder / name),
+                "--model", str(folder / "model.json"), "--steps", str(STEPS), "--save-every", "5",
+                "--expert-devices", "4", "--json", *more,
+            ],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    start.folder = folder
+    return start
+
+
+def pair(command, name: str, *more: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        command(
+            name, "--host-devices", "4", "--coordinator", address, "--processes", "2",
+            "--process-id", str(i), *more,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def test_two_processes_train_as_one_and_a_killed_run_resumes(command):
+    alone = command("one", "--host-devices", "8")
+    curve = [(h["step"], h["bits_per_byte"]) for h in json.loads(finished(alone))["history"]]
+    assert [step for step, _ in curve] == list(range(1, STEPS + 1))
+    assert curve[-1][1] < curve[0][1] - 1.0, "it did not learn"
+
+    first, second = pair(command, "two")
+    manifest = command.folder / "two" / "manifest.json"
+    deadline = time.monotonic() + 240
+    while not manifest.exists() and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    second.kill()
+    out, told = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == EXIT_CODE, (first.returncode, told[-3000:])
+    assert "process 0 of 2: stopped, since process 1 is gone" in told
+    assert "Start all again with --resume" in told
+    assert out == ""
+    done = lm.checkpoint.load_metadata(command.folder / "two")["metadata"]["training"]["step"]
+    assert 5 <= done < STEPS
+
+    resume = ("--resume", str(command.folder / "two"), "--overwrite")
+    first, second = pair(command, "two", *resume)
+    result = json.loads(finished(first))
+    assert finished(second) == ""
+    assert len(result["history"]) == STEPS
+    for (step, bits), entry in zip(curve, result["history"], strict=True):
+        assert entry["step"] == step
+        assert abs(entry["bits_per_byte"] - bits) <= 1e-4, (step, bits, entry)
+
+    # What eight devices in two processes saved, one device restores.
+    model, other = lm.load_model(command.folder / "two"), lm.load_model(command.folder / "one")
+    assert jax.tree.structure(model.params) == jax.tree.structure(other.params)
+    for a, b in zip(jax.tree.leaves(model.states), jax.tree.leaves(other.states), strict=True):
+        assert abs(a - b).max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"coordinator": "127.0.0.1"}, "coordinator: expected HOST:PORT"),
+        ({"process_id": 2}, "process_id: expected 0 <= process_id < processes=2, got 2"),
+    ],
+)
+def test_a_place_that_makes_no_sense_is_refused(values, says):
+    with pytest.raises(ValueError, match=says):
+        Group(**{"coordinator": "127.0.0.1:1", "processes": 2, "process_id": 0, **values})
