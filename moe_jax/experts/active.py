@@ -19,7 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.base import Implementation, one_expert
+from moe_jax.experts.base import Implementation, one_expert, vary_like
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
 from moe_jax.experts.tiered import (
     Sizes,
@@ -82,6 +82,7 @@ def _outputs(ffn: FeedForward, params: Params, x: Array, plan: DispatchPlan) -> 
         return jax.lax.dynamic_update_index_in_dim(total, made, i, axis=0)
 
     total = jnp.zeros((plan.num_rows + 1, params["down"].shape[2]), x.dtype)
+    total = vary_like(total, (params, x, plan))
     return jax.lax.fori_loop(jnp.int32(0), plan.group_sizes.sum(dtype=jnp.int32), step, total)
 
 
