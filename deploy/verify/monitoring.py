@@ -253,7 +253,6 @@ def drive_alerts(
         lambda done: burst(first, huge, requests=400, threads=3, until=done),
         mix(),
     )  # fmt: skip
-    del huge
 
     # Work that takes longer than the second instance's breaker calls slow: it opens, and until its
     # probe succeeds requests are refused.
