@@ -222,7 +222,9 @@ class Drill:
         left = self._prometheus.firing() & names
         for name in sorted(names):
             self._report.hold(
-                name not in left, f"{name} clears", f"{time.monotonic() - start:.0f} s"
+                name in fired and name not in left,
+                f"{name} clears",
+                f"{time.monotonic() - start:.0f} s",
             )
 
 

@@ -1,10 +1,12 @@
 """The guide's advice as presets (Q02–Q05, K08): in code, in configs/, and the same in both."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from moe_jax.config import PRESETS, load_config
+from moe_jax.config.settings import SETTINGS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -37,3 +39,11 @@ def test_caches_are_the_guides(name, enabled, size):
     performance = PRESETS[name].performance
     assert performance.enable_caching is enabled
     assert performance.cache_size == size
+
+
+def test_every_knob_of_the_manual_is_a_setting():
+    text = (CONFIGS.parent / "docs" / "operations.md").read_text()
+    known = {f"MOE_{name.upper()}" for name in SETTINGS}
+    named = set(re.findall(r"\bMOE_[A-Z_]+\b", text))
+    assert len(named) > 20
+    assert named <= known, sorted(named - known)
