@@ -88,7 +88,7 @@ def read_baseline(file: Path) -> dict[str, Any]:
             f"{file}: expected a baseline of bench {', '.join(RUNNERS)}, got one of "
             f"{content['bench']!r}, whose rows state no spread. Take one of these."
         )
-    rows = content["rows"]
+    content["rows"] = rows = _whole_rows(content)
     good = isinstance(rows, list) and rows
     if not good or not all(_is_measured(row) for row in rows):
         raise BaselineError(
@@ -96,6 +96,17 @@ def read_baseline(file: Path) -> dict[str, Any]:
             "Take the baseline again with this version."
         )
     return content
+
+
+def _whole_rows(content: dict[str, Any]) -> Any:
+    """The rows with what ``details`` adds to each, less those of peers that did not run."""
+    rows, details = content["rows"], content.get("details")
+    if not isinstance(rows, list) or not isinstance(details, list) or len(rows) != len(details):
+        return rows
+    if not all(isinstance(part, dict) for part in (*rows, *details)):
+        return rows
+    whole = [{**row, **detail} for row, detail in zip(rows, details, strict=True)]
+    return [row for row in whole if "not_run" not in row]
 
 
 def _is_measured(row: Any) -> bool:

@@ -60,6 +60,10 @@ def _finish(
     for row in rows:
         table.add_row(*[_shown(row.get(c)) for c in columns])
     out.print(table)
+    for row in rows:
+        if "not_run" in row:
+            notes.print(f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
+                        f"not run, {row['not_run']}")  # fmt: skip
     if json is not None:
         write_results(json, bench=bench, settings=settings, rows=rows, promised=promised)
         notes.print(f"rows written to {json}")
@@ -131,6 +135,10 @@ def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None
             f"{change.low:.3f} to {change.high:.3f}", _shown(change.slower(tolerance)),
         )  # fmt: skip
     out.print(table)
+    for row in rows:
+        if "not_run" in row:
+            notes.print(f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
+                        f"not run, {row['not_run']}")  # fmt: skip
     if json is not None:
         write_results(json, bench=content["bench"], settings=content["settings"], rows=rows)
         notes.print(f"rows written to {json}")
@@ -171,12 +179,13 @@ def layer(
     rounds: Rounds = 10,
     seconds: Annotated[
         float, typer.Option(min=0, help="A case of the grid ends after these, with fewer rounds.")
-    ] = 40.0,
+    ] = 25.0,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
     """The layer after routing against one dense feed-forward over the same rows."""
     from moe_jax.bench.layer import PROMISED, bench_layer
+    from moe_jax.bench.measure import write_results
     from moe_jax.bench.workload import DTYPES, LOADS
     from moe_jax.experts import ACTIVATIONS, IMPLEMENTATIONS
 
@@ -191,8 +200,13 @@ def layer(
         gated=gated, mean_k=mean_k, max_rows=max_rows, peers=peers, rounds=rounds,
         most_seconds=seconds,
     )  # fmt: skip
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        if json is not None:
+            write_results(json, bench="layer", settings=settings, rows=rows, promised=PROMISED)
+
     with _progress() as progress:
-        rows = bench_layer(**settings, progress=progress)
+        rows = bench_layer(**settings, progress=progress, so_far=save)
     columns = [
         "implementation", "experts", "dtype", "load", "pass", "ratio", "ratio_balanced", "ms",
         "temp_mb", "dropped", "rounds",

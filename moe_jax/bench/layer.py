@@ -80,6 +80,7 @@ def bench_layer(
     rounds: int = 10,
     most_seconds: float | None = None,
     progress: Callable[[str], None] = lambda told: None,
+    so_far: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Times the default implementation and others over a grid; one row each.
 
@@ -87,7 +88,8 @@ def bench_layer(
     where given), in the same dtype. ``balanced`` in ``implementations`` is no implementation but a
     reference: a batched product in which every expert gets exactly its share. ``ratio_balanced`` is
     the ratio to it, the fairer one in bf16 on CPU and where all experts' weights must be streamed.
-    A point of the grid that takes longer than ``most_seconds`` ends with fewer rounds, three at least.
+    ``so_far`` is called with all rows after each point of the grid, so that a long run may be cut.
+    A point that takes longer than ``most_seconds`` ends with fewer rounds, three at least.
 
     Returns:
         Rows of {implementation, default, tokens, experts, k, dtype, load, pass, ratio, spread,
@@ -124,6 +126,7 @@ def bench_layer(
             after_round=lambda done, told=told: progress(f"{told}, round {done} of {rounds}"),
         )  # fmt: skip
         rows += [{**about, **row} for row in measured]
+        so_far(rows)
     return rows
 
 
@@ -180,14 +183,21 @@ def _grid_point(
             "dropped": round(1 - float(plan.group_sizes.sum()) / active, 6),
             "slots_executed": float(choose(plan, name).slots_executed(plan)),
         }
+    refused: dict[str, str] = {}
     if peers:
         width = jax.tree.leaves(params)[0].shape[1]  # of "down", the first in name order
-        found = peer_cases(
+        found, refused = peer_cases(
             ffn, params, x, routing,
             d_ff=width, k=k, backward=backward, with_gradients=with_gradients,
         )  # fmt: skip
         cases |= found
         details |= {name: {"temp_mb": None, "dropped": 0.0, "peer": True} for name in found}
+    # What did not run has a row too, without a ratio, and says why.
+    failed = [
+        {"implementation": name, "default": False, "ratio": None, "temp_mb": None, "dropped": None,
+         "rounds": 0, "peer": True, "not_run": why}
+        for name, why in refused.items()
+    ]  # fmt: skip
     dense, _ = compile_for(floor, one, rows)
     timings, floors = interleave(
         dense, cases, rounds=rounds, most_seconds=most_seconds, after_round=after_round
@@ -206,7 +216,7 @@ def _grid_point(
             **details[name],
         }
         for name, timing in timings.items()
-    ]
+    ] + failed
 
 
 def _both(step: Callable[..., Array]) -> Callable[..., Any]:

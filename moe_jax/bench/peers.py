@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,10 @@ def jax_peers(ffn: FeedForward) -> dict[str, Callable[[Params, Array, Routing], 
 
     def tokamax_step(params: Params, x: Array, routing: Routing) -> Array:
         import tokamax  # pyright: ignore[reportMissingImports]  # takes seconds: only when used
+        from absl import flags  # pyright: ignore[reportMissingImports]
 
+        if not flags.FLAGS.is_parsed():  # else it takes this program's options for its own
+            flags.FLAGS.mark_as_parsed()
         plan = plan_dispatch(to_assignments(routing))
         y = ragged.run_with(tokamax.ragged_dot, ffn, params, x, plan, kept_weights(plan))
         return y.astype(x.dtype)
@@ -57,6 +61,7 @@ def torch_mixtral(
         num_local_experts=experts,
         num_experts_per_tok=k,
     )
+    config._experts_implementation = "eager"  # the loop over experts that the class is written as
     kind = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
     block = modeling.MixtralSparseMoeBlock(config).to(kind)
     with torch.no_grad():
@@ -78,6 +83,20 @@ def torch_mixtral(
     return both if backward else forward
 
 
+def expansion_bytes(routing: Routing, d_model: int, d_ff: int, *, backward: bool) -> int:
+    """What a grouped product on CPU takes: E times the rows, in float32, hidden layer and input."""
+    rows = routing.expert_indices.size
+    return routing.num_experts * rows * (d_model + d_ff) * 4 * (2 if backward else 1)
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that are free; None where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def peer_cases(
     ffn: FeedForward,
     params: Params,
@@ -88,19 +107,33 @@ def peer_cases(
     k: int,
     backward: bool,
     with_gradients: Callable[[Any], Any],
-) -> dict[str, Callable[[], Any]]:
-    """Thunks by name, of the peers that are installed and can run this case."""
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """Thunks by name, of the installed peers that can run this case; and why others cannot."""
     cases: dict[str, Callable[[], Any]] = {}
+    refused: dict[str, str] = {}
+    tokens, d_model = x.shape
+    free = free_memory()
+    needed = expansion_bytes(routing, d_model, d_ff, backward=backward)
     for name, step in jax_peers(ffn).items():
+        if jax.default_backend() == "cpu" and free is not None and needed > 0.7 * free:
+            refused[name] = f"would expand to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
+            continue
         compiled = jax.jit(with_gradients(step) if backward else step)
         cases[name] = functools.partial(compiled, params, x, routing)
     if ffn.gated and ffn.activation == "silu":
         dtype = "bf16" if x.dtype == jnp.bfloat16 else "f32"
-        tokens, d_model = x.shape
         thunk = torch_mixtral(
             tokens=tokens, d_model=d_model, d_ff=d_ff, experts=routing.num_experts, k=k,
             dtype=dtype, backward=backward,
         )  # fmt: skip
         if thunk is not None:
             cases["torch mixtral"] = thunk
-    return cases
+    elif installed("torch"):
+        refused["torch mixtral"] = "is gated with silu: pass --gated --activation silu"
+    for name, thunk in list(cases.items()):
+        try:
+            jax.block_until_ready(thunk())
+        except Exception as error:  # somebody else's code: its failure is a row, not our end
+            refused[name] = f"failed, {type(error).__name__}: {str(error)[:200]}"
+            del cases[name]
+    return cases, refused

@@ -10,6 +10,7 @@ def plot_ratios(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of ratio to the floor, grouped by case, with the middle half of the rounds as whiskers."""
     from matplotlib.figure import Figure
 
+    rows = [r for r in rows if r["ratio"] is not None]
     cases = list(dict.fromkeys(_case(r) for r in rows))
     names = list(dict.fromkeys(r["implementation"] for r in rows))
     figure = Figure(figsize=(1.6 + 1.1 * len(cases), 4.2), layout="constrained")

@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax import experts
 from moe_jax.experts import active, dense, ragged
+from moe_jax.experts.base import one_expert
 from moe_jax.experts.feed_forward import FeedForward
 from tests.experts.test_tiered import (
     FFN,
@@ -92,3 +93,66 @@ def test_the_automatic_choice():
     assert ragged.refuse(FeedForward(), PLANS["uniform"](), "tpu") is None
     assert "E times" in ragged.refuse(FeedForward(), PLANS["uniform"](), "gpu")
     assert experts.choose(PLANS["uniform"](), "ragged").name == "ragged"
+
+
+def test_gradients_of_active_agree_with_finite_differences():
+    plan = FEW["eight tokens"]()
+    params, x = inputs(8, 16)
+
+    def f(params, x, weights):
+        return active.run(FFN, params, x, plan, weights)
+
+    check = (params, x, kept_weights(plan))
+    jax.test_util.check_grads(f, check, order=1, modes=("rev",), rtol=2e-2)
+
+
+def test_active_is_recomputed_under_checkpoint_to_the_same_gradient():
+    plan = FEW["eight tokens"]()
+    params, x = inputs(8, 16)
+
+    def loss(x):
+        return jnp.square(active.run(FFN, params, x, plan, kept_weights(plan))).sum()
+
+    np.testing.assert_allclose(jax.grad(jax.checkpoint(loss))(x), jax.grad(loss)(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "capacity", "tiered", "active", "ragged"])
+def test_bfloat16_products_accumulate_in_float32(name):
+    """2048 ones add up to 2048; in bfloat16 the sum would stay at 256, where 256 + 1 is 256."""
+    wide = 2048
+    plan = plan_of([[0, 1], [1, 0]], 2, capacity=2)
+    params = {
+        "up": jnp.ones((2, wide, 1), jnp.bfloat16),
+        "down": jnp.ones((2, 1, wide), jnp.bfloat16),
+    }
+    x = jnp.ones((2, wide), jnp.bfloat16)
+    weights = jnp.full((4,), 0.5, jnp.float32)
+    run = experts.IMPLEMENTATIONS[name].run
+    y = run(FeedForward(activation="relu"), params, x, plan, weights)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, np.full((2, wide), wide, np.float32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_weights_are_picked_bit_by_bit(dtype):
+    stack = {"a": jax.random.normal(jax.random.key(0), (5, 3, 2)).astype(dtype)}
+    pick = jax.jit(one_expert)
+    for e in range(5):
+        got = pick(stack, jnp.int32(e))["a"]
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(stack["a"][e]))
+
+
+def test_no_copy_of_all_experts_is_made_to_decode():
+    """Beside its arguments XLA holds part of an expert; in bfloat16 one in use, but never all 32."""
+    plan = plan_of(draw(1, 32, 2), 32)
+    for dtype, most in ((jnp.float32, 1), (jnp.bfloat16, 3)):
+        params = {
+            "up": jnp.ones((32, 64, 128), dtype),
+            "down": jnp.ones((32, 128, 64), dtype),
+        }
+        step = jax.jit(active.run, static_argnums=0)
+        lowered = step.lower(FFN, params, jnp.ones((1, 64), dtype), plan, kept_weights(plan))
+        memory = lowered.compile().memory_analysis()
+        one = sum(p.nbytes for p in params.values()) // 32
+        assert memory.temp_size_in_bytes < most * one

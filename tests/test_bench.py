@@ -1,0 +1,84 @@
+"""The measurements: rounds that end in time, and other people's layers that may fail."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.bench import peers
+from moe_jax.bench.against import read_baseline
+from moe_jax.bench.layer import PROMISED, bench_layer
+from moe_jax.bench.measure import interleave, write_results
+
+
+def test_rounds_end_after_the_seconds_given_but_not_before_three():
+    def thunk():
+        time.sleep(0.01)
+        return jnp.zeros(())
+
+    done: list[int] = []
+    timings, floors = interleave(
+        thunk, {"case": thunk}, rounds=50, most_seconds=0.0, after_round=done.append
+    )
+    assert done == [1, 2, 3]
+    assert len(timings["case"].ratios) == 3
+    assert len(floors) == 6
+
+
+SMALL = dict(
+    tokens=16, d_model=8, d_ff=8, experts=[4], k=2, dtypes=["f32"], loads=["uniform"],
+    passes=["fwd"], implementations=[], rounds=2, peers=True,
+)  # fmt: skip
+
+
+def one_peer(monkeypatch, step):
+    monkeypatch.setattr(peers, "jax_peers", lambda ffn: {"peer": step})
+    monkeypatch.setattr(peers, "installed", lambda module: False)
+
+
+def test_a_peer_that_fails_is_a_row_that_says_so(monkeypatch):
+    def broken(params, x, routing):
+        raise RuntimeError("no kernel for this card")
+
+    one_peer(monkeypatch, broken)
+    rows = {row["implementation"]: row for row in bench_layer(**SMALL)}
+    assert rows["tiered"]["ratio"] > 0
+    assert rows["peer"]["ratio"] is None
+    assert "no kernel for this card" in rows["peer"]["not_run"]
+    assert set(PROMISED) <= rows["peer"].keys()
+
+
+def test_a_peer_that_would_not_fit_is_not_started(monkeypatch):
+    def never(params, x, routing):
+        pytest.fail("started although it does not fit")
+
+    one_peer(monkeypatch, never)
+    monkeypatch.setattr(peers, "free_memory", lambda: 1000)
+    rows = {row["implementation"]: row for row in bench_layer(**SMALL)}
+    assert "are free" in rows["peer"]["not_run"]
+
+
+def test_a_peer_that_runs_is_timed(monkeypatch):
+    one_peer(monkeypatch, lambda params, x, routing: jax.nn.relu(x))
+    rows = {row["implementation"]: row for row in bench_layer(**SMALL)}
+    assert rows["peer"]["ratio"] > 0
+
+
+def test_a_file_of_layer_rows_is_a_baseline_and_holds_every_point(monkeypatch, tmp_path):
+    def broken(params, x, routing):
+        raise RuntimeError("no kernel")
+
+    one_peer(monkeypatch, broken)
+    file = tmp_path / "layer.json"
+    points: list[int] = []
+
+    def save(rows):
+        points.append(len(rows))
+        write_results(file, bench="layer", settings={}, rows=rows, promised=PROMISED)
+
+    bench_layer(**{**SMALL, "loads": ["uniform", "zipf"]}, so_far=save)
+    assert points == [2, 3]
+    rows = read_baseline(file)["rows"]
+    assert [row["load"] for row in rows] == ["uniform", "zipf"]  # without the peer that failed
+    assert all(len(row["spread"]) == 2 for row in rows)
