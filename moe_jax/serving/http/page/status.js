@@ -6,6 +6,9 @@ const samples = [];
 const lines = { rate: [], p95: [], tokens: [], "mean-k": [] };
 let token = sessionStorage.getItem("token") || "";
 let fresh = 0;
+// ?theme=dark and ?theme=light win over the system's choice: for a screen on a wall.
+const theme = new URLSearchParams(location.search).get("theme");
+if (theme === "dark" || theme === "light") document.documentElement.dataset.theme = theme;
 
 // Prometheus text -> Map of name -> [{labels, value}].
 function parse(text) {
@@ -138,8 +141,13 @@ function show(m, ready) {
   const calls = experts.reduce((s, e) => s + e[1], 0);
   bars("experts", experts.map(([e, v]) => [Number.isNaN(Number(e)) ? e : `expert ${e}`, calls ? v / calls : 0]));
   text("balance-note", `balance ${short(total(m, "moe_load_balance_score"))} (1 is even, below 0.5 is an alert); ${short(total(m, "moe_dropped_assignments_total"))} assignments dropped`);
-  const finite = ks.filter(([k, c]) => k !== Infinity || c);
-  bars("histogram", finite.map(([k, c]) => [k === Infinity ? "more" : `k = ${k}`, count ? c / count : 0]));
+  // From the first k that is used to the last; a bucket may hold several.
+  const used = ks.map((k, i) => (k[1] ? i : -1)).filter((i) => i >= 0);
+  const parts = ks.map(([k, c], i) => {
+    const low = i ? ks[i - 1][0] + 1 : k;
+    return [k === Infinity ? `k ≥ ${low}` : low < k ? `k = ${low}–${k}` : `k = ${k}`, count ? c / count : 0];
+  }).slice(used[0] || 0, used.length ? used[used.length - 1] + 1 : 1);
+  bars("histogram", parts);
   text("histogram-note", `${short(n)} tokens since the start`);
 
   const cached = (r) => total(m, "moe_cache_requests_total", (l) => l.result === r);
