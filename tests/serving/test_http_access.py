@@ -129,3 +129,43 @@ def test_more_requests_than_may_wait_are_told_to_come_back():
         assert asyncio.run(crowd()) == (503, "queue_full")
         assert asked(app, "POST", INFER, BODY)[0] == 200
         door.close()
+
+
+def statuses(app, count, body=BODY, **headers):
+    return [asked(app, "POST", INFER, body, **headers)[0] for _ in range(count)]
+
+
+def test_limits_and_blocks_act_over_http():
+    with small_engine(
+        security_level="standard", rate_limit_requests=5, trusted_proxies="127.0.0.1"
+    ) as engine:
+        app = create_app(engine)
+        # The proxy is trusted, so each client behind it is one of its own.
+        assert statuses(app, 7, x_forwarded_for="192.0.2.1") == [200] * 5 + [429] * 2
+        assert statuses(app, 1, x_forwarded_for="192.0.2.2") == [200]
+        named = [(b"x-forwarded-for", b"192.0.2.1")]
+        status, data = asyncio.run(ask(app, ("POST", INFER, named, BODY)))
+        assert (status, json.loads(data)["code"]) == (429, "rate_limited")
+        # Ten violations are a block, which even a good request meets.
+        assert statuses(app, 9, x_forwarded_for="192.0.2.1")[-1] == 403
+        assert asked(app, "GET", "/ready", x_forwarded_for="192.0.2.1")[0] == 200
+        assert statuses(app, 1, x_forwarded_for="192.0.2.3") == [200]
+        app.door.close()
+
+
+def test_malformed_requests_are_counted_and_block_and_good_ones_never_do():
+    with small_engine(security_level="standard") as engine:
+        app = create_app(engine)
+        assert statuses(app, 60) == [200] * 60
+        assert statuses(app, 10, b"{}") == [400] * 10
+        assert statuses(app, 1) == [403]
+        counted = engine.get_metrics()["errors_by_code"]
+        assert counted == {"malformed": 10, "blocked": 1}
+        app.door.close()
+
+
+def test_tokens_are_limited_once_the_size_is_known():
+    with small_engine(security_level="standard", rate_limit_tokens=5) as engine:
+        app = create_app(engine)
+        assert statuses(app, 3) == [200, 200, 429]  # two tokens each
+        app.door.close()

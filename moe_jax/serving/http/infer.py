@@ -166,6 +166,7 @@ async def lookup(scope: Scope, receive: Receive, send: Send) -> None:
     model, digest = scope["path_params"]["model"], scope["path_params"]["digest"]
     spec = door.spec(model, scope["path_params"].get("version"))
     if not (8 <= len(digest) <= 128 and digest.isascii() and digest.isalnum()):
+        door.engine.violation(client, "malformed")
         raise malformed("digest: expected the hex digits of an earlier answer's digest.")
     if door.engine.config.serving.redis_url:  # a second level on the network may block
         result = await door.work(lambda: door.engine.lookup(model, digest, client=client))
