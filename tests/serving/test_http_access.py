@@ -10,7 +10,7 @@ import pytest
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.app import create_app
 from tests.serving.fuzz import ask
-from tests.serving.served import WIDTH, small_engine, tensor
+from tests.serving.served import WIDTH, served, small_engine, tensor
 
 INFER = "/v2/models/router/infer"
 BODY = json.dumps({"inputs": [tensor(np.ones((1, 2, WIDTH), np.float32))]}).encode()
@@ -168,4 +168,23 @@ def test_tokens_are_limited_once_the_size_is_known():
     with small_engine(security_level="standard", rate_limit_tokens=5) as engine:
         app = create_app(engine)
         assert statuses(app, 3) == [200, 200, 429]  # two tokens each
+        app.door.close()
+
+
+def test_nobody_is_a_new_client_by_claiming_another_address():
+    with served(small_engine(security_level="standard", rate_limit_requests=2)) as service:
+        found = [
+            service.request("POST", INFER, BODY, {"X-Forwarded-For": f"192.0.2.{i}"})[0]
+            for i in range(4)
+        ]
+    assert found == [200, 200, 429, 429]
+
+
+@pytest.mark.parametrize("header", [None, "x_forwarded_for", "forwarded", "via", "origin"])
+def test_without_an_admin_key_only_the_machine_itself_may_reload(header):
+    with small_engine() as engine:
+        app = create_app(engine)
+        headers = {} if header is None else {header: "192.0.2.1"}
+        wanted = 200 if header is None else 401
+        assert asked(app, "POST", "/admin/reload", **headers)[0] == wanted
         app.door.close()

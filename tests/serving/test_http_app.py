@@ -214,6 +214,15 @@ def test_a_head_that_has_no_end_is_cut_off(service):
     assert sent < 16 * 2**20  # what sockets hold, and no more
 
 
+def test_a_client_that_closes_its_half_still_gets_its_answer(service):
+    with socket.create_connection(("127.0.0.1", service.port), timeout=5) as sock:
+        head = f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(BODY)}\r\n\r\n"
+        sock.sendall(head.encode() + BODY)
+        sock.shutdown(socket.SHUT_WR)
+        assert read_answer(sock)[0] == 200
+        assert sock.recv(1) == b""
+
+
 def test_what_is_no_http_gets_an_answer(service):
     with socket.create_connection(("127.0.0.1", service.port), timeout=5) as sock:
         sock.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n")
