@@ -3,14 +3,17 @@
 import asyncio
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
 
+from moe_jax.config import load_config
+from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.app import create_app
 from tests.serving.fuzz import ask
-from tests.serving.served import WIDTH, served, small_engine, tensor
+from tests.serving.served import SMALL, WIDTH, served, small_engine, tensor
 
 INFER = "/v2/models/router/infer"
 BODY = json.dumps({"inputs": [tensor(np.ones((1, 2, WIDTH), np.float32))]}).encode()
@@ -187,4 +190,30 @@ def test_without_an_admin_key_only_the_machine_itself_may_reload(header):
         headers = {} if header is None else {header: "192.0.2.1"}
         wanted = 200 if header is None else 401
         assert asked(app, "POST", "/admin/reload", **headers)[0] == wanted
+        app.door.close()
+
+
+def test_while_it_warms_up_probes_are_answered_and_requests_told_to_come_back(monkeypatch):
+    loading = threading.Event()
+
+    def load(*args):
+        loading.wait(30)
+        raise ValueError("no such weights")
+
+    monkeypatch.setattr("moe_jax.serving.engine.core.load_weights", load)
+    with RouterEngine(load_config(env={}, **SMALL), background=True) as engine:
+        app = create_app(engine)
+        assert asked(app, "GET", "/v2/health/live")[0] == 200
+        assert asked(app, "GET", "/health")[0] == 200
+        assert asked(app, "GET", "/metrics")[0] == 200
+        assert asked(app, "GET", "/ready") == (503, {"ready": False, "reasons": ["warming"]})
+        assert asked(app, "GET", "/v2/models/router")[0] == 503
+        status, told = asked(app, "POST", INFER, BODY)
+        assert (status, told["code"]) == (503, "warming")
+        loading.set()
+        deadline = time.monotonic() + 10
+        while engine.load_error is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert asked(app, "GET", "/ready")[1]["reasons"] == ["params_missing"]
         app.door.close()

@@ -170,7 +170,7 @@ def document(body_limit: int) -> dict[str, Any]:
     health = _get("State, uptime, components, memory, recent latency.", _reply("Live.", "Health"))
     health["get"]["responses"]["503"] = _reply("To be restarted.", "Health")
     metadata = _get("What a model takes and gives.", _reply("Metadata.", "ModelMetadata"), _MODEL,
-                    codes=("unauthorized", "not_found"))  # fmt: skip
+                    codes=("unauthorized", "not_found", "warming"))  # fmt: skip
     version_metadata = {"get": {**metadata["get"], "parameters": [_MODEL, _VERSION]}}
     text = {"description": "Prometheus text.", "content": {"text/plain": {"schema": _TEXT}}}
     paths = {
@@ -188,7 +188,7 @@ def document(body_limit: int) -> dict[str, Any]:
             _reply("The answer.", "InferResponse", True), _MODEL, _DIGEST,
             {"name": "binary", "in": "query", "required": False, "schema": _FLAG},
             codes=("malformed", "unauthorized", "blocked", "not_found", "rate_limited",
-                   "queue_full"),
+                   "queue_full", "warming"),
         ),
         "/health": health,
         "/ready": ready,
