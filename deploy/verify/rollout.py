@@ -205,7 +205,7 @@ def check_limits(proxy: Proxy, ports: list[int], report: Report) -> None:
 
 def check_colours(
     proxy: Proxy, instances: dict[str, Process], ports: dict[str, int],
-    start: Callable[[str], Process], report: Report,
+    start: Callable[[str], Process], releases: Path, report: Report,
 ) -> None:  # fmt: skip
     """Blue to green, blue stopped; blue started anew, green to blue, green stopped."""
     with Load(proxy.port) as load:
@@ -214,7 +214,10 @@ def check_colours(
             if instances[new].ended() is not None:
                 instances[new] = start(new)
                 report.hold(wait_ready(instances[new], ports[new]), f"{new} is started anew")
-            smoke = moe_jax("smoke", f"http://127.0.0.1:{ports[new]}")
+            smoke = moe_jax(
+                "smoke", f"http://127.0.0.1:{ports[new]}",
+                "--checkpoint", str(releases / "current" / "checkpoint"),
+            )  # fmt: skip
             report.hold(
                 smoke.returncode == 0, f"{new} passes its smoke test before it has traffic",
                 "" if smoke.returncode == 0 else smoke.stdout + smoke.stderr,
@@ -303,7 +306,7 @@ def verify(folder: Path, report: Report) -> None:
             return
         check_limits(proxy, list(ports.values()), report)
         report.hold(proxy.only("blue", "green"), "all traffic goes to blue")
-        check_colours(proxy, instances, ports, start, report)
+        check_colours(proxy, instances, ports, start, releases, report)
         check_releases(proxy, ports["blue"], releases, exports[1], report)
     finally:
         for process in reversed(started):

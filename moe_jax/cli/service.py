@@ -115,12 +115,26 @@ def remote_report(arrays: Any, num_experts: int, facts: dict[str, Any]) -> dict[
 
 
 @app.command()
-def smoke(url: Url, key: Key = None, admin_key: AdminKey = None, as_json: AsJson = False) -> None:
+def smoke(
+    url: Url,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="What it should be serving: compare with its own routing.")
+    ] = None,
+    router_name: Annotated[
+        str | None, typer.Option("--router", help="Which of the checkpoint's routers.")
+    ] = None,
+    key: Key = None,
+    admin_key: AdminKey = None,
+    as_json: AsJson = False,
+) -> None:
     """Check a running service: health, one routed batch, metrics. Exit code 1 if a check fails."""
     from moe_jax.serving.http.smoke import check
 
     with told():
-        checks = check(url, key=key, admin_key=admin_key or key)
+        checks = check(
+            url, key=key, admin_key=admin_key or key,
+            checkpoint=checkpoint, router_name=router_name,
+        )  # fmt: skip
     good = all(c["ok"] for c in checks)
     if as_json:
         print_json({"url": url, "ok": good, "checks": checks})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,12 @@ _METRICS = ("moe_requests_total", "moe_request_duration_seconds", "moe_circuit_s
 
 
 def check(
-    url: str, *, key: str | None = None, admin_key: str | None = None
+    url: str,
+    *,
+    key: str | None = None,
+    admin_key: str | None = None,
+    checkpoint: Path | None = None,
+    router_name: str | None = None,
 ) -> list[dict[str, Any]]:
     """Runs every check: ``{"check", "ok", "detail"}`` each.
 
@@ -23,9 +29,12 @@ def check(
         url: where the service is.
         key: API key, where it asks for one.
         admin_key: for metrics under strict.
+        checkpoint: what the service should be serving; its routing of a batch is worked out here and
+            compared. None compares with nothing.
+        router_name: which of the checkpoint's routers; None is the first.
 
     Raises:
-        ValueError: no such URL.
+        ValueError: no such URL, or no such checkpoint.
     """
     service = Service(url, key=key, timeout_seconds=30.0)
     admin = Service(url, key=admin_key, timeout_seconds=30.0)
@@ -36,6 +45,11 @@ def check(
         ("routes a batch", lambda: _routes(service)),
         ("metrics", lambda: _metrics(admin)),
     ]
+    if checkpoint is not None:
+        from moe_jax import inspection
+
+        source = inspection.router_from_checkpoint(checkpoint, router_name)
+        checks.append(("routes as the checkpoint", lambda: _as_expected(service, source)))
     told = []
     for name, run in checks:
         try:
@@ -75,6 +89,34 @@ def _routes(service: Service) -> str:
     _hold((weights[indices < 0] == 0).all(), "weights where there is no expert")
     kind = " (degraded)" if facts.get("degraded") else ""
     return f"16 tokens, {counts.mean():.2f} experts each, {milliseconds:.1f} ms{kind}"
+
+
+def _as_expected(service: Service, source: Any) -> str:
+    """The service's answer against the checkpoint's own router, token by token."""
+    from moe_jax import inspection
+
+    width = service.get_json("/v2/models/router")["inputs"][0]["shape"][-1]
+    x = np.random.default_rng(1).standard_normal((2, 64, width), dtype=np.float32)
+    wanted = inspection.route(source, x)[1]
+    found = service.infer("router", {"hidden_states": x})[0]
+    _hold("expert_indices" in wanted, "the checkpoint's rule lets experts choose tokens")
+    experts = int(source.router.num_experts)
+    ours = _by_expert(wanted["expert_indices"], wanted["expert_weights"], experts)
+    theirs = _by_expert(found["expert_indices"], found["expert_weights"], experts)
+    other = ((ours > 0) != (theirs > 0)).any(axis=-1)
+    _hold(not other.any(), f"{int(other.sum())} of {len(other)} tokens go to other experts")
+    worst = float(np.abs(ours - theirs).max())
+    _hold(worst <= 1e-5, f"weights differ by up to {worst:.2g}, expected 1e-05 at most")
+    return f"{len(other)} tokens, weights within {worst:.1g}"
+
+
+def _by_expert(indices: np.ndarray, weights: np.ndarray, experts: int) -> np.ndarray:
+    """Weights f[T, E] from slots, whatever their order; -1 and E are no expert."""
+    flat, own = indices.reshape(-1, indices.shape[-1]), weights.reshape(-1, weights.shape[-1])
+    table = np.zeros((len(flat), experts + 1), np.float64)
+    slots = np.where((flat < 0) | (flat >= experts), experts, flat)
+    np.add.at(table, (np.arange(len(flat))[:, None], slots), own)
+    return table[:, :experts]
 
 
 def _metrics(service: Service) -> str:
