@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_jax.difficulty import Context
 from moe_jax.dispatch import kept_weights, plan_dispatch, to_assignments
-from moe_jax.experts import ExpertFn, run_experts
+from moe_jax.experts import ExpertFn, choose, run_experts
 from moe_jax.interop import settings
 from moe_jax.interop.config import HFConfig
 from moe_jax.interop.experts import rms_norm
@@ -20,13 +20,25 @@ from moe_jax.interop.families import Family, read
 from moe_jax.interop.rules import (
     CapacityTopK,
     DepthRouter,
+    JointShared,
+    ProductKeys,
     TableState,
     TokenTable,
     ZeroExperts,
 )
-from moe_jax.interop.tensors import Tensor, Tensors, expert_params, f32, linear, shared_params
+from moe_jax.interop.tensors import (
+    Tensor,
+    Tensors,
+    expert_params,
+    f32,
+    linear,
+    shared_params,
+    shared_stack,
+)
+from moe_jax.layer import LayerAux
 from moe_jax.routers import Router
-from moe_jax.types import Array, Params, Routing, check_array, pytree, static
+from moe_jax.stats import routing_stats
+from moe_jax.types import Array, Params, Routing, RoutingStats, check_array, pytree, static
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +84,7 @@ class MoEBlock:
     shared_fn: ExpertFn = static()
     options: BlockOptions = static()
 
-    def __call__(self, x: Array, **kwargs: Any) -> Array:
+    def __call__(self, x: Array, **kwargs: Any) -> Any:
         """``y[..., D]`` for ``x[..., D]``; see ``apply`` for what else may be given."""
         return self.apply(self.params, x, **kwargs)
 
@@ -96,7 +108,8 @@ class MoEBlock:
         token_mask: Array | None = None,
         context: Context | None = None,
         implementation: str | tuple[str, ...] | None = None,
-    ) -> Array:
+        return_aux: bool = False,
+    ) -> Any:
         """The block with other parameters, e.g. to differentiate.
 
         Args:
@@ -107,9 +120,11 @@ class MoEBlock:
             context: what some rules need beyond x, e.g. ``{"token_ids": ids}`` for DeepSeek-V4's
                 hash layers, ``{"router_states": h}`` for Zaya.
             implementation: see ``moe_jax.experts``.
+            return_aux: whether the routing and its statistics are returned too.
 
         Returns:
-            float[..., D] in the dtype of x; sums are taken in float32.
+            float[..., D] in the dtype of x; sums are taken in float32. With ``return_aux``, also the
+            ``LayerAux``.
 
         Raises:
             TypeError, ValueError: x is not float[..., D] with the block's D.
@@ -131,12 +146,13 @@ class MoEBlock:
         flat = x.reshape(-1, x.shape[-1])
         mask = routing.token_mask[:, None]
         rows = jnp.where(mask, flat, jnp.zeros((), x.dtype))
-        y = self._experts(params, rows, routing, implementation) * self.options.output_scale
+        y, stats = self._experts(params, rows, routing, implementation)
+        y = y * self.options.output_scale
         if "latent" in params:
             y = _affine(params["latent"], "out", y)
         y = y + routing.residual_weight[:, None] * rows.astype(jnp.float32)
         if "shared" in params:
-            shared = self.shared_fn(params["shared"], rows).astype(jnp.float32)
+            shared = self._shared(params, rows, routing)
             if "shared_gate" in params:
                 gate = params["shared_gate"].astype(jnp.float32)
                 shared = shared * jax.nn.sigmoid(rows.astype(jnp.float32) @ gate)
@@ -145,7 +161,8 @@ class MoEBlock:
             y = y + params["output_bias"].astype(jnp.float32)[None, :]
         if "output_norm" in params:
             y = rms_norm(y, self.options.norm_eps) * f32(params["output_norm"])[None, :]
-        return jnp.where(mask, y, 0.0).astype(x.dtype).reshape(x.shape)
+        y = jnp.where(mask, y, 0.0).astype(x.dtype).reshape(x.shape)
+        return (y, LayerAux(routing=routing, stats=stats)) if return_aux else y
 
     def _route(self, params, x, key, token_mask, context) -> Routing:
         if not hasattr(x, "ndim") or x.ndim < 1:
@@ -169,7 +186,9 @@ class MoEBlock:
         assert isinstance(routing, Routing)
         return routing
 
-    def _experts(self, params, rows: Array, routing: Routing, implementation) -> Array:
+    def _experts(
+        self, params, rows: Array, routing: Routing, implementation
+    ) -> tuple[Array, RoutingStats]:
         if "latent" in params:
             rows = self._latent(params["latent"], rows)
         assignments = to_assignments(routing)
@@ -186,13 +205,25 @@ class MoEBlock:
                 slots_per_token=1,
             )
         plan = plan_dispatch(assignments)
+        chosen = choose(plan, implementation, expert_fn=self.expert_fn)
         y = run_experts(
             self.expert_fn, params["experts"], rows, plan, kept_weights(plan),
-            implementation=implementation,
+            implementation=chosen.name,
         )  # fmt: skip
         if self.options.weight_on_input:
             y = y.reshape(*routing.expert_indices.shape, -1).sum(axis=1)
-        return y
+        stats = routing_stats(
+            routing, plan, slots_executed=chosen.slots_executed(plan),
+            observed=self.router.observe(routing), implementation=chosen.name,
+        )  # fmt: skip
+        return y, stats
+
+    def _shared(self, params, rows: Array, routing: Routing) -> Array:
+        if not isinstance(self.router, JointShared):
+            return self.shared_fn(params["shared"], rows).astype(jnp.float32)
+        weights = self.router.shared_weights(params["router"], rows, routing)
+        each = jax.vmap(self.shared_fn, in_axes=(0, None))(params["shared"], rows)
+        return jnp.einsum("std,ts->td", each.astype(jnp.float32), weights)
 
     def _latent(self, latent: Params, rows: Array) -> Array:
         out = _affine(latent, "in", rows)
@@ -241,7 +272,10 @@ def moe_block_from_hf(
     if "router.kernel" in found and c.key_of("num_experts") is None:
         # A config that is silent on the number of experts is no reason to mistrust the tensors.
         classes = found.shape("router.kernel")[0]
+        if "experts.row_in" in found:
+            classes = found.shape("experts.row_in")[0]
         free = c.get("zero_experts") or 0 if "zero_experts" in c.defaults else 0
+        free += c.get("shared") if family.shared == "joint" else 0
         c = c.with_value("num_experts", classes - free)
     hashed = "router.table" in found
     if hashed:
@@ -265,7 +299,11 @@ def moe_block_from_hf(
         each = np.broadcast_to if isinstance(norm, np.ndarray) else jnp.broadcast_to
         params["experts"]["post_norm"] = each(norm[None, :], (router.num_experts, inner))
     if _has_shared(found, family, c):
-        params["shared"] = shared_params(found, width=width, gated=family.gated)
+        if isinstance(router, JointShared):
+            params["shared"] = shared_stack(found, count=router.num_shared, width=width)
+        else:
+            gated = family.gated or "shared.gate" in found
+            params["shared"] = shared_params(found, width=width, gated=gated)
     if "shared" in params and (family.shared == "gated" or "shared_gate" in found):
         params["shared_gate"] = linear(found.take("shared_gate", (1, width), "1 D"))
     for name in ("output_norm", "output_bias"):
@@ -307,12 +345,19 @@ def _router_params(found: Tensors, router: Router, family: Family, width: int | 
         if "depth.depth_scale" in found:
             params["depth_scale"] = f32(found.take("depth.depth_scale", (h,), "H"))
         return params
-    classes = e + router.num_zero_experts if isinstance(router, ZeroExperts) else e
-    axes = "E+Z D" if isinstance(router, ZeroExperts) else "E D"
+    classes, axes = e, "E D"
+    if isinstance(router, ZeroExperts):
+        classes, axes = e + router.num_zero_experts, "E+Z D"
+    elif isinstance(router, JointShared):
+        classes, axes = e + router.num_shared, "E+S D"
+    elif isinstance(router, ProductKeys):
+        classes, axes = 2 * router.num_keys, "2n D"
     kernel = f32(found.take("router.kernel", (classes, width), axes))
     params = {"kernel": linear(kernel)}
     if router.gate.use_bias:
         params["bias"] = f32(found.take("router.bias", (e,), "E"))
+    if isinstance(router, JointShared):
+        params["global_scale"] = f32(found.take("router.global_scale", (1,), "1"))
     if "router.input_scale" in family.extras:
         params["input_scale"] = f32(found.take("router.input_scale", (kernel.shape[1],), "D"))
     if "router.expert_scale" in family.extras:

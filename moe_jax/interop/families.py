@@ -30,7 +30,8 @@ class Family:
         defaults: of the config class in transformers, by meaning (see ``interop.config.ALIASES``).
         expert: the function of one routed expert.
         shared_expert: that of the shared one, if it differs.
-        shared: "none", "plain", "gated" (a sigmoid weighs it) or "optional" (if tensors are there).
+        shared: "none", "plain", "gated" (a sigmoid weighs it), "optional" (if tensors are there)
+            or "joint" (several, weighed by the router).
         bias: whether a selection bias must be among the tensors: "none", "required", "optional".
         extras: further tensors that must be there, by canonical name (see ``interop.names``).
         output_scale: what the routed output is multiplied by, after the combine weights.
@@ -66,8 +67,10 @@ def _rows(types: str, router: Callable[[HFConfig], Router], defaults: dict, **bl
 
 def _v3(types: str, *, e: int | None, k: int | None, scale: float = 1.0, norm: bool = True,
         groups: tuple[int, int] = (1, 1), router=settings.deepseek_v3, shared: str = "plain",
-        **block) -> Family:  # fmt: skip
-    defaults: dict[str, Any] = {"scale": scale, "norm": norm}
+        activation: str = "silu", swiglu_limit: float | None = None, **block) -> Family:  # fmt: skip
+    defaults: dict[str, Any] = {"scale": scale, "norm": norm, "activation": activation}
+    if swiglu_limit is not None:
+        defaults["swiglu_limit"] = swiglu_limit
     defaults.update(groups=groups[0], top_groups=groups[1])
     defaults.update({n: v for n, v in (("num_experts", e), ("k", k)) if v is not None})
     return _rows(types, router, defaults, bias="required", shared=shared, **block)
@@ -127,13 +130,14 @@ FAMILIES: tuple[Family, ...] = (
     _v3("glm4_moe_lite", e=64, k=4, scale=1.8),
     _v3("glm_moe_dsa", e=256, k=8, scale=2.5),
     _v3("glm5_next glm5_next_text", e=288, k=8, scale=2.5, expert=settings.clamped_silu,
-        shared_expert=settings.clamped_act),
+        shared_expert=settings.clamped_act, swiglu_limit=10.0),
     _v3("kimi_linear", e=256, k=8, scale=2.446),
     _v3("solar_open", e=128, k=8),
     _v3("exaone_moe", e=64, k=8, scale=2.5),
     _v3("mimo_v2_flash", e=256, k=8, shared="none"),
-    _v3("nemotron_h", e=8, k=2, expert=settings.ungated, gated=False),
-    _v3("hy_v4", e=256, k=8, scale=2.827, expert=settings.clamped_silu, shared_expert=settings.plain),
+    _v3("nemotron_h", e=8, k=2, expert=settings.ungated, gated=False, activation="relu2"),
+    _v3("hy_v4", e=256, k=8, scale=2.827, expert=settings.clamped_silu, shared_expert=settings.plain,
+        swiglu_limit=10.0),
     _v3("beam", e=256, k=8, scale=2.5, groups=(8, 4), router=settings.beam, shared="none",
         output_scale=settings.stated_scale),
     # the same without groups
@@ -176,8 +180,13 @@ FAMILIES: tuple[Family, ...] = (
           _e(64, 6, moe_norm_min=1e-12), bias="required", shared="optional"),
     _rows("longcat_flash", settings.longcat, _e(512, 12, scale=6.0, zero_experts=256), bias="required"),
     # rules of their own
+    _rows("inkling inkling_text inkling_mm_model", settings.inkling,
+          _e(256, 6, scale=8.0, shared=2, shared_expert_sink=True),
+          bias="required", shared="joint"),
+    _rows("doge", settings.doge, _e(16384, 64), expert=settings.ungated,
+          shared_expert=settings.plain, shared="plain", gated=False),
     _rows("zaya", settings.zaya, _e(16, 1, router_hidden_size=256, norm_eps=1e-5), bias="required"),
-    _rows("phimoe", settings.phimoe, _e(16, 2, jitter=0.01)),
+    _rows("phimoe", settings.phimoe, _e(16, 2, jitter=0.01, input_jitter_noise=0.0)),
     _rows("switch_transformers", settings.switch,
           {"num_experts": 8, "expert_capacity": 64, "router_bias": False, "activation": "relu",
            "jitter": 0.01},
@@ -195,11 +204,6 @@ BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES for name in fa
 
 # Model types that route in ways no rule here has: why, and what comes closest.
 REFUSED: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(
-        ("inkling", "inkling_text", "inkling_mm_model"),
-        ("normalises routed and shared experts together", "inkling2 (routed experts alone)"),
-    ),
-    "doge": ("retrieves experts by product keys", "granitemoe (top-k of the logits, then softmax)"),
     "vitpose_backbone": ("picks the expert by data set, not by token", "deepseek_v4 with a table"),
     "dots3_note_vision_encoder": ("routes image patches in its own layout", "dots3_note_text"),
 }

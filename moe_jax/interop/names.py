@@ -11,10 +11,11 @@ import re
 # Canonical name -> names inside the block, as regular expressions that must match in full.
 _NAMES: dict[str, str] = {
     "router.kernel": r"(moe\.)?gate\.weight|router\.weight|router\.(layer|classifier|proj|gate)\.weight"
-    r"|gate\.wg\.weight",
+    r"|gate\.wg\.weight|router_gate\.weight",
     "router.bias": r"router\.bias|router\.classifier\.bias",
     "router.input_scale": r"router\.scale",
     "router.expert_scale": r"router\.per_expert_scale",
+    "router.global_scale": r"gate\.global_scale",
     "router.table": r"gate\.tid2eid",
     "expert_bias": r"((gate|router|experts)\.)?(moe_statics\.)?e_score_correction_bias"
     r"|((gate|router)\.)?expert_bias|gate\.bias|(moe\.)?router_bias|gate\.balancing_biases",
@@ -38,7 +39,13 @@ _NAMES: dict[str, str] = {
     "experts.flat_gate": r"experts\.mlp\.w1",
     "experts.flat_up": r"experts\.mlp\.v1",
     "experts.flat_down": r"experts\.mlp\.w2",
+    "experts.row_in": r"down_embed\.weight",
+    "experts.row_out": r"up_embed\.weight",
     "experts.post_norm": r"experts\.post_expert_norm\.weight",
+    "shared_stack.gate": r"shared_experts\.gate_proj",
+    "shared_stack.up": r"shared_experts\.up_proj",
+    "shared_stack.down": r"shared_experts\.(down_proj|(shared_)?w2_weight)",
+    "shared_stack.gate_up_interleaved": r"shared_experts\.(shared_)?w13_weight",
     "shared_gate": r"shared_expert_gate\.weight",
     "latent.in": r"fc1_latent_proj\.weight|pre_expert_proj\.weight",
     "latent.in_bias": r"fc1_latent_proj\.bias",
@@ -59,12 +66,20 @@ _PART = {
 }  # fmt: skip
 _PARTS = "|".join(_PART)
 _ONE_EXPERT = re.compile(rf"experts\.(?:expert_)?(\d+)\.({_PARTS})\.(weight|bias)")
+# Doge keeps its shared expert beside the others, without a name of its own.
+_BARE = re.compile(r"(gate_proj|up_proj|down_proj)\.(weight|bias)")
 _SHARED = re.compile(rf"(?:shared_experts?|shared_mlp|share_expert)\.({_PARTS})\.(weight|bias)")
 
 # Say in messages what a canonical name may be called; the first is the one of transformers 5.
 SPELLINGS: dict[str, str] = {
     "router.kernel": "gate.weight, router.weight, router.classifier.weight, router.proj.weight",
     "router.bias": "router.bias",
+    "router.global_scale": "gate.global_scale",
+    "experts.row_in": "down_embed.weight",
+    "experts.row_out": "up_embed.weight",
+    "shared_stack.gate": "shared_experts.gate_proj",
+    "shared_stack.up": "shared_experts.up_proj",
+    "shared_stack.down": "shared_experts.down_proj",
     "router.input_scale": "router.scale",
     "router.expert_scale": "router.per_expert_scale",
     "router.table": "gate.tid2eid",
@@ -112,7 +127,7 @@ def canonical(name: str) -> str | None:
     one = _ONE_EXPERT.fullmatch(name)
     if one:
         return f"experts.{int(one[1])}.{_PART[one[2]]}{'_bias' if one[3] == 'bias' else ''}"
-    shared = _SHARED.fullmatch(name)
+    shared = _SHARED.fullmatch(name) or _BARE.fullmatch(name)
     if shared:
         return f"shared.{_PART[shared[1]]}{'_bias' if shared[2] == 'bias' else ''}"
     for meaning, pattern in _PATTERNS.items():

@@ -65,7 +65,8 @@ def make_dynamic(
     """A dynamic twin of a trained block, fitted to a budget, and what changed.
 
     The twin has the same parameters, gate, scoring and selection bias. Its provenance is in
-    ``block.state.fit``.
+    ``block.state.fit``. (Gemma 4's factor on the weights of each expert moves into the expert's last
+    projection, where it does the same.)
 
     Args:
         block: from ``moe_block_from_hf`` or ``load_hf_block``, with a ``TopK`` rule.
@@ -82,8 +83,8 @@ def make_dynamic(
 
     Raises:
         ValueError: a block without a fixed-k rule, no or two targets, a target out of reach,
-            ``max_k`` above the trained k without ``elastic``, or a rule that cannot express the
-            block's scoring.
+            ``max_k`` above the trained k without ``elastic``, inputs that are not finite, or a rule
+            that cannot express the block's scoring.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -107,6 +108,8 @@ def make_dynamic(
             "with experts it was not trained to combine; pass elastic=True if this one was."
         )
     fit_x, test_x = _split(calibration_x, held_out_x)
+    if trained.use_expert_scale:
+        block, trained = _fold_expert_scale(block)
     router = _dynamic_rule(trained, rule, most, difficulty, target)
     twin = _with_rule(block, router, fit_x, target)
     low = _control(block, trained, "lowest", fit_x, target)
@@ -163,6 +166,10 @@ def make_model_dynamic(
         raise ValueError(
             f"blocks: expected one trained k and inputs for each of {sorted(blocks)}, got k={ks} and "
             f"inputs for {sorted(calibration_x)}. Split the model by k, and give every block's inputs."
+        )
+    if steps < 2:
+        raise ValueError(
+            f"steps: expected at least 2, got {steps}. 8 measures seven budgets a block."
         )
     k = ks[0]
     target = _target(next(iter(rules.values())), target_mean_k, target_saving)
@@ -236,7 +243,13 @@ class DriftMonitor:
             )
         self._static, self._dynamic = static, dynamic
         if target_mean_k is None:
-            target_mean_k = float(dynamic.state.fit.achieved_mean_k)
+            fit = dynamic.state.fit
+            target_mean_k = float(fit.achieved_mean_k) if fit.describe()["fitted"] else 0.0
+        if not target_mean_k > 0:
+            raise ValueError(
+                f"target_mean_k: expected above 0, got {target_mean_k}. Fit the dynamic block first "
+                "(make_dynamic), or state the mean that it should have."
+            )
         self.target_mean_k = target_mean_k
         self._band, self._decay = band, decay
         self.reset()
@@ -321,8 +334,26 @@ def _control(block: MoEBlock, trained: TopK, drop: str, x: Array, target: float)
     return _with_rule(block, router, x, target)
 
 
+def _fold_expert_scale(block: MoEBlock) -> tuple[MoEBlock, TopK]:
+    """The same block without a factor per expert: its last projection is multiplied instead."""
+    router = dataclasses.replace(_fixed_rule(block), use_expert_scale=False)
+    rest = dict(block.params["router"])
+    scale = rest.pop("expert_scale").astype(jnp.float32)
+    experts = dict(block.params["experts"])
+    for name in [n for n in ("down", "down_bias") if n in experts]:
+        old = experts[name]
+        factor = scale.reshape((-1,) + (1,) * (old.ndim - 1))
+        experts[name] = (old.astype(jnp.float32) * factor).astype(old.dtype)
+    params = {**block.params, "router": rest, "experts": experts}
+    return dataclasses.replace(block, params=params, router=router), router
+
+
 def _split(x: Array, held_out: Array | None) -> tuple[Array, Array]:
     if held_out is not None:
+        if not np.isfinite(np.asarray(held_out).astype(np.float32)).all():
+            raise ValueError(
+                "held_out_x: expected finite inputs of the block, got NaN or inf. Drop those tokens."
+            )
         return x, held_out
     flat = jnp.asarray(x).reshape(-1, x.shape[-1])
     if flat.shape[0] < 10:
@@ -331,7 +362,7 @@ def _split(x: Array, held_out: Array | None) -> tuple[Array, Array]:
             "the block, thousands if you have them."
         )
     cut = flat.shape[0] * 4 // 5
-    return flat[:cut], flat[cut:]
+    return _split(flat[:cut], flat[cut:])
 
 
 def _change(before: Array, after: Array) -> float:

@@ -13,7 +13,15 @@ from typing import Any
 from moe_jax.experts import ExpertFn
 from moe_jax.interop.config import HFConfig
 from moe_jax.interop.experts import GatedExpert, activation_name, feed_forward
-from moe_jax.interop.rules import CapacityTopK, DepthRouter, SparseMixer, TokenTable, ZeroExperts
+from moe_jax.interop.rules import (
+    CapacityTopK,
+    DepthRouter,
+    JointShared,
+    ProductKeys,
+    SparseMixer,
+    TokenTable,
+    ZeroExperts,
+)
 from moe_jax.logits import Gate
 from moe_jax.routers import Router, TopK
 from moe_jax.scoring import Scoring
@@ -210,8 +218,24 @@ def zaya(c: HFConfig) -> Router:
     )  # fmt: skip
 
 
+def inkling(c: HFConfig) -> Router:
+    if not c.get("shared_expert_sink"):
+        raise unsupported(c, "shared_expert_sink", c.get("shared_expert_sink"), "True")
+    return JointShared(
+        num_experts=c.get("num_experts"), num_shared=c.get("shared"), k=c.get("k"),
+        scale=c.get("scale"),
+    )  # fmt: skip
+
+
+def doge(c: HFConfig) -> Router:
+    return ProductKeys(num_experts=c.get("num_experts"), k=c.get("k"))
+
+
 def phimoe(c: HFConfig) -> Router:
-    return SparseMixer(num_experts=c.get("num_experts"), k=c.get("k"), eps=c.get("jitter"))
+    return SparseMixer(
+        num_experts=c.get("num_experts"), k=c.get("k"), eps=c.get("jitter"),
+        gate=Gate(jitter=float(c.get("input_jitter_noise"))),
+    )  # fmt: skip
 
 
 def switch(c: HFConfig) -> Router:

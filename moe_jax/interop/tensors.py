@@ -153,6 +153,8 @@ def expert_params(
         interleaved: whether gate and up alternate in the fused tensor.
         bias: whether projections must have biases.
     """
+    if "experts.row_in" in found or "experts.row_out" in found:
+        return _rows(found, experts, width)
     if "experts.flat_gate" in found:
         return _flat(found, experts, width)
     fused = "experts.gate_up" in found or "experts.gate_up_interleaved" in found
@@ -163,6 +165,13 @@ def expert_params(
     if bias:
         params.update(_biases(found, experts, params, gated, interleaved))
     return params
+
+
+def _rows(found: Tensors, experts: int, width: int) -> Params:
+    """Doge: an expert is one hidden unit, a row that reads x and a row that is written."""
+    read = found.take("experts.row_in", (experts, width), "E D")
+    write = found.take("experts.row_out", (experts, width), "E D")
+    return {"up": read[:, :, None], "down": write[:, None, :]}
 
 
 def _flat(found: Tensors, experts: int, width: int) -> Params:
@@ -275,3 +284,18 @@ def shared_params(found: Tensors, *, width: int, gated: bool) -> Params:
             size = width if part == "down" else f
             out[f"{part}_bias"] = found.take(f"shared.{part}_bias", (size,), "F")
     return out
+
+
+def shared_stack(found: Tensors, *, count: int, width: int) -> Params:
+    """S shared experts: ``{"gate": [S, D, F], "up": [S, D, F], "down": [S, F, D]}``."""
+    down = found.take("shared_stack.down", (count, width, None), "S D F")
+    f = down.shape[2]
+    if "shared_stack.gate_up_interleaved" in found:
+        both = found.take("shared_stack.gate_up_interleaved", (count, 2 * f, width), "S 2F D")
+        gate, up = _halves(linear(both), interleaved=True)
+    else:
+        gate, up = (
+            linear(found.take(f"shared_stack.{part}", (count, f, width), "S F D"))
+            for part in ("gate", "up")
+        )
+    return {"gate": gate, "up": up, "down": linear(down)}

@@ -6,8 +6,9 @@ Not a dependency of the library or of its tests: run it where transformers and t
     /tmp/hf/bin/python tests/goldens/generate_hf.py mixtral deepseek_v3
     /tmp/hf/bin/python tests/goldens/generate_hf.py --list
 
-Files go to ``hf_generated/``; those there were made with transformers 5.23.0 and torch 2.13.0. (``hf/``
-holds files of the same kind from another hand, at other sizes.) Keys of a file:
+Files go to ``hf_generated/`` (``phimoe_sampler`` beside it); those there were made with transformers
+5.23.0 and torch 2.13.0. (``hf/`` holds files of the same kind from another hand, at other sizes.) Keys
+of a file:
 
 ``x`` input, ``y`` output of the block, ``cot`` cotangent, ``w/<name>`` parameters and buffers under
 their own names, ``topk_index`` and ``topk_weight`` as the block hands them to its experts,
@@ -122,6 +123,13 @@ TABLE: dict[str, tuple] = {
     ),
     "hy_v3": ("hy_v3", "HYV3Config", "HYV3MoE", {}),
     "hy_v4": ("hy_v4", "HYV4Config", "HYV4MoE", GROUPS | THREE | {"swiglu_limit": 0.8}),
+    "doge": (
+        "doge", "DogeConfig", "DogeCDMoE", {"is_moe": True, "num_experts": 16, "mlp_bias": True,
+         "norm_topk_prob": False},
+    ),
+    "inkling_text": (
+        "inkling", "InklingTextConfig", "InklingMoE", {"n_shared_experts": 2, "route_scale": 1.7},
+    ),
     "inkling2_text": (
         "inkling2", "Inkling2TextConfig", "Inkling2SparseMoeBlock",
         {"mlp_gate_softcap": 1.0, "mlp_up_softcap": 2.0},
@@ -342,6 +350,31 @@ def generate(name: str, seed: int) -> dict[str, np.ndarray] | None:
     return arrays
 
 
+def phimoe_sampler() -> dict[str, np.ndarray]:
+    """PhiMoE's training rule with the random numbers that it drew, so that another can repeat it."""
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    scores = torch.randn((64, E), generator=torch.Generator().manual_seed(5)).requires_grad_()
+    cot = torch.randn((64, 2), generator=torch.Generator().manual_seed(6))
+    torch.manual_seed(7)
+    drawn = []
+    for _ in range(2):
+        drawn += [torch.empty((64, E)).exponential_(), torch.rand((64, 1))]
+    torch.manual_seed(7)
+    weights, indices = sparsemixer(scores, 0.3, training=True)
+    (weights * cot).sum().backward()
+    return {
+        "scores": scores.detach().numpy(), "cot": cot.numpy(), "grad": scores.grad.numpy(),
+        "weights": weights.detach().numpy(), "indices": indices.numpy().astype(np.int32),
+        "gumbel": np.stack([-drawn[0].log().numpy(), -drawn[2].log().numpy()]),
+        "coins": np.stack([drawn[1][:, 0].numpy(), drawn[3][:, 0].numpy()]),
+        "meta": np.array(json.dumps({
+            "function": "transformers.models.phimoe.modeling_phimoe.sparsemixer", "eps": 0.3,
+            "transformers": transformers.__version__, "torch": torch.__version__,
+        })),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -354,7 +387,9 @@ def main() -> None:
         print("\n".join(sorted(TABLE)))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.names or sorted(TABLE):
+    if not args.names or "phimoe_sampler" in args.names:
+        np.savez_compressed(args.out.parent / "phimoe_sampler.npz", **phimoe_sampler())
+    for name in [n for n in args.names or sorted(TABLE) if n != "phimoe_sampler"]:
         arrays = next(filter(None, (generate(name, seed) for seed in range(1, 40))), None)
         if arrays is None:
             raise SystemExit(f"{name}: every seed had a tie within 1e-4; change the sizes")

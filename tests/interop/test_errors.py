@@ -62,8 +62,16 @@ def test_defaults_give_a_router_or_name_the_missing_key(model_type):
     [
         ({"model_type": "mixtrall"}, r"got 'mixtrall'\. The nearest known are mixtral"),
         ({"model_type": "llama"}, r"got 'llama'\. The nearest known are llama4"),
-        ({"model_type": "inkling"}, r"'inkling'.*together.*nearest that it has is inkling2"),
-        ({"model_type": "doge"}, r"'doge'.*product keys.*granitemoe"),
+        (
+            {"model_type": "vitpose_backbone"},
+            r"data set, not by token.*nearest that it has is deeps",
+        ),
+        ({"model_type": "dots3_note_vision_encoder"}, r"image patches.*dots3_note_text"),
+        ({"model_type": "inkling", "shared_expert_sink": False}, "shared_expert_sink to be True"),
+        (
+            {"model_type": "doge", "num_experts": 15},
+            r"num_experts: expected a square, got 15.*is 9",
+        ),
         ({"num_experts": 8}, "expected a 'model_type' key"),
         ({"model_type": "dots1", "num_experts_per_tok": 2}, "expected a value for num_experts"),
         (
@@ -190,6 +198,16 @@ def test_padding_and_leading_axes():
     assert np.isfinite(poisoned).all()
     with pytest.raises(ValueError, match=r"token_mask: expected bool\[2, 3\]"):
         block(x, token_mask=mask[0])
+
+
+def test_the_routing_and_its_statistics_beside_the_output():
+    block = moe_block_from_hf(CONFIG, tensors())
+    x = jax.random.normal(jax.random.key(0), (2, 3, D))
+    y, aux = block(x, return_aux=True, implementation="dense")
+    np.testing.assert_array_equal(y, block(x, implementation="dense"))
+    np.testing.assert_array_equal(aux.routing.expert_indices, block.route(x).expert_indices)
+    assert float(aux.stats.token_count) == 6
+    assert float(aux.stats.mean_experts_per_token) == block.router.max_k
 
 
 def test_wrong_width():

@@ -137,3 +137,32 @@ def test_drift_steps_back_to_the_static_block_and_can_be_reset():
     assert not monitor.observe(float("nan"))
     with pytest.raises(ValueError, match="band"):
         DriftMonitor(static=static, dynamic=dynamic, band=0.0)
+
+
+def test_a_factor_on_each_experts_weight_is_kept():
+    """Gemma 4: tokens that still use every expert they were trained with get the trained output."""
+    rng = np.random.default_rng(3)
+    shapes = {
+        "router.proj.weight": (E, D), "router.scale": (D,), "router.per_expert_scale": (E,),
+        "experts.gate_up_proj": (E, 2 * F, D), "experts.down_proj": (E, D, F),
+    }  # fmt: skip
+    tensors = {n: rng.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    config = {"model_type": "gemma4", "hidden_size": D, "num_experts": E, "top_k_experts": 3}
+    block = moe_block_from_hf(config, tensors)
+    x = _x()
+    twin, _ = make_dynamic(block, x, target_mean_k=2.4)
+    full = np.asarray(twin.route(x).num_experts_per_token) == 3
+    assert 0.2 < full.mean() < 1
+    np.testing.assert_allclose(twin(x)[full], block(x)[full], rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_that_make_no_sense_are_refused():
+    x = _x(tokens=50)
+    bad = x.copy()
+    bad[-1, 0] = np.nan
+    with pytest.raises(ValueError, match="held_out_x: expected finite"):
+        make_dynamic(_block(), bad, target_saving=0.2)
+    with pytest.raises(ValueError, match="steps: expected at least 2, got 1"):
+        make_model_dynamic({"a": _block()}, {"a": x}, target_saving=0.2, steps=1)
+    with pytest.raises(ValueError, match=r"target_mean_k: expected above 0.*make_dynamic"):
+        DriftMonitor(static=None, dynamic=None, target_mean_k=0.0)

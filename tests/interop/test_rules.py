@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +14,15 @@ import pytest
 from moe_jax.interop.rules import (
     CapacityTopK,
     DepthRouter,
+    JointShared,
     NoState,
+    ProductKeys,
     SparseMixer,
     TableState,
     TokenTable,
     ZeroExperts,
 )
+from moe_jax.interop.rules.sparse_mixer import sparse_mix
 from moe_jax.routers import Router, router_from_json
 from moe_jax.scoring import Scoring
 from moe_jax.types import Routing
@@ -35,6 +39,7 @@ CASES: dict[str, Any] = {
     "token table": TokenTable(num_experts=E, k=2, vocab_size=64, scoring=Scoring(norm="sum")),
     "sparse mixer": SparseMixer(num_experts=E, eps=0.3),
     "zero experts": ZeroExperts(num_experts=E, num_zero_experts=4, k=3, scoring=Scoring(scale=6.0)),
+    "joint shared": JointShared(num_experts=E, num_shared=2, k=3, scale=1.7),
     "depth": DepthRouter(num_experts=E, k=1, hidden_size=6),
 }
 X = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
@@ -150,7 +155,6 @@ def test_sparse_mixer_weights_stand_alone():
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda: SparseMixer(num_experts=2)(*_two(), key=jax.random.key(0)), "key: expected None"),
         (lambda: TokenTable(num_experts=2, k=1, vocab_size=2)(*_two()), "expected 'token_ids'"),
         (
             lambda: CapacityTopK(num_experts=2, sequence_length=2)(*_two()),
@@ -170,3 +174,49 @@ def test_refusals(call, told):
 
 def _two():
     return {"kernel": jnp.eye(2)}, TableState(table=jnp.zeros((2, 1), jnp.int32)), jnp.ones((3, 2))
+
+
+def test_shared_experts_take_their_share_of_one_budget():
+    router = JointShared(num_experts=E, num_shared=2, k=3, scale=1.7)
+    params, state = router.init(jax.random.key(0), D), router.init_state()
+    mask = jnp.arange(T) > 0
+    routing = router(params, state, X, token_mask=mask)
+    shared = router.shared_weights(params, X, routing)
+    both = routing.combine_weights.sum(axis=-1) + shared.sum(axis=-1)
+    np.testing.assert_allclose(both, 1.7 * mask, rtol=1e-6)
+    with pytest.raises(ValueError, match="num_shared: expected at least 1"):
+        JointShared(num_experts=E, num_shared=0, k=3)
+
+
+def test_phis_training_rule_equals_transformers_on_the_same_random_numbers():
+    with np.load(Path(__file__).parents[1] / "goldens" / "phimoe_sampler.npz") as file:
+        g = dict(file)
+    noise = {"gumbel": g["gumbel"], "coins": g["coins"]}
+    indices, weights = sparse_mix(g["scores"], k=2, eps=0.3, **noise)
+    np.testing.assert_array_equal(indices, g["indices"])
+    assert (indices != sparse_mix(g["scores"], k=2, eps=0.3)[0]).any()
+    np.testing.assert_allclose(weights, g["weights"], rtol=0, atol=1e-6)
+    grad = jax.grad(lambda z: (sparse_mix(z, k=2, eps=0.3, **noise)[1] * g["cot"]).sum())
+    np.testing.assert_allclose(grad(g["scores"]), g["grad"], rtol=1e-4, atol=1e-6)
+
+
+def test_sparse_mixer_samples_with_a_key_and_only_then():
+    router = SparseMixer(num_experts=E, eps=5.0)  # every expert is near enough
+    params = {"kernel": jnp.zeros((D, E)).at[0].set(jnp.linspace(0.0, 1.0, E))}
+    x = jnp.zeros((4000, D)).at[:, 0].set(1.0)
+    routing = jax.jit(lambda key: router(params, NoState(), x, key=key))(jax.random.key(0))
+    share = np.bincount(routing.expert_indices[:, 0], minlength=E) / 4000
+    np.testing.assert_allclose(share, jax.nn.softmax(jnp.linspace(0.0, 1.0, E)), atol=0.03)
+    assert (routing.expert_indices[:, 0] != routing.expert_indices[:, 1]).all()
+    assert (router(params, NoState(), x[:5]).expert_indices == jnp.array([[E - 1, E - 2]])).all()
+
+
+def test_product_keys_by_hand():
+    router = ProductKeys(num_experts=4, k=1)
+    # One token: its numbers are a = (1, 0) and b = (0, 5), so pair (0, 1) is expert 1.
+    params = {"kernel": jnp.array([[1.0, 0.0, 0.0, 5.0]])}
+    routing = router(params, NoState(), jnp.ones((1, 1)))
+    assert routing.expert_indices.tolist() == [[1]]
+    assert routing.router_logits.tolist() == [[1.0, 6.0, 0.0, 5.0]]
+    assert not router.traits.causal
+    assert router_from_json(router.to_json()) == router

@@ -7,6 +7,8 @@ They follow the contract of ``moe_jax.routers.base.Router``. What a rule needs b
 from moe_jax.interop.rules.capacity import CapacityTopK
 from moe_jax.interop.rules.common import NoState
 from moe_jax.interop.rules.free_classes import BiasState, DepthRouter, ZeroExperts
+from moe_jax.interop.rules.joint_shared import JointShared
+from moe_jax.interop.rules.product_keys import ProductKeys
 from moe_jax.interop.rules.sparse_mixer import SparseMixer
 from moe_jax.interop.rules.token_table import TableState, TokenTable
 
@@ -14,7 +16,9 @@ __all__ = [
     "BiasState",
     "CapacityTopK",
     "DepthRouter",
+    "JointShared",
     "NoState",
+    "ProductKeys",
     "SparseMixer",
     "TableState",
     "TokenTable",

@@ -12,18 +12,18 @@ from moe_jax.interop.rules.common import NoState
 from moe_jax.logits import Gate
 from moe_jax.routers.base import Router, Traits
 from moe_jax.scoring import Scoring
-from moe_jax.selection import build_routing, top_slots
+from moe_jax.selection import build_routing
 from moe_jax.types import Array, Params, Routing, check_k
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseMixer(Router):
-    """SparseMixer-v2 at evaluation, the rule of Phi-3.5-MoE (Liu et al. 2024, arXiv:2409.12136).
+    """SparseMixer-v2, the rule of Phi-3.5-MoE (Liu et al. 2024, arXiv:2409.12136).
 
     The best expert is taken, then the best of the rest; each has a softmax of its own over the
     logits within a relative distance of ``2 * eps`` from the best. So a token's weights need not
-    add up to 1. The training rule (sampled experts, Heun's gradient estimate) is not part of this:
-    gradients are those of the evaluation rule, and a key is refused.
+    add up to 1. With a key, the training rule: every slot's expert is sampled from its softmax, and
+    weights have Heun's third-order gradient estimate, see ``sparse_mix``.
 
     Args:
         num_experts: E.
@@ -74,27 +74,51 @@ class SparseMixer(Router):
         token_mask: Array | None = None,
         context: Context | None = None,
     ) -> Routing:
+        logits = self.gate(params, x, key=key, token_mask=token_mask)
+        gumbel = coins = None
         if key is not None:
-            raise ValueError(
-                "key: expected None, since SparseMixer is the evaluation rule only, got a key. "
-                "To train, use TopK on the same parameters."
-            )
-        logits = self.gate(params, x, token_mask=token_mask)
-        indices, _ = top_slots(logits, self.k)
-        experts = jnp.arange(self.num_experts, dtype=jnp.int32)
-        left = jnp.ones(logits.shape, bool)
-        weights = []
-        for slot in range(self.k):
-            chosen = indices[:, slot : slot + 1]
-            best = jnp.take_along_axis(logits, chosen, axis=-1)
-            # The distance is relative to |logit|, though at least to the best logit, as published.
-            size = jnp.maximum(jnp.abs(logits), best)
-            near = jax.lax.stop_gradient(~((best - logits) / size > 2 * self.eps))
-            probs = jax.nn.softmax(jnp.where(left & near, logits, -jnp.inf), axis=-1)
-            weights.append(jnp.take_along_axis(probs, chosen, axis=-1))
-            left = left & (experts[None, :] != chosen)
+            noise, coin = jax.random.split(jax.random.fold_in(key, 1))
+            gumbel = jax.random.gumbel(noise, (self.k, *logits.shape))
+            coins = jax.random.uniform(coin, (self.k, logits.shape[0]))
+        indices, weights = sparse_mix(logits, k=self.k, eps=self.eps, gumbel=gumbel, coins=coins)
         return build_routing(
-            logits=logits, probs=jax.nn.softmax(logits, axis=-1), indices=indices,
-            weights=jnp.concatenate(weights, axis=-1),
+            logits=logits, probs=jax.nn.softmax(logits, axis=-1), indices=indices, weights=weights,
             keep=jnp.ones(indices.shape, bool), token_mask=token_mask,
         )  # fmt: skip
+
+
+def sparse_mix(
+    logits: Array, *, k: int, eps: float, gumbel: Array | None = None, coins: Array | None = None
+) -> tuple[Array, Array]:
+    """(indices i32[T, k], weights f32[T, k]) of SparseMixer-v2.
+
+    Args:
+        logits: f32[T, E].
+        k: experts per token.
+        eps: experts further than ``2 * eps`` from the best, relatively, cannot be chosen.
+        gumbel: f32[k, T, E] samples the expert of every slot; None takes the best.
+        coins: f32[k, T] in [0, 1), with ``gumbel``: a sampled expert that is not the best keeps its
+            full weight where the coin is over 0.75, and a third of it elsewhere. Gradients are
+            those of the full weight; on average that is Heun's third-order estimate.
+    """
+    experts = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    clean = jnp.where(jnp.isnan(logits), -jnp.inf, jax.lax.stop_gradient(logits))
+    left = jnp.ones(logits.shape, bool)
+    indices, weights = [], []
+    for slot in range(k):
+        best = jnp.where(left, clean, -jnp.inf).max(axis=-1, keepdims=True)
+        # The distance is relative to |logit|, though at least to the best logit, as published.
+        near = left & ~((best - clean) / jnp.maximum(jnp.abs(clean), best) > 2 * eps)
+        open_ = jnp.where(near, clean, -jnp.inf)
+        top = open_.argmax(axis=-1).astype(jnp.int32)
+        chosen = top if gumbel is None else (open_ + gumbel[slot]).argmax(-1).astype(jnp.int32)
+        probs = jax.nn.softmax(jnp.where(near, logits, -jnp.inf), axis=-1)
+        weight = jnp.take_along_axis(probs, chosen[:, None], axis=-1)[:, 0]
+        if coins is not None:
+            whole = (chosen == top) | (coins[slot] > 0.75)
+            factor = 0.3333 + 0.6667 * whole.astype(jnp.float32)
+            weight = weight + jax.lax.stop_gradient(weight * (factor - 1.0))
+        indices.append(chosen)
+        weights.append(weight)
+        left = left & (experts[None, :] != chosen[:, None])
+    return jnp.stack(indices, axis=-1), jnp.stack(weights, axis=-1)
