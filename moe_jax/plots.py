@@ -1,7 +1,8 @@
 """Pictures of routing, by matplotlib, and a page of text coloured by what each byte cost.
 
-Every function writes one file and returns its path. Values are host arrays (NumPy). matplotlib is
-imported when a picture is drawn, so importing this module costs nothing, and no window is opened.
+A function writes one file and returns its path; without a path a picture is returned as a matplotlib
+``Figure``, which a notebook shows. Values are host arrays (NumPy). matplotlib is imported when a
+picture is drawn, so importing this module costs nothing, and no window is opened.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def _figure(width: float, height: float, **kwargs: Any) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: PathLike) -> Path:
+def _save(figure: Any, path: PathLike | None) -> Any:
+    if path is None:
+        return figure
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
@@ -46,14 +49,14 @@ def _save(figure: Any, path: PathLike) -> Path:
 
 
 def frontier(
-    rows: Sequence[Mapping[str, Any]], path: PathLike, *, equal_quality: float = 0.002
-) -> Path:
+    rows: Sequence[Mapping[str, Any]], path: PathLike | None = None, *, equal_quality: float = 0.002
+) -> Any:
     """What each saving costs, for every rule and control, with 95 % intervals.
 
     Args:
         rows: as ``moe_jax.frontier.measure`` gives them; read are ``rule``, ``label``, ``control``,
             ``achieved_saving``, ``relative``, ``relative_low`` and ``relative_high``.
-        path: of the PNG.
+        path: of the PNG; None returns the figure instead.
         equal_quality: relative change up to which quality counts as equal.
     """
     rules = list(dict.fromkeys(row["rule"] for row in rows))
@@ -125,13 +128,13 @@ def frontier(
 
 
 def experts_per_token(
-    histogram: np.ndarray, path: PathLike, *, title: str = "Experts per token"
-) -> Path:
+    histogram: np.ndarray, path: PathLike | None = None, *, title: str = "Experts per token"
+) -> Any:
     """A histogram of how many experts tokens use, one panel a layer.
 
     Args:
         histogram: f64[layers, K + 1], the share of tokens that use 0..K experts.
-        path: of the PNG.
+        path: of the PNG; None returns the figure instead.
         title: above the panels.
     """
     layers, bins = histogram.shape
@@ -162,13 +165,16 @@ def experts_per_token(
 
 
 def utilisation(
-    loads: Mapping[str, np.ndarray], path: PathLike, *, title: str = "Load of every expert"
-) -> Path:
+    loads: Mapping[str, np.ndarray],
+    path: PathLike | None = None,
+    *,
+    title: str = "Load of every expert",
+) -> Any:
     """Heat maps of layers by experts: how many tokens an expert took, over the layer's mean.
 
     Args:
         loads: by panel title, f64[layers, E] of tokens per expert.
-        path: of the PNG.
+        path: of the PNG; None returns the figure instead.
         title: above the panels.
     """
     from matplotlib.colors import TwoSlopeNorm

@@ -22,8 +22,9 @@ class FLOPProfiler:
 
     Args:
         model: an NNX model, or None.
-        baseline: ``trained_k``, ``top_max`` or ``dense``: what savings are stated against.
+        baseline: ``trained_k``, ``top_max``, ``dense`` or ``mean_k``: what savings are stated against.
         trained_k: for the baseline of that name.
+        mean_k: for the baseline of that name: a budget in experts per token.
         estimator_flops_per_token: operations of the difficulty estimator, if it is not negligible.
 
     Example:
@@ -44,6 +45,7 @@ class FLOPProfiler:
         *,
         baseline: str,
         trained_k: int | None = None,
+        mean_k: float | None = None,
         estimator_flops_per_token: float = 0.0,
     ) -> None:
         check_choice("baseline", baseline, BASELINES)
@@ -51,6 +53,7 @@ class FLOPProfiler:
         self._options: dict[str, Any] = {
             "baseline": baseline,
             "trained_k": trained_k,
+            "mean_k": mean_k,
             "estimator_flops_per_token": estimator_flops_per_token,
         }
         self._reports: dict[str, list[FlopsReport]] = {}
@@ -131,7 +134,22 @@ class FLOPProfiler:
                 f"{r.baseline_flops / 1e9:>12.4f}{r.saving_used:>9.1%}"
             )
         lines.append(f"baseline: {self.total.baseline}; router and estimator counted as cost")
+        if self._uncalibrated():
+            lines.append(
+                f"not calibrated: {', '.join(self._uncalibrated())}; an unfitted rule may sit near its "
+                "most experts (fit_model, fit_router)"
+            )
         return "\n".join(lines)
+
+    def _uncalibrated(self) -> list[str]:
+        """Layers of the model whose rule has a budget that was never fitted."""
+        if self._model is None:
+            return []
+        from moe_jax.nn.recording import moe_layers
+
+        states = {p: layer.router_state.get_value() for p, layer in moe_layers(self._model).items()}
+        fits = {path: getattr(state, "fit", None) for path, state in states.items()}
+        return [path for path, fit in fits.items() if fit and not fit.describe()["fitted"]]
 
 
 def _sum(reports: list[FlopsReport]) -> FlopsReport:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.types import Array, DispatchPlan, ExpertChoice, Routing, RoutingStats, check_choice
 
-BASELINES = ("trained_k", "top_max", "dense")
+BASELINES = ("trained_k", "top_max", "dense", "mean_k")
 
 
 def load_balance_score(tokens_per_expert: Array) -> Array:
@@ -193,6 +193,7 @@ def flops_report(
     flops_per_row: float,
     max_k: int,
     trained_k: int | None = None,
+    mean_k: float | None = None,
     estimator_flops_per_token: float = 0.0,
 ) -> FlopsReport:
     """What a batch cost, against a baseline that must be named.
@@ -200,19 +201,21 @@ def flops_report(
     Args:
         stats: of the batch.
         baseline: ``trained_k`` (what the model ran at before), ``top_max`` (the same rule with every
-            token at max_k) or ``dense`` (every expert on every token).
+            token at max_k), ``dense`` (every expert on every token) or ``mean_k`` (a stated budget:
+            what a fixed, possibly fractional k of that size would cost).
         d_model: D.
         flops_per_row: cost of one expert on one token, see ``FeedForward.flops_per_row``.
         max_k: K.
         trained_k: k that the model was trained with; needed for that baseline.
+        mean_k: experts per token on average; needed for that baseline.
         estimator_flops_per_token: cost of the difficulty estimator, if it is not negligible.
 
     Returns:
         A report in which every number is operations over the whole batch. The baseline pays for the
-        router too (all three are MoE layers, save ``dense``, which needs none to choose).
+        router too (all are MoE layers, save ``dense``, which needs none to choose).
 
     Raises:
-        ValueError: an unknown baseline, or ``trained_k`` missing.
+        ValueError: an unknown baseline, or ``trained_k`` or ``mean_k`` missing.
 
     Example:
         >>> import jax, moe_jax
@@ -231,14 +234,20 @@ def flops_report(
             "trained_k: expected the k that the model was trained with, got None. Pass trained_k=, "
             "or choose baseline='top_max' or 'dense'."
         )
+    if baseline == "mean_k" and (mean_k is None or not mean_k > 0):
+        raise ValueError(
+            f"mean_k: expected experts per token above 0 for baseline='mean_k', got {mean_k}. Pass "
+            "the budget, such as the target_mean_k of a fit."
+        )
     tokens = float(stats.token_count)
     experts = stats.tokens_per_expert.shape[0]
     router = tokens * 2.0 * d_model * experts
     estimator = tokens * estimator_flops_per_token
-    k = {"trained_k": trained_k or 0, "top_max": max_k, "dense": experts}[baseline]
+    known = {"trained_k": trained_k, "top_max": max_k, "dense": experts, "mean_k": mean_k}
+    k = known[baseline] or 0
     base = tokens * k * flops_per_row + (0.0 if baseline == "dense" else router)
     return FlopsReport(
-        baseline=f"{baseline}={k}",
+        baseline=f"{baseline}={k:g}",
         baseline_flops=base,
         router_flops=router,
         estimator_flops=estimator,

@@ -42,6 +42,12 @@ def test_experts_per_token_and_utilisation(tmp_path):
     assert is_picture(plots.utilisation({"a": load, "b": balanced}, tmp_path / "load.png"))
 
 
+def test_without_a_path_a_figure_is_returned_for_a_notebook():
+    figure = plots.utilisation({"a": np.ones((2, 4))})
+    assert type(figure).__name__ == "Figure"
+    assert figure.axes
+
+
 class Page(html.parser.HTMLParser):
     """Collects the text of the coloured bytes and their data-k."""
 

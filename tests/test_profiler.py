@@ -103,6 +103,24 @@ def test_pure_functions_report_by_hand(x):
     assert profiler.total.saving_used == pytest.approx(1 - 2 / E, abs=0.01)
 
 
+def test_a_budget_is_a_baseline_and_unfitted_layers_are_named(x):
+    layer = DynamicMoE(E, max_experts=3, d_model=D, d_ff=F, expert_fn=FFN, rngs=nnx.Rngs(0))
+    with FLOPProfiler(layer, baseline="mean_k", mean_k=1.5) as profiler:
+        layer(x)
+    assert profiler.total.baseline == "mean_k=1.5"
+    assert profiler.total.baseline_flops == T * (1.5 * FFN.flops_per_row(D, F) + 2 * D * E)
+    assert "not calibrated: model" in profiler.summary()
+    layer.fit_router(x, target_mean_k=1.5)
+    with FLOPProfiler(layer, baseline="mean_k", mean_k=1.5) as profiler:
+        layer(x)
+    assert abs(profiler.total.saving_used) < 0.02
+    assert "not calibrated" not in profiler.summary()
+    with pytest.raises(ValueError, match="mean_k: expected experts per token above 0"):
+        FLOPProfiler(baseline="mean_k").record(
+            "layer", _stats(), d_model=4, max_k=2, flops_per_row=1.0
+        )
+
+
 def test_a_baseline_must_be_named_and_known():
     with pytest.raises(TypeError):
         FLOPProfiler()

@@ -725,3 +725,8 @@ def test_fixed_and_dynamic_rules_choose_differently():
     assert len(set(np.asarray(top_k().num_experts_per_token).tolist())) == 1
     # R02: k is a token's own, never the batch's.
     assert len(set(np.asarray(dynamic().num_experts_per_token).tolist())) >= 3
+
+
+def test_a_printed_rule_shows_what_differs_from_the_defaults():
+    rule = TopK(num_experts=8, k=2, scoring=Scoring(norm="sum"))
+    assert repr(rule) == "TopK(num_experts=8, k=2, scoring=Scoring(norm='sum'))"

@@ -15,7 +15,7 @@ from moe_jax.difficulty import Context, Estimator
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux
 from moe_jax.logits import Gate
-from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes
+from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes, stats_of
 from moe_jax.routers import Router as Rule
 from moe_jax.scoring import Scoring
 from moe_jax.sharding import layer_over
@@ -62,10 +62,10 @@ class Router(nn.Module):
         state = self.variable(STATE, "state", self.router.init_state).value
         return self.router(params, state, x, key=key, token_mask=token_mask, context=context)
 
-    def update_router(self, stats: RoutingStats) -> None:
+    def update_router(self, aux: LayerAux | RoutingStats) -> None:
         """Writes the state after a training batch: ``apply(..., method="update_router",
         mutable=["router_state"])``."""
-        _write(self, self.router, stats)
+        _write(self, self.router, aux)
 
 
 class MoE(nn.Module):
@@ -107,10 +107,10 @@ class MoE(nn.Module):
             key=key, token_mask=token_mask, context=context, return_aux=return_aux,
         )  # fmt: skip
 
-    def update_router(self, aux: LayerAux) -> None:
+    def update_router(self, aux: LayerAux | RoutingStats) -> None:
         """Writes the state after a training batch: ``apply(..., method="update_router",
         mutable=["router_state"])``."""
-        _write(self, self.rule(), aux.stats)
+        _write(self, self.rule(), aux)
 
 
 class DynamicMoE(nn.Module):
@@ -161,9 +161,9 @@ class DynamicMoE(nn.Module):
             key=key, token_mask=token_mask, context=context, return_aux=return_aux,
         )  # fmt: skip
 
-    def update_router(self, aux: LayerAux) -> None:
+    def update_router(self, aux: LayerAux | RoutingStats) -> None:
         """As ``MoE.update_router``."""
-        _write(self, self.rule(), aux.stats)
+        _write(self, self.rule(), aux)
 
 
 def _apply(
@@ -192,11 +192,11 @@ def _apply(
     return (y, aux) if return_aux else y
 
 
-def _write(module: nn.Module, rule: Rule, stats: RoutingStats) -> None:
+def _write(module: nn.Module, rule: Rule, aux: LayerAux | RoutingStats) -> None:
     if not module.is_mutable_collection(STATE):
         raise ValueError(
             f"update_router: expected a mutable collection {STATE!r}, got a fixed one. "
             f"Call apply(variables, ..., method='update_router', mutable=[{STATE!r}])."
         )
     state = module.get_variable(STATE, "state")
-    module.put_variable(STATE, "state", rule.update(state, stats))
+    module.put_variable(STATE, "state", rule.update(state, stats_of(aux)))

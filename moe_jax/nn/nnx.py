@@ -10,7 +10,7 @@ from moe_jax.difficulty import Context, Estimator
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux
 from moe_jax.logits import Gate
-from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes
+from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes, stats_of
 from moe_jax.routers import Router as Rule
 from moe_jax.scoring import Scoring
 from moe_jax.sharding import layer_over
@@ -74,9 +74,11 @@ class Router(nnx.Module):
             arrays(self.router), state, x, key=key, token_mask=token_mask, context=context
         )
 
-    def update_router(self, stats: RoutingStats) -> None:
-        """Writes the state after a training batch with these statistics. Never called by itself."""
-        self.router_state.set_value(self.rule.update(self.router_state.get_value(), stats))
+    def update_router(self, aux: LayerAux | RoutingStats) -> None:
+        """Writes the state after a training batch, of which ``aux`` is or holds the statistics. Never
+        called by itself."""
+        state = self.router_state.get_value()
+        self.router_state.set_value(self.rule.update(state, stats_of(aux)))
 
     def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
         """Calibrates the state on x float[T, D]; see ``moe_jax.Router.fit``. Outside of jit."""
@@ -171,10 +173,10 @@ class MoE(nnx.Module):
         )  # fmt: skip
         return (y, aux) if return_aux else y
 
-    def update_router(self, aux: LayerAux) -> None:
+    def update_router(self, aux: LayerAux | RoutingStats) -> None:
         """Writes the router's state after a training batch. Never called by itself."""
         state = self.router_state.get_value()
-        self.router_state.set_value(self.spec.router.update(state, aux.stats))
+        self.router_state.set_value(self.spec.router.update(state, stats_of(aux)))
 
     def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
         """Calibrates the router on x float[T, D]; see ``moe_jax.Router.fit``. Outside of jit."""
@@ -187,7 +189,8 @@ class DynamicMoE(MoE):
     """A Mixture-of-Experts layer whose tokens use between ``min_experts`` and ``max_experts``.
 
     ``MoE`` with ``DynamicK``, in the production guide's words. Calibrate it to a budget with
-    ``fit_router(x, target_mean_k=...)``.
+    ``fit_router(x, target_mean_k=...)``, or a whole model with ``moe_jax.nn.patching.fit_model``.
+    Before that, raw difficulty decides, and by router entropy most tokens use nearly ``max_experts``.
 
     Args:
         num_experts: E.

@@ -1,9 +1,10 @@
-"""A trained NNX model made dynamic in place."""
+"""An NNX model made dynamic in place, or fitted to a budget if it was born so."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.difficulty import Estimator
-from moe_jax.nn.recording import moe_layers, watching
-from moe_jax.routers import DynamicK, TopK
+from moe_jax.nn.recording import check_has_layers, watching
+from moe_jax.routers import DynamicK, Router, TopK
 
 
 def patch_model_with_dynamic_routing(
@@ -46,8 +47,9 @@ def patch_model_with_dynamic_routing(
         For each layer path: trained_k, min_k, max_k, and, where calibrated, the fit's description.
 
     Raises:
-        ValueError: ratios out of order, a layer without a ``TopK`` rule, or no MoE layer at all.
-            The model is then unchanged.
+        ValueError: ratios out of order, a layer without a ``TopK`` rule or that the calibration data
+            does not reach, a target without data or out of reach, or no MoE layer at all. The
+            model is then unchanged.
 
     Example:
         >>> import moe_jax
@@ -61,11 +63,13 @@ def patch_model_with_dynamic_routing(
             "min_experts_ratio, max_experts_ratio: expected 0 < min <= max <= 1, got "
             f"{min_experts_ratio}, {max_experts_ratio}. They are shares of the number of experts."
         )
-    inputs: dict[str, list[np.ndarray]] = {}
-    with watching(model, lambda path, x, aux: inputs.setdefault(path, []).append(np.asarray(x))):
-        if calibration is not None:
-            model(calibration)  # type: ignore[operator]  # any NNX model is called
-    layers = moe_layers(model)
+    if calibration is None and target_mean_k is not None:
+        raise ValueError(
+            f"calibration: expected data to fit target_mean_k={target_mean_k:g} on, got None. Pass an "
+            "input of the model, or leave target_mean_k out."
+        )
+    layers = check_has_layers(model)
+    inputs = {} if calibration is None else _inputs(model, calibration, None)
     rules: dict[str, DynamicK] = {}
     for path, layer in layers.items():
         trained = layer.spec.router
@@ -86,12 +90,15 @@ def patch_model_with_dynamic_routing(
         rule = rules[path]
         bias = layer.router_state.get_value().expert_bias
         state = dataclasses.replace(rule.init_state(), expert_bias=bias)
+        if calibration is not None and path not in inputs:
+            raise _not_reached(path)
         if path in inputs and rule.min_k < rule.max_k:
-            rows = [x.reshape(-1, x.shape[-1]) for x in inputs[path]]
             target = (rule.min_k + rule.max_k) / 2 if target_mean_k is None else target_mean_k
             params = layer.params()["router"]
-            x = jnp.asarray(np.concatenate(rows))
-            state = rule.fit(params, state, x, target_mean_k=target)
+            try:
+                state = rule.fit(params, state, inputs[path], target_mean_k=target)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
         states[path] = state
     told: dict[str, dict[str, Any]] = {}
     for path, layer in layers.items():  # nothing is written before everything is known to fit
@@ -107,3 +114,93 @@ def patch_model_with_dynamic_routing(
             "fit": fit if fit["fitted"] else None,
         }
     return told
+
+
+def fit_model(
+    model: nnx.Module,
+    calibration: Any,
+    *,
+    target_mean_k: float,
+    call: Callable[[Any, Any], Any] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Fits every MoE layer of an NNX model whose rule has a budget, in place, first layer to last.
+
+    Each layer is fitted on its own inputs, as they are when the layers before it already run their
+    fitted rules; so the model is run once a layer, without jit.
+
+    Args:
+        model: an NNX model with ``DynamicMoE`` layers, or ``MoE`` layers under any rule that has a
+            budget. Layers with a fixed k stay as they are.
+        calibration: input of ``model``, real data.
+        target_mean_k: experts per token on average, the same for every layer.
+        call: ``(model, calibration) -> anything``, how the model is run; None is
+            ``model(calibration)``.
+
+    Returns:
+        For each fitted layer's path, the description of its fit.
+
+    Raises:
+        ValueError: no layer has a budget, a layer was not reached, or the target is out of a layer's
+            reach; the layer is named, and the model is then unchanged.
+
+    Example:
+        >>> import jax
+        >>> from moe_jax.nn.nnx import DynamicMoE
+        >>> layer = DynamicMoE(8, d_model=8, d_ff=16, max_experts=4, rngs=nnx.Rngs(0))
+        >>> x = jax.random.normal(jax.random.key(0), (500, 8))
+        >>> told = fit_model(layer, x, target_mean_k=2.0)
+        >>> round(told["model"]["achieved_mean_k"], 2)
+        2.0
+    """
+    layers = check_has_layers(model)
+    with_budget = {
+        path: layer
+        for path, layer in layers.items()
+        if type(layer.spec.router).fit is not Router.fit
+    }
+    if not with_budget:
+        raise ValueError(
+            "fit_model: expected a layer whose rule has a budget, got "
+            f"{', '.join(f'{p} ({type(m.spec.router).__name__})' for p, m in layers.items())}"
+            " alone. Use DynamicMoE, or patch_model_with_dynamic_routing for a trained "
+            "model of fixed k."
+        )
+    before = {path: layer.router_state.get_value() for path, layer in with_budget.items()}
+    told: dict[str, dict[str, Any]] = {}
+    try:
+        order = list(_inputs(model, calibration, call))
+        missed = [path for path in with_budget if path not in order]
+        if missed:
+            raise _not_reached(missed[0])
+        for path in (p for p in order if p in with_budget):
+            x = _inputs(model, calibration, call)[path]
+            try:
+                with_budget[path].fit_router(x, target_mean_k=target_mean_k)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            told[path] = with_budget[path].router_state.get_value().fit.describe()
+    except BaseException:
+        for path, layer in with_budget.items():
+            layer.router_state.set_value(before[path])
+        raise
+    return told
+
+
+def _not_reached(path: str) -> ValueError:
+    return ValueError(
+        f"{path}: expected to be run on the calibration data, got no call. Calibrate with data that "
+        "reaches every layer."
+    )
+
+
+def _inputs(
+    model: nnx.Module, calibration: Any, call: Callable[[Any, Any], Any] | None
+) -> dict[str, Any]:
+    """What each MoE layer saw, as [T, D], in the order of their first calls."""
+    seen: dict[str, list[np.ndarray]] = {}
+    with watching(model, lambda path, x, aux: seen.setdefault(path, []).append(np.asarray(x))):
+        model(calibration) if call is None else call(model, calibration)  # type: ignore[operator]
+    return {
+        path: jnp.asarray(np.concatenate([x.reshape(-1, x.shape[-1]) for x in xs]))
+        for path, xs in seen.items()
+    }

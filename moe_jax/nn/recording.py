@@ -26,12 +26,8 @@ def moe_layers(model: nnx.Module) -> dict[str, MoE]:
     }
 
 
-@contextlib.contextmanager
-def watching(model: nnx.Module, watch: Watcher) -> Iterator[None]:
-    """While the context is open, every call of an MoE layer also calls ``watch(path, x, aux)``.
-
-    x and aux hold host arrays. Works inside ``jit`` as well: a watched layer has another type, so the
-    model is traced anew, and a callback carries the values out.
+def check_has_layers(model: nnx.Module) -> dict[str, MoE]:
+    """``moe_layers``, of which there must be one.
 
     Raises:
         ValueError: the model has no MoE layer.
@@ -42,6 +38,20 @@ def watching(model: nnx.Module, watch: Watcher) -> Iterator[None]:
             f"model: expected an nnx model with MoE layers, got {type(model).__name__} without any. "
             "Use moe_jax.nn.nnx.MoE or DynamicMoE in it."
         )
+    return layers
+
+
+@contextlib.contextmanager
+def watching(model: nnx.Module, watch: Watcher) -> Iterator[None]:
+    """While the context is open, every call of an MoE layer also calls ``watch(path, x, aux)``.
+
+    x and aux hold host arrays. Works inside ``jit`` as well: a watched layer has another type, so the
+    model is traced anew, and a callback carries the values out.
+
+    Raises:
+        ValueError: the model has no MoE layer.
+    """
+    layers = check_has_layers(model)
     originals = {path: type(layer) for path, layer in layers.items()}
     for path, layer in layers.items():
         layer.__class__ = _watched(type(layer), path, watch)

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 
 from moe_jax.difficulty import Estimator
 from moe_jax.experts import ExpertFn, FeedForward
-from moe_jax.layer import init_moe_layer
+from moe_jax.layer import LayerAux, init_moe_layer
 from moe_jax.logits import Gate
 from moe_jax.routers import DynamicK, Router
 from moe_jax.scoring import Scoring
 from moe_jax.sharding import logical_axes
-from moe_jax.types import Array, Params
+from moe_jax.types import Array, Params, RoutingStats
 
-__all__ = ["ExpertInit", "LayerSpec", "dynamic_router", "logical_axes"]
+__all__ = ["ExpertInit", "LayerSpec", "dynamic_router", "logical_axes", "stats_of"]
 
 ExpertInit = Callable[[Array, int], Params]
 
@@ -98,6 +98,11 @@ class LayerSpec:
         rows = jax.ShapeDtypeStruct((1, self.d_model), jnp.float32)
         cost = jax.jit(self.expert_fn).lower(one, rows).cost_analysis()
         return float((cost or {}).get("flops", 0.0))
+
+
+def stats_of(aux: LayerAux | RoutingStats) -> RoutingStats:
+    """The statistics of a batch, from what an MoE layer returns or from ``routing_stats``."""
+    return aux.stats if isinstance(aux, LayerAux) else aux
 
 
 def dynamic_router(

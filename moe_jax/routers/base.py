@@ -50,8 +50,9 @@ class Traits:
 class Router(abc.ABC):
     """An abstract rule. A concrete one is a frozen dataclass in a file of its own, and final.
 
-    Being a frozen dataclass makes it hashable, printable, equal by value and writable as JSON by its
-    fields, so an equal router rebuilt elsewhere hits the same ``jit`` cache entry. Fields are Python
+    Being a frozen dataclass makes it hashable, equal by value and writable as JSON by its fields, so an
+    equal router rebuilt elsewhere hits the same ``jit`` cache entry. Printed, it shows the fields that
+    differ from their defaults. Fields are Python
     values (static); what calibration or a controller changes is in the state (arrays).
     """
 
@@ -68,8 +69,12 @@ class Router(abc.ABC):
                 f"{cls.__name__}: expected a direct subclass of Router, got bases {cls.__bases__}. "
                 "Rules are final: compose Gate, Scoring and the functions in selection instead."
             )
+        cls.__repr__ = Router.__repr__  # a dataclass keeps one that is there
         # The last definition wins, so that a notebook cell may be run again.
         Router.kinds[cls.__name__] = cls
+
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     # --- what a rule says of itself
 
@@ -159,6 +164,22 @@ class Router(abc.ABC):
         """
         self.to_json()  # raises where a field is a function
         return hashlib.sha256(_identity(self).encode()).hexdigest()[:32]
+
+
+def short_repr(value: Any) -> str:
+    """A frozen dataclass with only the fields that differ from their defaults; values inside alike.
+
+    Example:
+        >>> short_repr(Scoring(norm="sum"))
+        "Scoring(norm='sum')"
+    """
+    shown = []
+    for f in dataclasses.fields(value):
+        v = getattr(value, f.name)
+        if v == f.default:
+            continue
+        shown.append(f"{f.name}={short_repr(v) if dataclasses.is_dataclass(v) else repr(v)}")
+    return f"{type(value).__name__}({', '.join(shown)})"
 
 
 def router_from_json(data: dict[str, Any]) -> Router:

@@ -282,3 +282,15 @@ def test_router_modules_route():
 def test_bad_specs_say_what_to_do(kwargs, said):
     with pytest.raises(ValueError, match=said):
         _nnx(RULES["top_k"], **kwargs)
+
+
+def test_every_module_takes_what_a_layer_reports_or_its_statistics():
+    rule = RULES["top_k"]
+    layer, router = _nnx(rule), moe_nnx.Router(rule, D, rngs=nnx.Rngs(0))
+    _, aux = layer(X, return_aux=True)
+    want = rule.update(layer.router_state.get_value(), aux.stats)
+    for module in (layer, router):
+        for told in (aux, aux.stats):
+            module.router_state.set_value(rule.init_state())
+            module.update_router(told)
+            _equal(module.router_state.get_value(), want)

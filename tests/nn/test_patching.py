@@ -8,7 +8,7 @@ from flax import nnx
 
 import moe_jax
 from moe_jax.nn.nnx import DynamicMoE, MoE
-from moe_jax.nn.patching import patch_model_with_dynamic_routing
+from moe_jax.nn.patching import fit_model, patch_model_with_dynamic_routing
 
 FFN = moe_jax.FeedForward()
 
@@ -85,3 +85,48 @@ def test_a_model_that_cannot_be_patched_is_left_alone(x):
     with pytest.raises(ValueError, match="strictly between"):
         patch_model_with_dynamic_routing(model, calibration=x, target_mean_k=7.0)
     assert isinstance(model.first.spec.router, moe_jax.TopK)
+
+
+class Born(nnx.Module):
+    """Two dynamic layers and one of fixed k, called in another order than they are made."""
+
+    def __init__(self, rngs):
+        common = {"d_model": 8, "d_ff": 16, "expert_fn": FFN, "rngs": rngs}
+        self.last = MoE(moe_jax.TopP(num_experts=8, max_k=4), **common)
+        self.fixed = MoE(moe_jax.TopK(num_experts=8, k=2), **common)
+        self.first = DynamicMoE(8, max_experts=4, **common)
+
+    def __call__(self, x):
+        return self.last(x + self.fixed(x + self.first(x)))
+
+
+def test_a_model_born_dynamic_is_fitted_layer_by_layer(x):
+    model = Born(nnx.Rngs(0))
+    told = fit_model(model, x, target_mean_k=1.8)
+    assert list(told) == ["first", "last"]
+    h = x
+    for name in ("first", "fixed", "last"):
+        y, aux = getattr(model, name)(h, return_aux=True)
+        if name in told:  # on what reaches it once the layers before it are fitted
+            assert float(aux.stats.mean_experts_per_token) == pytest.approx(1.8, rel=0.01)
+        h = h + y
+
+
+def test_a_model_that_cannot_be_fitted_is_left_alone(x):
+    model = Born(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"first: .*strictly between"):
+        fit_model(model, x, target_mean_k=7.0)
+    with pytest.raises(ValueError, match="last: expected to be run on the calibration data"):
+        fit_model(model, x, target_mean_k=1.8, call=lambda m, x: m.fixed(m.first(x)))
+    bad = x.at[0, 0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="first: x: expected finite calibration data"):
+        fit_model(model, bad, target_mean_k=1.8)
+    for layer in (model.first, model.last):
+        assert not layer.router_state.get_value().fit.describe()["fitted"]
+    with pytest.raises(ValueError, match=r"got model \(TopK\) alone"):
+        fit_model(MoE(moe_jax.TopK(num_experts=8, k=2), d_model=8, d_ff=16, rngs=nnx.Rngs(0)), x,
+                  target_mean_k=1.8)  # fmt: skip
+    with pytest.raises(ValueError, match="without any"):
+        fit_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), x, target_mean_k=1.8)
+    with pytest.raises(ValueError, match=r"calibration: expected data to fit target_mean_k=2"):
+        patch_model_with_dynamic_routing(Model(nnx.Rngs(0)), target_mean_k=2.0)
