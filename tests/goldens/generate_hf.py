@@ -358,8 +358,10 @@ def phimoe_sampler() -> dict[str, np.ndarray]:
     cot = torch.randn((64, 2), generator=torch.Generator().manual_seed(6))
     torch.manual_seed(7)
     drawn = []
-    for _ in range(2):
-        drawn += [torch.empty((64, E)).exponential_(), torch.rand((64, 1))]
+    for slot in range(2):
+        drawn.append(torch.empty((64, E)).exponential_())
+        coin = torch.rand((64, 1))
+        drawn.append(coin.uniform_() if slot else coin)  # the second slot draws its coin twice
     torch.manual_seed(7)
     weights, indices = sparsemixer(scores, 0.3, training=True)
     (weights * cot).sum().backward()

@@ -69,7 +69,7 @@ def test_defaults_give_a_router_or_name_the_missing_key(model_type):
         ({"model_type": "dots3_note_vision_encoder"}, r"image patches.*dots3_note_text"),
         ({"model_type": "inkling", "shared_expert_sink": False}, "shared_expert_sink to be True"),
         (
-            {"model_type": "doge", "num_experts": 15},
+            {"model_type": "doge", "num_experts": 15, "num_experts_per_tok": 2},
             r"num_experts: expected a square, got 15.*is 9",
         ),
         ({"num_experts": 8}, "expected a 'model_type' key"),

@@ -184,3 +184,23 @@ def test_router_from_hf_is_the_router_of_the_block(name):
     router = moe_block_from_hf(config, tensors).router
     if not name.endswith("__hash"):  # told by its tensors, not by the config
         assert router_from_hf(config) == router
+
+
+def test_inkling_as_its_checkpoints_spell_it():
+    """Gate and up alternate there; transformers parts them (its conversion_mapping)."""
+    _, tensors, config = load("inkling_text")
+
+    def alternate(gate, up):
+        return np.stack([gate, up], axis=2).reshape(gate.shape[0], -1, gate.shape[2])
+
+    there = dict(tensors)
+    half = there["experts.gate_up_proj"].shape[1] // 2
+    fused = there.pop("experts.gate_up_proj")
+    there["experts.w13_weight"] = alternate(fused[:, :half], fused[:, half:])
+    there["experts.w2_weight"] = there.pop("experts.down_proj")
+    gate, up = (there.pop(f"shared_experts.{n}_proj") for n in ("gate", "up"))
+    there["shared_experts.shared_w13_weight"] = alternate(gate, up)
+    there["shared_experts.shared_w2_weight"] = there.pop("shared_experts.down_proj")
+    there["gate.bias"] = there.pop("gate.e_score_correction_bias")
+    one, two = moe_block_from_hf(config, tensors), moe_block_from_hf(config, there)
+    jax.tree.map(np.testing.assert_array_equal, one, two)

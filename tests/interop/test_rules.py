@@ -183,7 +183,7 @@ def test_shared_experts_take_their_share_of_one_budget():
     routing = router(params, state, X, token_mask=mask)
     shared = router.shared_weights(params, X, routing)
     both = routing.combine_weights.sum(axis=-1) + shared.sum(axis=-1)
-    np.testing.assert_allclose(both, 1.7 * mask, rtol=1e-6)
+    np.testing.assert_allclose(both, 1.7 * np.asarray(mask, np.float32), rtol=1e-6)
     with pytest.raises(ValueError, match="num_shared: expected at least 1"):
         JointShared(num_experts=E, num_shared=0, k=3)
 

@@ -97,7 +97,8 @@ class Born(nnx.Module):
         self.first = DynamicMoE(8, max_experts=4, **common)
 
     def __call__(self, x):
-        return self.last(x + self.fixed(x + self.first(x)))
+        h = x + self.first(x)
+        return self.last(h + self.fixed(h))
 
 
 def test_a_model_born_dynamic_is_fitted_layer_by_layer(x):
