@@ -110,7 +110,9 @@ def check_routing(routing: Routing, arrays: dict[str, np.ndarray]) -> None:
     indices = np.asarray(routing.expert_indices)
     assert [{int(e) for e in row if e < experts} for row in indices] == want[0]
     got = dense_weights(indices, np.asarray(routing.combine_weights), experts)
-    np.testing.assert_allclose(got, want[1], rtol=0, atol=1e-6)
+    # LongCat weighs by up to 6, where float32 steps by 4.8e-7: both sides are within 1e-6 of float64.
+    size = max(1.0, float(want[1].max()))
+    np.testing.assert_allclose(got, want[1], rtol=0, atol=1e-6 * size)
 
 
 @pytest.mark.parametrize("name", sorted(set(FILES) - set(BROKEN_BLOCKS)))
