@@ -184,6 +184,18 @@ def test_a_bomb_is_bounded_by_what_it_becomes(service, monkeypatch):
     assert (status, json.loads(data)["code"]) == (413, "too_large")
 
 
+def test_what_bodies_become_counts_against_the_memory_of_all(service, monkeypatch):
+    buffers = service.server.door.buffers
+    monkeypatch.setattr(buffers, "limit", 1_000_000)
+    bomb = gzip.compress(bytes(10_000_000))
+    status, headers, data = service.request("POST", INFER, bomb, {"Content-Encoding": "gzip"})
+    assert (status, json.loads(data)["code"]) == (503, "queue_full")
+    assert headers["retry-after"] == "1"
+    assert buffers.held == 0
+    packed = gzip.compress(BODY)
+    assert service.request("POST", INFER, packed, {"Content-Encoding": "gzip"})[0] == 200
+
+
 def test_a_body_that_comes_too_slowly_is_cut_off_and_disturbs_nobody(service):
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as slow:
         slow.sendall(f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n".encode())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+import contextlib
+import threading
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
 from moe_jax.serving.errors import ServingError
@@ -20,27 +22,53 @@ class Disconnected(Exception):
 
 
 class Buffers:
-    """Bytes that all bodies being read and served hold together. Used from one event loop.
+    """Bytes that all bodies being read and served hold together, from any thread.
 
     Args:
-        limit: most bytes at once; a body beyond it is refused with ``queue_full``.
+        limit: most bytes at once; what goes beyond it is refused with ``queue_full``.
+
+    Example:
+        >>> buffers = Buffers(10)
+        >>> with buffers.lease() as take:
+        ...     take(4), buffers.held
+        (None, 4)
+        >>> buffers.held
+        0
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.held = 0
+        self._lock = threading.Lock()
 
     def take(self, count: int) -> None:
-        if self.held + count > self.limit:
-            raise ServingError(
-                "queue_full",
-                "the service holds as many request bodies as it may. Try again soon.",
-                retry_after=1.0,
-            )
-        self.held += count
+        with self._lock:
+            if self.held + count <= self.limit:
+                self.held += count
+                return
+        raise ServingError(
+            "queue_full",
+            "the service holds as many request bodies as it may. Try again soon.",
+            retry_after=1.0,
+        )
 
     def give(self, count: int) -> None:
-        self.held -= count
+        with self._lock:
+            self.held -= count
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes bytes; they are given back at the end of the block."""
+        taken = [0]
+
+        def take(count: int) -> None:
+            self.take(count)
+            taken[0] += count
+
+        try:
+            yield take
+        finally:
+            self.give(taken[0])
 
 
 class Body:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.strict_json import malformed, shown
@@ -39,13 +39,19 @@ def request_encoding(value: str | None) -> str | None:
     return word
 
 
-def decompress(body: bytes | bytearray | memoryview, encoding: str, limit: int) -> bytearray:
+def decompress(
+    body: bytes | bytearray | memoryview,
+    encoding: str,
+    limit: int,
+    take: Callable[[int], None] = lambda count: None,
+) -> bytearray:
     """The body as it was before compression.
 
     Args:
         body: one compressed stream.
         encoding: one of ``ENCODINGS``.
         limit: most bytes that it may become; reading stops there.
+        take: told of every further number of bytes before they are kept; may refuse.
 
     Raises:
         ServingError: ``too_large`` above ``limit``; ``malformed`` for what is no such stream, ends
@@ -64,7 +70,9 @@ def decompress(body: bytes | bytearray | memoryview, encoding: str, limit: int) 
     rest: bytes | bytearray | memoryview = body
     try:
         while True:
-            found += stream.decompress(rest, min(_STEP, limit + 1 - len(found)))
+            more = stream.decompress(rest, min(_STEP, limit + 1 - len(found)))
+            take(len(more))
+            found += more
             if len(found) > limit:
                 raise ServingError(
                     "too_large",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import math
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -41,9 +42,11 @@ _HIDDEN = ("FP32", "FP16", "BF16")
 _MASK = TensorSpec(name="token_mask", datatypes=("BOOL",), shape=(-1, -1), optional=True)
 _ON_REQUEST = frozenset({"router_logits"})
 
-# Bodies of all requests together: a quarter of a small container's memory at most.
+# Bodies of all requests together, compressed ones as what they become.
 _BUFFER_LIMIT = 512 * 1024 * 1024
 _MOST_THREADS = 512
+# Parsing holds the interpreter's lock, so that more at once would be no faster.
+_JSON_AT_ONCE = 2
 
 
 class Door:
@@ -51,7 +54,6 @@ class Door:
 
     Args:
         engine: what answers. Its configuration says who may ask and how much at once.
-
     """
 
     def __init__(self, engine: RouterEngine) -> None:
@@ -64,6 +66,7 @@ class Door:
         )
         self.buffers = Buffers(_BUFFER_LIMIT)
         self.capacity = min(serving.max_inflight + serving.max_queue, _MOST_THREADS)
+        self.json_turn = threading.BoundedSemaphore(_JSON_AT_ONCE)
         self.pending = 0
         self.draining = False
         self._workers = ThreadPoolExecutor(self.capacity, thread_name_prefix="moe-infer")

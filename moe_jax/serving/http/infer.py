@@ -6,6 +6,7 @@ one hop to a worker thread, which decodes, routes and encodes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -97,9 +98,18 @@ def _answer(
 ) -> Answer:
     """Everything between the bytes of a request and those of its answer, on a worker thread."""
     door, headers = exchange.door, exchange.headers
-    if encoding is not None:
-        data = memoryview(decompress(data, encoding, door.body_limit))
-    request = decode_request(data, header_length(headers.get(_LENGTH), len(data)), spec)
+    with door.buffers.lease() as take:
+        if encoding is not None:
+            data = memoryview(decompress(data, encoding, door.body_limit, take))
+        length = header_length(headers.get(_LENGTH), len(data))
+        # Numbers as JSON become Python objects of many times their size: few requests at a time.
+        with door.json_turn if length is None else contextlib.nullcontext():
+            request = decode_request(data, length, spec)
+        return _routed(exchange, client, spec, request)
+
+
+def _routed(exchange: Exchange, client: Client, spec: ModelSpec, request: InferRequest) -> Answer:
+    door, headers = exchange.door, exchange.headers
     exchange.counted = True  # the engine counts its own refusals
     result = run(door, client, spec, request, exchange.request_id, exchange.started)
     exchange.counted = False
