@@ -1,0 +1,68 @@
+"""Keys and limits hold over gRPC as over HTTP, with gRPC's own words."""
+
+import grpc
+import numpy as np
+import pytest
+
+from moe_jax.serving.http.door import Door
+from moe_jax.serving.http.grpc_messages import MESSAGES, SERVICE
+from moe_jax.serving.http.grpc_server import GrpcServer
+from tests.serving.served import WIDTH, small_engine
+
+X = np.ones((1, 2, WIDTH), np.float32)
+
+
+@pytest.fixture(scope="module")
+def call():
+    with small_engine(
+        security_level="strict", api_keys="alice,bob", rate_limit_requests=3
+    ) as engine:
+        door = Door(engine)
+        server = GrpcServer(door, "127.0.0.1:0")
+        server.start()
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+
+            def ask(method, message, key=None, raw=None):
+                answer = MESSAGES[f"{method}Response"]
+                made = channel.unary_unary(
+                    f"/{SERVICE}/{method}", response_deserializer=answer.FromString
+                )
+                metadata = [] if key is None else [("authorization", f"Bearer {key}")]
+                data = message.SerializeToString() if raw is None else raw
+                return made(data, metadata=metadata, timeout=20)
+
+            yield ask
+        server.stop(1.0).wait()
+        door.close()
+
+
+def request():
+    message = MESSAGES["ModelInferRequest"](model_name="router")
+    message.inputs.add(name="hidden_states", datatype="FP32", shape=X.shape)
+    message.raw_input_contents.append(X.tobytes())
+    return message
+
+
+def refused(call, *args, **options):
+    with pytest.raises(grpc.RpcError) as caught:
+        call(*args, **options)
+    return caught.value.code().name, dict(caught.value.trailing_metadata()), caught.value.details()
+
+
+def test_keys_and_limits(call):
+    assert call("ServerLive", MESSAGES["ServerLiveRequest"]()).live
+    assert call("ServerReady", MESSAGES["ServerReadyRequest"]()).ready
+    metadata = MESSAGES["ModelMetadataRequest"](name="router")
+    assert refused(call, "ModelMetadata", metadata)[0] == "UNAUTHENTICATED"
+    assert call("ModelMetadata", metadata, key="alice").name == "router"
+    assert refused(call, "ModelInfer", request(), key="mallory")[0] == "UNAUTHENTICATED"
+    for _ in range(3):
+        assert len(call("ModelInfer", request(), key="alice").raw_output_contents) == 4
+    code, told, text = refused(call, "ModelInfer", request(), key="alice")
+    assert (code, told["moe-code"], text) == ("RESOURCE_EXHAUSTED", "rate_limited",
+                                              "too many requests")  # fmt: skip
+    assert int(told["retry-after"]) >= 1
+    # The limit is checked before the message is parsed; another client's garbage is.
+    assert refused(call, "ModelInfer", None, key="alice", raw=b"\xff")[0] == "RESOURCE_EXHAUSTED"
+    code, told, text = refused(call, "ModelInfer", None, key="bob", raw=b"\xff")
+    assert (code, told["moe-code"], text) == ("INVALID_ARGUMENT", "malformed", "malformed request")
