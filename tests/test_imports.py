@@ -24,8 +24,8 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(["routers", "layer"], 2),
     **dict.fromkeys(
         [
-            "nn", "sharding", "collectives", "distributed", "scaling", "checkpoint", "config",
-            "interop", "train", "plots", "data",
+            "nn", "sharding", "collectives", "distributed", "scaling", "verification",
+            "checkpoint", "config", "interop", "train", "plots", "data",
             "frontier", "calibration", "language_model", "inspection", "profiler",
             "archive", "serving.errors",
         ],

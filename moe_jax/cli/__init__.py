@@ -13,7 +13,7 @@ from __future__ import annotations
 import typer
 
 from moe_jax.bench.commands import app as bench
-from moe_jax.cli import archive, configuration, models, service
+from moe_jax.cli import archive, configuration, devices, models, service
 from moe_jax.cli.shared import out
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(models.app)
 app.add_typer(service.app)
 app.add_typer(archive.app)
+app.add_typer(devices.app)
 app.add_typer(configuration.app, name="config")
 app.add_typer(bench, name="bench")
 

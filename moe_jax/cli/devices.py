@@ -3,14 +3,74 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+
+from moe_jax.cli.shared import AsJson, notes, out, print_json, told
 
 app = typer.Typer()
+
+# A fresh interpreter, since the number of CPU devices is fixed once JAX has looked at them.
+_WITH_DEVICES = """
+import jax, sys
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", int(sys.argv.pop(1)))
+from moe_jax.cli import main
+main()
+"""
+
+
+@app.command()
+def verify(
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="How many; on CPU they are made. All, by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: all ways of running experts agree, nothing leaks, N devices equal one.
+
+    Exit code 1 if a check fails.
+    """
+    import jax
+
+    if devices is not None and devices > jax.device_count():
+        platform = jax.default_backend()
+        if platform != "cpu":
+            notes.print(f"{jax.device_count()} {platform} devices here: on {devices} of the CPU.")
+        again = ["verify", "--devices", str(devices), *(["--json"] if as_json else [])]
+        command = [sys.executable, "-c", _WITH_DEVICES, str(devices), *again]
+        raise typer.Exit(subprocess.run(command, check=False).returncode)
+    from moe_jax.verification import verify as job
+
+    with told():
+        checks = job(devices)
+    failed = [check for check in checks if check.passed is False]
+    kind = jax.devices()[0].device_kind
+    count = jax.device_count() if devices is None else devices
+    if as_json:
+        rows = [dataclasses.asdict(check) for check in checks]
+        print_json({"device": kind, "devices": count, "ok": not failed, "checks": rows})
+    else:
+        table = Table(
+            "", "check", "what was seen", title=f"{count} x {kind}, JAX {jax.__version__}"
+        )
+        words = {True: "[green]good[/green]", False: "[red]BAD[/red]", None: "[dim]-[/dim]"}
+        for check in checks:
+            table.add_row(words[check.passed], check.name, check.told.replace("[", r"\["))
+        out.print(table)
+        said = sum(check.passed is not None for check in checks)
+        out.print(
+            f"{len(failed)} of {said} checks failed." if failed else f"All {said} checks hold."
+        )
+    if failed:
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager
