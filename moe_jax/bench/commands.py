@@ -356,8 +356,5 @@ def serve(
     )  # fmt: skip
     with _progress() as progress:
         rows = bench_http(**settings, progress=progress)
-    columns = [
-        "case", "clients", "ratio", "ratio_sink", "times_json", "ms", "requests_per_second",
-        "echo_ms", "sink_ms", "route_ms",
-    ]  # fmt: skip
+    columns = ["case", "clients", "ratio", "ratio_sink", "times_json", "ms", "route_ms"]
     _finish("serve", rows, columns, settings, json)

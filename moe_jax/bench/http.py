@@ -238,7 +238,7 @@ def bench_http(
     route = _bare_route(x, experts, max_k)
     settings = dict(
         input_dim=shape[2], num_experts=experts, max_experts=max_k, security_level="minimal",
-        buckets=str(shape[0] * shape[1]), log_level="WARNING", drain_seconds=0.0, serve_moe="off",
+        buckets=str(shape[0] * shape[1]), log_level="ERROR", drain_seconds=0.0, serve_moe="off",
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         progress("starting three servers")
