@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import redis
 from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage, RedisStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from moe_jax.serving.errors import ServingError
 
@@ -70,10 +73,14 @@ class RateLimiter:
         self._lost_until = 0.0
         self.redis_ok: bool | None = None
         if redis_url and self._items:
-            storage = RedisStorage(
-                redis_url, key_prefix="moe",
-                socket_timeout=_REDIS_TIMEOUT, socket_connect_timeout=_REDIS_TIMEOUT,
-            )  # fmt: skip
+            pool = redis.ConnectionPool.from_url(
+                redis_url,
+                socket_timeout=_REDIS_TIMEOUT,
+                socket_connect_timeout=_REDIS_TIMEOUT,
+                # The client's own retries take seconds; a request is better counted in memory.
+                retry=Retry(NoBackoff(), 0),
+            )
+            storage = RedisStorage(redis_url, connection_pool=pool, key_prefix="moe")
             self._shared = SlidingWindowCounterRateLimiter(storage)
             self.redis_ok = True
 

@@ -101,7 +101,14 @@ def check_array(hidden_states: Any, limits: Limits) -> int:
             f"hidden_states: expected an array [batch, sequence, {limits.width}], got a "
             f"{type(hidden_states).__name__}. Pass numpy.asarray(..., numpy.float32).",
         )
-    return check_shape(tuple(hidden_states.shape), str(hidden_states.dtype), limits)
+    return check_shape(hidden_states.shape, _dtype_name(hidden_states.dtype), limits)
+
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+def _dtype_name(dtype: Any) -> str:
+    return "float32" if dtype is _FLOAT32 else str(dtype)  # numpy makes up the name each time
 
 
 def check_mask(token_mask: Any, shape: Sequence[int]) -> np.ndarray:

@@ -24,6 +24,7 @@ class Entry:
         version: of the weights that computed it.
         owner: the client that may read it, or "" for all.
         cacheable: whether it may be kept: never what is degraded.
+        memo: what a reader derived from the arrays and may want again.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -32,6 +33,7 @@ class Entry:
     version: str
     owner: str = ""
     cacheable: bool = True
+    memo: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:

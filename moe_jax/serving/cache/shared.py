@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from moe_jax.serving.cache.entry import Entry, from_bytes, to_bytes
 
@@ -35,7 +37,11 @@ class SharedCache:
         notify: Callable[..., None] = lambda event, **facts: None,
     ) -> None:
         self._redis = redis.Redis.from_url(
-            url, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT
+            url,
+            socket_timeout=_TIMEOUT,
+            socket_connect_timeout=_TIMEOUT,
+            # The client's own retries take seconds; a request does better without the cache.
+            retry=Retry(NoBackoff(), 0),
         )
         self._ttl = max(int(ttl_seconds * 1000), 1)
         self._clock = clock

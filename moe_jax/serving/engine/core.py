@@ -6,29 +6,24 @@ compiled function, check of the output, answer. Limits and blocks come before al
 
 from __future__ import annotations
 
-import functools
-import secrets
+import math
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import numpy as np
-
-import moe_jax
 from moe_jax.config import Config
 from moe_jax.serving import admission, cache, metrics, resilience
-from moe_jax.serving.engine import describing, reloading
+from moe_jax.serving.engine import answering, describing, opening, reloading
 from moe_jax.serving.engine.alerts import Alerts
 from moe_jax.serving.engine.buckets import compile_counter
-from moe_jax.serving.engine.device import Device, Order
+from moe_jax.serving.engine.device import Device
 from moe_jax.serving.engine.gate import Gate
 from moe_jax.serving.engine.logs import make_logger
 from moe_jax.serving.engine.recording import Recorder
-from moe_jax.serving.engine.requests import LOCAL, Client, Result, guide_result
-from moe_jax.serving.engine.snapshot import Snapshot, build_snapshot, load_weights
-from moe_jax.serving.errors import CODES, ServingError
+from moe_jax.serving.engine.requests import LOCAL, Client, Result, guide_result, routing_info
+from moe_jax.serving.engine.snapshot import Snapshot
+from moe_jax.serving.errors import ServingError
 
 WATCHDOG_SECONDS = 120.0
 
@@ -103,98 +98,20 @@ class RouterEngine:
         self._prefetcher: cache.Prefetcher | None = None
         self._hot: cache.HotInputs | None = None
         if config.performance.enable_caching:
-            self._open_cache()
+            opening.open_cache(self)
         if background:
             threading.Thread(target=self._load_quietly, name="moe-load", daemon=True).start()
         else:
-            self._load()
+            opening.load(self)
 
     # --- building
 
-    def _open_cache(self) -> None:
-        serving, performance = self.config.serving, self.config.performance
-        shared = None
-        if serving.redis_url:
-            shared = cache.SharedCache(
-                serving.redis_url, ttl_seconds=performance.cache_ttl_seconds,
-                clock=self.clock, notify=self._notify,
-            )  # fmt: skip
-            # Replicas that share results must give a request the same name.
-            secret = shared.secret()
-            self._keyer = cache.Keyer(keyed=self.level.keyed_cache, secret=secret)
-        self.cache = found = cache.ResultCache(
-            max_entries=performance.cache_size,
-            max_bytes=serving.cache_max_bytes,
-            ttl_seconds=performance.cache_ttl_seconds,
-            clock=self.clock,
-            shared=shared,
-            on_found=lambda digest: self._prefetcher.found(digest) if self._prefetcher else None,
-        )
-        if not serving.prefetch:
-            return
-        self._hot = cache.HotInputs()
-        if shared is not None:
-
-            def bring(digest: str) -> bool:
-                entry = shared.get(digest)
-                if entry is not None:
-                    found.put(digest, entry)
-                return entry is not None
-
-            self._prefetcher = cache.Prefetcher(bring, lambda d: found.peek(d) is not None)
-
     def _load_quietly(self) -> None:
         try:
-            self._load()
+            opening.load(self)
         except Exception as error:
             self.load_error = f"{type(error).__name__}: {error}"
             self.log.error("load_failed", error=self.load_error)
-
-    def _load(self) -> None:
-        start = time.perf_counter()
-        weights = load_weights(self.config)
-        snapshot = build_snapshot(self.config, weights, host_fallback=self._host_fallback)
-        snapshot.warm()
-        router = snapshot.router
-        if self.config.performance.enable_monitoring:
-            experts = router.num_experts
-            self.recorder.open(
-                metrics.Exporter(
-                    num_experts=experts, codes=tuple(CODES), build=self.build_of(snapshot)
-                ),
-                # A reload may bring another largest k, so there is room for any.
-                metrics.Traffic(num_experts=experts, max_k=experts, clock=self.clock),
-            )
-        self.system.sample()
-        self.limits = admission.Limits(
-            width=snapshot.width,
-            max_batch_size=self.limits.max_batch_size,
-            max_tensor_size=self.limits.max_tensor_size,
-            max_tokens=self.limits.max_tokens,
-        )
-        self._snapshot = snapshot
-        self.system.start(self.check_alerts)
-        self.log.info(
-            "engine_ready", version=snapshot.version, router=type(router).__name__,
-            trained=snapshot.trained, models=sorted(snapshot.models), backend=jax.default_backend(),
-            seconds=round(time.perf_counter() - start, 3),
-        )  # fmt: skip
-        if not snapshot.trained:
-            self.log.warning(
-                "untrained_weights",
-                told="serving seeded weights that nobody trained. Set MOE_CHECKPOINT to a folder "
-                "from moe-jax train or calibrate.",
-                seed=self.config.serving.seed,
-            )
-
-    def build_of(self, snapshot: Snapshot) -> dict[str, str]:
-        """The labels of ``moe_build_info``."""
-        return {
-            "version": moe_jax.__version__,
-            "jax": jax.__version__,
-            "backend": jax.default_backend(),
-            "params": snapshot.version if snapshot.trained else f"untrained-{snapshot.version}",
-        }
 
     # --- who asks
 
@@ -236,7 +153,8 @@ class RouterEngine:
         self.gate.admit(client, tokens=tokens, requests=requests)
 
     def violation(self, client: Client, kind: str) -> None:
-        """Counts a request that a transport refused, by its error code.
+        """Counts a request that a transport refused, by its error code: in metrics, and towards a
+        block where it is the client's fault.
 
         ``identify``, ``admit`` and ``infer`` count their own.
         """
@@ -244,7 +162,7 @@ class RouterEngine:
 
     def _check_open(self, client: Client) -> None:
         if self._closed:
-            raise self.gate.refused(_shut(), client)
+            raise self.gate.refused(answering.shut(), client)
 
     # --- answering
 
@@ -290,202 +208,48 @@ class RouterEngine:
         Raises:
             ServingError: see ``moe_jax.serving.errors.CODES``.
         """
-        start = time.perf_counter()
-        request_id = request_id or secrets.token_hex(8)
-        try:
-            entry, result, digest = self._infer(
-                model, hidden_states, token_mask, return_router_logits, client, timeout_seconds,
-                use_cache, start,
-            )  # fmt: skip
-        except Exception as error:
-            raise self._failed(error, client, request_id, start) from error.__cause__
-        seconds = time.perf_counter() - start
-        self.recorder.answered(entry, seconds)
-        self.log.debug(
-            "answered", request_id=request_id, model=model, shape=list(hidden_states.shape),
-            result=result, ms=round(1e3 * seconds, 3),
-        )  # fmt: skip
-        return self._result(entry, request_id, 1e3 * seconds, result, digest)
-
-    def _infer(
-        self, model: str, hidden_states: Any, token_mask: Any, logits: bool, client: Client,
-        timeout: float | None, use_cache: bool, start: float,
-    ) -> tuple[cache.Entry, str, str]:  # fmt: skip
-        if self._closed:
-            raise _shut()
-        snapshot = self.snapshot
-        if model not in snapshot.models:
-            raise _no_model(model, snapshot)
-        admission.check_array(hidden_states, self.limits)
-        batch, sequence, width = (int(s) for s in hidden_states.shape)
-        x = np.ascontiguousarray(hidden_states)
-        mask = None
-        if token_mask is not None:
-            mask = admission.check_mask(token_mask, x.shape)
-        allowed = self.config.serving.request_timeout_seconds
-        deadline = start + (allowed if timeout is None else min(timeout, allowed))
-        owner = client.id if self.level.keyed_cache else ""
-        digest = functools.cache(
-            lambda: self._keyer.digest(
-                (snapshot.version, self._config_hash, model, logits), x, mask, client=client.id
-            )
-        )
-
-        def compute() -> cache.Entry:
-            flat = x.reshape(-1, width)
-            rows = flat if flat.dtype == np.float32 else flat.astype(np.float32)
-            order = Order(
-                snapshot=snapshot, model=model, shape=(batch, sequence), logits=logits,
-                checked=self._check_values(rows, mask), deadline=deadline, owner=owner,
-            )  # fmt: skip
-            return self.device.answer(order, self._cached(digest, snapshot, client))
-
-        found = self.cache
-        if found is None:
-            return compute(), "off", ""
-        if not use_cache:
-            found.bypass()
-            return compute(), "bypass", ""
-        if not found.takes_part():
-            return compute(), "stand_aside", ""
-        begun = time.perf_counter()
-        name = digest()
-        hashing = time.perf_counter() - begun
-        entry, result = found.fetch(
-            name, compute, wait_seconds=deadline - time.perf_counter(), hashing_seconds=hashing
-        )
-        if self._hot is not None and result == "hit":
-            self._hot.hit(name, x, (model, mask, logits, client))
-        if self._prefetcher is not None:
-            self._prefetcher.asked(client.id, name)
-        return entry, result, name
-
-    def _check_values(self, rows: np.ndarray, mask: np.ndarray | None) -> admission.Checked:
-        flat_mask = None if mask is None else mask.reshape(-1)
-        if not self.config.security.enable_validation:
-            return admission.Checked(x=rows, token_mask=flat_mask)
-        return admission.check_values(
-            rows, flat_mask, nonfinite=self.level.nonfinite, magnitude=self.level.magnitude,
-            max_magnitude=self.config.serving.max_magnitude,
-        )  # fmt: skip
-
-    def _cached(
-        self, digest: Callable[[], str], snapshot: Snapshot, client: Client
-    ) -> Callable[[], cache.Entry | None]:
-        """The cached answer of the same version, for when the device fails."""
-
-        def look() -> cache.Entry | None:
-            entry = None if self.cache is None else self.cache.peek(digest())
-            if entry is None or entry.version != snapshot.version:
-                return None
-            return entry if entry.owner in ("", client.id) else None
-
-        return look
+        return answering.answer(
+            self, model, hidden_states, token_mask, return_router_logits, client, request_id,
+            timeout_seconds, use_cache,
+        )[0]  # fmt: skip
 
     def lookup(self, model: str, digest: str, *, client: Client = LOCAL) -> Result | None:
         """The cached answer with this digest, or None: send the hidden states then.
 
         ``digest`` is that of an earlier answer's ``info``. Under strict only its own client finds it.
         """
-        start = time.perf_counter()
-        snapshot = self.snapshot
-        if model not in snapshot.models:
-            raise self.gate.refused(_no_model(model, snapshot), client)
-        if self.cache is None or len(digest) != 32:
-            return None
-        entry = self.cache.find(digest)
-        right = "output" if model == "moe" else "expert_indices"
-        if (
-            entry is None
-            or entry.version != snapshot.version
-            or entry.owner not in ("", client.id)
-            or right not in entry.arrays
-        ):
-            return None
-        seconds = time.perf_counter() - start
-        self.recorder.answered(entry, seconds)
-        return self._result(entry, secrets.token_hex(8), 1e3 * seconds, "hit", digest)
+        return answering.lookup(self, model, digest, client)
 
     def route(
-        self, hidden_states: Any, return_router_logits: bool = False, **options: Any
+        self,
+        hidden_states: Any,
+        return_router_logits: bool = False,
+        *,
+        token_mask: Any = None,
+        client: Client = LOCAL,
+        request_id: str | None = None,
+        timeout_seconds: float | None = None,
+        use_cache: bool = True,
     ) -> dict[str, Any]:
         """The guide's ``route``: decisions for hidden states [B, S, D] as a dictionary.
 
         Takes the options of ``infer``. Calls in process are not limited, unless they name a
         ``client``: its limits and blocks then hold as they do for remote requests.
         """
-        client = options.get("client", LOCAL)
         if client != LOCAL:
             shape = getattr(hidden_states, "shape", ())
-            tokens = int(np.prod([int(s) for s in shape[:2]], dtype=object)) if shape else 0
+            tokens = math.prod(int(s) for s in shape[:2]) if shape else 0
             self.admit(client, tokens=tokens)
-        result = self.infer(
-            "router", hidden_states, return_router_logits=return_router_logits, **options
-        )
-        router = self.snapshot.router
-        return guide_result(
-            result, min_k=router.min_k, max_k=router.max_k, num_experts=router.num_experts,
-            logits=return_router_logits,
+        result, entry = answering.answer(
+            self, "router", hidden_states, token_mask, return_router_logits, client, request_id,
+            timeout_seconds, use_cache,
         )  # fmt: skip
-
-    def _result(
-        self, entry: cache.Entry, request_id: str, ms: float, result: str, digest: str
-    ) -> Result:
-        about = entry.about
-        info = {
-            "request_id": request_id,
-            "processing_time_ms": ms,
-            "router_health": "healthy" if self.breaker.state == "closed" else "degraded",
-            "cached": result in ("hit", "coalesced") or about["fallback"] == "cache",
-            "fallback_used": bool(about["fallback"]),
-            "fallback": about["fallback"],
-            "degraded": about["degraded"],
-            "sanitized": about["sanitized"],
-            "nonfinite_tokens": about["nonfinite_tokens"],
-            "digest": digest,
-            "model_version": entry.version,
-        }
-        return Result({k: v for k, v in entry.arrays.items() if k[0] != "_"}, info)
-
-    def rewarm(
-        self, model: str, x: np.ndarray, mask: np.ndarray | None, logits: bool, client: Client
-    ) -> None:
-        """Computes an answer into the cache; no request of anybody's, so no statistic counts it."""
-        snapshot, found = self.snapshot, self.cache
-        if found is None:
-            return
-        flat = x.reshape(-1, x.shape[-1]).astype(np.float32, copy=False)
-        order = Order(
-            snapshot=snapshot, model=model, shape=(x.shape[0], x.shape[1]), logits=logits,
-            checked=self._check_values(flat, mask), owner=client.id if self._keyer.keyed else "",
-            deadline=time.perf_counter() + self.config.serving.request_timeout_seconds,
-        )  # fmt: skip
-        entry = self.device.answer(order, lambda: None)
-        if entry.cacheable:
-            parts = (snapshot.version, self._config_hash, model, logits)
-            found.put(self._keyer.digest(parts, x, mask, client=client.id), entry)
-
-    def _failed(
-        self, error: Exception, client: Client, request_id: str, start: float
-    ) -> ServingError:
-        """Records a failure; what is not a refusal becomes ``internal`` and keeps its traceback in the
-        log, not in the answer."""
-        if not isinstance(error, ServingError):
-            self.log.error("internal_error", request_id=request_id, exc_info=error)
-            error = ServingError(
-                "internal",
-                f"a fault of ours ({type(error).__name__}). The operator's log has it under "
-                f"request id {request_id}.",
-            )
-        self.gate.refused(error, client)
-        if error.status >= 500:
-            self.recorder.failed(time.perf_counter() - start)
-        told = self.log.warning if error.status >= 500 else self.log.info
-        told(
-            "refused", request_id=request_id, code=error.code, status=error.status,
-            client=client.id, message=error.message,
-        )  # fmt: skip
-        return error
+        info = entry.memo.get("routing_info")
+        if info is None:
+            router = self.snapshot.router
+            info = routing_info(entry.arrays, min_k=router.min_k, max_k=router.max_k)
+            entry.memo["routing_info"] = info
+        return guide_result(result, info, logits=return_router_logits)
 
     def _notify(self, event: str, **facts: Any) -> None:
         self.log.warning(event, **facts)
@@ -528,7 +292,7 @@ class RouterEngine:
         """Metadata of a model in the words of the Open Inference Protocol."""
         snapshot = self.snapshot
         if model not in snapshot.models:
-            raise _no_model(model, snapshot)
+            raise answering.no_model(model, snapshot)
         return describing.metadata(snapshot, model)
 
     def health_check(self) -> dict[str, Any]:
@@ -604,15 +368,3 @@ class RouterEngine:
 
     def __exit__(self, *error: object) -> None:
         self.shutdown()
-
-
-def _shut() -> ServingError:
-    return ServingError("draining", "shutting down. Ask another instance.", retry_after=1)
-
-
-def _no_model(model: str, snapshot: Snapshot) -> ServingError:
-    hint = "" if "moe" in snapshot.models else " MOE_SERVE_MOE=on serves moe."
-    return ServingError(
-        "not_found",
-        f"model: expected one of {', '.join(snapshot.models)}, got {str(model)[:64]!r}.{hint}",
-    )

@@ -144,7 +144,8 @@ def metrics_report(engine: RouterEngine) -> dict[str, Any]:
     }
     if traffic is not None:
         now = traffic.recent()
-        out["requests"] = traffic.totals()
+        totals = traffic.totals()
+        out["requests"] = {name: totals[name] for name in ("answered", "failed")}
         out["recent"] = now
         out["latency_ms"] = {"p50": now["p50_ms"], "p95": now["p95_ms"], "p99": now["p99_ms"]}
         out["throughput"] = {
@@ -167,6 +168,7 @@ def exposition(engine: RouterEngine) -> bytes:
     exporter = engine.recorder.exporter
     if exporter is None:
         return b"# Monitoring is off (MOE_ENABLE_MONITORING=false) or the engine is warming.\n"
+    engine.recorder.mirror()
     exporter.set("moe_pending_requests", engine.bulkhead.pending)
     exporter.set("moe_inflight_requests", engine.bulkhead.inflight)
     exporter.set("moe_blocked_clients", engine.gate.blocks.blocked)

@@ -14,7 +14,7 @@ from moe_jax.serving.errors import CODES, ServingError
 # Refusals that count towards an automatic block.
 VIOLATIONS = (
     "malformed", "too_large", "invalid_values", "rate_limited", "unauthorized",
-    "unsupported_media_type",
+    "unsupported_media_type", "request_timeout",
 )  # fmt: skip
 
 

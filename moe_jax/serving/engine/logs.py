@@ -35,4 +35,4 @@ def make_logger(level: str) -> Any:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level)),
-    )
+    ).bind()  # bound once: the proxy would bind itself anew at every line

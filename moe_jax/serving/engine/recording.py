@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from moe_jax.serving.cache import Entry
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.metrics import Exporter, Traffic
@@ -31,20 +29,24 @@ class Recorder:
         exporter, traffic = self.exporter, self.traffic
         if exporter is None or traffic is None:
             return
-        about, load = entry.about, entry.arrays["_load"]
-        histogram = entry.arrays["_histogram"]
-        tokens = int(histogram.sum())
-        exporter.add("moe_requests_total", label="ok")
+        about, histogram = entry.about, entry.arrays["_histogram"]
         exporter.observe("moe_request_duration_seconds", seconds)
-        exporter.add("moe_tokens_total", tokens)
-        exporter.add_experts(load)
-        exporter.observe_many("moe_experts_per_token", np.arange(len(histogram)), histogram)
         if about["nonfinite_tokens"]:
             exporter.add("moe_nonfinite_tokens_total", about["nonfinite_tokens"])
         if about["fallback"]:
             exporter.add("moe_fallback_total", label=about["fallback"])
-        traffic.request(seconds, failed=False)
-        traffic.batch(tokens=tokens, load=load, histogram=histogram)
+        traffic.answered(seconds, load=entry.arrays["_load"], histogram=histogram)
+
+    def mirror(self) -> None:
+        """Brings the exporter up to what the traffic counted: per scrape, not per request."""
+        exporter, traffic = self.exporter, self.traffic
+        if exporter is None or traffic is None:
+            return
+        totals = traffic.totals()
+        exporter.mirror("moe_requests_total", totals["answered"], "ok")
+        exporter.mirror("moe_tokens_total", totals["tokens"])
+        exporter.mirror_experts(totals["load"])
+        exporter.mirror_histogram("moe_experts_per_token", totals["histogram"])
 
     def refused(self, error: ServingError) -> None:
         """Counts a request that was not answered, by its code."""
@@ -55,7 +57,7 @@ class Recorder:
     def failed(self, seconds: float) -> None:
         """Counts a fault of ours towards the error rate; a client's fault is none."""
         if self.traffic is not None:
-            self.traffic.request(seconds, failed=True)
+            self.traffic.failed(seconds)
 
     def observe(self, name: str, value: float) -> None:
         if self.exporter is not None:

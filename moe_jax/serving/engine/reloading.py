@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_jax.checkpoint import CheckpointError
+from moe_jax.serving.engine.answering import rewarm
+from moe_jax.serving.engine.opening import build_of
 from moe_jax.serving.engine.snapshot import Snapshot, build_snapshot, load_weights, version_of
 from moe_jax.serving.errors import ServingError
 
@@ -32,7 +34,7 @@ def reload(engine: RouterEngine, checkpoint: str | None) -> dict[str, Any]:
         )  # fmt: skip
         raise
     engine._snapshot = new
-    engine.recorder.relabel(engine.build_of(new))
+    engine.recorder.relabel(build_of(new))
     if engine.cache is not None:
         engine.cache.clear()
     seconds = time.perf_counter() - start
@@ -102,6 +104,6 @@ def _rewarm(engine: RouterEngine) -> int:
     done = 0
     for x, options in engine._hot.hottest():
         model, mask, logits, client = options  # type: ignore[misc]
-        engine.rewarm(model, x, mask, logits, client)
+        rewarm(engine, model, x, mask, logits, client)
         done += 1
     return done

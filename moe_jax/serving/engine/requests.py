@@ -43,47 +43,55 @@ def read_only(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> dict[str
     return out
 
 
-def guide_result(
-    result: Result, *, min_k: int, max_k: int, num_experts: int, logits: bool
-) -> dict[str, Any]:
-    """The production guide's dictionary of ``route``, see PROMISES "Result of route".
-
-    ``flop_reduction`` is the share of expert calls saved against ``flop_baseline``, every token at
-    ``max_k``. Means and standard deviations are over real tokens.
-    """
+def guide_result(result: Result, info: dict[str, Any], *, logits: bool) -> dict[str, Any]:
+    """The production guide's dictionary of ``route``, see PROMISES "Result of route"."""
     arrays = result.arrays
-    counts, scores = arrays["num_experts_per_token"], arrays["complexity_scores"]
-    real = counts > 0
-    used = int(counts.sum())
-    tokens = int(real.sum())
-    if min_k == 0:  # a rule may leave a real token empty, so every token counts
-        real, tokens = np.ones_like(real), int(real.size)
-    load = expert_counts(arrays["expert_indices"], num_experts)
-    seen = scores[real] if tokens else np.zeros(1, np.float32)
-    most = tokens * max_k
     out: dict[str, Any] = {
         "expert_indices": arrays["expert_indices"],
         "expert_weights": arrays["expert_weights"],
-        "num_experts_per_token": counts,
-        "complexity_scores": scores,
+        "num_experts_per_token": arrays["num_experts_per_token"],
+        "complexity_scores": arrays["complexity_scores"],
         "routing_info": {
-            "avg_experts_per_token": used / max(tokens, 1),
-            "total_expert_calls": used,
-            "flop_reduction": 1.0 - used / most if most else 0.0,
-            "flop_baseline": f"top_max={max_k}",
-            "expert_utilization": [float(u) for u in load / max(used, 1)],
-            "complexity_stats": {
-                "mean": float(seen.mean()),
-                "std": float(seen.std()),
-                "min": float(seen.min()),
-                "max": float(seen.max()),
-            },
+            **info,
+            "expert_utilization": list(info["expert_utilization"]),
+            "complexity_stats": dict(info["complexity_stats"]),
         },
         "production_info": dict(result.info),
     }
     if logits:
         out["router_logits"] = arrays["router_logits"]
     return out
+
+
+def routing_info(arrays: Mapping[str, np.ndarray], *, min_k: int, max_k: int) -> dict[str, Any]:
+    """The guide's ``routing_info``, from the arrays of an entry.
+
+    ``flop_reduction`` is the share of expert calls saved against ``flop_baseline``, every token at
+    ``max_k``. Means and standard deviations are over real tokens.
+    """
+    counts, scores, load = (
+        arrays[name] for name in ("num_experts_per_token", "complexity_scores", "_load")
+    )
+    tokens = int(arrays["_histogram"].sum())
+    # Where a rule may leave a real token empty, an empty one cannot be told from a masked one.
+    seen = scores if min_k == 0 or tokens == counts.size else scores[counts > 0]
+    if not seen.size:
+        seen = np.zeros(1, np.float32)
+    used = int(load.sum())
+    most = tokens * max_k
+    return {
+        "avg_experts_per_token": used / max(tokens, 1),
+        "total_expert_calls": used,
+        "flop_reduction": 1.0 - used / most if most else 0.0,
+        "flop_baseline": f"top_max={max_k}",
+        "expert_utilization": [float(u) for u in load / max(used, 1)],
+        "complexity_stats": {
+            "mean": float(seen.mean()),
+            "std": float(seen.std()),
+            "min": float(seen.min()),
+            "max": float(seen.max()),
+        },
+    }
 
 
 def expert_counts(indices: np.ndarray, num_experts: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Exporter:
         self._metrics: dict[str, Any] = {m.name: self._made(m) for m in CONTRACT}
         self._children: dict[tuple[str, str], Any] = {}
         self._mirrored: dict[tuple[str, str | None], float] = {}
+        self._mirroring = threading.Lock()
         ProcessCollector(registry=self.registry)
         for metric in CONTRACT:
             for value in metric.values:
@@ -44,9 +46,11 @@ class Exporter:
         for code in codes:
             self._child("moe_errors_total", code)
         named = min(num_experts, MAX_EXPERT_LABELS)
-        self._experts = [self._child("moe_expert_assignments_total", str(e)) for e in range(named)]
+        self._experts = [str(e) for e in range(named)]
         if num_experts > MAX_EXPERT_LABELS:
-            self._experts.append(self._child("moe_expert_assignments_total", "other"))
+            self._experts.append("other")
+        for label in self._experts:
+            self._child("moe_expert_assignments_total", label)
         self.set_build(build)
 
     def _made(self, metric: Metric) -> Any:
@@ -78,14 +82,18 @@ class Exporter:
         """Adds to a histogram."""
         self._metrics[name].observe(value)
 
-    def observe_many(self, name: str, values: np.ndarray, counts: np.ndarray) -> None:
-        """Adds ``counts`` observations of each value at once; Prometheus itself takes one by one."""
+    def mirror_histogram(self, name: str, totals: np.ndarray) -> None:
+        """Brings a histogram of whole numbers to int[K + 1]: how often 0, 1 ... K was seen."""
         histogram = self._metrics[name]
         bounds = np.asarray(histogram._upper_bounds)
-        into = np.searchsorted(bounds, values, side="left")
-        for bucket in np.unique(into):
-            histogram._buckets[bucket].inc(float(counts[into == bucket].sum()))
-        histogram._sum.inc(float((values * counts).sum()))
+        with self._mirroring:
+            for value, count in enumerate(totals.tolist()):
+                before = self._mirrored.get((name, str(value)), 0.0)
+                if count > before:
+                    self._mirrored[name, str(value)] = count
+                    bucket = int(np.searchsorted(bounds, value, side="left"))
+                    histogram._buckets[bucket].inc(count - before)
+                    histogram._sum.inc(value * (count - before))
 
     def set(self, name: str, value: float, label: str | None = None) -> None:
         """Sets a gauge."""
@@ -93,19 +101,19 @@ class Exporter:
 
     def mirror(self, name: str, total: float, label: str | None = None) -> None:
         """Raises a counter to a total that is kept elsewhere."""
-        before = self._mirrored.get((name, label), 0.0)
-        if total > before:
-            self._mirrored[name, label] = total
-            self._child(name, label).inc(total - before)
+        with self._mirroring:  # two scrapes at once must not both add the difference
+            before = self._mirrored.get((name, label), 0.0)
+            if total > before:
+                self._mirrored[name, label] = total
+                self._child(name, label).inc(total - before)
 
-    def add_experts(self, counts: np.ndarray) -> None:
-        """Raises the experts' counters by int[E]."""
-        if len(counts) > MAX_EXPERT_LABELS:
-            named = counts[:MAX_EXPERT_LABELS]
-            counts = np.append(named, counts[MAX_EXPERT_LABELS:].sum())
-        for child, count in zip(self._experts, counts.tolist(), strict=True):
-            if count:
-                child.inc(count)
+    def mirror_experts(self, totals: np.ndarray) -> None:
+        """Brings the experts' counters to int[E]."""
+        if len(totals) > MAX_EXPERT_LABELS:
+            named = totals[:MAX_EXPERT_LABELS]
+            totals = np.append(named, totals[MAX_EXPERT_LABELS:].sum())
+        for label, total in zip(self._experts, totals.tolist(), strict=True):
+            self.mirror("moe_expert_assignments_total", total, label)
 
     def value(self, name: str, label: str | None = None) -> float:
         """What a counter or gauge stands at."""

@@ -43,8 +43,7 @@ class Traffic:
 
     Example:
         >>> traffic = Traffic(num_experts=2, max_k=2, clock=lambda: 0.0)
-        >>> traffic.request(0.25, failed=False)
-        >>> traffic.batch(tokens=3, load=np.array([3, 1]), histogram=np.array([0, 2, 1]))
+        >>> traffic.answered(0.25, load=np.array([3, 1]), histogram=np.array([0, 2, 1]))
         >>> traffic.router_stats()["most_used_expert"], traffic.recent()["p50_ms"]
         (0, 250.0)
     """
@@ -69,24 +68,25 @@ class Traffic:
                 slots.popleft()
         return slots[-1]
 
-    def request(self, seconds: float, *, failed: bool) -> None:
-        """Counts a request that was answered, or failed for a fault that is ours."""
+    def answered(self, seconds: float, *, load: np.ndarray, histogram: np.ndarray) -> None:
+        """Counts an answer: int[E] uses of experts, int[K + 1] tokens by their number of experts."""
+        tokens = int(histogram.sum())
         with self._lock:
-            slot = self._slot()
-            slot.requests += 1
-            slot.errors += failed
-            self._total.requests += 1
-            self._total.errors += failed
             self._latencies.append((self._clock(), seconds))
-
-    def batch(self, *, tokens: int, load: np.ndarray, histogram: np.ndarray) -> None:
-        """Counts an answered batch: its tokens, int[E] uses of experts, int[K + 1] tokens by k."""
-        with self._lock:
             for slot in (self._slot(), self._total):
+                slot.requests += 1
                 slot.batches += 1
                 slot.tokens += tokens
                 slot.load += load
                 slot.histogram[: len(histogram)] += histogram
+
+    def failed(self, seconds: float) -> None:
+        """Counts a request that failed for a fault of ours."""
+        with self._lock:
+            self._latencies.append((self._clock(), seconds))
+            for slot in (self._slot(), self._total):
+                slot.requests += 1
+                slot.errors += 1
 
     def recent(self) -> dict[str, Any]:
         """Rates and percentiles of the last five minutes."""
@@ -147,10 +147,17 @@ class Traffic:
             "experts_per_token_histogram": [int(h) for h in histogram],
         }
 
-    def totals(self) -> dict[str, int]:
-        """Requests and errors since the start."""
+    def totals(self) -> dict[str, Any]:
+        """Counts since the start."""
         with self._lock:
-            return {"requests": self._total.requests, "errors": self._total.errors}
+            total = self._total
+            return {
+                "answered": total.requests - total.errors,
+                "failed": total.errors,
+                "tokens": total.tokens,
+                "load": total.load.copy(),
+                "histogram": total.histogram.copy(),
+            }
 
 
 def balance_score(load: np.ndarray) -> float:

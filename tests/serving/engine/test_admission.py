@@ -1,0 +1,254 @@
+"""Checks, limits, blocks, identity: PROMISES S01-S10, L01-L03."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from moe_jax.serving.admission import (
+    LEVELS,
+    Blocks,
+    Keys,
+    Limits,
+    RateLimiter,
+    check_array,
+    check_shape,
+    check_values,
+    client_id,
+    level_for,
+    peer_address,
+)
+from moe_jax.serving.errors import ServingError
+
+LIMITS = Limits(width=16, max_batch_size=4, max_tensor_size=640, max_tokens=30)
+
+
+def code(call) -> str:
+    try:
+        call()
+    except ServingError as error:
+        return error.code
+    return "ok"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "wanted"),
+    [
+        ((2, 5, 16), "float32", "ok"),
+        ((2, 5, 16), "float16", "ok"),
+        ((2, 5, 16), "bfloat16", "ok"),
+        ((2, 5, 16), "float64", "malformed"),
+        ((2, 5, 16), "int32", "malformed"),
+        ((2, 5, 16), "object", "malformed"),
+        ((5, 16), "float32", "malformed"),
+        ((1, 2, 5, 16), "float32", "malformed"),
+        ((), "float32", "malformed"),
+        ((2, 5, 17), "float32", "malformed"),
+        ((0, 5, 16), "float32", "malformed"),
+        ((2, 0, 16), "float32", "malformed"),
+        ((-1, -5, 16), "float32", "malformed"),
+        ((5, 1, 16), "float32", "too_large"),
+        ((1, 31, 16), "float32", "too_large"),
+        ((1, 41, 16), "float32", "too_large"),
+        ((2**40, 2**40, 16), "float32", "too_large"),
+        ((2, 2**62, 16), "float32", "too_large"),  # the product would wrap around in 64 bits
+    ],
+)
+def test_shape_dtype_and_size_are_checked_without_touching_a_byte(shape, dtype, wanted):  # S01-S03
+    assert code(lambda: check_shape(shape, dtype, LIMITS)) == wanted
+
+
+def test_a_huge_array_is_refused_before_it_is_copied():
+    view = np.broadcast_to(np.float32(0), (1, 10**9, 16))  # 64 GB if anything looked at it
+    tracemalloc.start()
+    assert code(lambda: check_array(view, LIMITS)) == "too_large"
+    assert tracemalloc.get_traced_memory()[1] < 100_000
+    tracemalloc.stop()
+    assert code(lambda: check_array([[1.0]], LIMITS)) == "malformed"
+    assert code(lambda: check_array(None, LIMITS)) == "malformed"
+
+
+# --- values ---------------------------------------------------------------------------------
+
+POLICY = {"nonfinite": "off", "magnitude": "off", "max_magnitude": 1e6}
+
+
+def poisoned() -> np.ndarray:
+    x = np.ones((4, 16), np.float32)
+    x[1, 3], x[2, 0] = np.nan, np.inf
+    return x
+
+
+def test_nonfinite_policies():  # S04, S05
+    x = poisoned()
+    off = check_values(x, None, **POLICY)
+    assert (off.nonfinite_tokens, off.sanitized, off.token_mask) == (2, False, None)
+    clean = check_values(x, None, **POLICY | {"nonfinite": "sanitize"})
+    assert np.isfinite(clean.x).all()
+    assert (clean.nonfinite_tokens, clean.sanitized, clean.token_mask) == (2, True, None)
+    assert clean.x[1, 0] == 1, "only the bad values go"
+    masked = check_values(x, None, **POLICY | {"nonfinite": "mask"})
+    assert masked.token_mask is not None
+    assert masked.token_mask.tolist() == [True, False, False, True]
+    assert not masked.x[1].any()
+    assert code(lambda: check_values(x, None, **POLICY | {"nonfinite": "reject"})) == (
+        "invalid_values"
+    )
+    assert np.isnan(x[1, 3]), "the caller's array is its own"
+
+
+@pytest.mark.parametrize("policy", ["off", "sanitize", "mask", "reject"])
+def test_padding_may_hold_anything(policy):
+    x, mask = poisoned(), np.array([True, False, False, True])
+    checked = check_values(x, mask, **POLICY | {"nonfinite": policy})
+    assert checked.nonfinite_tokens == 0
+    assert np.isfinite(checked.x).all()
+
+
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e6 * 1.01])
+def test_values_that_would_overflow_are_caught(value):  # S05
+    x = np.ones((4, 16), np.float32)
+    x[2, 2] = value
+    counted = check_values(x, None, **POLICY | {"magnitude": "count"})
+    assert (counted.large_tokens, counted.nonfinite_tokens) == (1, 0)
+    assert code(lambda: check_values(x, None, **POLICY | {"magnitude": "reject"})) == (
+        "invalid_values"
+    )
+    assert check_values(x, None, **POLICY).large_tokens == 0
+
+
+def test_many_moderate_values_are_not_taken_for_a_huge_one():
+    x = np.full((4, 16), 9e5, np.float32)  # their squares sum to more than the bound's
+    checked = check_values(x, None, nonfinite="reject", magnitude="reject", max_magnitude=1e6)
+    assert checked.large_tokens == 0
+
+
+# --- limits ---------------------------------------------------------------------------------
+
+
+def test_exactly_n_are_admitted_under_8_threads():  # L01
+    limiter = RateLimiter(requests_per_minute=100, tokens_per_minute=None)
+    outcomes: list[str] = []
+    gate = threading.Barrier(8)
+
+    def work():
+        gate.wait()
+        for _ in range(50):
+            outcomes.append(code(lambda: limiter.take("one")))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 400
+    assert outcomes.count("ok") == 100
+    assert code(lambda: limiter.take("another")) == "ok"
+
+
+def test_tokens_cost_beside_requests():  # L03
+    limiter = RateLimiter(requests_per_minute=10, tokens_per_minute=100)
+    assert code(lambda: limiter.take("a", tokens=60)) == "ok"
+    assert code(lambda: limiter.take("a", requests=0, tokens=41)) == "rate_limited"
+    assert code(lambda: limiter.take("a", requests=0, tokens=40)) == "ok"
+    with pytest.raises(ServingError) as caught:
+        limiter.take("a", tokens=1)
+    assert caught.value.retry_after is not None
+    assert 1 <= caught.value.retry_after <= 120
+
+
+def test_a_crowd_of_clients_does_not_grow_memory():  # L03
+    limiter = RateLimiter(requests_per_minute=5, tokens_per_minute=5, max_clients=100)
+    blocks = Blocks(
+        after=2, window=300, first_seconds=60, longest_seconds=3600, clock=lambda: 0.0,
+        max_clients=100,
+    )  # fmt: skip
+    for number in range(5000):
+        limiter.take(f"client {number}", tokens=1)
+        blocks.violation(f"client {number}")
+    assert limiter.clients == 100
+    assert len(limiter._memory.storage.storage) <= 400  # two kinds, two windows
+    assert len(blocks) == 100
+
+
+# --- blocks ---------------------------------------------------------------------------------
+
+
+def make_blocks(clock, after=10):
+    return Blocks(after=after, window=300, first_seconds=60, longest_seconds=3600, clock=clock)
+
+
+def test_blocks_double_and_expire(clock):  # L02
+    blocks = make_blocks(clock)
+    for length in (60, 120, 240, 480, 960, 1920, 3600, 3600):
+        for _ in range(9):
+            assert not blocks.violation("a")
+        assert code(lambda: blocks.check("a")) == "ok"
+        assert blocks.violation("a")
+        with pytest.raises(ServingError) as caught:
+            blocks.check("a")
+        assert caught.value.retry_after == pytest.approx(length)
+        assert blocks.blocked == 1
+        assert code(lambda: blocks.check("b")) == "ok"
+        clock.now += length - 1
+        assert code(lambda: blocks.check("a")) == "blocked"
+        clock.now += 1
+        assert code(lambda: blocks.check("a")) == "ok"
+        assert blocks.blocked == 0
+    clock.now += 3601  # an hour of good behaviour, and the next block is short again
+    for _ in range(10):
+        blocks.violation("a")
+    with pytest.raises(ServingError) as caught:
+        blocks.check("a")
+    assert caught.value.retry_after == pytest.approx(60)
+
+
+def test_violations_decay(clock):  # S06
+    blocks = make_blocks(clock)
+    for _ in range(200):  # never ten within five minutes
+        clock.now += 34
+        assert not blocks.violation("a")
+    assert code(lambda: blocks.check("a")) == "ok"
+
+
+# --- who it is ------------------------------------------------------------------------------
+
+
+def test_the_longest_chain_of_trusted_proxies_is_believed_and_no_more():
+    trusted = ["10.0.0.0/8", "fd00::/8"]
+    for peer, header, wanted in [
+        ("192.0.2.1", "6.6.6.6", "192.0.2.1"),
+        ("10.0.0.1", None, "10.0.0.1"),
+        ("10.0.0.1", "192.0.2.7", "192.0.2.7"),
+        ("10.0.0.1", "6.6.6.6, 192.0.2.7", "192.0.2.7"),
+        ("10.0.0.1", "6.6.6.6, 192.0.2.7, 10.9.9.9", "192.0.2.7"),
+        ("10.0.0.1", "nonsense", "10.0.0.1"),
+        ("fd00::1", "2001:db8:1:2:3::4", "2001:db8:1:2::/64"),
+        ("::ffff:192.0.2.9", None, "192.0.2.9"),
+        ("", None, "unknown"),
+    ]:
+        assert peer_address(peer, header, trusted) == wanted, (peer, header)
+    assert peer_address("10.0.0.1", "192.0.2.7", []) == "10.0.0.1", "nobody is trusted by default"
+
+
+def test_keys_are_hashed_and_compared():
+    keys = Keys(["alpha", "beta"])
+    assert keys.valid("alpha")
+    assert not any(keys.valid(key) for key in ("alph", "alphaa", "", None, "\udcff"))
+    assert not Keys([]).valid("alpha")
+    assert "alpha" not in repr(keys) + client_id("alpha")
+    assert client_id("alpha") != client_id("beta")
+
+
+def test_levels_get_stricter_and_can_be_tuned():  # S07-S10
+    minimal, standard, strict = LEVELS.values()
+    assert [level.nonfinite for level in LEVELS.values()] == ["off", "mask", "reject"]
+    assert [level.magnitude for level in LEVELS.values()] == ["off", "count", "reject"]
+    assert [lv.requests_per_minute for lv in LEVELS.values()] == [None, 600, 120]
+    assert [(lv.block_after, lv.block_seconds) for lv in (standard, strict)] == [(10, 60), (5, 300)]
+    assert minimal.block_after is None
+    tuned = level_for("strict", nonfinite="mask", requests_per_minute=7, tokens_per_minute=9)
+    assert (tuned.nonfinite, tuned.requests_per_minute, tuned.tokens_per_minute) == ("mask", 7, 9)

@@ -1,0 +1,145 @@
+"""Redis as the second cache level and for shared limits, killed and brought back: L03, K02."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+
+import pytest
+
+from moe_jax.serving.engine import Client
+from moe_jax.serving.errors import ServingError
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("redis-server") is None,
+    reason="redis-server is not installed: the drills with a real Redis did not run",
+)
+
+
+class Server:
+    """A Redis of our own on a free port, without persistence."""
+
+    def __init__(self, folder) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._folder = folder
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "",
+             "--appendonly", "no", "--dir", str(self._folder)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 0.2).close()
+                return
+            except OSError:
+                time.sleep(0.02)
+        raise AssertionError("redis-server did not start")
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture
+def server(tmp_path):
+    made = Server(tmp_path)
+    yield made
+    made.kill()
+
+
+def taken(engine, client: Client) -> int:
+    count = 0
+    try:
+        while count < 100:
+            engine.admit(client)
+            count += 1
+    except ServingError:
+        return count
+    raise AssertionError("no limit was met")
+
+
+def test_replicas_share_results_and_limits(make_engine, states, server):
+    one, two = (make_engine(redis_url=server.url, rate_limit_requests=10) for _ in range(2))
+    x = states()
+    first, second = one.route(x), two.route(x)
+    assert second["production_info"]["cached"]
+    assert second["production_info"]["digest"] == first["production_info"]["digest"]
+    assert (second["expert_indices"] == first["expert_indices"]).all()
+    assert not second["expert_indices"].flags.writeable
+    assert two.lookup("router", first["production_info"]["digest"]) is not None
+    other = make_engine(redis_url=server.url, seed=5)
+    assert not other.route(x)["production_info"]["cached"], "other weights, other answers"
+    client = Client("key-1")
+    assert taken(one, client) == 10
+    assert taken(two, client) == 0, "the limit is the sum"
+    assert one.health_check()["components"]["rate_limiter"]["shared"]
+    assert "limits_not_shared" not in one.log.events()
+
+
+def test_redis_killed_and_back(make_engine, states, server, clock, log):
+    engine = make_engine(redis_url=server.url, rate_limit_requests=10)
+    engine.route(states(seed=0))
+    assert engine.health_check()["status"] == "healthy"
+    server.kill()
+    for seed in range(1, 4):  # answers go on, from this process alone
+        assert engine.route(states(seed=seed))["expert_indices"].shape == (2, 5, 4)
+    assert engine.route(states(seed=1))["production_info"]["cached"]
+    assert taken(engine, Client("key-1")) == 10, "limits go on, in memory"
+    health = engine.health_check()
+    assert health["status"] == "degraded"
+    assert health["components"]["cache"]["status"] == "redis_lost"
+    assert health["components"]["rate_limiter"]["status"] == "redis_lost"
+    assert log.events().count("redis_lost") == 2, "said once for each use, not for each request"
+    server.start()
+    clock.now += 3
+    engine.route(states(seed=9))
+    assert taken(engine, Client("key-2")) == 10
+    assert engine.health_check()["status"] == "healthy"
+    assert log.events().count("redis_back") == 2
+    assert server.url not in log.text()
+
+
+def test_what_lies_damaged_in_redis_is_not_served(make_engine, states, server, log):
+    import redis
+
+    one = make_engine(redis_url=server.url)
+    digest = one.route(states())["production_info"]["digest"]
+    with redis.Redis.from_url(server.url) as client:
+        assert client.set(f"moe:result:{digest}", b"cos\nsystem\n(S'true'\ntR.")
+    two = make_engine(redis_url=server.url)
+    info = two.route(states())["production_info"]
+    assert not info["cached"]
+    assert "redis_entry_damaged" in log.events()
+
+
+def test_successors_are_fetched_from_redis_ahead(make_engine, states, server):  # K03
+    make = {"redis_url": server.url, "prefetch": True, "cache_size": 3}
+    engine = make_engine(**make)
+    sequence = [states(seed=seed) for seed in range(12)]
+    hits = []
+    for _ in range(3):
+        for x in sequence:
+            before = engine.cache.gain.saved
+            engine.route(x)
+            hits.append(engine.cache.gain.saved > before)
+            end = time.monotonic() + 1.0
+            while not engine._prefetcher._todo.empty() and time.monotonic() < end:
+                time.sleep(0.001)
+            time.sleep(0.005)
+    counts = engine.get_metrics()["prefetch"]
+    assert counts["useful"] >= 15, counts
+    assert not counts["off"]
+    assert 'moe_prefetch_total{result="useful"} ' + str(float(counts["useful"])) in (
+        engine.metrics_text().decode()
+    )

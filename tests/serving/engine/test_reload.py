@@ -1,0 +1,179 @@
+"""Checkpoints, plain ones and those of language models, and their swap: R11, R13, B07."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax import checkpoint
+from moe_jax.checkpoint import CheckpointError
+from moe_jax.config import ConfigError
+from moe_jax.language_model import LMConfig, init, init_states
+from moe_jax.serving.engine.buckets import compile_counter
+from moe_jax.train import Model, save_model
+
+
+def write(
+    folder: Path, *, seed: int, width: int = 16, experts: int = 8, spoil: bool = False
+) -> str:
+    """A checkpoint with one calibrated DynamicK, as ``moe_jax.checkpoint.save`` writes it."""
+    router = moe_jax.DynamicK(num_experts=experts, min_k=1, max_k=4, difficulty="activation_norm")
+    params = router.init(jax.random.key(seed), width)
+    x = jax.random.normal(jax.random.key(seed + 100), (512, width))
+    state = router.fit(params, router.init_state(), x, target_mean_k=2.0)
+    if spoil:
+        params = {"kernel": params["kernel"] * jnp.nan}
+    saved = checkpoint.Checkpoint(
+        params={"router": params}, routers={"router": router}, states={"router": state}
+    )
+    return str(checkpoint.save(folder, saved))
+
+
+def test_a_checkpoint_is_served_with_its_calibration(make_engine, states, tmp_path):  # R13
+    path = write(tmp_path / "one", seed=1)
+    engine = make_engine(checkpoint=path)
+    component = engine.health_check()["components"]["router"]
+    assert (component["status"], component["source"]) == ("ok", path)
+    assert component["calibration"]["target_mean_k"] == 2.0
+    result = engine.route(states(8, 60), use_cache=False)
+    k, c = result["num_experts_per_token"], result["complexity_scores"]
+    assert k.mean() == pytest.approx(2.0, abs=0.25)
+    assert (k == np.clip(np.round(1 + 3 * c), 1, 4)).all(), "for calibrated thresholds too"
+    assert 'params="' + engine.snapshot.version + '"' in engine.metrics_text().decode()
+    drift = next(
+        float(line.split()[1]) for line in engine.metrics_text().decode().splitlines()
+        if line.startswith("moe_budget_drift_ratio ")
+    )  # fmt: skip
+    assert drift == pytest.approx(k.mean() / 2.0)
+
+
+def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_path):
+    config = LMConfig(
+        num_layers=2, d_model=16, num_heads=2, num_experts=8, k=4, d_ff=24, length=8, batch_size=2
+    )
+    params = init(config, jax.random.key(0))
+    router = config.router()
+    model = Model(
+        config=config, params=params, routers=(router,) * 2,
+        states=init_states(config), metadata={},
+    )  # fmt: skip
+    path = str(save_model(tmp_path / "lm", model))
+    x = states()
+    answers = []
+    for name in ("layer_0", "layer_1"):
+        engine = make_engine(checkpoint=path, checkpoint_router=name, buckets="16")
+        assert sorted(engine.snapshot.models) == ["moe", "router"], "it has experts"
+        answers.append(engine.infer("moe", x).arrays["output"])
+        number = int(name[-1])
+        layer = jax.tree.map(lambda p, n=number: p[n], params["layers"])["moe"]
+        wanted, _ = moe_jax.moe_layer(
+            router, config.experts, layer, router.init_state(), jnp.asarray(x)
+        )
+        np.testing.assert_allclose(answers[-1], wanted, rtol=2e-5, atol=2e-5)
+    assert (answers[0] != answers[1]).any()
+    only_router = make_engine(checkpoint=path, serve_moe="off", buckets="16")
+    assert sorted(only_router.snapshot.models) == ["router"]
+    with pytest.raises(ValueError, match="layer_0, layer_1"):
+        make_engine(checkpoint=path, checkpoint_router="layer_7")
+    plain = write(tmp_path / "plain", seed=1)
+    with pytest.raises(ConfigError, match="expected a checkpoint with experts"):
+        make_engine(checkpoint=plain, serve_moe="on")
+
+
+def test_a_reload_swaps_between_requests(make_engine, states, tmp_path, log):
+    one, two = write(tmp_path / "one", seed=1), write(tmp_path / "two", seed=2)
+    engine = make_engine(checkpoint=one)
+    fresh = make_engine(checkpoint=two)
+    x = states()
+    old = engine.route(x)
+    compiled = compile_counter().count
+    told = engine.reload(two)
+    assert told["previous"] == old["production_info"]["model_version"]
+    assert told["version"] == engine.snapshot.version == fresh.snapshot.version
+    assert "reloaded" in log.events()
+    new = engine.route(x)
+    assert not new["production_info"]["cached"], "the cache knows old from new"
+    assert (new["expert_indices"] == fresh.route(x)["expert_indices"]).all()
+    assert (new["expert_indices"] != old["expert_indices"]).any()
+    assert engine.lookup("router", old["production_info"]["digest"]) is None
+    assert f'params="{told["version"]}"' in engine.metrics_text().decode()
+    assert told["previous"] not in engine.metrics_text().decode()
+    assert engine.reload()["version"] == told["previous"], "None is the configured one"
+    assert compile_counter().count - compiled <= 1, "an equal rule is not compiled anew"
+
+
+def test_no_answer_mixes_two_checkpoints(make_engine, states, tmp_path):
+    paths = [write(tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    engine, x = make_engine(checkpoint=paths[0]), states()
+    wanted = {}
+    for path in paths:
+        engine.reload(path)
+        wanted[engine.snapshot.version] = engine.route(x, use_cache=False)["expert_indices"]
+    stop, wrong, answered = threading.Event(), [], []
+
+    def ask() -> None:
+        while not stop.is_set():
+            result = engine.route(x)
+            answered.append(1)
+            version = result["production_info"]["model_version"]
+            if (result["expert_indices"] != wanted[version]).any():
+                wrong.append(version)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for path in paths * 2:
+        engine.reload(path)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(answered) > 10
+
+
+def corrupt(path: str) -> None:
+    files = [file for file in Path(path, "arrays", "params").rglob("*") if file.is_file()]
+    file = max(files, key=lambda f: f.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_bad_checkpoint_is_refused_and_the_old_one_goes_on(make_engine, states, tmp_path, log):
+    engine = make_engine(checkpoint=write(tmp_path / "good", seed=1))
+    version, x = engine.snapshot.version, states()
+    engine.route(x)
+    damaged = write(tmp_path / "damaged", seed=2)
+    corrupt(damaged)
+    for path, told in (
+        (str(tmp_path / "none"), "expected a checkpoint folder"),
+        (damaged, "damaged or changed"),
+        (write(tmp_path / "wide", seed=3, width=24), "width"),
+        (write(tmp_path / "many", seed=3, experts=12), "num_experts"),
+        (write(tmp_path / "nan", seed=3, spoil=True), "not finite"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            engine.reload(path)
+        assert engine.snapshot.version == version
+        assert engine.route(x)["production_info"]["cached"], "not even the cache was touched"
+    assert log.events().count("reload_refused") == 5
+    assert engine.health_check()["status"] == "healthy"
+
+
+def test_hot_keys_are_computed_anew_after_a_reload(make_engine, states, tmp_path):  # K03
+    engine = make_engine(checkpoint=write(tmp_path / "one", seed=1), prefetch=True)
+    hot, cold = states(seed=1), states(seed=2)
+    for _ in range(4):
+        engine.route(hot)
+    engine.route(cold)
+    before = engine.get_metrics()["router_stats"]["total_batches"]
+    assert engine.reload(write(tmp_path / "two", seed=2))["rewarmed"] == 1
+    assert engine.get_metrics()["router_stats"]["total_batches"] == before
+    assert engine.route(hot)["production_info"]["cached"]
+    assert not engine.route(cold)["production_info"]["cached"]
