@@ -128,11 +128,16 @@ def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None
         notes.print(f"[red]error:[/red] {str(error).replace('[', chr(92) + '[')}", soft_wrap=True)
         raise typer.Exit(2) from None
     changes, lost = compare(content["rows"], rows)
-    table = Table("case", "ratio then", "ratio now", "now / then", "interval", "slower")
-    for change in changes:
+    # What all cases share stands once, above them.
+    named = [change.name.split() for change in changes]
+    shared = [w for w in named[0][1:] if all(w in words for words in named)] if named else []
+    table = Table("case", "ratio then", "ratio now", "now / then", "interval", "slower",
+                  title=f"bench {content['bench']} {' '.join(shared)}")  # fmt: skip
+    for change, words in zip(changes, named, strict=True):
         table.add_row(
-            change.name, f"{change.before:.3f}", f"{change.now:.3f}", f"{change.change:.3f}",
-            f"{change.low:.3f} to {change.high:.3f}", _shown(change.slower(tolerance)),
+            " ".join(w for w in words if w not in shared),
+            f"{change.before:.3f}", f"{change.now:.3f}", f"{change.change:.3f}",
+            f"{change.low:.2f}-{change.high:.2f}", _shown(change.slower(tolerance)),
         )  # fmt: skip
     out.print(table)
     for row in rows:
