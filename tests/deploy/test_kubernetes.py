@@ -129,7 +129,7 @@ def test_every_moe_variable_is_a_setting_and_secrets_come_from_a_secret():
 def test_the_config_map_is_the_shipped_configuration():
     data = kind(documents(KUBERNETES / "deployment.yaml"), "ConfigMap")["data"]
     shipped = json.loads((ROOT / "configs" / "production.json").read_text())
-    assert json.loads(data["production.json"]) == shipped
+    assert json.loads(data["production.json"]) == shipped, "copy configs/production.json into it"
 
 
 def test_autoscaling_is_the_guides():
