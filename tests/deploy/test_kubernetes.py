@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -152,6 +153,19 @@ def test_autoscaling_is_the_guides():
     assert served == set(triggers) - {"cpu", "memory"}
     # The queue can be that long before the service itself refuses.
     assert load_config(ROOT / "configs" / "production.json", env={}).serving.max_queue > 100
+
+
+def test_idle_instances_do_not_hold_the_autoscaler_up():
+    """Its formula, ceil(n * used / target), with the memory of an instance that does nothing."""
+    idle = 512  # MiB; `python -m deploy.verify.capacity` shows less than that even under load
+    spec = kind(documents(KUBERNETES / "autoscaler.yaml"), "HorizontalPodAutoscaler")["spec"]
+    memory = next(m["resource"] for m in spec["metrics"] if m["resource"]["name"] == "memory")
+    requested = container()["resources"]["requests"]["memory"]
+    assert requested.endswith("Gi")
+    used = 100 * idle / (1024 * int(requested[:-2]))
+    for instances in range(spec["minReplicas"] + 1, spec["maxReplicas"] + 1):
+        wanted = math.ceil(instances * used / memory["target"]["averageUtilization"])
+        assert wanted < instances
 
 
 def test_kedas_triggers_are_the_same_four():
