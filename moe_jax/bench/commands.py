@@ -345,21 +345,34 @@ def serve(
     batch: int = 4,
     sequence: int = 128,
     d_model: int = 768,
-    experts: int = 8,
-    max_k: int = 4,
-    clients: Annotated[str, typer.Option(help="At once, e.g. 1,8.")] = "1,8",
+    parts: Annotated[str, typer.Option("--part", help="wrapper,http")] = "wrapper,http",
+    clients: Annotated[str, typer.Option(help="At once over HTTP, e.g. 1,8.")] = "1,8",
     seconds: Annotated[float, typer.Option(min=0.01, help="Of load a case and round.")] = 0.4,
     rounds: Rounds = 5,
     json: Json = None,
 ) -> None:
-    """The service over HTTP against a bare echo of the same body plus the bare route."""
+    """What the service adds: the engine to the bare route, HTTP to a bare echo plus the route."""
     from moe_jax.bench.http import bench_http
+    from moe_jax.bench.serve import bench_wrapper
 
     settings: dict[str, Any] = dict(
-        shape=(batch, sequence, d_model), experts=experts, max_k=max_k,
+        batch=batch, sequence=sequence, d_model=d_model,
+        parts=_words(parts, ("wrapper", "http"), "--part"),
         clients=_numbers(clients, "--clients"), seconds=seconds, rounds=rounds,
     )  # fmt: skip
+    rows: list[dict[str, Any]] = []
     with _progress() as progress:
-        rows = bench_http(**settings, progress=progress)
-    columns = ["case", "clients", "ratio", "ratio_sink", "times_json", "ms", "route_ms"]
+        if "wrapper" in settings["parts"]:
+            found = bench_wrapper(
+                batch=batch, sequence=sequence, d_model=d_model, rounds=max(rounds, 20),
+                progress=progress,
+            )  # fmt: skip
+            rows += [{"part": "wrapper", **row} for row in found]
+        if "http" in settings["parts"]:
+            found = bench_http(
+                shape=(batch, sequence, d_model), clients=settings["clients"], rounds=rounds,
+                seconds=seconds, progress=progress,
+            )  # fmt: skip
+            rows += [{"part": "http", **row} for row in found]
+    columns = ["part", "case", "clients", "ratio", "ratio_sink", "times_json", "ms"]
     _finish("serve", rows, columns, settings, json)
