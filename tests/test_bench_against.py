@@ -1,11 +1,12 @@
 """Regression detection (B09): ratios to a baseline, with intervals and an exit code."""
 
+import importlib
 import json
 
 import pytest
 from typer.testing import CliRunner
 
-from moe_jax.bench.against import BaselineError, compare, name_of, read_baseline
+from moe_jax.bench.against import RUNNERS, BaselineError, compare, name_of, read_baseline
 from moe_jax.cli import app
 
 runner = CliRunner()
@@ -81,6 +82,13 @@ def test_the_command_measures_again_and_its_exit_code_says_whether_anything_is_s
     assert "none of 5 cases is slower" in " ".join(fine.output.split())
     assert slow.exit_code == 1, slow.output
     assert "slower in 5 of 5" in " ".join(slow.output.split())
+
+
+@pytest.mark.parametrize("bench", list(RUNNERS))
+def test_every_measurement_is_a_function_and_a_command(bench):
+    module, function = RUNNERS[bench]
+    assert callable(getattr(importlib.import_module(module), function))
+    assert runner.invoke(app, ["bench", bench, "--help"]).exit_code == 0
 
 
 def test_bench_alone_shows_what_there_is():

@@ -7,27 +7,26 @@ each case's *ratio* to the floor that was timed in turns with it, in the same ru
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.bench.decode import bench_decode
-from moe_jax.bench.layer import bench_layer
-from moe_jax.bench.route import bench_route
-
-Runner = Callable[..., list[dict[str, Any]]]
-
-RUNNERS: Mapping[str, Runner] = {
-    "route": bench_route,
-    "layer": bench_layer,
-    "decode": bench_decode,
+RUNNERS: Mapping[str, tuple[str, str]] = {
+    "route": ("moe_jax.bench.route", "bench_route"),
+    "layer": ("moe_jax.bench.layer", "bench_layer"),
+    "decode": ("moe_jax.bench.decode", "bench_decode"),
+    "wrapper": ("moe_jax.bench.serve", "bench_wrapper"),
 }
-"""The measurements that state a ratio and its spread for every row."""
+"""The measurements that state a ratio and its spread for every row: module and function.
+
+Imported when they are asked for: the service's needs libraries that the others do not.
+"""
 
 # What names a row; the rest of it was measured.
 _NAMES = (
-    "rule", "implementation", "tokens", "d_model", "d_ff", "experts", "k", "mean_k",
+    "rule", "implementation", "case", "shape", "tokens", "d_model", "d_ff", "experts", "k", "mean_k",
     "dtype", "load", "pass",
 )  # fmt: skip
 
@@ -126,8 +125,10 @@ def measure_again(
     settings = dict(baseline["settings"])
     if rounds is not None:
         settings["rounds"] = rounds
+    module, function = RUNNERS[baseline["bench"]]
+    runner = getattr(importlib.import_module(module), function)
     try:
-        return RUNNERS[baseline["bench"]](**settings, progress=progress)
+        return runner(**settings, progress=progress)
     except TypeError as error:
         raise BaselineError(
             f"settings: expected those of bench {baseline['bench']}, got {settings} ({error}). "
