@@ -17,16 +17,15 @@ RUNNERS: Mapping[str, tuple[str, str]] = {
     "route": ("moe_jax.bench.route", "bench_route"),
     "layer": ("moe_jax.bench.layer", "bench_layer"),
     "decode": ("moe_jax.bench.decode", "bench_decode"),
-    "wrapper": ("moe_jax.bench.serve", "bench_wrapper"),
 }
 """The measurements that state a ratio and its spread for every row: module and function.
 
-Imported when they are asked for: the service's needs libraries that the others do not.
+Imported when they are asked for.
 """
 
 # What names a row; the rest of it was measured.
 _NAMES = (
-    "rule", "implementation", "case", "shape", "tokens", "d_model", "d_ff", "experts", "k", "mean_k",
+    "rule", "implementation", "tokens", "d_model", "d_ff", "experts", "k", "mean_k",
     "dtype", "load", "pass",
 )  # fmt: skip
 
