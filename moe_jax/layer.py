@@ -16,7 +16,8 @@ from moe_jax.dispatch import (
     to_assignments,
 )
 from moe_jax.experts import ExpertFn, FeedForward, choose, run_experts
-from moe_jax.experts.expert_parallel import ExpertParallel, bias_once, run_parallel
+from moe_jax.experts.exchange import ExpertParallel
+from moe_jax.experts.expert_parallel import bias_once, run_parallel
 from moe_jax.routers import Router
 from moe_jax.stats import global_stats, routing_stats
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, check_array, pytree

@@ -15,7 +15,7 @@ import numpy as np
 
 from moe_jax.dispatch import expert_capacity
 from moe_jax.experts import FeedForward
-from moe_jax.experts.expert_parallel import COUNT_DIGITS, ExpertParallel, send_sizes
+from moe_jax.experts.exchange import COUNT_DIGITS, ExpertParallel, send_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from moe_jax.difficulty import Context
 from moe_jax.experts import ExpertFn
-from moe_jax.experts.expert_parallel import ExpertParallel
+from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.layer import LayerAux, moe_layer
 from moe_jax.routers import ExpertChoiceRouter, Router
 from moe_jax.types import Array, Params

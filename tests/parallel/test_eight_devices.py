@@ -77,8 +77,12 @@ def test_eight_devices_give_one_devices_answer(measured, case):
 
 
 @pytest.mark.parametrize(
-    "case", ["shared expert, expert x tensor x data", "two levels", "61 tokens", "further rounds"]
-)
+    "case",
+    [
+        "shared expert, expert x tensor x data", "two levels", "61 tokens", "further rounds",
+        "ragged, factor None", "ragged, factor 0.75",
+    ],
+)  # fmt: skip
 def test_other_layouts_give_one_devices_answer(measured, case):
     told = measured[case]
     for what in ("output", "loss", "losses", "gradient", "update", "stats"):
