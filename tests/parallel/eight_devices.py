@@ -14,12 +14,14 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import moe_jax
 from moe_jax import sharding
 from moe_jax.collectives import collectives_of
 from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.losses import LossWeights, aux_loss
+from moe_jax.nn.nnx import MoE
 from moe_jax.sharding import P
 from moe_jax.stats import merge_stats
 
@@ -203,6 +205,7 @@ def the_rest():
     yield "accumulated", accumulated(router, params, wanted)
     yield "own shard_map", own_shard_map(router, params)
     yield "noise differs by device", noise()
+    yield "flax module", flax_module()
 
 
 def emulated_ragged(rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
@@ -307,6 +310,31 @@ def own_shard_map(router, params):
         "difference": max(jax.tree.leaves(diff)),
         "set_mesh": float(jnp.abs(y - wanted[0][1][0]).max()),
     }
+
+
+def flax_module():
+    router, x = RULES["dynamic k"](8), batch()[0]
+    mesh = sharding.make_mesh(data=2, expert=4)
+    told = []
+    for options in ({}, {"mesh": mesh}):
+        layer = MoE(
+            router,
+            d_model=D,
+            d_ff=F,
+            expert_fn=FFN,
+            rngs=nnx.Rngs(0),
+            implementation="dense",
+            **options,
+        )
+
+        def loss(layer, x):
+            y, aux = layer(x, return_aux=True)
+            return jnp.square(y).mean(), (y, aux.stats.tokens_per_expert)
+
+        found = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(layer, x)
+        told.append(jax.device_get([*jax.tree.leaves(nnx.to_pure_dict(found[1])), found[0]]))
+    most = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), *told)
+    return {"difference": max(jax.tree.leaves(most)), "arrays": len(told[0])}
 
 
 def noise():

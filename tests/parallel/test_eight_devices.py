@@ -16,6 +16,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from moe_jax.scaling import exchange_cost
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # Less time in LLVM; the programs' structure, messages and arithmetic are the same.
@@ -109,6 +111,11 @@ def test_set_mesh_is_enough(measured):
     assert measured["own shard_map"]["set_mesh"] <= TOLERANCE
 
 
+def test_a_flax_module_takes_a_mesh(measured):
+    assert measured["flax module"]["difference"] <= TOLERANCE
+    assert measured["flax module"]["arrays"] > 4, "gradients are among what is compared"
+
+
 def test_every_device_draws_its_own_noise(measured):
     assert measured["noise differs by device"]["distinct"] == 8
 
@@ -151,3 +158,18 @@ def test_memory_of_experts_and_rows_falls_as_the_devices_grow(measured):
         sizes = [measured[f"memory: {n}"][what] for n in devices]
         for more, fewer in itertools.pairwise(sizes):
             assert fewer <= more / 2 * 1.1, (what, sizes)
+
+
+@pytest.mark.parametrize(
+    ("case", "factor", "shares"),
+    [("dropping", 1.25, None), ("dropless", None, None), ("dropless, one size", None, (1.5,))],
+)
+def test_the_cost_model_is_the_compiled_program_to_the_byte(measured, case, factor, shares):
+    """Of a conditional the largest size is counted, which is what the model gives too."""
+    cost = exchange_cost(
+        tokens=64, num_experts=16, k=2, d_model=8, devices=8, itemsize=4,
+        capacity_factor=factor, send_shares=shares,
+    )  # fmt: skip
+    forward = measured[f"program: {case}, forward"]["sends"]["all-to-all"][1]
+    both = measured[f"program: {case}, forward and backward"]["sends"]["all-to-all"][1]
+    assert (forward, both - forward) == (cost.forward_bytes, cost.backward_bytes)
