@@ -4,8 +4,8 @@
 
 Every number of devices needs a JAX of its own, so the script starts itself again for each. The host
 devices of one machine share its cores and its memory: what is *sent* and *held* is exact, and the
-same as on as many real devices, while times say only that nothing serialises or explodes. With W
-devices on C cores, work that scales perfectly takes W / min(W, C) times as long as on one.
+same as on as many real devices, while times are of threads that wait for each other. With W devices
+on C cores, work that scales perfectly takes W / min(W, C) times as long as on one.
 """
 
 from __future__ import annotations
