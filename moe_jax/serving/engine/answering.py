@@ -6,7 +6,7 @@ The functions belong to ``RouterEngine``, whose parts they use.
 from __future__ import annotations
 
 import functools
-import secrets
+import random
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,19 @@ import numpy as np
 
 from moe_jax.serving import admission, cache
 from moe_jax.serving.engine.device import Order
-from moe_jax.serving.engine.requests import Client, Result
+from moe_jax.serving.engine.requests import LOCAL, Client, Result
 from moe_jax.serving.engine.snapshot import Snapshot
 from moe_jax.serving.errors import ServingError
 
 if TYPE_CHECKING:
     from moe_jax.serving.engine.core import RouterEngine
+
+
+_ids = random.Random()  # names, not secrets: the system's own source costs a call each time
+
+
+def _new_id() -> str:
+    return f"{_ids.getrandbits(64):016x}"
 
 
 def answer(
@@ -29,7 +36,7 @@ def answer(
 ) -> tuple[Result, cache.Entry]:  # fmt: skip
     """See ``RouterEngine.infer``; the entry beside the result is what is kept."""
     start = time.perf_counter()
-    request_id = request_id or secrets.token_hex(8)
+    request_id = request_id or _new_id()
     try:
         entry, result, digest = _infer(
             engine, model, hidden_states, token_mask, logits, client, timeout, use_cache, start
@@ -75,6 +82,7 @@ def _infer(
         order = Order(
             snapshot=snapshot, model=model, shape=(batch, sequence), logits=logits,
             checked=check_values(engine, rows, mask), deadline=deadline, owner=owner,
+            here=timeout is None and client == LOCAL,
         )  # fmt: skip
         return engine.device.answer(order, _cached(engine, digest, snapshot, client))
 
@@ -144,7 +152,7 @@ def lookup(engine: RouterEngine, model: str, digest: str, client: Client) -> Res
         return None
     seconds = time.perf_counter() - start
     engine.recorder.answered(entry, seconds)
-    return _result(engine, entry, secrets.token_hex(8), 1e3 * seconds, "hit", digest)
+    return _result(engine, entry, _new_id(), 1e3 * seconds, "hit", digest)
 
 
 def _result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class Order:
         logits: whether the router's logits are wanted.
         deadline: when the caller stops waiting, on ``time.perf_counter``.
         owner: the client that alone may see the result, or "".
+        here: whether the caller stated no deadline and may do the work on its own thread.
     """
 
     snapshot: Snapshot
@@ -64,6 +66,7 @@ class Order:
     logits: bool
     deadline: float
     owner: str = ""
+    here: bool = False
 
 
 class Device:
@@ -152,7 +155,9 @@ class Device:
             raise ServingError(
                 "deadline_exceeded", "the deadline passed before the work began. Allow more time."
             )
-        (found, seconds), queued = self.bulkhead.run(work, timeout=left, on_abandon=abandoned)
+        (found, seconds), queued = self.bulkhead.run(
+            work, timeout=left, on_abandon=abandoned, here=order.here
+        )
         self._observe("moe_queue_duration_seconds", queued)
         self._observe("moe_route_duration_seconds", seconds)
         return found, seconds
@@ -161,7 +166,7 @@ class Device:
         checked = order.checked
         found = self.run(order.snapshot, order.model, checked.x, checked.token_mask)
         for name in ("expert_weights", "output"):
-            if name in found and not np.isfinite(np.sum(found[name])):
+            if name in found and not math.isfinite(found[name].sum()):
                 bad = ~np.isfinite(found[name]).all(axis=-1)
                 # What a client sent is no fault of the device, overflow of huge values included.
                 sound = bad & (np.abs(checked.x) < _SOUND_BELOW).all(axis=-1)  # False for NaN

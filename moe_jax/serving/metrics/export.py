@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,6 +40,7 @@ class Exporter:
         self._children: dict[tuple[str, str], Any] = {}
         self._mirrored: dict[tuple[str, str | None], float] = {}
         self._mirroring = threading.Lock()
+        self._samples = {m.name: Samples(m.buckets) for m in CONTRACT if m.kind == "histogram"}
         ProcessCollector(registry=self.registry)
         for metric in CONTRACT:
             for value in metric.values:
@@ -79,8 +81,8 @@ class Exporter:
         self._child(name, label).inc(amount)
 
     def observe(self, name: str, value: float) -> None:
-        """Adds to a histogram."""
-        self._metrics[name].observe(value)
+        """Adds to a histogram, as the next scrape sees it."""
+        self._samples[name].add(value)
 
     def mirror_histogram(self, name: str, totals: np.ndarray) -> None:
         """Brings a histogram of whole numbers to int[K + 1]: how often 0, 1 ... K was seen."""
@@ -121,4 +123,50 @@ class Exporter:
 
     def text(self) -> bytes:
         """The exposition in Prometheus' text format."""
+        for name, samples in self._samples.items():
+            self._bring(name, samples)
         return prometheus.generate_latest(self.registry)
+
+    def _bring(self, name: str, samples: Samples) -> None:
+        histogram = self._metrics[name]
+        counts, total = samples.take()
+        for bucket, count in zip(histogram._buckets, counts, strict=True):
+            bucket.inc(count)
+        histogram._sum.inc(total)
+
+
+class Samples:
+    """Observations since they were last taken, by bucket: what a request pays for a histogram.
+
+    Args:
+        bounds: upper bounds of the buckets, ascending; one more takes what is above.
+
+    Example:
+        >>> samples = Samples((1.0, 2.0))
+        >>> for value in (0.5, 1.0, 1.5, 9.0):
+        ...     samples.add(value)
+        >>> samples.take()
+        ([2, 1, 1], 12.0)
+    """
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._lock = threading.Lock()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._counts = [0] * (len(self._bounds) + 1)
+        self._total = 0.0
+
+    def add(self, value: float) -> None:
+        at = bisect.bisect_left(self._bounds, value)
+        with self._lock:
+            self._counts[at] += 1
+            self._total += value
+
+    def take(self) -> tuple[list[int], float]:
+        """Counts of the buckets and the sum of values; both start again at 0."""
+        with self._lock:
+            taken = self._counts, self._total
+            self._clear()
+        return taken

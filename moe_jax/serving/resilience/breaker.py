@@ -86,7 +86,8 @@ class CircuitBreaker:
         self._clock = clock
         self._on_transition = on_transition
         self._lock = threading.Lock()
-        self._calls: collections.deque[tuple[bool, bool]] = collections.deque(maxlen=policy.window)
+        self._calls: collections.deque[tuple[bool, bool]] = collections.deque()
+        self._bad = [0, 0]  # failed and slow ones among them
         self._state = "closed"
         self._generation = 0  # calls that began before the last transition say nothing any more
         self._open_for = policy.open_seconds
@@ -163,16 +164,24 @@ class CircuitBreaker:
                     self._open_for = self.policy.open_seconds
                     moved = self._move("closed")
             else:
-                self._calls.append((failed, slow))
+                self._note(failed, slow)
                 if len(self._calls) >= self.policy.minimum and self._too_bad():
                     moved = self._open()
         if moved:
             self._on_transition(moved)
 
+    def _note(self, failed: bool, slow: bool) -> None:
+        self._calls.append((failed, slow))
+        self._bad[0] += failed
+        self._bad[1] += slow
+        if len(self._calls) > self.policy.window:
+            failed, slow = self._calls.popleft()
+            self._bad[0] -= failed
+            self._bad[1] -= slow
+
     def _too_bad(self) -> bool:
         count = len(self._calls)
-        failures = sum(failed for failed, _ in self._calls)
-        slow = sum(slow for _, slow in self._calls)
+        failures, slow = self._bad
         return failures >= self.policy.failure_rate * count or slow >= self.policy.slow_rate * count
 
     def _open(self) -> str:
@@ -184,4 +193,5 @@ class CircuitBreaker:
         self._generation += 1
         self._probing = False
         self._calls.clear()
+        self._bad = [0, 0]
         return state

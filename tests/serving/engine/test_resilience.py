@@ -270,3 +270,39 @@ def test_a_retry_stays_within_the_deadline_and_can_succeed():
     with pytest.raises(RuntimeError):
         retry_once(flaky, seconds_left=lambda: 0.001, sleep=lambda s: None)
     assert state["tries"] == 3
+
+
+def test_a_caller_works_itself_only_where_the_deadline_is_far_and_then_fills_a_workers_place():
+    bulkhead = Bulkhead(workers=1, queue=1)
+
+    def thread() -> int:
+        return threading.get_ident()
+
+    own = threading.get_ident()
+    assert bulkhead.run(thread, timeout=60.0, here=True)[0] != own, "nothing is known yet"
+    assert bulkhead.run(thread, timeout=60.0, here=True)[0] == own
+    assert bulkhead.run(thread, timeout=60.0)[0] != own, "not asked for"
+    assert bulkhead.run(thread, timeout=0.9, here=True)[0] != own, "a near deadline is watched"
+    with pytest.raises(ZeroDivisionError):
+        bulkhead.run(lambda: 1 // 0, timeout=60.0, here=True)
+
+    begun, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert release.wait(10.0)
+
+    holder = threading.Thread(target=lambda: bulkhead.run(hold, timeout=60.0, here=True))
+    holder.start()
+    assert begun.wait(10.0)
+    assert bulkhead.inflight == 1
+    refused = []
+    with pytest.raises(ServingError) as caught:
+        bulkhead.run(lambda: refused.append(1), timeout=0.02)
+    assert caught.value.code == "deadline_exceeded"
+    assert not refused, "the only place is taken"
+    assert bulkhead.close(timeout=0.01) is False
+    release.set()
+    holder.join(10.0)
+    assert bulkhead.close(timeout=10.0)
+    assert bulkhead.inflight == 0
