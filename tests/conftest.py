@@ -41,11 +41,30 @@ def pytest_configure(config: pytest.Config) -> None:
             "filterwarnings", f"ignore:Error {what} persistent compilation cache:UserWarning"
         )
 
+    config.pluginmanager.register(_CheapDoctests(), "cheap-doctests")
     hypothesis.settings.register_profile(
         "ci", deadline=None, max_examples=20, derandomize=True, database=None
     )
     hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+class _CheapDoctests:
+    """Examples in docstrings run small programs once, so they compile cheaply too.
+
+    A plugin, because the hooks of this file do not see what lies outside its folder.
+    """
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[object]:
+        cheap = isinstance(item, pytest.DoctestItem)
+        if not cheap or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+            return (yield)
+        jax.config.update("jax_disable_most_optimizations", True)
+        try:
+            return (yield)
+        finally:
+            jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -41,6 +41,8 @@ from moe_jax.difficulty import register_estimator
 from moe_jax.losses import aux_loss
 from moe_jax.types import Params, Routing
 
+pytestmark = pytest.mark.compile_cheaply
+
 T, D, E = 6, 8, 4
 FFN = FeedForward()
 ROUTER = TopK(num_experts=E, k=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.balancing import ema_quantile, loss_free_bias, pi_controller
 from moe_jax.budget import per_expert_quantiles
@@ -13,6 +14,8 @@ from moe_jax.losses import load_balancing_loss
 from moe_jax.routers import DynamicK, ExpertThreshold, Router, TopK, TopP
 from moe_jax.scoring import Scoring
 from moe_jax.stats import routing_stats
+
+pytestmark = pytest.mark.compile_cheaply
 
 T, D, E = 256, 8, 8
 

@@ -26,6 +26,8 @@ from moe_jax.budget import (
     row_budget,
 )
 
+pytestmark = pytest.mark.compile_cheaply
+
 D, E, TOKENS = 8, 8, 4000
 
 # --- difficulty to k ------------------------------------------------------------------------

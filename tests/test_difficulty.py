@@ -12,6 +12,8 @@ import pytest
 from moe_jax import difficulty
 from moe_jax.difficulty import ESTIMATORS, raw_difficulty, register_estimator, resolve_estimator
 
+pytestmark = pytest.mark.compile_cheaply
+
 X = jnp.array([[3.0, 4.0], [0.0, 0.0], [0.5, -2.0]], jnp.float32)
 
 

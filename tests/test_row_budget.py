@@ -8,6 +8,8 @@ from moe_jax.bench.workload import sample_routing
 from moe_jax.budget import batch_design_effect, row_budget
 from moe_jax.dispatch import plan_dispatch, to_assignments
 
+pytestmark = pytest.mark.compile_cheaply
+
 HISTOGRAM = np.array([0.0, 0.6, 0.25, 0.1, 0.05])
 
 

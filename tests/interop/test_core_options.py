@@ -13,6 +13,8 @@ from moe_jax.logits import Gate
 from moe_jax.routers import TopK, router_from_json
 from moe_jax.scoring import Scoring
 
+pytestmark = pytest.mark.compile_cheaply
+
 T, D, E, K = 12, 16, 8, 3
 X = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
 

@@ -21,6 +21,8 @@ from moe_jax.nn.decoder import Decoder, decoder_step, load_decoder, save_decoder
 from moe_jax.nn.patching import patch_model_with_dynamic_routing
 from moe_jax.routers import DynamicK
 
+pytestmark = pytest.mark.compile_cheaply
+
 CONFIG = pure.LMConfig(
     num_layers=2, moe_every=2, d_model=16, num_heads=2, num_experts=4, k=2, d_ff=8, length=16,
     batch_size=2, balance_rate=1e-2, router_rate=0.5, expert_rate=2.0, router_decay=0.0,
