@@ -30,7 +30,7 @@ def bench_wrapper(
     """
     settings: dict[str, Any] = {
         "input_dim": d_model, "max_experts": 3, "buckets": str(batch * sequence),
-        "log_level": "ERROR",
+        "log_level": "ERROR", "serve_moe": "off",
     }  # fmt: skip
     progress("compiling")
     x = np.random.default_rng(0).standard_normal((batch, sequence, d_model)).astype(np.float32)

@@ -133,7 +133,8 @@ class ServingConfig:
         checkpoint: folder of the weights; empty serves seeded, untrained ones.
         checkpoint_router: which of the checkpoint's routers, e.g. ``layer_0``; empty is the first.
         seed: of untrained weights.
-        serve_moe: whether the model ``moe`` is served; ``auto`` is when the checkpoint has experts.
+        serve_moe: whether the model ``moe`` is served; ``auto`` is whenever there are experts: those
+            of the checkpoint, or seeded ones without a checkpoint.
         expert_hidden_dim: F of untrained experts; 0 is twice ``input_dim``.
         buckets: token counts that are compiled at start, e.g. ``64,512``; empty is powers of two.
         fallback_static_top_k: whether a failing device is covered by a plain top-k, flagged.

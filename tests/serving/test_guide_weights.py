@@ -12,7 +12,13 @@ from moe_jax.serving.engine import RouterEngine
 @pytest.fixture(scope="module")
 def answer():
     config = load_config(
-        env={}, input_dim=16, num_experts=6, max_experts=3, buckets="32", enable_caching=False
+        env={},
+        input_dim=16,
+        num_experts=6,
+        max_experts=3,
+        buckets="32",
+        enable_caching=False,
+        serve_moe="off",
     )
     x = np.random.default_rng(0).standard_normal((2, 16, 16)).astype(np.float32)
     with RouterEngine(config) as engine:

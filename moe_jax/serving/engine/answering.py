@@ -223,7 +223,9 @@ def _failed(
 
 
 def no_model(model: str, snapshot: Snapshot) -> ServingError:
-    hint = "" if "moe" in snapshot.models else " MOE_SERVE_MOE=on serves moe."
+    hint = (
+        "" if "moe" in snapshot.models else " moe needs experts and MOE_SERVE_MOE other than off."
+    )
     return ServingError(
         "not_found",
         f"model: expected one of {', '.join(snapshot.models)}, got {str(model)[:64]!r}.{hint}",

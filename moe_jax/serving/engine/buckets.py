@@ -153,14 +153,14 @@ class Program:
     device: Any  # a jax.Device
 
 
-_compiling = threading.Lock()
+_compiling: dict[object, threading.Lock] = {}  # engines that start at once compile a thing once
 
 
 def compiled(program: Program, params: Params, state: Any, tokens: int) -> Any:
     """The executable for ``tokens`` tokens, compiled if it never was in this process."""
     leaves, tree = jax.tree.flatten((params, state))
     shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-    with _compiling:
+    with _compiling.setdefault((program, tree, shapes, tokens), threading.Lock()):
         return _compiled(program, tree, shapes, tokens)
 
 
@@ -203,10 +203,15 @@ class Buckets:
     table: dict[int, Any] = dataclasses.field(default_factory=dict)
     masks: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
+    def compile(self, size: int) -> None:
+        """Compiles the bucket of this size."""
+        self.table[size] = compiled(self.program, self.params, self.state, size)
+
     def warm(self) -> None:
-        """Compiles every bucket and runs each once."""
+        """Runs every bucket once, compiled if it is not yet."""
         for size in self.sizes:
-            self.table[size] = compiled(self.program, self.params, self.state, size)
+            if size not in self.table:
+                self.compile(size)
             self.masks[size] = np.ones(size, bool)
             jax.device_get(self._start(np.zeros((size, self.program.width), np.float32), None))
 

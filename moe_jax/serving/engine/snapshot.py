@@ -7,6 +7,7 @@ assignment, and no answer mixes two checkpoints.
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from moe_jax.types import Params
 # Estimators that look at more than the hidden states, which is all that a request brings.
 _NEED_CONTEXT = ("attention_entropy", "gradient_norm", "surprisal", "prediction_entropy")
 _CALIBRATION_TOKENS = 4096
+_COMPILERS = 4  # threads; XLA compiles outside of Python's lock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,12 @@ class Snapshot:
     host_models: dict[str, Buckets] | None = None
 
     def warm(self) -> None:
-        """Compiles everything and runs it once."""
-        for models in (self.models, self.host_models or {}):
-            for buckets in models.values():
-                buckets.warm()
+        """Compiles everything, several functions at once, and runs it once."""
+        every = [*self.models.values(), *(self.host_models or {}).values()]
+        with ThreadPoolExecutor(_COMPILERS, "moe-compile") as pool:
+            list(pool.map(lambda todo: todo[0].compile(todo[1]), _largest_first(every)))
+        for buckets in every:
+            buckets.warm()
 
     @property
     def router(self) -> Router:
@@ -91,6 +95,11 @@ class Snapshot:
     @property
     def width(self) -> int:
         return self.models["router"].program.width
+
+
+def _largest_first(every: list[Buckets]) -> list[tuple[Buckets, int]]:
+    todo = [(buckets, size) for buckets in every for size in buckets.sizes]
+    return sorted(todo, key=lambda one: -one[1])
 
 
 def load_weights(config: Config, checkpoint: str | None = None) -> Weights:
@@ -147,7 +156,8 @@ def _models(config: Config, weights: Weights, device: Any) -> dict[str, Buckets]
             dataclasses.replace(program, experts=weights.experts),
             jax.device_put(weights.layer, device),
             state,
-            sizes,
+            # Seeded experts are there to be looked at: not worth the compiling of every size.
+            sizes if weights.trained or config.serving.bucket_sizes else sizes[::-3][::-1],
         )
     return models
 
@@ -179,14 +189,13 @@ def _seeded(config: Config) -> Weights:
     _check_servable(router)
     width = config.router_config.input_dim
     keys = jax.random.split(jax.random.key(config.serving.seed), 3)
+    params = router.init(keys[0], width)  # its decisions are the same with experts and without
     experts, layer = None, None
-    if config.serving.serve_moe == "on":
+    if config.serving.serve_moe != "off":
         experts = FeedForward()
         hidden = config.serving.expert_hidden_dim or 2 * width
-        layer = init_moe_layer(router, experts, keys[0], d_model=width, d_ff=hidden)
-        params = layer["router"]
-    else:
-        params = router.init(keys[0], width)
+        layer = init_moe_layer(router, experts, keys[2], d_model=width, d_ff=hidden)
+        layer = {**layer, "router": params}
     state = router.init_state()
     if router.min_k < router.max_k:
         x = jax.random.normal(keys[1], (_CALIBRATION_TOKENS, width), jnp.float32)

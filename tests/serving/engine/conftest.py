@@ -11,7 +11,7 @@ from moe_jax.config import load_config
 from moe_jax.serving.engine import RouterEngine
 
 WIDTH = 16
-SMALL = {"input_dim": WIDTH, "buckets": "16,64"}
+SMALL = {"input_dim": WIDTH, "buckets": "16,64", "serve_moe": "off"}
 
 
 class Clock:

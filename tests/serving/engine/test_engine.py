@@ -201,6 +201,20 @@ def test_estimators_that_need_more_than_a_request_brings_are_refused(make_engine
 # --- the model moe --------------------------------------------------------------------------
 
 
+def test_without_a_checkpoint_both_models_are_served_and_experts_change_no_decision(
+    make_engine, states
+):
+    both = make_engine(serve_moe="auto", expert_hidden_dim=24, buckets="16")
+    alone = make_engine(buckets="16")
+    assert (sorted(both.snapshot.models), list(alone.snapshot.models)) == (
+        ["moe", "router"],
+        ["router"],
+    )
+    assert both.infer("moe", states()).arrays["output"].shape == states().shape
+    for name, found in alone.infer("router", states()).arrays.items():
+        np.testing.assert_array_equal(found, both.infer("router", states()).arrays[name])
+
+
 def test_the_model_moe_answers_the_layers_output(make_engine, states):  # R17
     engine = make_engine(serve_moe="on", expert_hidden_dim=24, buckets="16")
     x, snapshot = states(2, 5), engine.snapshot
@@ -380,7 +394,7 @@ def test_logs_are_json_lines_at_the_level_asked_for(capsys, states):  # T01
     seen: dict[str, list[dict[str, Any]]] = {}
     for level in ("DEBUG", "INFO", "ERROR"):
         with moe_jax.RouterFactory.create_from_environment(
-            input_dim=16, buckets="16,64", log_level=level
+            input_dim=16, buckets="16,64", log_level=level, serve_moe="off"
         ) as engine:
             engine.route(states(), request_id="my-request")
         seen[level] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -67,7 +67,9 @@ def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_pa
     x = states()
     answers = []
     for name in ("layer_0", "layer_1"):
-        engine = make_engine(checkpoint=path, checkpoint_router=name, buckets="16")
+        engine = make_engine(
+            checkpoint=path, checkpoint_router=name, buckets="16", serve_moe="auto"
+        )
         assert sorted(engine.snapshot.models) == ["moe", "router"], "it has experts"
         answers.append(engine.infer("moe", x).arrays["output"])
         number = int(name[-1])
