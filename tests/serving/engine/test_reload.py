@@ -88,6 +88,13 @@ def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_pa
         make_engine(checkpoint=plain, serve_moe="on")
 
 
+def test_seeded_experts_do_not_stand_in_the_way_of_a_checkpoint_without_any(make_engine, tmp_path):
+    engine = make_engine(serve_moe="auto", expert_hidden_dim=24, buckets="16")
+    assert "moe" in engine.snapshot.models
+    assert engine.reload(write(tmp_path / "plain", seed=1))["trained"]
+    assert list(engine.snapshot.models) == ["router"]
+
+
 def test_a_reload_swaps_between_requests(make_engine, states, tmp_path, log):
     one, two = write(tmp_path / "one", seed=1), write(tmp_path / "two", seed=2)
     engine = make_engine(checkpoint=one)
