@@ -211,7 +211,8 @@ class Config:
         performance: how the service spends time and memory.
         security: what a request may be.
         serving: how the service runs.
-        environment: where this runs.
+        environment: where this runs: in every log line, and untrained weights are logged as an error
+            in production, as a warning elsewhere.
         log_level: least severe message that is logged.
 
     Raises:

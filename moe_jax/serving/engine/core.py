@@ -58,7 +58,7 @@ class RouterEngine:
         self.config = config
         self.clock = clock
         self.started = clock()
-        self.log = make_logger(config.log_level) if logger is None else logger
+        self.log = make_logger(config.log_level, config.environment) if logger is None else logger
         serving, security = config.serving, config.security
         self.recorder = Recorder()
         self.gate = Gate(

@@ -19,8 +19,8 @@ class _Stdout:
     debug = info = warning = error = critical = exception = log = msg
 
 
-def make_logger(level: str) -> Any:
-    """A logger of the service at ``DEBUG`` ... ``CRITICAL``.
+def make_logger(level: str, environment: str) -> Any:
+    """A logger of the service at ``DEBUG`` ... ``CRITICAL``; every line names the environment.
 
     What a transport binds by ``structlog.contextvars.bind_contextvars`` (request and trace ids) is in
     every line that is written while it answers.
@@ -35,4 +35,4 @@ def make_logger(level: str) -> Any:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level)),
-    ).bind()  # bound once: the proxy would bind itself anew at every line
+    ).bind(environment=environment)  # bound once: the proxy would bind itself anew at every line

@@ -77,7 +77,9 @@ def load(engine: RouterEngine) -> None:
         seconds=round(time.perf_counter() - start, 3),
     )  # fmt: skip
     if not snapshot.trained:
-        engine.log.warning(
+        production = engine.config.environment == "production"
+        told = engine.log.error if production else engine.log.warning
+        told(
             "untrained_weights",
             told="serving seeded weights that nobody trained. Set MOE_CHECKPOINT to a folder "
             "from moe-jax train or calibrate.",

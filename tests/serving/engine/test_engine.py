@@ -399,6 +399,7 @@ def test_logs_are_json_lines_at_the_level_asked_for(capsys, states):  # T01
             engine.route(states(), request_id="my-request")
         seen[level] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert seen["ERROR"] == []
+    assert {line["environment"] for lines in seen.values() for line in lines} == {"development"}
     assert {"untrained_weights", "engine_ready"} <= {line["event"] for line in seen["INFO"]}
     assert not any(line["level"] == "debug" for line in seen["INFO"])
     (answered,) = [line for line in seen["DEBUG"] if line["event"] == "answered"]

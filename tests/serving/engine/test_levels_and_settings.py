@@ -215,6 +215,10 @@ def logged(engine, states):
     return engine.log.events()
 
 
+def untrained_level(engine, states):
+    return [level for level, event, _ in engine.log.lines if event == "untrained_weights"]
+
+
 def admitted(engine, states):
     return limits(engine, states)
 
@@ -289,6 +293,7 @@ SHOWN = {
     "rate_limit_requests": (7, admitted, {}),
     "rate_limit_tokens": (10, token_limit, {}),
     "replicas": (3, logged, {}),
+    "environment": ("production", untrained_level, {}),
     "cache_max_bytes": (1100, kept, {}),
     "prefetch": (True, lambda engine, states: engine._hot is not None, {}),
     "trusted_proxies": ("10.0.0.0/8", forwarded, {}),
@@ -303,7 +308,7 @@ SHOWN = {
     **{
         name: (value, reads_config(name), {})
         for name, value in {
-            "environment": "production", "log_level": "DEBUG", "host": "0.0.0.0", "port": 1,
+            "log_level": "DEBUG", "host": "0.0.0.0", "port": 1,
             "drain_seconds": 1.0,
         }.items()
     },
