@@ -38,7 +38,7 @@ print(f"Expert usage: {stats['router_stats']}")
 def test_the_guides_snippets(monkeypatch, capsys):
     # Only how many shapes are compiled is set apart: the suite's time is compilation.
     monkeypatch.setenv("MOE_BUCKETS", "512")
-    monkeypatch.setenv("MOE_LOG_LEVEL", "ERROR")
+    monkeypatch.setenv("MOE_LOG_LEVEL", "CRITICAL")
     names: dict = {}
     exec(SNIPPET, names)
     with names["router"]:
