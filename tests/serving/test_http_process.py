@@ -38,6 +38,10 @@ class Process:
     """``moe-jax serve`` in a process of its own."""
 
     def __init__(self) -> None:
+        self.seen: list[dict] = []
+        self.start(port=0)
+
+    def start(self, port: int) -> None:
         settings = {
             "INPUT_DIM": WIDTH, "BUCKETS": "8,64", "SECURITY_LEVEL": "minimal", "LOG_LEVEL": "INFO",
             "DRAIN_SECONDS": DRAIN, "REQUEST_TIMEOUT_SECONDS": 20, "ADMIN_KEY": "operator",
@@ -47,13 +51,14 @@ class Process:
         env |= {f"MOE_{name}": str(value) for name, value in settings.items()}
         env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
         env.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-        command = [sys.executable, "-m", "moe_jax.cli", "serve", "--port", "0", "--grpc-port", "0"]
+        command = [sys.executable, "-m", "moe_jax.cli", "serve"]
+        command += ["--port", str(port), "--grpc-port", "0"]
         self.popen = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self.lines: queue.Queue[str] = queue.Queue()
-        self.seen: list[dict] = []
-        threading.Thread(target=self._collect, daemon=True).start()
+        self.reader = threading.Thread(target=self._collect, daemon=True)
+        self.reader.start()
         ports = [self.event("listening") for _ in range(2)]
         self.port = next(line["port"] for line in ports if line["protocol"] == "http")
         self.grpc_port = next(line["port"] for line in ports if line["protocol"] == "grpc")
@@ -61,9 +66,18 @@ class Process:
         self.event("engine_ready")
 
     def _collect(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            self.lines.put(line)
+        stdout, lines = self.popen.stdout, self.lines
+        assert stdout is not None
+        for line in stdout:
+            lines.put(line)
+
+    def answer(self) -> dict:
+        """What the service says of ``BODY``, without what differs from request to request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("POST", INFER, BODY, {"Content-Type": "application/json"})
+            found = json.loads(connection.getresponse().read())
+        return {name: found[name] for name in ("model_version", "outputs")}
 
     def event(self, name: str, seconds: float = 120.0) -> dict:
         """The next log line of this event."""
@@ -251,6 +265,17 @@ class Worker(threading.Thread):
                 self.lost.append(repr(error))
                 connection.close()
         connection.close()
+
+
+def test_a_killed_service_started_again_on_its_port_answers_the_same(process):
+    before = process.answer()
+    process.popen.kill()
+    assert process.popen.wait(30) == -signal.SIGKILL
+    process.reader.join(30)
+    process.popen.stdout.close()
+    process.start(port=process.port)
+    assert process.get("/v2/health/ready")[0] == 200
+    assert process.answer() == before
 
 
 def test_sigterm_under_load_loses_no_request(process):
