@@ -39,9 +39,10 @@ from moe_jax.types import Array, DispatchPlan, Params
 _BULK_SHARES = {"cpu": (0.0,), "": (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0625, 1.125, 1.25)}
 
 # Sizes of the pieces. Where the mean load is a piece or less, one piece holds most experts, so the
-# sizes are dense around the loads to expect; above it, only the last piece of an expert is padded.
+# sizes are dense around the loads to expect; above it, only the last piece of an expert is padded, by
+# half a step on average: with steps of a quarter, 13 % of the rows at a mean k of 1.3 were padding.
 _MOST_PIECE_ROWS = 512
-_PIECE_SHARES_OF_LARGEST = (0.125, 0.25, 0.5, 0.75, 1.0)
+_PIECE_SHARES_OF_LARGEST = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 _PIECE_SHARES_OF_MEAN = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25)
 
 # What touching one expert's weights costs, in rows of arithmetic: a piece copies the weights of its
