@@ -10,7 +10,14 @@ from moe_jax.difficulty import Context, Estimator
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux
 from moe_jax.logits import Gate
-from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes, stats_of
+from moe_jax.nn.setup import (
+    ExpertInit,
+    LayerSpec,
+    dynamic_router,
+    logical_axes,
+    stats_of,
+    tokens_of,
+)
 from moe_jax.routers import Router as Rule
 from moe_jax.scoring import Scoring
 from moe_jax.sharding import layer_over
@@ -81,7 +88,8 @@ class Router(nnx.Module):
         self.router_state.set_value(self.rule.update(state, stats_of(aux)))
 
     def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
-        """Calibrates the state on x float[T, D]; see ``moe_jax.Router.fit``. Outside of jit."""
+        """Calibrates the state on x float[..., D]; see ``moe_jax.Router.fit``. Outside of jit."""
+        x, kwargs = tokens_of(x, kwargs)
         state = self.router_state.get_value()
         fitted = self.rule.fit(arrays(self.router), state, x, target_mean_k=target_mean_k, **kwargs)
         self.router_state.set_value(fitted)
@@ -179,7 +187,8 @@ class MoE(nnx.Module):
         self.router_state.set_value(self.spec.router.update(state, stats_of(aux)))
 
     def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
-        """Calibrates the router on x float[T, D]; see ``moe_jax.Router.fit``. Outside of jit."""
+        """Calibrates the router on x float[..., D]; see ``moe_jax.Router.fit``. Outside of jit."""
+        x, kwargs = tokens_of(x, kwargs)
         params, state = arrays(self.router), self.router_state.get_value()
         fitted = self.spec.router.fit(params, state, x, target_mean_k=target_mean_k, **kwargs)
         self.router_state.set_value(fitted)

@@ -16,11 +16,34 @@ from moe_jax.logits import Gate
 from moe_jax.routers import DynamicK, Router
 from moe_jax.scoring import Scoring
 from moe_jax.sharding import logical_axes
-from moe_jax.types import Array, Params, RoutingStats
+from moe_jax.types import Array, Params, RoutingStats, describe_array
 
-__all__ = ["ExpertInit", "LayerSpec", "dynamic_router", "logical_axes", "stats_of"]
+__all__ = ["ExpertInit", "LayerSpec", "dynamic_router", "logical_axes", "stats_of", "tokens_of"]
 
 ExpertInit = Callable[[Array, int], Params]
+
+
+def tokens_of(x: Array, options: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+    """Hidden states [..., D], as the layer itself takes them, as tokens [T, D]; the mask likewise.
+
+    Raises:
+        TypeError: x is not an array.
+        ValueError: the mask has other leading axes than x.
+    """
+    if not hasattr(x, "shape") or not x.shape:
+        raise TypeError(
+            f"x: expected an array float[..., d_model], got {describe_array(x)}. Pass the hidden "
+            "states that the layer takes."
+        )
+    mask = options.get("token_mask")
+    if mask is not None:
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(
+                f"token_mask: expected bool{list(x.shape[:-1])} like the leading axes of x, got "
+                f"{describe_array(mask)}. Pass one flag a token."
+            )
+        options = {**options, "token_mask": mask.reshape(-1)}
+    return x.reshape(-1, x.shape[-1]), options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

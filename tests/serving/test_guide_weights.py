@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from moe_jax.config import load_config
-from moe_jax.serving.engine import RouterEngine
+from moe_jax.serving.engine import RouterEngine, make_logger
+
+
+def test_an_engine_inside_a_program_leaves_standard_output_to_it(capsys):
+    make_logger("INFO", "development").info("ready")
+    make_logger("INFO", "production", stream="stdout").info("served")
+    told = capsys.readouterr()
+    assert '"event": "ready"' in told.err
+    assert '"event": "served"' in told.out
+    assert "ready" not in told.out
 
 
 @pytest.fixture(scope="module")

@@ -98,8 +98,8 @@ class Blocks:
         if left > 0:
             raise ServingError(
                 "blocked",
-                "blocked for a while after too many refused or malformed requests. Wait as "
-                "Retry-After says, and mend what was refused.",
+                f"blocked for {left:.0f} more seconds after too many refused or malformed requests. "
+                "Mend what was refused, and wait.",
                 retry_after=left,
             )
 

@@ -2,6 +2,7 @@
 
 from moe_jax.serving.engine.core import RouterEngine
 from moe_jax.serving.engine.factory import RouterFactory
+from moe_jax.serving.engine.logs import make_logger
 from moe_jax.serving.engine.requests import LOCAL, Client, Result
 
-__all__ = ["LOCAL", "Client", "Result", "RouterEngine", "RouterFactory"]
+__all__ = ["LOCAL", "Client", "Result", "RouterEngine", "RouterFactory", "make_logger"]

@@ -40,7 +40,7 @@ class RouterEngine:
             ``warming`` until then, or ``params_missing`` if they cannot be loaded.
         host_fallback: whether a failing device is covered by the host's CPU; None is wherever that
             is another device.
-        logger: a structlog logger; None writes JSON lines to standard output at ``log_level``.
+        logger: a structlog logger; None writes JSON lines to standard error at ``log_level``.
 
     Raises:
         ConfigError, CheckpointError, ValueError: what is configured cannot be served.

@@ -85,6 +85,7 @@ def _components(engine: RouterEngine, snapshot: Snapshot | None) -> dict[str, di
             "version": snapshot.version,
             "rule": type(snapshot.router).__name__,
             "models": sorted(snapshot.models),
+            **snapshot.served_as(),
             "calibration": None if fit is None else fit.describe(),
         }
     found["device"] = {

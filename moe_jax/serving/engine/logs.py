@@ -1,4 +1,8 @@
-"""JSON log lines on standard output. They hold request ids, shapes and reasons; no tensor, no key."""
+"""JSON log lines. They hold request ids, shapes and reasons; no tensor, no key.
+
+A service writes them to standard output, where collectors look; an engine inside somebody's program to
+standard error, since standard output is the program's own.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +13,28 @@ from typing import Any
 import structlog
 
 
-class _Stdout:
-    """Writes to whatever ``sys.stdout`` is at the time."""
+class _Stream:
+    """Writes to whatever ``sys.stdout`` or ``sys.stderr`` is at the time."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def msg(self, line: str) -> None:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
+        stream = getattr(sys, self._name)
+        stream.write(line + "\n")
+        stream.flush()
 
     debug = info = warning = error = critical = exception = log = msg
 
 
-def make_logger(level: str, environment: str) -> Any:
-    """A logger of the service at ``DEBUG`` ... ``CRITICAL``; every line names the environment.
+def make_logger(level: str, environment: str, *, stream: str = "stderr") -> Any:
+    """A logger at ``DEBUG`` ... ``CRITICAL`` to ``stdout`` or ``stderr``; lines name the environment.
 
     What a transport binds by ``structlog.contextvars.bind_contextvars`` (request and trace ids) is in
     every line that is written while it answers.
     """
     return structlog.wrap_logger(
-        _Stdout(),
+        _Stream(stream),
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,

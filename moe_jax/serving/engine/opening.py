@@ -76,6 +76,16 @@ def load(engine: RouterEngine) -> None:
         trained=snapshot.trained, models=sorted(snapshot.models), backend=jax.default_backend(),
         seconds=round(time.perf_counter() - start, 3),
     )  # fmt: skip
+    told_of = engine.config.router_config
+    served = snapshot.served_as()
+    differing = {k: v for k, v in served.items() if snapshot.trained and v != getattr(told_of, k)}
+    if differing:
+        engine.log.warning(
+            "configuration_superseded",
+            told="the checkpoint says what its router is; these settings of router_config are not "
+            "in force. Give the configuration the checkpoint's values.",
+            served=differing,
+        )
     if not snapshot.trained:
         production = engine.config.environment == "production"
         told = engine.log.error if production else engine.log.warning

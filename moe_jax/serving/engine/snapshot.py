@@ -96,6 +96,15 @@ class Snapshot:
     def width(self) -> int:
         return self.models["router"].program.width
 
+    def served_as(self) -> dict[str, int]:
+        """What the router is, in the words of ``router_config``."""
+        return {
+            "input_dim": self.width,
+            "num_experts": self.router.num_experts,
+            "min_experts": self.router.min_k,
+            "max_experts": self.router.max_k,
+        }
+
 
 def _largest_first(every: list[Buckets]) -> list[tuple[Buckets, int]]:
     todo = [(buckets, size) for buckets in every for size in buckets.sizes]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import load_config
-from moe_jax.serving.engine import RouterEngine
+from moe_jax.serving.engine import RouterEngine, make_logger
 from moe_jax.serving.http.server import Server, bind, serve
 
 _MOST_FILES = 65_536
@@ -42,7 +42,8 @@ def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: A
     host, port = config.serving.host, config.serving.port
     # Taken before minutes are spent on warming up; connections are refused until it listens.
     sock = bind(host, port)
-    with RouterEngine(config, background=True) as engine:
+    log = make_logger(config.log_level, config.environment, stream="stdout")
+    with RouterEngine(config, background=True, logger=log) as engine:
         server = Server(engine)
         stopped: list[threading.Event] = []
         if grpc_port is not None:

@@ -35,9 +35,13 @@ def write(
     return str(checkpoint.save(folder, saved))
 
 
-def test_a_checkpoint_is_served_with_its_calibration(make_engine, states, tmp_path):  # R13
+def test_a_checkpoint_is_served_with_its_calibration(make_engine, states, tmp_path, log):  # R13
     path = write(tmp_path / "one", seed=1)
-    engine = make_engine(checkpoint=path)
+    engine = make_engine(checkpoint=path, num_experts=6)
+    # What the checkpoint is wins over a configuration that says otherwise, and is told.
+    superseded = [facts for _, event, facts in log.lines if event == "configuration_superseded"]
+    assert [facts["served"] for facts in superseded] == [{"num_experts": 8}]
+    assert engine.health_check()["components"]["router"]["num_experts"] == 8
     component = engine.health_check()["components"]["router"]
     assert (component["status"], component["source"]) == ("ok", path)
     assert component["calibration"]["target_mean_k"] == 2.0
