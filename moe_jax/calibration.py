@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moe_jax.budget import check_target
+from moe_jax.checkpoint import check_free
 from moe_jax.data import Blocks, Corpus, cut_blocks, load_corpus
 from moe_jax.language_model import LMConfig, embed, layer_params, router_input
 from moe_jax.layer import run_routing
@@ -336,6 +337,7 @@ def calibrate(
             f"rule={names}, target_mean_k={target_mean_k}, target_saving={target_saving}. "
             "For a fifth fewer expert activations pass target_saving=0.2."
         )
+    check_free(out, overwrite)
     corpus = load_corpus() if corpus is None else corpus
     model = load_model(source)
     trained = model.config.router()

@@ -26,6 +26,7 @@ from rich.table import Table
 import moe_jax
 from moe_jax import plots
 from moe_jax.calibration import MAX_CALIBRATION_ERROR, RULES, calibration_blocks, fit_rules
+from moe_jax.checkpoint import CheckpointError, check_free
 from moe_jax.data import Blocks, Corpus, SourceFile, load_corpus
 from moe_jax.frontier import (
     EQUAL_QUALITY,
@@ -96,12 +97,19 @@ def run(
 
     Raises:
         RuntimeError: a fresh process restored the checkpoint and routed differently.
-        DataError, CheckpointError: there is no text, or ``out`` cannot be written.
+        DataError, CheckpointError: there is no text, or ``out`` is a checkpoint or cannot be written.
     """
     started = time.perf_counter()
     console = Console() if console is None else console
     settings = settings or (QUICK if quick else FULL)
     out = Path(out).resolve()
+    if (out / "manifest.json").exists():
+        raise CheckpointError(
+            f"{out}: expected a folder for the demo's results, got a checkpoint. Choose another: "
+            "the demo puts its own checkpoints and pictures inside."
+        )
+    for name in ("model", "calibrated"):
+        check_free(out / name, overwrite=True)
     out.mkdir(parents=True, exist_ok=True)
     corpus = load_corpus() if corpus is None else corpus
     config, seconds = settings.model, {}

@@ -260,6 +260,7 @@ def train(
             f"steps, until: expected 1 <= until <= steps, got until={until}, steps={steps}. "
             "steps is the length of the whole schedule."
         )
+    _check_place(out, overwrite)
     corpus = load_corpus() if corpus is None else corpus
     text = corpus.describe()
     place = _Place(config=config, steps=steps, mesh=mesh)
@@ -315,6 +316,17 @@ def train(
                 save(step + 1, overwrite)
                 overwrite = True
     return save(until, overwrite)
+
+
+def _check_place(out: PathLike, overwrite: bool) -> None:
+    """Before the work: whether process 0, which alone writes, will be able to save."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            checkpoint.check_free(out, overwrite)
+        except checkpoint.CheckpointError as problem:
+            error = problem
+    agreed(error)
 
 
 def _resume(

@@ -135,7 +135,9 @@ def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path, monkeyp
     monkeypatch.undo()
     taken = runner.invoke(app, ["train", "--out", str(model), "--steps", "3"])
     assert taken.exit_code == 2
-    assert "overwrite" in taken.stderr
+    assert "--overwrite" in taken.stderr
+    words = ["calibrate", str(model), "--out", str(model), "--target-saving", "0.2"]
+    assert "--overwrite" in runner.invoke(app, words).stderr
     words = ["calibrate", str(model), "--out", str(fitted), "--rule", "TopP"]
     assert runner.invoke(app, words).exit_code == 2  # no target
     result = runner.invoke(app, [*words, "--target-saving", "0.2", "--json"])
@@ -149,6 +151,31 @@ def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path, monkeyp
     report = json.loads(runner.invoke(app, [*words, "--json"]).stdout)
     assert report["trained"]
     assert report["router"]["kind"] == "TopP"
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], ["calibrate", "source", "--target-saving", "0.2"], ["demo"]], ids=str
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, words):
+    def never(*arguments, **options):
+        pytest.fail("the work began")
+
+    import moe_jax.calibration
+    import moe_jax.demo
+    import moe_jax.train
+
+    for module in (moe_jax.calibration, moe_jax.demo, moe_jax.train):
+        monkeypatch.setattr(module, "load_corpus", never)
+    file = _write(tmp_path / "file", b"")
+    result = runner.invoke(app, [*words, "--out", str(file / "deeper")])
+    assert result.exit_code == 2, result.output
+    assert f"under the file {file}" in " ".join(result.stderr.split())
+    _write(tmp_path / "manifest.json", b"{}")
+    result = runner.invoke(app, [*words, "--out", str(tmp_path)])
+    assert result.exit_code == 2, result.output
+    said = "got a checkpoint" if words == ["demo"] else "--overwrite"
+    assert said in " ".join(result.stderr.split())
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(

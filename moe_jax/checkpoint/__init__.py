@@ -14,6 +14,7 @@ manifest and is refused before a single array is read. Nothing is pickled. A pro
 while saving leaves a hidden ``.NAME.saving-*`` beside PATH, which may be deleted.
 """
 
+from moe_jax.checkpoint.place import check_free
 from moe_jax.checkpoint.seal import FORMAT, CheckpointError
 from moe_jax.checkpoint.store import (
     Checkpoint,
@@ -29,6 +30,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "SaveHandle",
+    "check_free",
     "load_metadata",
     "restore",
     "save",

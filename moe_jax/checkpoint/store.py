@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_jax.checkpoint.place import check_free
 from moe_jax.checkpoint.seal import (
     FORMAT,
     LIBRARY,
@@ -135,7 +136,7 @@ def save(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> 
         ...     restore(f"{folder}/one").params["w"].shape
         (2, 3)
     """
-    target = _free_place(path, overwrite)
+    target = check_free(path, overwrite)
     items, content = _prepare(checkpoint, copy=False)
     return _write(target, items, content, overwrite)
 
@@ -156,30 +157,12 @@ def save_async(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = Fals
         ...     handle.wait().name
         'one'
     """
-    target = _free_place(path, overwrite)
+    target = check_free(path, overwrite)
     items, content = _prepare(checkpoint, copy=True)
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moe_jax-save")
     future = pool.submit(_write, target, items, content, overwrite)
     pool.shutdown(wait=False)  # the interpreter still waits for the thread before it exits
     return SaveHandle(future)
-
-
-def _free_place(path: PathLike, overwrite: bool) -> Path:
-    """The absolute path, links followed. Raises CheckpointError if it may not be written."""
-    target = Path(path).resolve()
-    if not target.exists():
-        return target
-    if not overwrite:
-        raise CheckpointError(
-            f"{target}: expected a path that is free, got one that exists. "
-            "Choose another path, or pass overwrite=True to replace a checkpoint."
-        )
-    if not (target / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{target}: expected a checkpoint to overwrite, got something without {MANIFEST}. "
-            "Only checkpoints are replaced: choose another path, or remove this one yourself."
-        )
-    return target
 
 
 def _prepare(
