@@ -222,3 +222,34 @@ def test_bench_layer_rows_have_the_promised_columns(tmp_path):
 def test_bench_refuses_unknown_words():
     assert runner.invoke(app, ["bench", "layer", "--load", "heavy"]).exit_code == 2
     assert runner.invoke(app, ["bench", "dynamic", "--mean-k", "3"]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("decode --experts -3", "--experts"),
+        ("decode --k 100", "at most the 64 experts, got 100"),
+        ("decode --d-model 0", "--d-model"),
+        ("layer --experts 4 --k 100", "at most the 4 experts, got 100"),
+        ("layer --mean-k 5", "at most k=2, got 5"),
+        ("dynamic --tokens 0", "--tokens"),
+        ("route --experts -3", "--experts"),
+        ("batch --k 9", "at most the 8 experts, got 9"),
+    ],
+)
+def test_bench_refuses_sizes_that_make_no_sense(words, said):
+    result = runner.invoke(app, ["bench", *words.split()])
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_what_the_library_refuses_in_a_bench_is_told_without_a_traceback(monkeypatch):
+    from moe_jax.bench import route
+
+    def refuse(**settings):
+        raise ValueError("x: expected [1], got 2.")
+
+    monkeypatch.setattr(route, "bench_route", refuse)
+    result = runner.invoke(app, ["bench", "route"])
+    assert result.exit_code == 2
+    assert "error: x: expected [1], got 2." in result.stderr

@@ -1,4 +1,7 @@
-"""``moe-jax bench ...``: the measurements as commands."""
+"""``moe-jax bench ...``: the measurements as commands.
+
+Errors of the library leave the commands as they are; ``moe_jax.cli`` tells them, as all others.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ notes, out = Console(stderr=True), Console()
 Json = Annotated[Path | None, typer.Option("--json", help="Write rows and machine to this file.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this .png file.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; 10 or more for figures to quote.")]
+Size = Annotated[int, typer.Option(min=1)]
 
 
 def _words(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
@@ -40,6 +44,19 @@ def _numbers(text: str, option: str) -> list[int]:
             f"expected positive numbers such as 8,64, got {text!r}", param_hint=option
         )
     return numbers
+
+
+def _check_k(k: int, experts: int, mean_k: float | None = None) -> None:
+    if k > experts:
+        raise typer.BadParameter(
+            f"expected at most the {experts} experts, got {k}. Lower it, or raise --experts.",
+            param_hint="--k",
+        )
+    if mean_k is not None and mean_k > k:
+        raise typer.BadParameter(
+            f"expected at most k={k}, got {mean_k:g}. Lower it, or raise --k.",
+            param_hint="--mean-k",
+        )
 
 
 @contextmanager
@@ -116,17 +133,13 @@ def against(
 
 
 def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None) -> None:
-    from moe_jax.archive import ArchiveError, baseline_of
-    from moe_jax.bench.against import BaselineError, compare, measure_again, read_baseline
+    from moe_jax.archive import baseline_of
+    from moe_jax.bench.against import compare, measure_again, read_baseline
     from moe_jax.bench.measure import machine, write_results
 
-    try:
-        content = read_baseline(baseline_of(file))
-        with _progress() as progress:
-            rows = measure_again(content, rounds=rounds, progress=progress)
-    except (BaselineError, ArchiveError) as error:
-        notes.print(f"[red]error:[/red] {str(error).replace('[', chr(92) + '[')}", soft_wrap=True)
-        raise typer.Exit(2) from None
+    content = read_baseline(baseline_of(file))
+    with _progress() as progress:
+        rows = measure_again(content, rounds=rounds, progress=progress)
     changes, lost = compare(content["rows"], rows)
     # What all cases share stands once, above them.
     named = [change.name.split() for change in changes]
@@ -165,19 +178,21 @@ def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None
 
 @app.command()
 def layer(
-    tokens: int = 8192,
-    d_model: int = 512,
-    d_ff: int = 2048,
+    tokens: Size = 8192,
+    d_model: Size = 512,
+    d_ff: Size = 2048,
     experts: Annotated[str, typer.Option(help="E, e.g. 8,64.")] = "8,64",
-    k: int = 2,
+    k: Size = 2,
     dtype: Annotated[str, typer.Option(help="f32,bf16")] = "f32",
     load: Annotated[str, typer.Option(help="uniform,zipf")] = "uniform,zipf",
     passes: Annotated[str, typer.Option("--pass", help="fwd,bwd")] = "fwd,bwd",
     implementations: Annotated[
         str, typer.Option(help="Beside the default; balanced is a reference, not a layer.")
     ] = "capacity,balanced",
-    mean_k: Annotated[float | None, typer.Option(help="Dynamic k with this mean.")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="Row budget for the layer.")] = None,
+    mean_k: Annotated[
+        float | None, typer.Option(min=1, help="Dynamic k with this mean, at most k.")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Row budget for the layer.")] = None,
     activation: str = "gelu_tanh",
     gated: bool = False,
     peers: Annotated[bool, typer.Option(help="Time installed peers too (uniform load).")] = False,
@@ -206,6 +221,8 @@ def layer(
         most_seconds=seconds,
     )  # fmt: skip
 
+    _check_k(k, min(settings["experts"]), mean_k)
+
     def save(rows: list[dict[str, Any]]) -> None:
         if json is not None:
             write_results(json, bench="layer", settings=settings, rows=rows, promised=PROMISED)
@@ -222,10 +239,10 @@ def layer(
 @app.command()
 def decode(
     tokens: Annotated[str, typer.Option(help="T, e.g. 1,8.")] = "1,8",
-    experts: int = 64,
-    k: int = 2,
-    d_model: int = 512,
-    d_ff: int = 2048,
+    experts: Size = 64,
+    k: Size = 2,
+    d_model: Size = 512,
+    d_ff: Size = 2048,
     dtype: str = "f32",
     gated: bool = False,
     implementations: Annotated[str, typer.Option(help="Beside the default.")] = "",
@@ -237,6 +254,7 @@ def decode(
     from moe_jax.bench.workload import DTYPES
     from moe_jax.experts import IMPLEMENTATIONS
 
+    _check_k(k, experts)
     others = _words(implementations, tuple(IMPLEMENTATIONS), "--implementations") \
         if implementations else []  # fmt: skip
     settings: dict[str, Any] = dict(
@@ -255,11 +273,11 @@ def decode(
 
 @app.command()
 def dynamic(
-    tokens: int = 8192,
-    d_model: int = 512,
-    d_ff: int = 2048,
-    experts: int = 8,
-    k: int = 2,
+    tokens: Size = 8192,
+    d_model: Size = 512,
+    d_ff: Size = 2048,
+    experts: Size = 8,
+    k: Size = 2,
     mean_k: Annotated[str, typer.Option(help="Means below k, e.g. 1.3,1.6.")] = "1.3",
     load: Annotated[str, typer.Option(help="uniform or zipf")] = "uniform",
     passes: Annotated[str, typer.Option("--pass", help="fwd or bwd")] = "fwd",
@@ -270,6 +288,7 @@ def dynamic(
     from moe_jax.bench.dynamic import bench_dynamic
     from moe_jax.bench.workload import LOADS
 
+    _check_k(k, experts)
     try:
         means = [float(m) for m in mean_k.split(",")]
     except ValueError:
@@ -291,16 +310,17 @@ def dynamic(
 
 @app.command()
 def route(
-    tokens: int = 4096,
-    d_model: int = 768,
-    experts: int = 8,
-    k: int = 2,
+    tokens: Size = 4096,
+    d_model: Size = 768,
+    experts: Size = 8,
+    k: Size = 2,
     rounds: Rounds = 30,
     json: Json = None,
 ) -> None:
     """Routing alone against its own logits product and top-k."""
     from moe_jax.bench.route import bench_route
 
+    _check_k(k, experts)
     settings: dict[str, Any] = dict(
         tokens=tokens, d_model=d_model, experts=experts, k=k, rounds=rounds
     )
@@ -313,11 +333,11 @@ def route(
 @app.command()
 def batch(
     sizes: Annotated[str, typer.Option(help="Batch sizes.")] = "1,2,4,8,16,32",
-    sequence: int = 128,
-    d_model: int = 512,
-    d_ff: int = 1024,
-    experts: int = 8,
-    k: int = 2,
+    sequence: Size = 128,
+    d_model: Size = 512,
+    d_ff: Size = 1024,
+    experts: Size = 8,
+    k: Size = 2,
     training: Annotated[bool, typer.Option(help="Forward and backward.")] = False,
     rounds: Rounds = 5,
     json: Json = None,
@@ -325,6 +345,7 @@ def batch(
     """Find the batch sizes that this machine likes."""
     from moe_jax.bench.batch import bench_batch
 
+    _check_k(k, experts)
     settings: dict[str, Any] = dict(
         sizes=_numbers(sizes, "--sizes"), sequence=sequence, d_model=d_model, d_ff=d_ff,
         experts=experts, k=k, training=training, rounds=rounds,
@@ -342,9 +363,9 @@ def batch(
 
 @app.command()
 def serve(
-    batch: int = 4,
-    sequence: int = 128,
-    d_model: int = 768,
+    batch: Size = 4,
+    sequence: Size = 128,
+    d_model: Size = 768,
     parts: Annotated[str, typer.Option("--part", help="wrapper,http")] = "wrapper,http",
     clients: Annotated[str, typer.Option(help="At once over HTTP, e.g. 1,8.")] = "1,8",
     seconds: Annotated[float, typer.Option(min=0.01, help="Of load a case and round.")] = 0.4,

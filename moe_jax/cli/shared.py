@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 notes = Console(stderr=True)
 out = Console()
@@ -28,6 +29,14 @@ def told() -> Iterator[None]:
     except (ValueError, TypeError, OSError) as error:
         notes.print(f"[red]error:[/red] {plain(error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+class ToldGroup(TyperGroup):
+    """A group of commands that all run in ``told()``, for those of a package that cannot import it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with told():
+            return super().invoke(ctx)
 
 
 def plain(error: Exception) -> str:
