@@ -324,6 +324,26 @@ def check_target(target_mean_k: float, *, min_k: float, max_k: float) -> None:
         )
 
 
+def mean_k_after(target_saving: float, *, min_k: float, trained_k: float) -> float:
+    """The mean k that saves this share of the expert calls at ``trained_k``.
+
+    Raises:
+        ValueError: nothing saved, or so much that tokens would use fewer than ``min_k`` experts.
+
+    Example:
+        >>> mean_k_after(0.25, min_k=1, trained_k=4)
+        3.0
+    """
+    most = 1.0 - min_k / trained_k
+    if not 0.0 < target_saving < most:
+        raise ValueError(
+            f"target_saving: expected above 0 and below {most:g} (1 - {min_k:g}/{trained_k:g}, "
+            f"min_k over the trained k), got {target_saving:g}. It is the share of expert calls to "
+            "save: 0.1 saves a tenth."
+        )
+    return trained_k * (1.0 - target_saving)
+
+
 def bisect(mean_k, target: float, *, low: float, high: float, steps: int = 60) -> float:
     """The knob setting at which a monotone ``mean_k(knob)`` comes closest to ``target``.
 

@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from moe_jax.budget import check_target
+from moe_jax.budget import check_target, mean_k_after
 from moe_jax.checkpoint import check_free
 from moe_jax.data import Blocks, Corpus, cut_blocks, load_corpus
 from moe_jax.language_model import LMConfig, embed, layer_params, router_input
@@ -333,9 +333,10 @@ def calibrate(
     names = [one.name for one in chosen]
     if not chosen or (target_mean_k is None) == (target_saving is None):
         raise ValueError(
-            "calibrate: expected a rule and exactly one of target_mean_k and target_saving, got "
-            f"rule={names}, target_mean_k={target_mean_k}, target_saving={target_saving}. "
-            "For a fifth fewer expert activations pass target_saving=0.2."
+            "calibrate: expected a rule and exactly one of target_mean_k and target_saving "
+            f"(--target-mean-k, --target-saving), got rule={names}, target_mean_k={target_mean_k}, "
+            f"target_saving={target_saving}. For a fifth fewer expert activations pass "
+            "target_saving=0.2 (--target-saving 0.2)."
         )
     check_free(out, overwrite)
     corpus = load_corpus() if corpus is None else corpus
@@ -344,8 +345,9 @@ def calibrate(
     if model.routers != (trained,) * model.config.num_moe_layers:
         model = load_model(source, "trained")
     config = model.config
-    if target_mean_k is None:
-        target_mean_k = config.k * (1.0 - (target_saving or 0.0))
+    if target_saving is not None:
+        target_mean_k = mean_k_after(target_saving, min_k=1, trained_k=config.k)
+    assert target_mean_k is not None  # one of the two was given, see above
     check_target(target_mean_k, min_k=1, max_k=config.k)
     blocks = calibration_blocks(config, corpus, tokens=tokens, seed=seed)
     fitted: dict[str, Fitted] = {}

@@ -84,6 +84,14 @@ def test_config_check_says_yes_or_no(tmp_path):
     assert "num_experts" in json.loads(result.stdout)["problems"][0]
 
 
+@pytest.mark.parametrize(("name", "got"), [("nope.json", "nothing there"), (".", "a folder")])
+def test_config_check_of_what_is_no_file_is_wrong_input(tmp_path, name, got):
+    result = runner.invoke(app, ["config", "check", str(tmp_path / name)])
+    assert result.exit_code == 2
+    assert f"expected a readable JSON file, got {got}" in " ".join(result.stderr.split())
+    assert "Errno" not in result.stderr
+
+
 def test_config_show_prints_presets_and_refuses_unknown_ones():
     result = runner.invoke(app, ["config", "show", "--preset", "high_accuracy"])
     assert json.loads(result.stdout)["router_config"]["num_experts"] == 16

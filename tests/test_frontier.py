@@ -156,6 +156,9 @@ def test_calibrate_saves_rules_with_their_provenance(tmp_path, source, corpus):
         ({"rule": "topp", "target_saving": 0.1}, "rule: expected some of top_p.*got topp"),
         ({}, "exactly one of target_mean_k and target_saving"),
         ({"target_saving": 0.1, "target_mean_k": 3.0}, "exactly one of"),
+        ({}, "--target-mean-k, --target-saving"),
+        ({"target_saving": 1.5}, r"target_saving: expected above 0 and below 0\.75 .*got 1\.5"),
+        ({"target_saving": -0.2}, r"target_saving: expected above 0 .*got -0\.2"),
         ({"target_mean_k": 5.0}, "strictly between min_k=1 and max_k=4, got 5.0"),
     ],
 )

@@ -17,11 +17,14 @@ def config_check(
     file: Annotated[Path, typer.Argument(help="Configuration file (JSON).")],
     as_json: AsJson = False,
 ) -> None:
-    """Check a configuration file as the service would; exit code 1 if it is bad."""
-    from moe_jax.config import ConfigError, build_router, load_config
+    """Check a configuration file as the service would; exit code 1 if it is bad, 2 if there is none."""
+    from moe_jax.config import ConfigError, ConfigFileError, build_router, load_config
 
     try:
         router = build_router(load_config(file))
+    except ConfigFileError as error:
+        with told():
+            raise error from None
     except ConfigError as error:
         if as_json:
             print_json({"file": str(file), "ok": False, "problems": str(error).splitlines()})

@@ -28,6 +28,10 @@ class ConfigError(ValueError):
     """A configuration that cannot be used. The message names every problem, one a line."""
 
 
+class ConfigFileError(ConfigError):
+    """There is no file of configuration to read where one was named."""
+
+
 def setting(default: Any, fix: str, *, low: float = -math.inf, high: float = math.inf,
              choices: tuple[str, ...] = (), text: bool = False,
              secret: bool = False) -> Any:  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config.checks import ConfigError, bad_value, choices_of, unknown_name
+from moe_jax.config.checks import ConfigError, ConfigFileError, bad_value, choices_of, unknown_name
 from moe_jax.config.settings import SETTINGS, Config, build_config, from_nested
 
 ENV_PREFIX = "MOE_"
@@ -106,10 +106,21 @@ def _read_json(path: Path) -> Any:
 
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: expected a readable JSON file, got {type(error).__name__}: {error}. "
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            got = "nothing there"
+        elif isinstance(error, IsADirectoryError):
+            got = "a folder"
+        else:
+            got = f"one that cannot be read ({error.strerror})"
+        raise ConfigFileError(
+            f"{path}: expected a readable JSON file, got {got}. "
             "Check the path, the permissions and, in a container, the mount."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: expected a JSON file in UTF-8, got {type(error).__name__}: {error}. "
+            "Check the path, or write the file again."
         ) from error
     try:
         return json.loads(text, object_pairs_hook=pairs)

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.budget import mean_k_after
 from moe_jax.interop.blocks import MoEBlock
 from moe_jax.routers import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, TopK, TopP
 from moe_jax.types import Array, check_choice
@@ -288,7 +289,9 @@ def _target(trained: TopK, mean_k: float | None, saving: float | None) -> float:
             f"target: expected one of target_mean_k and target_saving, got {mean_k} and {saving}. "
             "target_saving=0.2 keeps 80 % of the expert calls."
         )
-    target = float(mean_k) if mean_k is not None else trained.k * (1.0 - float(saving or 0.0))
+    if saving is not None and trained.k > 1:
+        return mean_k_after(float(saving), min_k=1, trained_k=trained.k)
+    target = trained.k if mean_k is None else float(mean_k)
     if not 1.0 < target < trained.k:
         raise ValueError(
             f"target: expected a mean strictly between 1 and the trained k={trained.k}, got "

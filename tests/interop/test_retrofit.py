@@ -88,7 +88,9 @@ def test_never_above_the_trained_k_unless_elastic():
         ({}, "one of target_mean_k and target_saving"),
         ({"target_mean_k": 2.0, "target_saving": 0.1}, "one of target_mean_k"),
         ({"target_mean_k": 4.0}, "strictly between 1 and the trained k=4"),
-        ({"target_saving": 0.9}, "strictly between"),
+        ({"target_saving": 0.9}, r"target_saving: expected above 0 and below 0\.75 .*got 0\.9"),
+        ({"target_saving": 1.5}, "target_saving: expected above 0.*got 1.5"),
+        ({"target_saving": -0.2}, "target_saving: expected above 0.*got -0.2"),
         ({"target_saving": 0.2, "rule": "TopQ"}, "rule"),
     ],
 )
