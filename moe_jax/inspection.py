@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def load_hidden_states(file: Path) -> np.ndarray:
     """
     try:
         x = np.load(file, allow_pickle=False)
+    except OSError as error:
+        got = {FileNotFoundError: "nothing there", IsADirectoryError: "a folder"}
+        raise ValueError(
+            f"{file}: expected a .npy file of floats, got {got.get(type(error), error.strerror)}. "
+            "Write it with numpy.save(file, array), or correct the path."
+        ) from None
     except (ValueError, EOFError):
         raise ValueError(
             f"{file}: expected a .npy file of floats, got something else. "
@@ -55,6 +62,29 @@ def load_hidden_states(file: Path) -> np.ndarray:
             f"{file}: expected finite values, got {bad} tokens with NaN or inf. Remove them first."
         )
     return x.astype(np.float32)
+
+
+def check_save(file: Path) -> None:
+    """Before the work: raises ValueError if arrays cannot be saved as this file."""
+    if file.is_dir():
+        raise ValueError(f"{file}: expected a file to write, got a folder. Name a file in it.")
+    folder = file.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        got = "a folder that may not be written" if folder.is_dir() else "no such folder"
+        raise ValueError(
+            f"{file}: expected a file in a folder that may be written, got {got}: {folder}. "
+            "Make the folder first, or choose another."
+        )
+
+
+def check_width(source: RouterSource, x: np.ndarray, *, file: Path, checkpoint: Path) -> None:
+    """Raises ValueError if x float[..., D] of a file is not as wide as a checkpoint's router."""
+    width = source.params["kernel"].shape[0]
+    if x.shape[-1] != width:
+        raise ValueError(
+            f"{file}: expected hidden states of width {width}, as the router of {checkpoint} takes "
+            f"them, got {list(x.shape)}. Use a file of that width, or another checkpoint."
+        )
 
 
 def untrained_router(
@@ -187,6 +217,49 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "routers": routers,
         "metadata": dict(saved.metadata),
     }
+
+
+def routers_by_rule(
+    routers: dict[str, dict[str, Any]], *, layers: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Routers of ``describe_checkpoint`` under one label a rule, or under their names (``layers``).
+
+    Those go together whose names differ in the number at their end alone, whose rule is the same,
+    and which are all fitted or all not.
+
+    Example:
+        >>> rule = {"summary": "TopK(k=2)", "fit": None}
+        >>> list(routers_by_rule({f"top_p/layer_{i}": rule for i in (0, 1, 2, 5)}))
+        ['top_p/layer_0-2,5']
+        >>> list(routers_by_rule({"layer": rule, "layer1": rule}))
+        ['layer', 'layer1']
+    """
+    if layers:
+        return {name: [router] for name, router in routers.items()}
+    groups: dict[Any, list[str]] = {}
+    for name, router in routers.items():
+        fitted = bool(router["fit"] and router["fit"]["fitted"])
+        stem = name.rstrip("0123456789")
+        groups.setdefault((stem, stem == name, router["summary"], fitted), []).append(name)
+    found = {}
+    for (stem, *_), names in groups.items():
+        label = names[0]
+        if len(names) > 1:
+            numbers = sorted(int(name.removeprefix(stem)) for name in names)
+            label = stem + _runs(numbers)
+        found[label] = [routers[name] for name in names]
+    return found
+
+
+def _runs(numbers: list[int]) -> str:
+    """``0-2,5`` for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _short(router: Router) -> str:

@@ -45,7 +45,8 @@ def test_route_takes_a_budget(hidden):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda p: p / "none.npy", "No such file"),
+        (lambda p: p / "none.npy", "got nothing there"),
+        (lambda p: p, "got a folder"),
         (lambda p: _write(p / "text.npy", b"hello"), "expected a .npy file"),
         (lambda p: _save(p / "one.npy", np.ones(4, np.float32)), "at least two axes"),
         (lambda p: _save(p / "int.npy", np.ones((4, 4), np.int32)), "expected floats"),
@@ -68,6 +69,27 @@ def _write(path, content):
 def _save(path, array):
     np.save(path, array, allow_pickle=True)
     return path
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--router", "layer_0"], "--router: expected it with --checkpoint"),
+        (["--checkpoint", "c", "--target-mean-k", "1.5"], "expected neither with --checkpoint"),
+        (["--checkpoint", "c", "--config", "x.json"], "expected neither with --checkpoint"),
+        (["--save", "no/such/x.npz"], "got no such folder: no/such"),
+        (["--save", "."], "expected a file to write, got a folder"),
+    ],
+)
+def test_route_refuses_options_it_cannot_follow_before_it_routes(
+    hidden, monkeypatch, options, said
+):
+    from moe_jax import inspection
+
+    monkeypatch.setattr(inspection, "route", lambda *_: pytest.fail("routed"))
+    result = runner.invoke(app, ["route", str(hidden), *options])
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
 
 
 def test_a_config_of_another_width_is_refused(hidden):
@@ -120,6 +142,12 @@ def test_inspect_and_route_a_checkpoint(hidden, tmp_path):
     assert report["mean_experts_per_token"] == pytest.approx(1.5, rel=0.01)
     wrong = ["route", str(hidden), "--checkpoint", str(folder), "--router", "x"]
     assert runner.invoke(app, wrong).exit_code == 2
+    narrow = _save(tmp_path / "narrow.npy", np.ones((3, 8), np.float32))
+    result = runner.invoke(app, ["route", str(narrow), "--checkpoint", str(folder)])
+    assert result.exit_code == 2
+    told = " ".join(result.stderr.split())
+    assert f"{narrow}: expected hidden states of width 16, as the router of {folder}" in told
+    assert "got [3, 8]" in told
     assert runner.invoke(app, ["inspect", str(tmp_path)]).exit_code == 2
 
 
@@ -151,6 +179,12 @@ def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path, monkeyp
     result = runner.invoke(app, [*words, "--target-saving", "0.2", "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(runner.invoke(app, ["inspect", str(fitted), "--json"]).stdout)
+    assert len(told["routers"]) == 4
+    shown = runner.invoke(app, ["inspect", str(fitted)]).stdout
+    assert "layer_0-1" in shown
+    assert "trained/layer_0-1" in shown
+    assert "trained/layer_1" not in shown
+    assert "trained/layer_1" in runner.invoke(app, ["inspect", str(fitted), "--layers"]).stdout
     reached = told["routers"]["layer_1"]["fit"]["achieved_mean_k"]
     assert reached == pytest.approx(1.6, rel=0.01)
     hidden = np.asarray(jax.random.normal(jax.random.key(0), (50, 32)))

@@ -312,6 +312,12 @@ def test_an_unknown_variable_is_refused_with_the_nearest_one(variable, near):
     assert told.endswith(f"Did you mean {near}?")
 
 
+def test_no_far_fetched_guess_at_an_unknown_variable():
+    told = problem(load_config, env={"MOE_FOO": "1"})
+    assert "Did you mean" not in told
+    assert "Unset it. Known: " in told
+
+
 @pytest.mark.parametrize("name", ["api_keys", "admin_key", "redis_url"])
 def test_a_secret_is_in_no_json_no_repr_no_hash_and_no_file(tmp_path, name):
     value = "redis://:hunter2@localhost:1/0"

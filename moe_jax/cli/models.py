@@ -57,6 +57,9 @@ def route(
 
     from moe_jax import inspection
 
+    if save is not None:
+        with told():
+            inspection.check_save(save)
     if url is not None:
         with told():
             if (checkpoint, router_name, config, target_mean_k) != (None,) * 4:
@@ -71,9 +74,21 @@ def route(
             _show_route(report)
         return
     with told():
+        if checkpoint is None and router_name is not None:
+            raise ValueError(
+                f"--router: expected it with --checkpoint, got --router {router_name} alone. "
+                "Name the checkpoint whose router it is, or leave it out."
+            )
+        if checkpoint is not None and (target_mean_k, config) != (None, None):
+            raise ValueError(
+                "--target-mean-k, --config: expected neither with --checkpoint, whose routers have "
+                "a budget and sizes of their own. Leave them out; for another budget see "
+                "moe-jax calibrate."
+            )
         x = inspection.load_hidden_states(file)
         if checkpoint is not None:
             source = inspection.router_from_checkpoint(checkpoint, router_name)
+            inspection.check_width(source, x, file=file, checkpoint=checkpoint)
         else:
             source = inspection.untrained_router(
                 x, config_file=config, target_mean_k=target_mean_k, seed=seed
@@ -208,6 +223,9 @@ def _print_checkpoint(path: Path, summary: dict[str, Any], as_json: bool) -> Non
 @app.command()
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="A line for each layer, not only for each rule.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds: routers, budgets and their provenance, sizes."""
@@ -223,19 +241,35 @@ def inspect(
         f"{report['library_version']}, {report['parameters']:,} parameters, verified"
     )
     table = Table("rule", "budget", "reached", "tokens", "data", "weights")
-    # Names are what route --router takes, so they are never cut: each has the first column to itself.
-    for name, router in report["routers"].items():
-        fit: dict[str, Any] = router["fit"] or {"fitted": False}
-        budget = ["", "", "", "", ""]
-        if fit["fitted"]:
-            budget = [
-                f"{fit['target_mean_k']:.3f}", f"{fit['achieved_mean_k']:.3f}",
-                f"{fit['token_count']:,}", fit["data_fingerprint"][:8],
-                fit["router_fingerprint"][:8],
-            ]  # fmt: skip
-        table.add_row(f"[bold]{name}[/bold]\n{router['summary']}", *budget)
+    # With --layers names are what route --router takes, so they are never cut: each has the first column to itself.
+    groups = inspection.routers_by_rule(report["routers"], layers=layers)
+    for label, group in groups.items():
+        fits = [router["fit"] for router in group if router["fit"] and router["fit"]["fitted"]]
+        budget = [
+            _span([fit["target_mean_k"] for fit in fits], ".3f"),
+            _span([fit["achieved_mean_k"] for fit in fits], ".3f"),
+            _span([fit["token_count"] for fit in fits], ","),
+            *(
+                _same([fit[word][:8] for fit in fits])
+                for word in ("data_fingerprint", "router_fingerprint")
+            ),
+        ]
+        table.add_row(f"[bold]{label}[/bold]\n{group[0]['summary']}", *budget)
     out.print(table)
+    if len(groups) < len(report["routers"]):
+        out.print(f"{len(report['routers'])} routers in all; each on its own: add --layers.")
     for key, value in report["metadata"].items():
         text = json.dumps(value)
         out.print(f"{key}: {text if len(text) <= 200 else text[:197] + '...'}", soft_wrap=True)
     out.print("Everything, fingerprints in full: add --json.")
+
+
+def _span(values: list[Any], shown: str) -> str:
+    """From the lowest to the highest, or the one that all are."""
+    ends = [format(end(values), shown) for end in (min, max)] if values else [""]
+    return "-".join(dict.fromkeys(ends))
+
+
+def _same(words: list[str]) -> str:
+    kinds = sorted(set(words))
+    return kinds[0] if len(kinds) == 1 else f"{len(kinds)} differ" if kinds else ""

@@ -145,9 +145,12 @@ def experts_problem(counts: Any, origins: Mapping[str, str]) -> str:
     )
 
 
-def unknown_name(origin: str, name: str, known: Iterable[str], otherwise: str) -> str:
-    by_case = {word.lower(): word for word in known}
-    near = difflib.get_close_matches(name.lower(), by_case, n=1)
+def unknown_name(
+    origin: str, name: str, known: Iterable[str], otherwise: str, prefix: str = ""
+) -> str:
+    """``prefix`` is what all names begin with: it makes none of them more alike."""
+    by_case = {word.lower().removeprefix(prefix.lower()): word for word in known}
+    near = difflib.get_close_matches(name.lower().removeprefix(prefix.lower()), by_case, n=1)
     hint = (
         f"Did you mean {by_case[near[0]]}?"
         if near

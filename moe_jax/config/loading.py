@@ -67,7 +67,7 @@ def _from_environment(env: Mapping[str, str], problems: list[str]) -> dict[str, 
     variables = {ENV_PREFIX + name.upper(): name for name in SETTINGS}
     for variable in sorted(v for v in env if v.startswith(ENV_PREFIX)):
         if variable not in variables:
-            problems.append(unknown_name(variable, variable, variables, "Unset it."))
+            problems.append(unknown_name(variable, variable, variables, "Unset it.", ENV_PREFIX))
             continue
         name = variables[variable]
         _, field = SETTINGS[name]
