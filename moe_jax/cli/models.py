@@ -241,7 +241,8 @@ def inspect(
         f"{report['library_version']}, {report['parameters']:,} parameters, verified"
     )
     table = Table("rule", "budget", "reached", "tokens", "data", "weights")
-    # With --layers names are what route --router takes, so they are never cut: each has the first column to itself.
+    # With --layers names are what route --router takes, so they are never cut: each has the first
+    # column to itself.
     groups = inspection.routers_by_rule(report["routers"], layers=layers)
     for label, group in groups.items():
         fits = [router["fit"] for router in group if router["fit"] and router["fit"]["fitted"]]
