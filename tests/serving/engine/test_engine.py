@@ -397,7 +397,9 @@ def test_logs_are_json_lines_at_the_level_asked_for(capsys, states):  # T01
             input_dim=16, buckets="16,64", log_level=level, serve_moe="off"
         ) as engine:
             engine.route(states(), request_id="my-request")
-        seen[level] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        told = capsys.readouterr()
+        assert told.out == "", "standard output is the program's own"
+        seen[level] = [json.loads(line) for line in told.err.splitlines()]
     assert seen["ERROR"] == []
     assert {line["environment"] for lines in seen.values() for line in lines} == {"development"}
     assert {"untrained_weights", "engine_ready"} <= {line["event"] for line in seen["INFO"]}
