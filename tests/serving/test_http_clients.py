@@ -25,7 +25,7 @@ def service():
 
 @pytest.fixture(scope="module")
 def client(service):
-    with triton_http.InferenceServerClient(service.address, concurrency=4) as found:
+    with triton_http.InferenceServerClient(service.address, concurrency=8) as found:
         yield found
 
 
@@ -121,8 +121,10 @@ def test_asynchronous_requests_answer_their_own_question(client, x):
     batches = [x * (i + 1) for i in range(8)]
     waiting = [client.async_infer("router", given(triton_http, b), request_id=str(i))
                for i, b in enumerate(batches)]  # fmt: skip
-    for i, (asked, batch) in enumerate(zip(waiting, batches, strict=True)):
-        result = asked.get_result()
+    # All answers are read before the client asks again: an answer that is not read keeps its
+    # connection, and another call would wait for one for ever.
+    results = [asked.get_result() for asked in waiting]
+    for i, (result, batch) in enumerate(zip(results, batches, strict=True)):
         assert result.get_response()["id"] == str(i)
         direct = client.infer("router", given(triton_http, batch))
         np.testing.assert_array_equal(
