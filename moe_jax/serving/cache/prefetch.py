@@ -93,18 +93,26 @@ class Prefetcher:
 
     def _work(self) -> None:
         while (digest := self._todo.get()) is not None:
-            if self.off or self._present(digest):
-                continue
-            brought = self._fetch(digest)
-            with self._lock:
-                if not brought:
-                    self.counts["failed"] += 1
-                    continue
-                self._outstanding[digest] = None
-                if len(self._outstanding) > _OUTSTANDING:
-                    self._outstanding.popitem(last=False)
-                    self.counts["wasted"] += 1
-                self._decide()
+            try:
+                if not self.off and not self._present(digest):
+                    self._account(digest, self._fetch(digest))
+            finally:
+                self._todo.task_done()
+
+    def _account(self, digest: str, brought: bool) -> None:
+        with self._lock:
+            if not brought:
+                self.counts["failed"] += 1
+                return
+            self._outstanding[digest] = None
+            if len(self._outstanding) > _OUTSTANDING:
+                self._outstanding.popitem(last=False)
+                self.counts["wasted"] += 1
+            self._decide()
+
+    def settle(self) -> None:
+        """Waits until everything that was to be fetched by now has been."""
+        self._todo.join()
 
     def _decide(self) -> None:
         useful, all_known = self.counts["useful"], sum(self.counts.values())

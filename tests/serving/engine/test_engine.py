@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import Any
 
 import jax
@@ -474,6 +475,7 @@ def test_latency_and_memory_alerts_fire_and_clear(make_engine, states, clock):
     assert active(engine) == set()
 
     rss = [100.0]
+    engine.system.stop()  # else it may take a sample between two of these
     engine.system._read = lambda: (int(rss[0]), 0.0)
     engine.system._history.clear()
     for value, fires in ((100, False), (100, False), (151, True), (110, False)):
@@ -504,7 +506,7 @@ def test_readiness_gives_reasons(make_engine, states, clock, tmp_path):
 
     lost = make_engine(checkpoint=str(tmp_path / "none"), engine={"background": True})
     while not lost.load_error:
-        pass
+        time.sleep(0.001)
     assert lost.readiness() == (False, ["params_missing"])
     assert lost.health_check()["status"] == "unhealthy"
     refusal(lambda: lost.route(states()), "warming")
