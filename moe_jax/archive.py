@@ -33,7 +33,7 @@ from typing import Any
 from moe_jax import checkpoint as checkpoints
 from moe_jax.checkpoint.seal import checksum_of, file_digests, listed, sealed_text, sync_folder
 from moe_jax.config import Config
-from moe_jax.inspection import describe_checkpoint
+from moe_jax.inspection import describe_checkpoint, superseded
 
 FORMAT = 1
 MANIFEST = "export.json"
@@ -59,12 +59,14 @@ def export(
     Args:
         path: the folder to make. It must be free: an export is never replaced.
         checkpoint: a checkpoint's folder. It is verified before it is copied.
-        config: the configuration to serve it with; None takes the checkpoint's own.
+        config: the configuration to serve it with; None takes the checkpoint's own. It is kept as
+            it is; where it says another router than the checkpoint has, the service goes by the
+            checkpoint, and the manifest names the settings in ``provenance["superseded"]``.
         baseline: a file that ``moe-jax bench ... --json`` wrote.
 
     Raises:
-        ArchiveError: ``path`` is taken, there is no configuration, the baseline is no baseline, or
-            the disk refuses.
+        ArchiveError: ``path`` is taken, there is no configuration or it names a router that the
+            checkpoint has not, the baseline is no baseline, or the disk refuses.
         CheckpointError: the checkpoint is damaged.
 
     Example:
@@ -99,6 +101,7 @@ def export(
                 "Pass the configuration that it is served with (--config FILE)."
             )
         config = Config.from_json(about["config"])
+    differing = _superseded(config, source, sorted(described["routers"]))
     measured = None if baseline is None else _read_baseline(Path(baseline))
     thresholds = {name: router["fit"] for name, router in described["routers"].items()}
     beside = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex}")
@@ -120,6 +123,7 @@ def export(
                 "routers": {n: r["fingerprint"] for n, r in described["routers"].items()},
                 "fits": thresholds,
                 "metadata": about["metadata"],
+                "superseded": differing,
                 "baseline": None
                 if measured is None
                 else {word: measured[word] for word in ("bench", "machine")},
@@ -138,6 +142,19 @@ def export(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return {**manifest, "checksum": checksum_of(manifest)}
+
+
+def _superseded(config: Config, checkpoint: Path, routers: list[str]) -> dict[str, int]:
+    named = config.serving.checkpoint_router
+    if named and named not in routers:
+        raise ArchiveError(
+            f"checkpoint_router: expected one of {', '.join(routers)}, got {named!r}. "
+            "See moe-jax inspect."
+        )
+    try:
+        return superseded(config, checkpoint)
+    except ValueError:  # nothing that a service could serve; it is a backup all the same
+        return {}
 
 
 def verify(path: PathLike) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax import checkpoint as checkpoints
-from moe_jax.config import build_router, load_config
+from moe_jax.config import Config, build_router, load_config
 from moe_jax.dispatch import plan_dispatch, to_assignments
 from moe_jax.language_model import layer_params
 from moe_jax.routers import Router
@@ -28,6 +28,9 @@ class RouterSource:
     params: Params
     state: Any
     trained: bool
+
+
+PathLike = str | os.PathLike[str]
 
 
 def load_hidden_states(file: Path) -> np.ndarray:
@@ -139,6 +142,36 @@ def router_from_checkpoint(path: Path, name: str | None) -> RouterSource:
     return RouterSource(
         router=saved.routers[chosen], params=params, state=saved.states[chosen], trained=True
     )
+
+
+def router_sizes(router: Router, width: int) -> dict[str, int]:
+    """What a router of width D is, in the words of ``router_config``.
+
+    Example:
+        >>> from moe_jax.routers import TopK
+        >>> router_sizes(TopK(num_experts=4, k=2), 16)
+        {'input_dim': 16, 'num_experts': 4, 'min_experts': 2, 'max_experts': 2}
+    """
+    return {
+        "input_dim": width,
+        "num_experts": router.num_experts,
+        "min_experts": router.min_k,
+        "max_experts": router.max_k,
+    }
+
+
+def superseded(config: Config, path: PathLike) -> dict[str, int]:
+    """The settings of ``router_config`` that a checkpoint contradicts, with the checkpoint's values.
+
+    The service serves what the checkpoint is, and says which settings are not in force.
+
+    Raises:
+        ValueError: no such router (``checkpoint_router``), or no parameters for it.
+    """
+    source = router_from_checkpoint(Path(path), config.serving.checkpoint_router or None)
+    sizes = router_sizes(source.router, int(source.params["kernel"].shape[0]))
+    told = config.router_config
+    return {name: value for name, value in sizes.items() if value != getattr(told, name)}
 
 
 def _language_model_params(saved: checkpoints.Checkpoint, name: str) -> Params | None:

@@ -176,6 +176,33 @@ def test_an_export_is_never_replaced_and_needs_a_configuration(made, tmp_path):
     assert list(tmp_path.glob(".out.saving-*")) == []
 
 
+def test_a_configuration_that_the_checkpoint_contradicts_is_kept_and_told(made, tmp_path):
+    told = {"router_config": {"input_dim": D, "num_experts": 8, "max_experts": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    words = ["export", str(made / "checkpoint-0"), "--config", str(tmp_path / "config.json")]
+    result = runner.invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    for name, value in (("num_experts", 4), ("max_experts", 3)):
+        assert f"router_config.{name}; the checkpoint has {value}" in said
+    assert "input_dim" not in said
+    manifest = archive.verify(tmp_path / "out")
+    assert manifest["provenance"]["superseded"] == {"num_experts": 4, "max_experts": 3}
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())["router_config"]
+    assert (kept["num_experts"], kept["max_experts"]) == (8, 2)
+    assert archive.verify(made / "export-0")["provenance"]["superseded"] == {}
+
+
+def test_a_configuration_that_names_another_router_is_refused(made, tmp_path):
+    told = {"serving": {"checkpoint_router": "layer_7"}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    words = ["export", str(made / "checkpoint-0"), "--config", str(tmp_path / "config.json")]
+    result = runner.invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "expected one of router, got 'layer_7'" in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_no_baseline_is_not_exported(made, tmp_path):
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(archive.ArchiveError, match="expected a baseline"):

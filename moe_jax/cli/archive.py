@@ -44,6 +44,12 @@ def export(
             f"{manifest['checksum'][:16]}; next: moe-jax restore {folder} --into RELEASES",
             soft_wrap=True,
         )
+        for name, value in manifest["provenance"]["superseded"].items():
+            notes.print(
+                f"[yellow]not in force:[/yellow] router_config.{name}; the checkpoint has {value}. "
+                "The service goes by the checkpoint: give the configuration its value.",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
         if manifest["provenance"]["baseline"] is None:
             notes.print("no performance baseline in it: add --baseline FILE")
 

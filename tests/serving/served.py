@@ -45,7 +45,7 @@ class Served:
         headers: dict[str, str] = {},  # noqa: B006
     ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers with lower-case names, body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, body, headers)
             response = connection.getresponse()
@@ -69,7 +69,7 @@ def served(engine: RouterEngine) -> Iterator[Served]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not server.started:
             assert thread.is_alive()
             assert time.monotonic() < deadline
@@ -77,7 +77,7 @@ def served(engine: RouterEngine) -> Iterator[Served]:
         yield Served(engine, server, sock.getsockname()[1])
     finally:
         server.handle_exit(15, None)
-        thread.join(30)
+        thread.join(60)
         engine.shutdown()
     assert not thread.is_alive()
 

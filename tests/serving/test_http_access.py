@@ -197,7 +197,7 @@ def test_while_it_warms_up_probes_are_answered_and_requests_told_to_come_back(mo
     loading = threading.Event()
 
     def load(*args):
-        loading.wait(30)
+        loading.wait(60)
         raise ValueError("no such weights")
 
     monkeypatch.setattr("moe_jax.serving.engine.opening.load_weights", load)
@@ -211,7 +211,7 @@ def test_while_it_warms_up_probes_are_answered_and_requests_told_to_come_back(mo
         status, told = asked(app, "POST", INFER, BODY)
         assert (status, told["code"]) == (503, "warming")
         loading.set()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while engine.load_error is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)

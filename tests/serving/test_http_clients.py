@@ -155,10 +155,17 @@ def test_health_and_metadata(client, grpc_client):
 
 
 def test_a_version_may_be_named(client, grpc_client, x):
-    version = client.get_model_metadata("router")["versions"][0]
+    served, current = client.get_model_metadata("router")["versions"]
+    assert current == "1"  # what clients of Triton ask for where they ask for any
+    assert list(grpc_client.get_model_metadata("router").versions) == [served, current]
     for kind, asked in ((triton_http, client), (triton_grpc, grpc_client)):
-        result = asked.infer("router", given(kind, x), model_version=version)
-        assert result.as_numpy("expert_indices") is not None
+        for version in (served, current):
+            assert asked.is_model_ready("router", version)
+            result = asked.infer("router", given(kind, x), model_version=version)
+            assert result.as_numpy("expert_indices") is not None
+            told = result.get_response()
+            told = told["model_version"] if kind is triton_http else told.model_version
+            assert told == served
         with pytest.raises(InferenceServerException, match="version"):
             asked.infer("router", given(kind, x), model_version="999")
 

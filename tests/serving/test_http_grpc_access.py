@@ -29,7 +29,7 @@ def call():
                 )
                 metadata = [] if key is None else [("authorization", f"Bearer {key}")]
                 data = message.SerializeToString() if raw is None else raw
-                return made(data, metadata=metadata, timeout=20)
+                return made(data, metadata=metadata, timeout=60)
 
             yield ask
         server.stop(1.0).wait()

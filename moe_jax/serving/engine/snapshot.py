@@ -18,7 +18,7 @@ from moe_jax import budget
 from moe_jax import checkpoint as checkpoints
 from moe_jax.config import Config, ConfigError, build_router
 from moe_jax.experts import FeedForward
-from moe_jax.inspection import router_from_checkpoint
+from moe_jax.inspection import router_from_checkpoint, router_sizes
 from moe_jax.language_model import LMConfig, layer_params
 from moe_jax.layer import init_moe_layer
 from moe_jax.routers import DynamicK, ExpertChoiceRouter, Router
@@ -98,12 +98,7 @@ class Snapshot:
 
     def served_as(self) -> dict[str, int]:
         """What the router is, in the words of ``router_config``."""
-        return {
-            "input_dim": self.width,
-            "num_experts": self.router.num_experts,
-            "min_experts": self.router.min_k,
-            "max_experts": self.router.max_k,
-        }
+        return router_sizes(self.router, self.width)
 
 
 def _largest_first(every: list[Buckets]) -> list[tuple[Buckets, int]]:

@@ -82,7 +82,7 @@ async def model_metadata(request: Request) -> Response:
     exchange.client()
     model, version = request.path_params["model"], request.path_params.get("version")
     spec = exchange.door.spec(model, version)
-    described = exchange.door.engine.describe(model)
+    described = exchange.door.describe(model)
     return _json(
         {
             "name": described["name"],

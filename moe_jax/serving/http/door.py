@@ -14,6 +14,7 @@ from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.body import Buffers
 from moe_jax.serving.http.protocol import HEADER_LIMIT, JSON_LIMIT, ModelSpec, TensorSpec
+from moe_jax.serving.http.strict_json import shown
 
 T = TypeVar("T")
 
@@ -41,6 +42,10 @@ _TERSE = {
 _HIDDEN = ("FP32", "FP16", "BF16")
 _MASK = TensorSpec(name="token_mask", datatypes=("BOOL",), shape=(-1, -1), optional=True)
 _ON_REQUEST = frozenset({"router_logits"})
+
+CURRENT = "1"
+"""The version under which whatever is served now can be asked for: Triton's versions are whole
+numbers, so its clients ask for 1 where a model has but one. Answers name the fingerprint."""
 
 # Bodies of all requests together, compressed ones as what they become.
 _BUFFER_LIMIT = 512 * 1024 * 1024
@@ -130,13 +135,23 @@ class Door:
         Raises:
             ServingError: ``not_found`` for a model or a version that is not served.
         """
-        described = self.engine.describe(model)
+        described = self.describe(model)
         if version is not None and version not in described["versions"]:
             raise ServingError(
                 "not_found",
-                f"model {model}: expected version {', '.join(described['versions'])}, got another.",
+                f"model {model}: expected version {' or '.join(described['versions'])}, got "
+                f"{shown(version)}. Leave it out to ask what is served.",
             )
         return model_spec(described)
+
+    def describe(self, model: str) -> dict[str, Any]:
+        """``RouterEngine.describe`` with every version that may be asked for.
+
+        Raises:
+            ServingError: ``not_found`` for a model that is not served.
+        """
+        described = self.engine.describe(model)
+        return {**described, "versions": [*described["versions"], CURRENT]}
 
 
 def retry_after(error: ServingError) -> str | None:

@@ -195,7 +195,7 @@ def _server_metadata(caller: _Caller, request: Any) -> Any:
 def _model_metadata(caller: _Caller, request: Any) -> Any:
     caller.client()
     spec = caller.door.spec(request.name, request.version or None)
-    described = caller.door.engine.describe(request.name)
+    described = caller.door.describe(request.name)
 
     def tensors(specs: Any) -> list[dict[str, Any]]:
         return [{"name": t.name, "datatype": t.datatypes[0], "shape": t.shape} for t in specs]

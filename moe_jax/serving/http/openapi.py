@@ -15,7 +15,8 @@ _MODEL = {
     "required": True,
     "schema": {"type": "string", "enum": ["router", "moe"]},
 }
-_VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}
+_VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "string"},
+            "description": "One that metadata lists; 1 is whatever is served now."}  # fmt: skip
 _DIGEST = {
     "name": "digest",
     "in": "path",

@@ -23,7 +23,7 @@ def check(
     checkpoint: Path | None = None,
     router_name: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs every check: ``{"check", "ok", "detail"}`` each.
+    """Runs every check: ``{"check", "ok", "detail"}`` each; where nothing answers, only the first.
 
     Args:
         url: where the service is.
@@ -50,12 +50,18 @@ def check(
 
         source = inspection.router_from_checkpoint(checkpoint, router_name)
         checks.append(("routes as the checkpoint", lambda: _as_expected(service, source)))
-    told = []
+    told: list[dict[str, Any]] = []
+    reached = True
     for name, run in checks:
+        if not reached:
+            told.append({"check": name, "ok": False, "detail": "not tried"})
+            continue
         try:
             told.append({"check": name, "ok": True, "detail": run()})
         except (Refused, Unreachable, ValueError, KeyError, AssertionError) as error:
             told.append({"check": name, "ok": False, "detail": str(error)})
+            # Where nothing answered the first question, the others would only say so again.
+            reached = not (name == "live" and isinstance(error, Unreachable))
     return told
 
 

@@ -10,6 +10,9 @@ from moe_jax.serving.errors import ServingError
 # An empty list costs 56 bytes of memory and 3 bytes of text: brackets are what makes JSON a bomb.
 _MOST_BRACKETS = 1 << 20
 
+MOST_NESTED = 100
+"""Deepest nesting of a request; Triton has the same limit (its qa/L0_http/http_test.py)."""
+
 
 def malformed(message: str) -> ServingError:
     """A request that does not follow the protocol: 400."""
@@ -37,7 +40,8 @@ def parse_object(text: bytes | bytearray | memoryview, what: str) -> dict[str, A
         moe_jax.serving.errors.ServingError: the body: expected JSON, got NaN, which JSON has not.
     """
     raw = bytes(text)
-    if raw.count(b"[") + raw.count(b"{") > _MOST_BRACKETS:
+    brackets = raw.count(b"[") + raw.count(b"{")
+    if brackets > _MOST_BRACKETS:
         raise ServingError(
             "too_large",
             f"{what}: expected at most {_MOST_BRACKETS} lists and objects, got more. "
@@ -48,6 +52,8 @@ def parse_object(text: bytes | bytearray | memoryview, what: str) -> dict[str, A
         value = _DECODER.decode(decoded)
         if "\\u" in decoded:
             _refuse_surrogates(value)
+        if brackets > MOST_NESTED and _nested_too_deep(value):
+            raise RecursionError
     except ServingError as error:
         raise malformed(f"{what}: {error.message}") from None
     except UnicodeDecodeError:
@@ -57,7 +63,9 @@ def parse_object(text: bytes | bytearray | memoryview, what: str) -> dict[str, A
             f"{what}: expected JSON, got {error.msg} at character {error.pos}."
         ) from None
     except RecursionError:
-        raise malformed(f"{what}: expected JSON, got one nested without end.") from None
+        raise malformed(
+            f"{what}: expected JSON nested at most {MOST_NESTED} deep, got one nested deeper."
+        ) from None
     except ValueError:  # an integer of thousands of digits
         raise malformed(f"{what}: expected numbers of a usual size, got a huge one.") from None
     if not isinstance(value, dict):
@@ -93,6 +101,21 @@ def _constant(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
+
+
+def _nested_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_NESTED):
+        deeper = []
+        for holder in level:
+            items = holder.values() if type(holder) is dict else holder
+            kinds = set(map(type, items))  # most holders are rows of numbers, and end here
+            if list in kinds or dict in kinds:
+                deeper += [item for item in items if type(item) in (list, dict)]
+        if not deeper:
+            return False
+        level = deeper
+    return True
 
 
 def _refuse_surrogates(value: Any) -> None:
