@@ -59,21 +59,34 @@ def num_experts_of(params: Params) -> int:
     return sizes[0]
 
 
+def to_bits(array: Array) -> Array:
+    """16-bit floats as their bits, u16 of the same shape; anything else as it is.
+
+    XLA for CPU slices and updates no 16-bit floats: it widens the whole array to float32, in a loop at
+    every step, for the sake of a few rows. Their bits it slices and updates in place. No gradient
+    passes.
+    """
+    narrow = array.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.lax.bitcast_convert_type(array, jnp.uint16) if narrow else array
+
+
+def from_bits(bits: Array, dtype: Any) -> Array:
+    """What ``to_bits`` was given, an array of ``dtype``."""
+    return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype != dtype else bits
+
+
 def one_expert(params: Params, expert: Array) -> Params:
     """The parameters of the expert with index ``expert`` i32[]. For written gradients only.
 
-    XLA for CPU slices no 16-bit floats: it would widen the whole stack of weights to float32 for one
-    expert's sake. So their bits are sliced, and a barrier keeps the reinterpretation, which would be
-    a copy of the whole stack, from being moved out of a loop over experts. No gradient passes.
+    The bits of 16-bit floats are sliced, see ``to_bits``, and a barrier keeps the reinterpretation,
+    which would be a copy of the whole stack, from being moved out of a loop over experts.
     """
 
     def pick(stack: Array, expert: Array) -> Array:
-        narrow = stack.dtype in (jnp.bfloat16, jnp.float16)
-        if narrow:
+        if stack.dtype in (jnp.bfloat16, jnp.float16):
             stack, expert = jax.lax.optimization_barrier((stack, expert))
-        bits = jax.lax.bitcast_convert_type(stack, jnp.uint16) if narrow else stack
-        part = jax.lax.dynamic_index_in_dim(bits, expert, axis=0, keepdims=False)
-        return jax.lax.bitcast_convert_type(part, stack.dtype) if narrow else part
+        part = jax.lax.dynamic_index_in_dim(to_bits(stack), expert, axis=0, keepdims=False)
+        return from_bits(part, stack.dtype)
 
     return jax.tree.map(lambda stack: pick(stack, expert), params)
 

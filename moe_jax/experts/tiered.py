@@ -30,7 +30,14 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.base import Implementation, all_experts, one_expert, vary_like
+from moe_jax.experts.base import (
+    Implementation,
+    all_experts,
+    from_bits,
+    one_expert,
+    to_bits,
+    vary_like,
+)
 from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.types import Array, DispatchPlan, Params
 
@@ -222,9 +229,13 @@ def _pad(rows: Array, length: int) -> Array:
 
 
 def _put_rows(total: Array, row: Array, live: Array, rows: Array) -> Array:
-    """Writes the live rows at ``row``; the rows after them belong to others and stay."""
+    """Writes the live rows at ``row``; the rows after them belong to others and stay.
+
+    ``total`` holds ``to_bits``: a loop that carried 16-bit floats would be rewritten at every piece.
+    """
     old = jax.lax.dynamic_slice_in_dim(total, row, rows.shape[0])
-    return jax.lax.dynamic_update_slice_in_dim(total, jnp.where(live[:, None], rows, old), row, 0)
+    new = jnp.where(live[:, None], to_bits(rows), old)
+    return jax.lax.dynamic_update_slice_in_dim(total, new, row, 0)
 
 
 def _add_expert(total: Params, expert: Array, update: Params) -> Params:
@@ -254,10 +265,11 @@ def _outputs(
 
     def bulk(size: int) -> Array:
         if size == 0:
-            return vary_like(jnp.zeros((length, out.shape[1]), out.dtype), (params, x, plan))
+            zeros = to_bits(jnp.zeros((length, out.shape[1]), out.dtype))
+            return vary_like(zeros, (params, x, plan))
         rows = _bulk_rows(plan, size)
         made = all_experts(expert_fn, params, _zero_unless(rows.live, x[rows.tokens]))
-        return _sort_bulk(plan, made.reshape(-1, out.shape[1]), size, length)
+        return to_bits(_sort_bulk(plan, made.reshape(-1, out.shape[1]), size, length))
 
     def gather(rows: _Rows) -> tuple[Array]:
         return (_zero_unless(rows.live, x[rows.tokens]),)
@@ -268,7 +280,7 @@ def _outputs(
     def put(total: Array, expert: Array, row: Array, live: Array, made: Array) -> Array:
         return _put_rows(total, row, live, made)
 
-    return _run_layout(sizes, plan, params, bulk, gather, piece, put)
+    return from_bits(_run_layout(sizes, plan, params, bulk, gather, piece, put), out.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -299,7 +311,7 @@ def backward(expert_fn: ExpertFn, sizes: Sizes, residuals, dy: Array):
     def bulk(size: int) -> tuple[Params, Array]:
         if size == 0:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p.dtype)), params)
-            rows = jnp.zeros((outputs.shape[0], x.shape[1]), x.dtype)
+            rows = to_bits(jnp.zeros((outputs.shape[0], x.shape[1]), x.dtype))
             return vary_like((zeros, rows), (params, x, plan, dy))
         rows = _bulk_rows(plan, size)
         blocks = _zero_unless(rows.live, x[rows.tokens])
@@ -307,7 +319,7 @@ def backward(expert_fn: ExpertFn, sizes: Sizes, residuals, dy: Array):
         dparams, dblocks = pull(gradient_rows(rows))
         dparams = jax.tree.map(lambda d: d.astype(_wide(d.dtype)), dparams)
         flat = dblocks.reshape(-1, x.shape[1])
-        return dparams, _sort_bulk(plan, flat, size, outputs.shape[0])
+        return dparams, to_bits(_sort_bulk(plan, flat, size, outputs.shape[0]))
 
     def gather(rows: _Rows) -> tuple[Array, Array]:
         return _zero_unless(rows.live, x[rows.tokens]), gradient_rows(rows)
@@ -322,7 +334,7 @@ def backward(expert_fn: ExpertFn, sizes: Sizes, residuals, dy: Array):
 
     dparams, drows = _run_layout(sizes, plan, params, bulk, gather, piece, put)
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
-    dx = sum_over_slots(plan, drows, None).astype(x.dtype)
+    dx = sum_over_slots(plan, from_bits(drows, x.dtype), None).astype(x.dtype)
 
     tokens = a.token_indices[plan.order[: plan.num_rows]]
     sorted_dweights = (outputs[: plan.num_rows].astype(jnp.float32) * dy[tokens]).sum(axis=1)

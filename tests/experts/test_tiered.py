@@ -1,6 +1,7 @@
 """The dropless implementation against the dense oracle, in values and in every gradient."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,18 @@ def test_half_precision_rows_accumulate_in_float32(name):
     wide = value_and_gradients(dense.run, FFN, params, x.astype(jnp.float32), weights, plan)
     narrow = jax.tree.map(lambda g: g.astype(jnp.float32), (y, grads))
     assert_close(narrow, wide, 0.06)
+
+
+def test_a_piece_writes_its_half_precision_rows_and_no_others():
+    """XLA for CPU would widen and write again all rows at every piece, if it saw 16-bit floats."""
+    plan = PLANS["skewed"]()
+    a = plan.assignments
+    params, x = inputs(a.num_tokens, a.num_experts, jnp.bfloat16)
+    args = (tiered.run, FFN, params, x, kept_weights(plan), plan)
+    compiled = value_and_gradients.lower(*args).compile().as_text()
+    length = plan.num_rows + tiered.sizes_for(plan).pieces[-1]
+    updated = re.findall(rf"(\w+)\[{length},{D}\]\S* dynamic-update-slice\(", compiled)
+    assert updated == ["u16", "u16"]  # outputs, and gradients of rows
 
 
 def test_transformations_agree_with_plain_calls():
