@@ -50,6 +50,25 @@ def pi_controller(
     return jnp.clip(anchor + kp * error + ki * integral, low, high), integral
 
 
+def multiplicative_controller(
+    value: Array, *, measured: Array, target: float, step: float, low: float, high: float
+) -> Array:
+    """f32[]: ``value * step`` where more was measured than wanted, else ``value / step``, in bounds.
+
+    ReMoE's rule for the coefficient of its L1 loss (arXiv:2412.14711): sparsity below
+    the target is a mean k above it. There is no dead zone, so a value that has arrived goes on
+    swinging by one step.
+
+    Example:
+        >>> [float(multiplicative_controller(
+        ...     jnp.float32(1.0), measured=jnp.float32(m), target=2.0, step=2.0, low=0.0, high=9.0))
+        ...  for m in (3.0, 2.0)]
+        [2.0, 0.5]
+    """
+    moved = jnp.where(measured > target, value * step, value / step)
+    return jnp.clip(moved, low, high)
+
+
 def ema_quantile(cutoffs: Array, batch_quantiles: Array, *, decay: float) -> Array:
     """f32[E]: ``c <- decay * c + (1 - decay) * quantile``, Expert Threshold (arXiv:2603.11535)."""
     return decay * cutoffs + (1.0 - decay) * batch_quantiles

@@ -40,7 +40,8 @@ def _sum(value: Array, axis_name: Axes) -> Array:
     return value if axis_name is None else jax.lax.psum(value, axis_name)
 
 
-def _mean_over_tokens(values: Array, routing: AnyRouting, axis_name: Axes) -> Array:
+def mean_over_tokens(values: Array, routing: AnyRouting, axis_name: Axes = None) -> Array:
+    """f32[]: the mean of ``values`` f32[T] over real tokens."""
     mask, count = _real(routing)
     total = _sum(jnp.where(mask > 0, values, 0.0).sum(), axis_name)
     return total / jnp.maximum(_sum(count, axis_name), 1.0)
@@ -93,7 +94,7 @@ def load_balancing_loss(
 def router_z_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
     """f32[]: mean of ``logsumexp(logits)^2`` (ST-MoE, arXiv:2202.08906 eq. 5)."""
     z = jax.nn.logsumexp(routing.router_logits, axis=-1)
-    return _mean_over_tokens(jnp.square(z), routing, axis_name)
+    return mean_over_tokens(jnp.square(z), routing, axis_name)
 
 
 def entropy_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
@@ -103,7 +104,7 @@ def entropy_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
     """
     p = routing.router_probs
     safe = jnp.where(p > 0, p, 1.0)
-    return _mean_over_tokens(-(p * jnp.log(safe)).sum(axis=-1), routing, axis_name)
+    return mean_over_tokens(-(p * jnp.log(safe)).sum(axis=-1), routing, axis_name)
 
 
 def importance_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
@@ -115,6 +116,22 @@ def importance_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
     importance = _sum(masked.sum(axis=0), axis_name)
     mean = importance.mean()
     return jnp.square(importance - mean).mean() / jnp.maximum(jnp.square(mean), 1e-20)
+
+
+def relu_l1_loss(routing: AnyRouting, *, target_k: float, axis_name: Axes = None) -> Array:
+    """f32[]: ``E / (target_k * T^2) * sum_e (sum_t relu(z[t, e])) * (sum_t [z[t, e] > 0])``.
+
+    The load-balanced L1 loss of ReMoE (arXiv:2412.14711): busier experts are pushed down
+    harder. Unlike ``load_balancing_loss`` it sums weights, not probabilities, and divides by the k
+    that is wanted, not by the one that is: making the mean smaller makes it smaller. Reads every
+    positive logit, those that ``max_k`` cut off too.
+    """
+    on = jnp.where(routing.token_mask[:, None], jax.nn.relu(routing.router_logits), 0.0)
+    experts = on.shape[1]
+    weight = _sum(on.sum(axis=0), axis_name)
+    load = _sum((on > 0).sum(axis=0, dtype=jnp.float32), axis_name)
+    tokens = jnp.maximum(_sum(_real(routing)[1], axis_name), 1.0)
+    return experts / (target_k * jnp.square(tokens)) * (weight * load).sum()
 
 
 def aux_loss(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moe_jax.selection import group_limit
 from moe_jax.types import Array, check_choice
 
-SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "identity")
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "relu", "identity")
 POST_SCORES = ("none", "softmax", "sigmoid")
 NORMS = ("none", "sum", "sum_eps", "clamp", "p")
 GROUP_SCORES = ("top2_sum", "max")
@@ -26,7 +26,8 @@ class Scoring:
     limited to the best groups; the weight of a selected expert is ``scale * norm(post(s))``.
 
     Args:
-        score: ``softmax`` over experts, or ``sigmoid``, ``sqrtsoftplus``, ``identity`` one by one.
+        score: ``softmax`` over experts, or ``sigmoid``, ``sqrtsoftplus``, ``relu``, ``identity`` one by
+            one.
         select_by: ``score``, or ``logit`` when the expert bias belongs on the logit.
         post: what turns the selected scores into weights: ``softmax`` over the used slots (with
             ``score="identity"`` this is "top-k, then softmax"), ``sigmoid``, or ``none``.
@@ -106,6 +107,8 @@ class Scoring:
             # Not 0, where the slope of the root is infinite and its product with 0 NaN.
             tiny = jnp.finfo(jnp.float32).tiny
             return jnp.sqrt(jnp.maximum(jax.nn.softplus(logits), tiny))
+        if self.score == "relu":
+            return jax.nn.relu(logits)
         return logits
 
     def probs(self, scores: Array) -> Array:
@@ -118,9 +121,13 @@ class Scoring:
             return scores
         if self.score == "identity":
             return jax.nn.softmax(scores, axis=-1)
-        total = scores.sum(axis=-1, keepdims=True)
-        even = 1.0 / scores.shape[-1]
-        return jnp.where(total > 0, scores / jnp.where(total > 0, total, 1.0), even)
+        # By the largest first: the gradient of a quotient squares its divisor, and the square of a
+        # sum of tiny scores (sigmoid of -50) is 0 in float32.
+        most = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+        some = most > 0
+        shares = scores / jnp.where(some, most, 1.0)
+        total = jnp.where(some, shares.sum(axis=-1, keepdims=True), 1.0)
+        return jnp.where(some, shares / total, 1.0 / scores.shape[-1])
 
     def selection_scores(self, logits: Array, scores: Array, expert_bias: Array) -> Array:
         """f32[T, E]: what experts are compared by. No gradient flows through the bias."""

@@ -22,7 +22,9 @@ from moe_jax import (
     LossWeights,
     MinP,
     RandomSkip,
+    ReLURouter,
     Scoring,
+    TopAny,
     TopK,
     TopP,
     expert_capacity,
@@ -93,6 +95,13 @@ def expert_choice_weights() -> Any:
     router = ExpertChoiceRouter(num_experts=E)
     routing = router(router.init(jax.random.key(0), D), router.init_state(), X)
     return kept_weights(plan_dispatch(to_assignments(routing)), renormalize=True)
+
+
+def fit_relu(target: float) -> Any:
+    router = ReLURouter(num_experts=4, target_k=1.0)
+    x = jax.random.normal(jax.random.key(0), (40, D))
+    params = router.init(jax.random.key(0), D)
+    return router.fit(params, router.init_state(), x, target_mean_k=target)
 
 
 def report(**kwargs: Any) -> Any:
@@ -173,6 +182,18 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         ),
         "num_groups=2",
     ),
+    "relu target above E": (
+        ValueError, lambda: ReLURouter(num_experts=4, target_k=4.0), "max_k=4, got 4.0",
+    ),
+    "relu step that does not move": (
+        ValueError, lambda: ReLURouter(num_experts=4, target_k=1.0, step=1.0), "got 1.0, 1e-08",
+    ),
+    "relu with another score": (
+        ValueError, lambda: ReLURouter(num_experts=4, target_k=1.0, scoring=Scoring()), "'relu'",
+    ),
+    "relu made denser": (ValueError, lambda: fit_relu(3.9), "use without a cutoff, got 3.9"),
+    "top-any from two": (ValueError, lambda: TopAny(num_experts=4, min_k=2), "0 or 1, got 2"),
+    "top-any scale of 0": (ValueError, lambda: TopAny(num_experts=4, scale=0.0), "got 0.0"),
     "random mean above k": (
         ValueError, lambda: RandomSkip(num_experts=4, k=2, mean_k=2.5), "got 2.5",
     ),
@@ -180,7 +201,7 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         ValueError, lambda: RandomSkip(num_experts=4, k=2, mean_k=1.5, drop="x"), "'lowest'",
     ),
     # --- gate and scoring
-    "score unknown": (ValueError, lambda: Scoring(score="relu"), "'softmax'.*got 'relu'"),
+    "score unknown": (ValueError, lambda: Scoring(score="tanh"), "'softmax'.*got 'tanh'"),
     "norm unknown": (ValueError, lambda: Scoring(norm="l2"), "'sum_eps'.*got 'l2'"),
     "top groups above groups": (
         ValueError, lambda: Scoring(num_groups=2, top_groups=3), "num_groups=2, got 3",

@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, Scoring, TopP
+from moe_jax import (
+    DynamicK,
+    ExpertThreshold,
+    MinP,
+    RandomSkip,
+    ReLURouter,
+    Router,
+    Scoring,
+    TopAny,
+    TopP,
+)
 from moe_jax import budget as module
 from moe_jax.budget import (
     batch_design_effect,
@@ -148,6 +158,8 @@ RULES: dict[str, Router] = {
     "MinP": MinP(num_experts=E, max_k=4),
     "ExpertThreshold: min_k=0": ExpertThreshold(num_experts=E, target_k=2.0, min_k=0),
     "ExpertThreshold: 1 to 4": ExpertThreshold(num_experts=E, target_k=2.0, max_k=4),
+    "ReLU": ReLURouter(num_experts=E, target_k=2.0, max_k=4),
+    "TopAny": TopAny(num_experts=E, max_k=4),
     "RandomSkip: lowest": RandomSkip(num_experts=E, k=4, mean_k=2.0),
     "RandomSkip: random": RandomSkip(num_experts=E, k=4, mean_k=2.0, drop="random"),
 }
@@ -167,7 +179,8 @@ def route(router, params, state, x):
 @functools.cache
 def fitted(name: str, target: float):
     router = RULES[name]
-    params = {"kernel": 2.0 * router.init(jax.random.key(0), D)["kernel"]}
+    params = router.init(jax.random.key(0), D)
+    params = {**params, "kernel": 2.0 * params["kernel"]}
     return router, params, router.fit(params, router.init_state(), draw(1), target_mean_k=target)
 
 

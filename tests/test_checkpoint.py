@@ -32,7 +32,7 @@ from moe_jax.checkpoint import (
 )
 from moe_jax.checkpoint import store as module
 from moe_jax.config import PRESETS, build_router
-from moe_jax.routers import DynamicK, ExpertThreshold, Router, TopK, TopP
+from moe_jax.routers import DynamicK, ExpertThreshold, ReLURouter, Router, TopAny, TopK, TopP
 
 
 def bits(x: Any) -> tuple[str, tuple[int, ...], bytes]:
@@ -148,6 +148,8 @@ def test_states_of_several_rules_keep_their_types(tmp_path):
         "d": TopP(num_experts=4, p=0.5),
         "e": ExpertThreshold(num_experts=4, target_k=1.5),
         "f": build_router(PRESETS["production"]),
+        "g": ReLURouter(num_experts=4, target_k=1.5),
+        "h": TopAny(num_experts=4, min_k=0),
     }
     states = {name: router.init_state() for name, router in routers.items()}
     found = restore(save(tmp_path / "c", Checkpoint(routers=routers, states=states)))

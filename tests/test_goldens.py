@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax import FeedForward, Scoring, TopK, TopP
+from moe_jax import FeedForward, Gate, ReLURouter, Scoring, TopAny, TopK, TopP
 from moe_jax.experts import IMPLEMENTATIONS
+from moe_jax.losses import relu_l1_loss
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -97,3 +98,52 @@ def test_sigmoid_groups_and_bias_equal_megatron():
     )
     np.testing.assert_allclose(ours, golden["probs"], rtol=1e-5, atol=1e-7)
     assert tokens == 64
+
+
+def test_top_any_equals_dynmoe():
+    """arXiv:2405.14297, the authors' gate in evaluation, expert 7 masked off: experts and counts.
+
+    Its output is 1 for each used expert, which their dispatch then divides by the token's count.
+    """
+    golden = load("topany_dynmoe_eval.npz")
+    off = tuple(np.flatnonzero(golden["w/experts_mask"] == 0).tolist())
+    router = TopAny(
+        num_experts=golden["w/gates"].size,
+        scale=float(np.exp(golden["w/temperature"][0])),
+        gate=Gate(disabled_experts=off),
+    )
+    params = {
+        "kernel": jnp.asarray(golden["w/sim_matrix"]),
+        "thresholds": jnp.asarray(golden["w/gates"]),
+    }
+    routing = jax.jit(router)(params, router.init_state(), jnp.asarray(golden["x"]))
+    np.testing.assert_array_equal(routing.expert_mask, golden["gate_out"] > 0)
+    np.testing.assert_array_equal(routing.num_experts_per_token, golden["count"])
+    assert len(set(golden["count"].tolist())) >= 4
+    assert off == (7,)
+    experts = router.num_experts
+    ours = dense_weights(
+        np.asarray(routing.expert_indices), np.asarray(routing.combine_weights), experts, experts
+    )
+    want = golden["gate_out"] / golden["count"][:, None]
+    np.testing.assert_allclose(ours, want, rtol=0, atol=1e-6)
+
+
+def test_relu_routing_and_its_loss_equal_remoe():
+    """arXiv:2412.14711, the authors' router: experts, weights and the loss before lambda."""
+    golden = load("remoe_relu.npz")
+    experts = golden["logits"].shape[1]
+    router = ReLURouter(num_experts=experts, target_k=2.0)
+    identity = {"kernel": jnp.eye(experts, dtype=jnp.float32)}
+    state = router.init_state()
+    routing = jax.jit(router)(identity, state, jnp.asarray(golden["logits"]))
+    np.testing.assert_array_equal(routing.expert_mask, golden["routing_map"])
+    assert (~golden["routing_map"].any(axis=1)).any(), "some tokens have no expert"
+    ours = dense_weights(
+        np.asarray(routing.expert_indices), np.asarray(routing.combine_weights), experts, experts
+    )
+    np.testing.assert_allclose(ours, golden["weights"], rtol=0, atol=1e-6)
+    want = golden["l1_over_coeff"]
+    np.testing.assert_allclose(relu_l1_loss(routing, target_k=2.0), want, rtol=1e-6)
+    own = router.regularization(identity, state, routing)
+    np.testing.assert_allclose(own, 1e-8 * want, rtol=1e-6)

@@ -29,7 +29,9 @@ from moe_jax.routers import (
     ExpertThreshold,
     MinP,
     RandomSkip,
+    ReLURouter,
     Router,
+    TopAny,
     TopK,
     TopP,
     Traits,
@@ -155,6 +157,12 @@ CASES: dict[str, Router] = {
     ),
     "RandomSkip: lowest": RandomSkip(num_experts=E, k=2, mean_k=1.5),
     "RandomSkip: random": RandomSkip(num_experts=E, k=3, mean_k=1.5, drop="random"),
+    "ReLU": ReLURouter(num_experts=E, target_k=2.0),
+    "ReLU: at most 3, scaled": ReLURouter(
+        num_experts=E, target_k=2.0, max_k=3, scoring=Scoring(score="relu", scale=2.0)
+    ),
+    "TopAny": TopAny(num_experts=E, efficiency=0.1),
+    "TopAny: none to 3, scaled": TopAny(num_experts=E, min_k=0, max_k=3, scale=10.0),
     "defined in this file": OneIfSure(num_experts=E),
 }  # fmt: skip
 
@@ -231,6 +239,10 @@ def learner(case: Case) -> Case:
     if getattr(case.router, "difficulty", "router_entropy") not in ("router_entropy", spread):
         pytest.skip("as with router_entropy")
     return case
+
+
+def scoring_of(router: Router) -> Scoring:
+    return Scoring(score="sigmoid") if isinstance(router, TopAny) else router.scoring
 
 
 def expert_weights(routing: Routing | ExpertChoice) -> np.ndarray:
@@ -330,7 +342,8 @@ def test_used_slots_are_a_prefix_and_the_rest_holds_the_sentinel(case: Case):
 
 def test_slots_are_ordered_by_selection_score(case: Case):
     routing, router = case(), case.router
-    scores = router.scoring.scores(routing.router_logits)
+    scoring = scoring_of(router)
+    scores = scoring.scores(routing.router_logits)
     if isinstance(routing, ExpertChoice):
         w = np.asarray(routing.combine_weights)
         assert (np.diff(w, axis=1) <= 0).all()
@@ -339,7 +352,7 @@ def test_slots_are_ordered_by_selection_score(case: Case):
         by = scores - case.state.cutoffs[None, :]
     else:
         bias = getattr(case.state, "expert_bias", jnp.zeros((E,), jnp.float32))
-        by = (routing.router_logits if router.scoring.select_by == "logit" else scores) + bias[None]
+        by = (routing.router_logits if scoring.select_by == "logit" else scores) + bias[None]
     by = np.concatenate([np.asarray(by), np.full((T, 1), -np.inf)], axis=1)  # "no expert" is last
     slots = np.take_along_axis(by, np.asarray(routing.expert_indices), axis=1)
     used = np.asarray(routing.expert_indices) < E
@@ -349,15 +362,18 @@ def test_slots_are_ordered_by_selection_score(case: Case):
 
 def test_weights_are_what_the_scoring_promises(case: Case):
     """Written out again in numpy: raw scores, or weights that sum to the scale."""
-    routing, scoring = case(), case.router.scoring
+    routing, scoring = case(), scoring_of(case.router)
     z = np.asarray(routing.router_logits, np.float64)
     s = {
         "softmax": lambda: np.exp(z) / np.exp(z).sum(axis=1, keepdims=True),
         "sigmoid": lambda: 1 / (1 + np.exp(-z)),
         "sqrtsoftplus": lambda: np.sqrt(np.log1p(np.exp(z))),
+        "relu": lambda: np.maximum(z, 0),
         "identity": lambda: z,
     }[scoring.score]()
     used = np.asarray(routing.expert_mask)
+    if isinstance(case.router, TopAny):  # its scores select and send gradients, and weigh nothing
+        s = np.ones_like(z) / np.maximum(used.sum(axis=1, keepdims=True), 1)
     if scoring.post == "softmax":
         s = np.exp(s)
     elif scoring.post == "sigmoid":
@@ -423,7 +439,7 @@ def test_permuting_tokens_permutes_the_answer(case: Case):
 
 def test_relabelling_experts_relabels_the_answer(case: Case):
     """Experts have no identity beyond their parameters. Groups are relabelled as blocks."""
-    groups = case.router.scoring.num_groups
+    groups = scoring_of(case.router).num_groups
     rng = np.random.default_rng(0)
     blocks = np.arange(E).reshape(groups, -1)[rng.permutation(groups)]
     order = np.concatenate([rng.permutation(block) for block in blocks])
@@ -508,6 +524,8 @@ def test_padding_counts_in_nothing(case: Case):
             partial(np.testing.assert_allclose, rtol=1e-6), everything_measured(b), measured
         )
         same(case.router.observe(b), case.router.observe(a))
+        own = partial(case.router.regularization, case.params, case.state)
+        np.testing.assert_allclose(own(b), own(a), rtol=1e-6)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(measured))
 
 
@@ -543,7 +561,8 @@ def gradients(router, params, state, x, mask):
         routing = router(params, state, x, token_mask=mask, context=context_for(x))
         ramp = jnp.cos(jnp.arange(routing.combine_weights.size, dtype=jnp.float32))
         weighed = (routing.combine_weights * ramp.reshape(routing.combine_weights.shape)).sum()
-        return weighed + aux_loss(routing, ALL_LOSSES)[0]
+        own = router.regularization(params, state, routing)
+        return weighed + aux_loss(routing, ALL_LOSSES)[0] + own
 
     return jax.grad(loss, argnums=(0, 1))(params, x)
 
@@ -566,6 +585,20 @@ def test_gradients_are_finite(learner: Case, scale):
         push = sign * scale * kernel.mean(axis=1)[None, :] / jnp.square(kernel.mean(axis=1)).sum()
         got = gradients_of(learner, jnp.broadcast_to(push, (T, D)))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus", "relu"])
+def test_probabilities_of_tiny_scores_have_finite_gradients(score):
+    """Between scores that are 0 and scores whose square is not: where float32 had 1 / 0."""
+    scoring = Scoring(score=score)
+    near = 1e-25 if score == "relu" else -60.0
+    logits = near * jnp.array([[1.0, 1.01, 0.99]])
+    pull = jnp.array([[1.0, 2.0, 3.0]])
+    value, grads = jax.value_and_grad(lambda z: (scoring.probs(scoring.scores(z)) * pull).sum())(
+        logits
+    )
+    assert 1.0 < value < 3.0
+    assert np.isfinite(grads).all()
 
 
 def test_the_router_learns(learner: Case):

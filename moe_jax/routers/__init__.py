@@ -6,6 +6,8 @@ from moe_jax.routers.expert_choice import ExpertChoiceRouter
 from moe_jax.routers.expert_threshold import ExpertThreshold
 from moe_jax.routers.min_p import MinP
 from moe_jax.routers.random_skip import RandomSkip
+from moe_jax.routers.relu import ReLURouter
+from moe_jax.routers.top_any import TopAny
 from moe_jax.routers.top_k import TopK
 from moe_jax.routers.top_p import TopP
 
@@ -15,7 +17,9 @@ __all__ = [
     "ExpertThreshold",
     "MinP",
     "RandomSkip",
+    "ReLURouter",
     "Router",
+    "TopAny",
     "TopK",
     "TopP",
     "Traits",

@@ -15,6 +15,7 @@ import numpy as np
 from moe_jax.budget import Fit, record_fit
 from moe_jax.difficulty import Context
 from moe_jax.logits import Gate
+from moe_jax.losses import Axes
 from moe_jax.scoring import Scoring
 from moe_jax.selection import top_slots
 from moe_jax.types import (
@@ -119,6 +120,21 @@ class Router(abc.ABC):
         """f32[E]: what ``update`` needs of a batch beyond counts; may be averaged over shards."""
         return jnp.zeros((self.num_experts,), jnp.float32)
 
+    def regularization(
+        self,
+        params: Params,
+        state: Any,
+        routing: Routing | ExpertChoice,
+        *,
+        axis_name: Axes = None,
+    ) -> Array:
+        """f32[]: what the rule's authors add to the training loss, coefficients included; 0 by default.
+
+        For what belongs to one rule alone, or reads its parameters or state. What holds of any routing
+        is in ``losses.aux_loss``. ``axis_name`` is as there.
+        """
+        return jnp.zeros((), jnp.float32)
+
     def update(self, state: Any, stats: RoutingStats) -> Any:
         """The state after a training batch with these statistics. By default the same state."""
         return state
@@ -143,7 +159,8 @@ class Router(abc.ABC):
         """
         raise TypeError(
             f"fit: expected a rule with a budget to calibrate, got {type(self).__name__}, whose "
-            f"budget is {self.traits.budget!r}. Use DynamicK, TopP, MinP or ExpertThreshold."
+            f"budget is {self.traits.budget!r}. Use DynamicK, TopP, MinP, ExpertThreshold, "
+            "ReLURouter or TopAny."
         )
 
     # --- the router as data

@@ -23,6 +23,7 @@ RULES = {
     "dynamic_k": moe_jax.DynamicK(num_experts=E, min_k=1, max_k=3, balance_rate=0.1),
     "top_p": moe_jax.TopP(num_experts=E, max_k=3, target_mean_k=1.5),
     "expert_threshold": moe_jax.ExpertThreshold(num_experts=E, target_k=2.0, decay=0.5),
+    "top_any": moe_jax.TopAny(num_experts=E),
     "expert_choice": moe_jax.ExpertChoiceRouter(num_experts=E),
 }
 X = jax.random.normal(jax.random.key(9), (2, 12, D))

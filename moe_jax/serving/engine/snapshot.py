@@ -268,7 +268,7 @@ def _check_servable(router: Router) -> None:
         raise ConfigError(
             f"router: expected a rule whose tokens do not depend on each other, got "
             f"{type(router).__name__}. Requests are padded, cut and cached, which would change its "
-            "answers: use TopK, DynamicK, TopP, MinP or ExpertThreshold."
+            "answers: use TopK, DynamicK, TopP, MinP, ExpertThreshold, ReLURouter or TopAny."
         )
     estimator = getattr(router, "difficulty", None)
     if estimator in _NEED_CONTEXT:

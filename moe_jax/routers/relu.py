@@ -1,0 +1,195 @@
+"""ReLU routing: an expert is used wherever its logit is positive, and the weight is that logit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import budget
+from moe_jax.balancing import multiplicative_controller
+from moe_jax.difficulty import Context
+from moe_jax.logits import Gate
+from moe_jax.losses import Axes, relu_l1_loss
+from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
+from moe_jax.scoring import Scoring
+from moe_jax.selection import build_routing
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, check_k, pytree
+
+
+@pytree
+class ReLUState:
+    l1_coefficient: Array  # f32[]: lambda
+    cutoff: Array  # f32[], at least 0: a weight at or below it is left out
+    fit: budget.Fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReLURouter(Router):
+    """Expert e is used iff ``relu(logit[t, e]) > 0``, with that value as its weight.
+
+    ReMoE (Wang et al. 2024, arXiv:2412.14711): routing without a jump, since a weight is 0 where an
+    expert comes or goes. The mean k is held by a loss, so this rule is for training from the start:
+    add ``router.regularization(params, state, routing)``, which is lambda times
+    ``losses.relu_l1_loss``, to what you minimise, and call ``update`` after every step, which
+    multiplies or divides lambda by ``step``. Without the loss the mean stays near E / 2, where random
+    logits put it. So it does with the loss where tokens lie evenly around 0, half of them on either
+    side of any column: give the gate a bias there. A trained rule can be made sparser by ``fit``,
+    never denser.
+
+    The authors steer one lambda by the mean over all layers. A state here is one layer's, which then
+    meets the target by itself; for their rule give every layer's ``update`` the same
+    ``stats.merge_stats`` of all layers. Their lambda has no bounds; this one stays in 1e-12 to 1e4.
+
+    ``router_probs`` is the softmax of the logits, for statistics and the general losses: weights over
+    their sum would have gradients without bound where all are small. Leave
+    ``LossWeights.load_balancing`` at 0, as this rule's own loss balances.
+
+    A token may have no expert (15.6 % in the authors' own numbers here), which a residual block takes
+    well and a division by the sum of weights does not. An expert whose logit is negative on every
+    token gets no gradient from anything, this loss included: watch ``stats.tokens_per_expert``.
+
+    Args:
+        num_experts: E.
+        target_k: mean experts per token that ``update`` steers to.
+        max_k: most experts a token uses; None is E. Lower, it cuts the lowest weights off.
+        l1_coefficient: the first lambda.
+        step: factor of the controller.
+        gate: the map to logits.
+        scoring: ReLU scores, scaled if need be.
+
+    Example:
+        >>> router = ReLURouter(num_experts=8, target_k=2.0)
+        >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
+        >>> routing = router(params, state, jax.random.normal(jax.random.key(1), (5, 16)))
+        >>> bool(((routing.combine_weights > 0) == (routing.expert_indices < 8)).all())
+        True
+        >>> float(router.regularization(params, state, routing)) < 1e-6  # lambda starts at 1e-8
+        True
+    """
+
+    num_experts: int
+    target_k: float
+    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
+    l1_coefficient: float = 1e-8
+    step: float = 1.2
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring(score="relu")
+
+    def __post_init__(self) -> None:
+        if self.max_k is None:
+            object.__setattr__(self, "max_k", self.num_experts)
+        check_k(num_experts=self.num_experts, min_k=0, max_k=self.max_k)
+        if not 0 < self.target_k < self.max_k:
+            raise ValueError(
+                f"target_k: expected 0 < target_k < max_k={self.max_k}, got {self.target_k}. It is "
+                "the mean number of experts per token."
+            )
+        if not self.step > 1 or not self.l1_coefficient > 0:
+            raise ValueError(
+                f"step, l1_coefficient: expected step > 1 and l1_coefficient > 0, got {self.step}, "
+                f"{self.l1_coefficient}. The authors use 1.2 and 1e-8."
+            )
+        if (
+            self.scoring.score != "relu"
+            or self.scoring.num_groups != 1
+            or self.scoring.post != "none"
+        ):
+            raise ValueError(
+                "scoring: expected ungrouped ReLU scores as they are, got "
+                f"{self.scoring}. Use Scoring(score='relu'), with a scale if need be."
+            )
+
+    @property
+    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 0
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=True, batch_invariant=True, may_leave_token_empty=True, budget="expected"
+        )
+
+    def init_state(self) -> ReLUState:
+        return ReLUState(
+            l1_coefficient=jnp.asarray(self.l1_coefficient, jnp.float32),
+            cutoff=jnp.zeros((), jnp.float32),
+            fit=budget.unfitted(self.max_k),
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        state: ReLUState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        slots = score_slots(
+            self.gate, self.scoring, params, x, max_k=self.max_k, key=key, token_mask=token_mask,
+            expert_bias=jnp.zeros((self.num_experts,), jnp.float32),
+        )  # fmt: skip
+        keep = slots.scores > jax.lax.stop_gradient(state.cutoff)
+        return build_routing(
+            logits=slots.logits,
+            probs=jax.nn.softmax(slots.logits, axis=-1),
+            indices=slots.indices,
+            weights=self.scoring.weights(slots.scores, keep, min_k=0),
+            keep=keep,
+            token_mask=token_mask,
+        )
+
+    def regularization(
+        self,
+        params: Params,
+        state: ReLUState,
+        routing: Routing | ExpertChoice,
+        *,
+        axis_name: Axes = None,
+    ) -> Array:
+        loss = relu_l1_loss(routing, target_k=self.target_k, axis_name=axis_name)
+        return jax.lax.stop_gradient(state.l1_coefficient) * loss
+
+    def update(self, state: ReLUState, stats: RoutingStats) -> ReLUState:
+        coefficient = multiplicative_controller(
+            state.l1_coefficient,
+            measured=stats.mean_experts_per_token,
+            target=self.target_k,
+            step=self.step,
+            low=1e-12,
+            high=1e4,
+        )
+        # A batch of padding alone has measured nothing and moves nothing.
+        coefficient = jnp.where(stats.token_count > 0, coefficient, state.l1_coefficient)
+        return dataclasses.replace(state, l1_coefficient=coefficient)
+
+    def fit(
+        self,
+        params: Params,
+        state: ReLUState,
+        x: Array,
+        *,
+        target_mean_k: float,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> ReLUState:
+        budget.check_target(target_mean_k, min_k=0, max_k=self.max_k)
+        mask = real_tokens(token_mask, x)
+        scores = np.asarray(self.scoring.scores(self.gate(params, x)))[mask]
+        best = -np.sort(-scores, axis=1)[:, : self.max_k]
+        own = float((best > 0).sum(axis=1).mean())
+        if target_mean_k > own:
+            raise ValueError(
+                f"target_mean_k: expected at most {own:.3f}, which is what these tokens use without "
+                f"a cutoff, got {target_mean_k}. More than that only training can give."
+            )
+        cutoff = max(0.0, -budget.fit_cut(-best, target_mean_k * len(best)))
+        state = dataclasses.replace(state, cutoff=jnp.asarray(cutoff, jnp.float32))
+        return finish_fit(
+            self, params, state, x,
+            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
+        )  # fmt: skip

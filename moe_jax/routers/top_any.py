@@ -1,0 +1,211 @@
+"""Top-any: a token uses every expert whose cosine to it passes the expert's own, learned threshold."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax import budget
+from moe_jax.difficulty import Context
+from moe_jax.logits import Gate
+from moe_jax.losses import Axes, mean_over_tokens
+from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens
+from moe_jax.scoring import Scoring
+from moe_jax.selection import build_routing, clip_counts, top_slots
+from moe_jax.types import Array, ExpertChoice, Params, Routing, check_array, check_k, pytree
+
+_SIGMOID = Scoring(score="sigmoid")
+_TINY = 1e-12  # lengths below it count as it, as in the authors' normalisation
+
+
+@pytree
+class TopAnyState:
+    offset: Array  # f32[], added to every threshold; cosines
+    fit: budget.Fit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopAny(Router):
+    """Expert e is used iff ``sigmoid(scale * cos(x, w_e)) > sigmoid(scale * threshold_e)``.
+
+    The top-any gate of DynMoE (Guo et al. 2024, arXiv:2405.14297). ``w_e`` is column e of the kernel,
+    ``thresholds`` f32[E] is a parameter too: the weight of a used expert is 1 / n, n being the number
+    that the token uses, while its gradient is that of ``(score - threshold score) / n`` with n held
+    fixed (straight through the sign). So the router learns although weights are constant, which
+    renormalised weights would not let it. Experts that are not used get no gradient.
+
+    With ``min_k=1`` a token that passes no threshold uses its best-scoring expert, with weight 1 and
+    without a gradient: what the authors do in evaluation. In training they leave it without any:
+    ``min_k=0``, the same parameters and state.
+
+    Nothing holds the mean: it may fall to one expert or none in a layer, or rise to all. Watch
+    ``stats.mean_experts_per_token``; ``fit`` moves all thresholds by one offset to a mean that was
+    asked for; ``efficiency`` pushes it down in training.
+
+    ``regularization`` is the authors' loss on parameters, ``diversity * (|W'W - 1| + mean |w_e|)``,
+    with columns of unit length in the first (Frobenius) norm, plus ``efficiency * mean gate``. Their
+    load-balancing term is on gates; here ``losses.load_balancing_loss`` reads the scores over their
+    sum. Not here: a temperature that is learned (their Tutel release has one, their DeepSpeed release
+    fixes it at 1), columns that start orthogonal, and experts added or taken away while training (take
+    one away with ``Gate(disabled_experts=...)``).
+
+    Args:
+        num_experts: E.
+        min_k: 1, or 0 to leave a token without an expert.
+        max_k: most experts a token uses, the best-scoring ones that pass; None is E.
+        scale: of the cosines; the authors start from 1 (DeepSpeed release) or 10 (Tutel release).
+        diversity: coefficient of the loss on parameters.
+        efficiency: coefficient of the mean gate.
+        gate: noise, jitter and disabled experts; it sees x and the kernel's columns at unit length.
+
+    Example:
+        >>> router = TopAny(num_experts=8, max_k=4)
+        >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
+        >>> routing = router(params, state, jax.random.normal(jax.random.key(1), (5, 16)))
+        >>> routing.expert_indices.shape, sorted(params)
+        ((5, 4), ['kernel', 'thresholds'])
+    """
+
+    num_experts: int
+    min_k: int = 1
+    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
+    scale: float = 1.0
+    diversity: float = 1e-2
+    efficiency: float = 0.0
+    gate: Gate = Gate()
+
+    def __post_init__(self) -> None:
+        if self.max_k is None:
+            object.__setattr__(self, "max_k", self.num_experts)
+        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        if self.min_k > 1:
+            raise ValueError(
+                f"min_k: expected 0 or 1, got {self.min_k}. Top-any falls back on one expert."
+            )
+        if not 0 < self.scale <= 100:
+            raise ValueError(f"scale: expected 0 < scale <= 100, got {self.scale}. 1 is usual.")
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=True,
+            batch_invariant=True,
+            may_leave_token_empty=self.min_k == 0,
+            budget="expected",
+        )
+
+    def init(self, key: Array, d_model: int) -> Params:
+        params = self.gate.init(key, d_model=d_model, num_experts=self.num_experts)
+        return {**params, "thresholds": jnp.zeros((self.num_experts,), jnp.float32)}
+
+    def init_state(self) -> TopAnyState:
+        return TopAnyState(offset=jnp.zeros((), jnp.float32), fit=budget.unfitted(self.max_k))
+
+    def __call__(
+        self,
+        params: Params,
+        state: TopAnyState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        logits = self._logits(params, x, key=key, token_mask=token_mask)
+        scores = _SIGMOID.scores(logits)
+        offset = jax.lax.stop_gradient(state.offset)
+        margins = scores - self._threshold_scores(params["thresholds"], offset)[None, :]
+        passes = margins > 0
+        # Those that pass come first, best score first; after them the fallback's order.
+        indices, _ = top_slots(jnp.where(passes, scores, scores - 2.0), self.max_k)
+        passes = jnp.take_along_axis(passes, indices, axis=-1)
+        keep = clip_counts(passes, min_k=self.min_k)
+        margin = jnp.where(passes, jnp.take_along_axis(margins, indices, axis=-1), 0.0)
+        gates = 1.0 + (margin - jax.lax.stop_gradient(margin))
+        count = jnp.maximum(keep.sum(axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
+        return build_routing(
+            logits=logits,
+            probs=_SIGMOID.probs(scores),
+            indices=indices,
+            weights=gates / count,
+            keep=keep,
+            token_mask=token_mask,
+        )
+
+    def regularization(
+        self,
+        params: Params,
+        state: TopAnyState,
+        routing: Routing | ExpertChoice,
+        *,
+        axis_name: Axes = None,
+    ) -> Array:
+        kernel = params["kernel"].astype(jnp.float32)
+        on = np.ones(self.num_experts, np.float32)
+        on[list(self.gate.disabled_experts)] = 0.0
+        unit = _unit(kernel, axis=0)
+        similar = (unit.T @ unit - jnp.eye(self.num_experts)) * np.outer(on, on)
+        lengths = _root(jnp.square(kernel).sum(axis=0))
+        loss = self.diversity * (_root(jnp.square(similar).sum()) + lengths.mean())
+        if self.efficiency:
+            count = routing.num_experts_per_token.astype(jnp.float32)
+            gates = routing.combine_weights.sum(axis=-1) * count / self.num_experts
+            loss = loss + self.efficiency * mean_over_tokens(gates, routing, axis_name)
+        return loss
+
+    def fit(
+        self,
+        params: Params,
+        state: TopAnyState,
+        x: Array,
+        *,
+        target_mean_k: float,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> TopAnyState:
+        budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
+        mask = real_tokens(token_mask, x)
+        scores = np.asarray(_SIGMOID.scores(self._logits(params, x)))[mask]
+
+        def mean_k(offset: float) -> float:
+            least = self._threshold_scores(params["thresholds"], jnp.float32(offset))
+            counts = (scores > np.asarray(least)[None, :]).sum(axis=1)
+            return float(np.clip(counts, self.min_k, self.max_k).mean())
+
+        reach = 1.0 + float(np.abs(np.asarray(params["thresholds"])).max())
+        offset = budget.bisect(mean_k, target_mean_k, low=-reach, high=reach, steps=30)
+        state = dataclasses.replace(state, offset=jnp.asarray(offset, jnp.float32))
+        return finish_fit(
+            self, params, state, x,
+            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
+        )  # fmt: skip
+
+    def _logits(
+        self, params: Params, x: Array, *, key: Array | None = None, token_mask: Array | None = None
+    ) -> Array:
+        """f32[T, E]: scaled cosines."""
+        check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
+        if token_mask is not None:
+            check_array(
+                "token_mask", token_mask, "T", kind="bool", sizes={"T": x.shape[0]},
+                fix="Pass bool[T], True for real tokens, flattened like x.",
+            )  # fmt: skip
+            x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
+        x = _unit(x.astype(jnp.float32), axis=1)
+        kernel = self.scale * _unit(params["kernel"].astype(jnp.float32), axis=0)
+        return self.gate({**params, "kernel": kernel}, x, key=key, token_mask=token_mask)
+
+    def _threshold_scores(self, thresholds: Array, offset: Array) -> Array:
+        return jax.nn.sigmoid(self.scale * (thresholds.astype(jnp.float32) + offset))
+
+
+def _root(squares: Array) -> Array:
+    """The square root, with gradient 0 instead of infinity at 0."""
+    return jnp.sqrt(jnp.maximum(squares, _TINY**2))
+
+
+def _unit(vectors: Array, *, axis: int) -> Array:
+    return vectors / _root(jnp.square(vectors).sum(axis=axis, keepdims=True))
