@@ -8,6 +8,7 @@ answer to one input never depends on earlier inputs.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from moe_jax.types import Array
@@ -48,6 +49,46 @@ def pi_controller(
     held = ((value >= high) & (error > 0)) | ((value <= low) & (error < 0))
     integral = jnp.where(held, integral, grown)
     return jnp.clip(anchor + kp * error + ki * integral, low, high), integral
+
+
+def balancing_bias(scores: Array, expert_bias: Array, token_mask: Array, *, k: int) -> Array:
+    """f32[E]: the selection bias that would even out the load of this batch, up to a constant.
+
+    One round of quantile balancing (Su, kexue.fm 11626; Megatron-LM's form for a fixed k). Token t
+    would take expert e from a score of ``alpha_t`` on, the (k + 1)-th largest of its biased scores; so
+    the bias that leaves expert e with ``T k / E`` tokens is minus the ``T k / E + 1``-th largest of
+    ``scores[:, e] - alpha``. Rounds settle within a few on one batch.
+
+    Args:
+        scores: f32[T, E], before the bias.
+        expert_bias: f32[E], the one in use.
+        token_mask: bool[T], False for padding, which counts in nothing.
+        k: below E.
+
+    Example:
+        >>> scores = jnp.array([[3.0, 1.0], [2.0, 1.0], [9.0, 0.0], [4.0, 3.0]])
+        >>> balancing_bias(scores, jnp.zeros(2), jnp.ones(4, bool), k=1).tolist()
+        [-1.0, -0.0]
+    """
+    alpha = jax.lax.top_k(scores + expert_bias[None, :], k + 1)[0][:, k:]
+    margins = jnp.where(token_mask[:, None], scores - alpha, -jnp.inf)
+    ordered = -jnp.sort(-margins, axis=0)  # best first
+    count = token_mask.sum(dtype=jnp.int32)
+    place = jnp.clip(count * k // scores.shape[1], 0, jnp.maximum(count - 1, 0))
+    return jnp.where(count > 0, -ordered[place], 0.0)
+
+
+def quantile_bias(expert_bias: Array, batch_bias: Array, *, rate: float) -> Array:
+    """f32[E]: the share ``rate`` of the way to the batch's ``balancing_bias``, with mean 0.
+
+    At rate 1, Megatron-LM's default, there is no memory of earlier batches.
+
+    Example:
+        >>> quantile_bias(jnp.zeros(2), jnp.array([3.0, 1.0]), rate=0.5).tolist()
+        [0.5, -0.5]
+    """
+    moved = (1.0 - rate) * expert_bias + rate * batch_bias
+    return moved - moved.mean()
 
 
 def multiplicative_controller(

@@ -137,7 +137,7 @@ def moe_layer(
         expert_fn, params["experts"], flat, routing,
         capacity=capacity, max_rows=max_rows, priority=priority,
         renormalize_kept=renormalize_kept, implementation=implementation,
-        observed=_observed(router, routing, groups), groups=groups, parallel=parallel,
+        observed=_observed(router, state, routing, groups), groups=groups, parallel=parallel,
     )  # fmt: skip
     if "shared" in params:
         y = y + _shared(expert_fn, params, flat, mask, parallel)
@@ -203,13 +203,13 @@ def run_routing(
     return y, stats if parallel is None else global_stats(stats, parallel.token_axes)
 
 
-def _observed(router: Router, routing: Routing | ExpertChoice, groups: int) -> Array:
+def _observed(router: Router, state, routing: Routing | ExpertChoice, groups: int) -> Array:
     """What the rule observes, in each group by itself and averaged by tokens, as devices do it."""
     if groups == 1:
-        return router.observe(routing)
+        return router.observe(state, routing)
     split = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), routing)
     tokens = split.token_mask.sum(axis=1, dtype=jnp.float32)
-    seen = jax.vmap(router.observe)(split)
+    seen = jax.vmap(lambda part: router.observe(state, part))(split)
     return (seen * tokens[:, None]).sum(axis=0) / jnp.maximum(tokens.sum(), 1.0)
 
 

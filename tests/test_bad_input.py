@@ -150,6 +150,13 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "k above E": (ValueError, lambda: TopK(num_experts=4, k=5), "num_experts=4.*max_k=5"),
     "k of 0": (ValueError, lambda: TopK(num_experts=4, k=0), "max_k=0"),
     "no experts": (ValueError, lambda: TopK(num_experts=0, k=1), "num_experts.*got 0"),
+    "quantiles with every expert": (
+        ValueError, lambda: TopK(num_experts=4, k=4, balance="quantile"), "k=4 of 4",
+    ),
+    "quantiles past the batch's": (
+        ValueError, lambda: TopK(num_experts=4, k=2, balance="quantile", balance_rate=2.0), "got 2.0",
+    ),
+    "balance unknown": (ValueError, lambda: TopK(num_experts=4, k=2, balance="qb"), "got 'qb'"),
     "min above max": (
         ValueError, lambda: DynamicK(num_experts=4, min_k=3, max_k=2), "min_k=3, max_k=2",
     ),

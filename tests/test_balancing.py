@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.balancing import ema_quantile, loss_free_bias, pi_controller
+from moe_jax.balancing import balancing_bias, ema_quantile, loss_free_bias, pi_controller
 from moe_jax.budget import per_expert_quantiles
 from moe_jax.dispatch import plan_dispatch, to_assignments
 from moe_jax.losses import load_balancing_loss
-from moe_jax.routers import DynamicK, ExpertThreshold, Router, TopK, TopP
+from moe_jax.routers import DynamicK, ExpertThreshold, ReLURouter, Router, TopK, TopP
 from moe_jax.scoring import Scoring
 from moe_jax.stats import routing_stats
 
@@ -38,7 +38,7 @@ def follow(router: Router, params, batch, steps: int):
     def step(state, x):
         routing = router(params, state, x)
         plan = plan_dispatch(to_assignments(routing))
-        stats = routing_stats(routing, plan, observed=router.observe(routing))
+        stats = routing_stats(routing, plan, observed=router.observe(state, routing))
         return router.update(state, stats), stats
 
     xs = jax.vmap(batch)(jnp.arange(steps))
@@ -59,6 +59,28 @@ def test_loss_free_bias_lowers_the_load_of_a_skewed_stream():
         assert last < 1.5, (first, last)
         score = np.asarray(stats.load_balance_score)
         assert score[-30:].mean() > 0.94 > score[:5].mean()
+
+
+def test_quantile_balancing_evens_out_a_skewed_stream_at_once():
+    """No step to tune: a few batches do what the sign controller takes hundreds for."""
+    for rate, scoring in ((1.0, Scoring(score="sigmoid")), (0.3, Scoring())):
+        router = TopK(num_experts=E, k=2, balance="quantile", balance_rate=rate, scoring=scoring)
+        params, batch = skewed(router)
+        state, stats = follow(router, params, batch, 40)
+        load = np.asarray(stats.max_over_mean_load)
+        assert load[0] > 3.0, "the stream must be skewed to begin with"
+        assert load[15:].mean() < 1.35, load
+        np.testing.assert_allclose(state.expert_bias.mean(), 0.0, atol=1e-6)
+
+
+def test_padding_takes_no_part_in_quantile_balancing():
+    scores = jax.random.normal(jax.random.key(0), (40, 4))
+    bias, mask = jnp.array([0.3, -0.1, 0.0, -0.2]), jnp.arange(40) % 4 != 0
+    got = jax.jit(balancing_bias, static_argnames="k")(scores, bias, mask, k=2)
+    real = np.asarray(scores)[np.asarray(mask)]
+    alpha = np.sort(real + np.asarray(bias), axis=1)[:, ::-1][:, 2:3]
+    want = -np.sort(real - alpha, axis=0)[::-1][30 * 2 // 4]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_without_a_rate_the_bias_stays_where_it_is():
@@ -188,6 +210,8 @@ def test_per_expert_quantiles_are_numpys_over_real_tokens():
 def test_a_batch_of_padding_alone_moves_no_controller():
     for router in (
         TopK(num_experts=E, k=2, balance_rate=0.1),
+        TopK(num_experts=E, k=2, balance_rate=0.1, balance="quantile"),
+        ReLURouter(num_experts=E, target_k=2.0),
         DynamicK(num_experts=E, min_k=1, max_k=2, balance_rate=0.1),
         TopP(num_experts=E, target_mean_k=2.0),
         ExpertThreshold(num_experts=E, target_k=2.0),
@@ -195,7 +219,7 @@ def test_a_batch_of_padding_alone_moves_no_controller():
         params, state = router.init(jax.random.key(0), D), router.init_state()
         routing = router(params, state, jnp.ones((4, D)), token_mask=jnp.zeros(4, bool))
         plan = plan_dispatch(to_assignments(routing))
-        stats = routing_stats(routing, plan, observed=router.observe(routing))
+        stats = routing_stats(routing, plan, observed=router.observe(state, routing))
         jax.tree.map(np.testing.assert_array_equal, router.update(state, stats), state)
 
 

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax import FeedForward, Gate, ReLURouter, Scoring, TopAny, TopK, TopP
+from moe_jax import (
+    FeedForward,
+    Gate,
+    ReLURouter,
+    Scoring,
+    TopAny,
+    TopK,
+    TopP,
+    plan_dispatch,
+    routing_stats,
+    to_assignments,
+)
 from moe_jax.experts import IMPLEMENTATIONS
 from moe_jax.losses import relu_l1_loss
 
@@ -147,3 +158,41 @@ def test_relu_routing_and_its_loss_equal_remoe():
     np.testing.assert_allclose(relu_l1_loss(routing, target_k=2.0), want, rtol=1e-6)
     own = router.regularization(identity, state, routing)
     np.testing.assert_allclose(own, 1e-8 * want, rtol=1e-6)
+
+
+def test_quantile_balancing_equals_megatron():
+    """Six rounds on one batch: loads 0 to 39 become 15 to 18. Their beta is our bias, negated.
+
+    A quantile puts one token of each expert exactly on its edge, where two of the token's experts have
+    equal scores: those ties are by construction, and torch breaks them otherwise than we do.
+    """
+    golden = load("megatron_quantile_balancing.npz")
+    logits = jnp.asarray(golden["logits"])
+    experts = logits.shape[1]
+    router = TopK(
+        num_experts=experts, k=2, scoring=Scoring(score="identity"),
+        balance="quantile", balance_rate=1.0,
+    )  # fmt: skip
+    identity = {"kernel": jnp.eye(experts, dtype=jnp.float32)}
+
+    @jax.jit
+    def round_of(state):
+        routing = router(identity, state, logits)
+        plan = plan_dispatch(to_assignments(routing))
+        stats = routing_stats(routing, plan, observed=router.observe(state, routing))
+        return router.update(state, stats), routing
+
+    state, routing, clear = router.init_state(), None, np.zeros(len(logits), bool)
+    for i, loads in enumerate(golden["loads"]):
+        np.testing.assert_allclose(-state.expert_bias, golden["betas"][i], rtol=0, atol=1e-6)
+        best = -np.sort(-(golden["logits"] - golden["betas"][i]), axis=1)
+        clear = best[:, 1] - best[:, 2] > 1e-6
+        assert (~clear).sum() <= experts
+        state, routing = round_of(state)
+        off = np.abs(np.asarray(routing.expert_mask).sum(axis=0) - loads)
+        assert off.sum() <= 2 * (~clear).sum()
+    np.testing.assert_allclose(-state.expert_bias, golden["betas"][-1], rtol=0, atol=1e-6)
+    last = np.zeros((len(logits), experts), bool)
+    np.put_along_axis(last, golden["last_index"], True, axis=1)
+    np.testing.assert_array_equal(np.asarray(routing.expert_mask)[clear], last[clear])
+    assert np.asarray(routing.expert_mask).sum(axis=0).max() <= 18

@@ -112,6 +112,9 @@ CASES: dict[str, Router] = {
     "TopK: sigmoid, groups, bias, scale": TopK(
         num_experts=E, k=3, scoring=DEEPSEEK_V3, balance_rate=1e-3
     ),
+    "TopK: quantile-balanced": TopK(
+        num_experts=E, k=2, scoring=Scoring(score="sigmoid"), balance="quantile", balance_rate=0.5
+    ),
     "TopK: group max, filled with 0": TopK(num_experts=E, k=3, scoring=DEEPSEEK_V2),
     "TopK: sqrtsoftplus, bias on the logit": TopK(
         num_experts=E, k=2, scoring=Scoring(score="sqrtsoftplus", select_by="logit", norm="clamp")
@@ -523,7 +526,7 @@ def test_padding_counts_in_nothing(case: Case):
         jax.tree.map(
             partial(np.testing.assert_allclose, rtol=1e-6), everything_measured(b), measured
         )
-        same(case.router.observe(b), case.router.observe(a))
+        same(case.router.observe(case.state, b), case.router.observe(case.state, a))
         own = partial(case.router.regularization, case.params, case.state)
         np.testing.assert_allclose(own(b), own(a), rtol=1e-6)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(measured))
@@ -679,7 +682,7 @@ def test_a_state_is_small_and_keeps_its_shape_under_update(case: Case):
 
     def step(state, routing):
         stats = routing_stats(
-            routing, plan_dispatch(to_assignments(routing)), observed=router.observe(routing)
+            routing, plan_dispatch(to_assignments(routing)), observed=router.observe(state, routing)
         )
         return router.update(state, stats)
 

@@ -214,7 +214,7 @@ class MoEBlock:
             y = y.reshape(*routing.expert_indices.shape, -1).sum(axis=1)
         stats = routing_stats(
             routing, plan, slots_executed=chosen.slots_executed(plan),
-            observed=self.router.observe(routing), implementation=chosen.name,
+            observed=self.router.observe(self.state, routing), implementation=chosen.name,
         )  # fmt: skip
         return y, stats
 

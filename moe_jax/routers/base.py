@@ -116,8 +116,11 @@ class Router(abc.ABC):
             context: what difficulty estimators may need beyond x.
         """
 
-    def observe(self, routing: Routing | ExpertChoice) -> Array:
-        """f32[E]: what ``update`` needs of a batch beyond counts; may be averaged over shards."""
+    def observe(self, state: Any, routing: Routing | ExpertChoice) -> Array:
+        """f32[E]: what ``update`` needs of a batch beyond counts; may be averaged over shards.
+
+        ``state`` is the one that the batch was routed with.
+        """
         return jnp.zeros((self.num_experts,), jnp.float32)
 
     def regularization(

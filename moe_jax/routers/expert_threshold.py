@@ -128,7 +128,7 @@ class ExpertThreshold(Router):
             token_mask=token_mask,
         )
 
-    def observe(self, routing: Routing | ExpertChoice) -> Array:
+    def observe(self, state: ExpertThresholdState, routing: Routing | ExpertChoice) -> Array:
         scores = jax.lax.stop_gradient(self.scoring.scores(routing.router_logits))
         rate = self.target_k / self.num_experts
         return budget.per_expert_quantiles(scores, routing.token_mask, rate)

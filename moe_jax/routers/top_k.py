@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
-from moe_jax.balancing import loss_free_bias
+from moe_jax.balancing import balancing_bias, loss_free_bias, quantile_bias
 from moe_jax.difficulty import Context
 from moe_jax.logits import Gate
 from moe_jax.routers.base import Router, Traits, score_slots
 from moe_jax.scoring import Scoring
 from moe_jax.selection import build_routing
-from moe_jax.types import Array, Params, Routing, RoutingStats, check_k, pytree
+from moe_jax.types import (
+    Array,
+    ExpertChoice,
+    Params,
+    Routing,
+    RoutingStats,
+    check_choice,
+    check_k,
+    pytree,
+)
+
+BALANCES = ("sign", "quantile")
 
 
 @pytree
@@ -32,12 +44,15 @@ class TopK(Router):
         k: experts per token.
         gate: the map to logits.
         scoring: logits to scores and weights.
-        balance_rate: step of the loss-free bias controller that ``update`` runs; 0 is off.
+        balance_rate: of the controller that ``update`` runs on the selection bias; 0 is off.
+        balance: ``sign`` moves the bias by ``balance_rate`` against the load (loss-free balancing);
+            ``quantile`` by the share ``balance_rate`` of the way to the bias that would have evened
+            out the batch (quantile balancing, at rate 1 that of Megatron-LM, which wants no
+            load-balancing loss beside it).
         use_expert_scale: whether the parameter ``expert_scale`` f32[E] multiplies the final weights
             (Gemma 4).
 
     Example:
-        >>> import jax
         >>> router = TopK(num_experts=8, k=2, scoring=Scoring(norm="sum"))
         >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
         >>> routing = router(params, state, jnp.ones((5, 16)))
@@ -51,10 +66,28 @@ class TopK(Router):
     scoring: Scoring = Scoring()
     balance_rate: float = 0.0
     use_expert_scale: bool = False
+    balance: str = "sign"
 
     def __post_init__(self) -> None:
         check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
         self.scoring.check(num_experts=self.num_experts, max_k=self.k)
+        check_choice("balance", self.balance, BALANCES)
+        if self.balance == "quantile":
+            self._check_quantile()
+
+    def _check_quantile(self) -> None:
+        if not 0 <= self.balance_rate <= 1:
+            raise ValueError(
+                f"balance_rate: expected 0 to 1 with balance='quantile', got {self.balance_rate}. 1 "
+                "goes all the way to the batch's quantiles."
+            )
+        off, groups = self.gate.disabled_experts, self.scoring.num_groups
+        if self.k == self.num_experts or off or groups != 1:
+            raise ValueError(
+                "balance: expected a choice among all experts for 'quantile', got "
+                f"k={self.k} of {self.num_experts}, disabled_experts={off}, num_groups={groups}. It "
+                "would give every expert the same load; use balance='sign'."
+            )
 
     @property
     def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -106,8 +139,23 @@ class TopK(Router):
             token_mask=token_mask,
         )
 
+    def observe(self, state: TopKState, routing: Routing | ExpertChoice) -> Array:
+        if self.balance != "quantile" or not self.balance_rate:
+            return jnp.zeros((self.num_experts,), jnp.float32)
+        logits = jax.lax.stop_gradient(routing.router_logits)
+        none = jnp.zeros((self.num_experts,), jnp.float32)
+        scores = self.scoring.selection_scores(logits, self.scoring.scores(logits), none)
+        return balancing_bias(scores, state.expert_bias, routing.token_mask, k=self.k)
+
     def update(self, state: TopKState, stats: RoutingStats) -> TopKState:
         if not self.balance_rate:
             return state
-        bias = loss_free_bias(state.expert_bias, stats.tokens_per_expert, rate=self.balance_rate)
+        if self.balance == "quantile":
+            bias = quantile_bias(state.expert_bias, stats.observed, rate=self.balance_rate)
+            # A batch of padding alone has seen no score and moves nothing.
+            bias = jnp.where(stats.token_count > 0, bias, state.expert_bias)
+        else:
+            bias = loss_free_bias(
+                state.expert_bias, stats.tokens_per_expert, rate=self.balance_rate
+            )
         return dataclasses.replace(state, expert_bias=bias)
