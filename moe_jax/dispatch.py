@@ -16,7 +16,7 @@ from moe_jax.types import (
     check_choice,
 )
 
-PRIORITIES = ("score", "order")
+PRIORITIES = ("score", "order", "choice")
 
 
 def expert_capacity(num_tokens: int, num_experts: int, k: float, capacity_factor: float) -> int:
@@ -124,16 +124,20 @@ def plan_dispatch(
     """Decides which assignments are computed and in which row. One stable sort by expert.
 
     Without ``capacity`` and ``max_rows`` nothing is dropped. With ``capacity`` an expert keeps its
-    first C assignments, by descending weight (``priority="score"``) or by position in the batch
-    (``"order"``, as in Switch). With ``max_rows`` at most R assignments are kept in all; a token's
-    first expert is never among the dropped ones, neither by the row budget nor, then, by capacity
-    before any second choice.
+    first C assignments: by descending weight (``priority="score"``), by position in the batch
+    (``"order"``, as in Switch), or all first choices by position, then all second ones, and so on
+    (``"choice"``, as in GShard and DeepSpeed). With ``max_rows`` at most R assignments are kept in
+    all; a token's first expert is never among the dropped ones, neither by the row budget nor, then,
+    by capacity before any second choice.
+
+    What a token lost, ``kept_weights(renormalize=True)`` gives to what it kept. DeepSpeed does so; the
+    GShard paper (arXiv:2006.16668) normalises before it drops.
 
     Args:
         assignments: N assignments.
         capacity: C, most rows of one expert; None for no bound.
         max_rows: R, most rows in all; None for no bound. For token choice R must be at least T.
-        priority: ``"score"`` or ``"order"``.
+        priority: ``"score"``, ``"order"`` or ``"choice"``.
 
     Returns:
         The plan. Ties in weight go to the earlier assignment.
@@ -188,6 +192,8 @@ def plan_dispatch(
         second = jnp.zeros((n,), jnp.int32)
     if priority == "score":
         cost = -jax.lax.stop_gradient(assignments.weights)
+    elif priority == "choice" and slots:
+        cost = (index % slots).astype(jnp.float32)
     else:
         cost = jnp.zeros((n,), jnp.float32)
     queue = jax.lax.sort((experts, second, cost, index), num_keys=4, is_stable=False)[3]

@@ -287,7 +287,7 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "capacity of 0": (ValueError, lambda: plan(capacity=0), "capacity.*got 0"),
     "row budget of 0": (ValueError, lambda: plan(max_rows=0), "max_rows.*got 0"),
     "row budget below T": (ValueError, lambda: plan(max_rows=T - 1), "at least T=6.*got 5"),
-    "priority unknown": (ValueError, lambda: plan(priority="best"), "'score', 'order', got 'best'"),
+    "priority unknown": (ValueError, lambda: plan(priority="best"), "'order', 'choice', got 'best'"),
     "capacity factor of 0": (ValueError, lambda: layer(capacity_factor=0.0), "got 0.0"),
     "negative capacity factor": (ValueError, lambda: expert_capacity(4, 4, 1, -1.0), "got -1.0"),
     "renormalised expert choice": (ValueError, expert_choice_weights, "got expert choice"),

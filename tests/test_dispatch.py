@@ -119,6 +119,17 @@ def test_hand_tables(bounds, rows):
     assert rows_of(plan_dispatch(assign(EXPERTS, WEIGHTS, 3), **bounds)) == rows
 
 
+def test_first_choices_come_before_second_ones():
+    """Expert 1 has one row: token 0's second choice is earlier, token 1's first choice goes first."""
+    a = assign([[0, 1], [1, 0], [1, 0]], [[0.5, 0.5], [0.6, 0.4], [0.9, 0.1]], 2)
+    assert rows_of(plan_dispatch(a, capacity=1, priority="choice")) == [[(0, 0.5)], [(1, 0.6)]]
+    assert rows_of(plan_dispatch(a, capacity=1, priority="order")) == [[(0, 0.5)], [(0, 0.5)]]
+    two = plan_dispatch(a, capacity=2, priority="choice")
+    assert rows_of(two) == [[(0, 0.5), (1, 0.4)], [(1, 0.6), (2, 0.9)]]
+    in_all = plan_dispatch(a, max_rows=4, priority="choice")
+    assert rows_of(in_all) == [[(0, 0.5)], [(1, 0.6), (2, 0.9), (0, 0.5)]]
+
+
 def test_hand_table_of_the_output():
     """Expert e returns 10 ** e, so the output's digits say which experts each token got."""
     plan = plan_dispatch(assign(EXPERTS, WEIGHTS, 3), capacity=2)

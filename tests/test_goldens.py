@@ -19,12 +19,14 @@ from moe_jax import (
     TopAny,
     TopK,
     TopP,
+    expert_capacity,
+    kept_weights,
     plan_dispatch,
     routing_stats,
     to_assignments,
 )
 from moe_jax.experts import IMPLEMENTATIONS
-from moe_jax.losses import relu_l1_loss
+from moe_jax.losses import load_balancing_loss, relu_l1_loss
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -196,3 +198,41 @@ def test_quantile_balancing_equals_megatron():
     np.put_along_axis(last, golden["last_index"], True, axis=1)
     np.testing.assert_array_equal(np.asarray(routing.expert_mask)[clear], last[clear])
     assert np.asarray(routing.expert_mask).sum(axis=0).max() <= 18
+
+
+def test_drops_by_choice_equal_deepspeed():
+    """GShard's top-2 at capacity 8 of 64 tokens and 8 experts: half of what was asked for is dropped.
+
+    DeepSpeed takes the second choice without noise here, and divides by what it kept, so a token
+    that lost one choice gives the other weight 1, and six tokens that lost both get nothing.
+    """
+    golden = load("deepspeed_top2_drop.npz")
+    logits = jnp.asarray(golden["logits"])
+    tokens, experts, capacity = golden["combine"].shape
+    assert expert_capacity(tokens, experts, 2, 0.5) == capacity
+    identity = {"kernel": jnp.eye(experts, dtype=jnp.float32)}
+
+    @jax.jit
+    def planned():
+        router = TopK(num_experts=experts, k=2, scoring=Scoring(norm="sum"))
+        routing = router(identity, router.init_state(), logits)
+        plan = plan_dispatch(to_assignments(routing), capacity=capacity, priority="choice")
+        return plan, kept_weights(plan, renormalize=True)
+
+    plan, weights = planned()
+    combine = np.zeros((tokens, experts, capacity), np.float32)
+    kept = np.asarray(plan.kept)
+    a = plan.assignments
+    place = tuple(np.asarray(v)[kept] for v in (a.token_indices, a.expert_indices, plan.position))
+    combine[place] = np.asarray(weights)[kept]
+    np.testing.assert_array_equal(combine > 0, golden["dispatch"])
+    np.testing.assert_allclose(combine, golden["combine"], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(plan.demand, golden["exp_counts"])
+    assert kept.sum() == 64
+    assert (~golden["dispatch"].any(axis=(1, 2))).sum() == 6
+    other = plan_dispatch(a, capacity=capacity, priority="order")
+    assert not np.array_equal(other.kept, plan.kept), "position alone drops others"
+    # Its loss counts first choices alone.
+    first = TopK(num_experts=experts, k=1)
+    routing = jax.jit(first)(identity, first.init_state(), logits)
+    np.testing.assert_allclose(load_balancing_loss(routing), golden["l_aux"], rtol=1e-5)
