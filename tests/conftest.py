@@ -42,9 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
         )
 
     config.pluginmanager.register(_CheapDoctests(), "cheap-doctests")
+    # Neither a case nor the making of cases has a time: a cold, busy machine compiles in between.
     hypothesis.settings.register_profile(
-        "ci", deadline=None, max_examples=20, derandomize=True, database=None
-    )
+        "ci", deadline=None, max_examples=20, derandomize=True, database=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )  # fmt: skip
     hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

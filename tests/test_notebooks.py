@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -73,23 +74,31 @@ def test_no_machine_paths(path: Path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_runs_from_top_to_bottom(path: Path):
+def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path):
     import nbformat
     from nbclient import NotebookClient
+    from traitlets.config import Config
 
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
-    )
-    client.execute(env=kernel_environment())
+    with tempfile.TemporaryDirectory() as folder:  # of a short name, as sockets' names must be
+        client = NotebookClient(
+            notebook, timeout=600, startup_timeout=300, kernel_name="python3",
+            resources={"metadata": {"path": str(FOLDER)}},
+            # A port could be another's by the time that the kernel listens on it.
+            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/k"}}),
+        )  # fmt: skip
+        client.execute(env=kernel_environment(tmp_path))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     pictures = [o for cell in code for o in cell.outputs if "image/png" in o.get("data", {})]
     assert pictures, "no picture came out"
 
 
-def kernel_environment() -> dict[str, str]:
-    """Compiled code is kept between runs, as in conftest.py; plots go into the notebook."""
+def kernel_environment(own: Path) -> dict[str, str]:
+    """Compiled code is kept between runs, as in conftest.py; plots go into the notebook.
+
+    IPython's folder, with its one history for all, is the kernel's own.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     defaults = {
         "JAX_PLATFORMS": "cpu",
@@ -97,7 +106,8 @@ def kernel_environment() -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     inline = "module://matplotlib_inline.backend_inline"
-    return {**defaults, **os.environ, "MPLBACKEND": inline, "PYTHONPATH": path}
+    fixed = {"MPLBACKEND": inline, "PYTHONPATH": path, "IPYTHONDIR": str(own / "ipython")}
+    return {**defaults, **os.environ, **fixed}
 
 
 def test_the_kernel_is_this_python():
