@@ -281,7 +281,7 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "got 2.0",
     ),
     "fit of a rule without a budget": (
-        TypeError, lambda: fit(router=ROUTER), "got TopK.*Use DynamicK",
+        TypeError, lambda: fit(router=ROUTER), "got TopK.*Use one of DynamicK.*TopAny",
     ),
     # --- dispatch
     "capacity of 0": (ValueError, lambda: plan(capacity=0), "capacity.*got 0"),

@@ -160,10 +160,10 @@ class Router(abc.ABC):
             TypeError: the rule has no budget to calibrate.
             ValueError: the target is out of reach, or x holds NaN or inf.
         """
+        fitted = sorted(name for name, rule in Router.kinds.items() if rule.fit is not Router.fit)
         raise TypeError(
             f"fit: expected a rule with a budget to calibrate, got {type(self).__name__}, whose "
-            f"budget is {self.traits.budget!r}. Use DynamicK, TopP, MinP, ExpertThreshold, "
-            "ReLURouter or TopAny."
+            f"budget is {self.traits.budget!r}. Use one of {', '.join(fitted)}."
         )
 
     # --- the router as data

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.experts import FeedForward
 from moe_jax.interop.rules import (
     CapacityTopK,
     DepthRouter,
     JointShared,
+    MoEPlusPlus,
     NoState,
     ProductKeys,
     SparseMixer,
@@ -23,6 +25,7 @@ from moe_jax.interop.rules import (
     ZeroExperts,
 )
 from moe_jax.interop.rules.sparse_mixer import sparse_mix
+from moe_jax.layer import moe_layer
 from moe_jax.routers import Router, router_from_json
 from moe_jax.scoring import Scoring
 from moe_jax.types import Routing
@@ -40,10 +43,15 @@ CASES: dict[str, Any] = {
     "sparse mixer": SparseMixer(num_experts=E, eps=0.3),
     "zero experts": ZeroExperts(num_experts=E, num_zero_experts=4, k=3, scoring=Scoring(scale=6.0)),
     "joint shared": JointShared(num_experts=E, num_shared=2, k=3, scale=1.7),
+    "moe++": MoEPlusPlus(num_experts=E),
     "depth": DepthRouter(num_experts=E, k=1, hidden_size=6),
 }
 X = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
-CONTEXT = {"token_ids": jnp.arange(T, dtype=jnp.int32) * 7 % 64, "router_states": jnp.ones((T, 6))}
+CONTEXT = {
+    "token_ids": jnp.arange(T, dtype=jnp.int32) * 7 % 64,
+    "router_states": jnp.ones((T, 6)),
+    "logits_before": jax.random.normal(jax.random.key(2), (T, E + 4), jnp.float32),
+}
 
 
 @pytest.fixture(params=list(CASES))
@@ -102,7 +110,10 @@ def test_gradients_reach_the_router(router):
 
     def loss(params):
         routing = router(params, state, X, context=CONTEXT)
-        return (routing.combine_weights**2).sum() + (routing.residual_weight**2).sum()
+        total = (routing.combine_weights**2).sum() + (routing.residual_weight**2).sum()
+        if isinstance(router, MoEPlusPlus):
+            total += router.constant_output(params, X, context=CONTEXT).sum()
+        return total
 
     for path, g in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
         assert np.isfinite(g).all(), path
@@ -220,3 +231,54 @@ def test_product_keys_by_hand():
     assert routing.router_logits.tolist() == [[1.0, 6.0, 0.0, 5.0]]
     assert not router.traits.causal
     assert router_from_json(router.to_json()) == router
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_moe_plus_plus_equals_the_authors_code(residual):
+    """arXiv:2410.07348: logits, and the layer's output over all four kinds of experts."""
+    with np.load(Path(__file__).parents[1] / "goldens" / "moepp.npz") as file:
+        g = {k: file[k] for k in file.files}
+    w = lambda name: jnp.asarray(g[f"w/moe.{name}"].T)  # noqa: E731  # torch keeps [out, in]
+    rule = MoEPlusPlus(num_experts=4)
+    own = range(4)
+    router = {
+        "kernel": w("gate.wg.weight"),
+        "kernel_before": w("gate.gate_map.weight"),
+        "constant": jnp.stack([w(f"experts.experts.{e}.constant") for e in (4, 5)]),
+        "constant_mix": jnp.stack([w(f"experts.experts.{e}.wg.weight") for e in (4, 5)]),
+    }
+    experts = {
+        "up": jnp.stack([w(f"experts.experts.{e}.a.weight") for e in own]),
+        "down": jnp.stack([w(f"experts.experts.{e}.b.weight") for e in own]),
+    }
+    x = jnp.asarray(g["x"])
+    flat = x.reshape(-1, x.shape[-1])
+    context = {"logits_before": jnp.asarray(g["gate_residual_in"])} if residual else None
+    ending = "_with_residual" if residual else ""
+
+    @jax.jit
+    def layer(params):
+        y, aux = moe_layer(
+            rule, FeedForward(activation="silu"), params, NoState(), x, context=context
+        )
+        constant = rule.constant_output(params["router"], flat, context=context)
+        logits = rule.all_logits(params["router"], flat, context=context)
+        return y + constant.reshape(y.shape), aux.routing, logits
+
+    y, routing, logits = layer({"router": router, "experts": experts})
+    np.testing.assert_allclose(logits, g[f"gate_logits{ending}"], rtol=0, atol=2e-6)
+    np.testing.assert_allclose(y, g[f"y{ending}"], rtol=1e-5, atol=1e-5)
+    # Weights, from the authors' logits in float64; every kind of expert is in use.
+    p = np.exp(np.float64(g[f"gate_logits{ending}"]))
+    p /= p.sum(axis=1, keepdims=True)
+    best = np.argsort(-p, axis=1)[:, :2]
+    assert set(best.ravel()) == set(range(8))
+    p = np.where((best[:, :, None] == np.arange(8)).any(axis=1), p, 0.0)
+    p[:, 7] = 0.0
+    p /= p.sum(axis=1, keepdims=True)
+    np.testing.assert_array_equal(routing.expert_mask, p[:, :4] > 0)
+    for t, (indices, weights) in enumerate(
+        zip(np.asarray(routing.expert_indices), np.asarray(routing.combine_weights), strict=True)
+    ):
+        used = indices < 4
+        np.testing.assert_allclose(weights[used], p[t, indices[used]], rtol=0, atol=1e-6)

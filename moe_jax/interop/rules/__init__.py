@@ -8,6 +8,7 @@ from moe_jax.interop.rules.capacity import CapacityTopK
 from moe_jax.interop.rules.common import NoState
 from moe_jax.interop.rules.free_classes import BiasState, DepthRouter, ZeroExperts
 from moe_jax.interop.rules.joint_shared import JointShared
+from moe_jax.interop.rules.plus_plus import MoEPlusPlus
 from moe_jax.interop.rules.product_keys import ProductKeys
 from moe_jax.interop.rules.sparse_mixer import SparseMixer
 from moe_jax.interop.rules.token_table import TableState, TokenTable
@@ -17,6 +18,7 @@ __all__ = [
     "CapacityTopK",
     "DepthRouter",
     "JointShared",
+    "MoEPlusPlus",
     "NoState",
     "ProductKeys",
     "SparseMixer",

@@ -1,0 +1,193 @@
+"""MoE++: experts that cost next to nothing beside the ones that compute."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.difficulty import Context
+from moe_jax.interop.rules.common import NoState, compact
+from moe_jax.logits import Gate
+from moe_jax.routers.base import Router, Traits
+from moe_jax.scoring import Scoring
+from moe_jax.selection import build_routing, top_slots
+from moe_jax.types import Array, Params, Routing, check_k
+
+# Divides by at least the float32 epsilon, as the authors' code does.
+_WEIGHTS = Scoring(norm="clamp", norm_eps=float(jnp.finfo(jnp.float32).eps))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEPlusPlus(Router):
+    """Top-k over E experts and three kinds of free ones (MoE++, Jin et al. 2024, arXiv:2410.07348).
+
+    A copy expert returns x. A zero expert returns nothing: its weight is taken out and the others are
+    renormalised. A constant expert returns ``a * x + b * v`` with a learned vector v and
+    ``[a, b] = softmax(x @ constant_mix)``. None of them fills a slot of the routing: what they return
+    of x is in ``residual_weight``, which ``moe_layer`` adds; ``b * v`` is ``constant_output``, which
+    the caller adds to the layer's output.
+
+    With the gating residual, ``context["logits_before"]`` float[T, E + Z] is ``all_logits`` of the
+    MoE layer before; without it (as in the first layer) that term is left out.
+
+    A token that uses a zero expert and one other has weight 1 there, which sends no gradient to the
+    router. The paper's load balancing, in which free experts count for less, and its
+    capacities are not here: ``losses`` see the E experts alone.
+
+    Args:
+        num_experts: E, the experts that compute; classes are in the order experts, constant, copy,
+            zero.
+        num_constant: constant experts.
+        num_copy: copy experts.
+        num_zero: zero experts.
+        k: choices per token, free experts included.
+        gate: the map to E + Z logits.
+
+    Example:
+        >>> router = MoEPlusPlus(num_experts=4)
+        >>> params = router.init(jax.random.key(0), 16)
+        >>> x = jax.random.normal(jax.random.key(1), (5, 16))
+        >>> router(params, router.init_state(), x).expert_indices.shape
+        (5, 2)
+        >>> router.constant_output(params, x).shape, router.all_logits(params, x).shape
+        ((5, 16), (5, 8))
+    """
+
+    num_experts: int
+    num_constant: int = 2
+    num_copy: int = 1
+    num_zero: int = 1
+    k: int = 2
+    gate: Gate = Gate()
+
+    def __post_init__(self) -> None:
+        check_k(num_experts=self.classes, min_k=0, max_k=self.k)
+        if min(self.num_constant, self.num_copy, self.num_zero) < 0:
+            raise ValueError(
+                "num_constant, num_copy, num_zero: expected at least 0, got "
+                f"{self.num_constant}, {self.num_copy}, {self.num_zero}. 0 is none of that kind."
+            )
+
+    @property
+    def classes(self) -> int:
+        """E + Z."""
+        return self.num_experts + self.num_constant + self.num_copy + self.num_zero
+
+    @property
+    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return min(self.k, self.num_experts)
+
+    @property
+    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return max(0, self.k - (self.classes - self.num_experts))
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=True, batch_invariant=True, may_leave_token_empty=self.min_k == 0, budget="none"
+        )
+
+    def init(self, key: Array, d_model: int) -> Params:
+        gate_key, mix_key = jax.random.split(key)
+        shape = (self.num_constant, d_model, 2)
+        return {
+            **self.gate.init(gate_key, d_model=d_model, num_experts=self.classes),
+            "kernel_before": jnp.zeros((self.classes, self.classes), jnp.float32),
+            "constant": jnp.zeros((self.num_constant, d_model), jnp.float32),
+            "constant_mix": jax.random.normal(mix_key, shape, jnp.float32) / d_model**0.5,
+        }
+
+    def init_state(self) -> NoState:
+        return NoState()
+
+    def all_logits(
+        self,
+        params: Params,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Array:
+        """f32[T, E + Z]: what the next MoE layer takes as ``context["logits_before"]``."""
+        logits = self.gate(params, x, key=key, token_mask=token_mask)
+        if context is None or "logits_before" not in context:
+            return logits
+        before = context["logits_before"].astype(jnp.float32).reshape(logits.shape)
+        if token_mask is not None:
+            before = jnp.where(token_mask[:, None], before, 0.0)
+        kernel = params["kernel_before"].astype(jnp.float32)
+        return logits + jnp.matmul(before, kernel, precision=jax.lax.Precision.HIGHEST)
+
+    def __call__(
+        self,
+        params: Params,
+        state: NoState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        logits = self.all_logits(params, x, key=key, token_mask=token_mask, context=context)
+        probs, indices, weights = self._choose(logits)
+        constant, copy = self._free_weights(indices, weights)
+        mix = self._mix(params, x, token_mask)
+        residual = copy + (constant * mix[:, :, 0]).sum(axis=1)
+        experts = self.num_experts
+        keep, indices, weights = compact(indices < experts, indices, weights)
+        k, own = self.max_k, probs[:, :experts]
+        routing = build_routing(
+            logits=logits[:, :experts],
+            probs=own / jnp.maximum(own.sum(axis=-1, keepdims=True), 1e-30),
+            indices=indices[:, :k], weights=weights[:, :k], keep=keep[:, :k],
+            token_mask=token_mask,
+        )  # fmt: skip
+        residual = jnp.where(routing.token_mask, residual, 0.0)
+        return dataclasses.replace(routing, residual_weight=residual)
+
+    def constant_output(
+        self,
+        params: Params,
+        x: Array,
+        *,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Array:
+        """f32[T, D]: what constant experts return beside their share of x; 0 for padding."""
+        logits = self.all_logits(params, x, token_mask=token_mask, context=context)
+        _, indices, weights = self._choose(logits)
+        constant, _ = self._free_weights(indices, weights)
+        amounts = constant * self._mix(params, x, token_mask)[:, :, 1]
+        if token_mask is not None:
+            amounts = jnp.where(token_mask[:, None], amounts, 0.0)
+        return amounts @ params["constant"].astype(jnp.float32)
+
+    def _choose(self, logits: Array) -> tuple[Array, Array, Array]:
+        """Probabilities f32[T, E + Z], and the k best classes with their weights, zero's out."""
+        probs = jax.nn.softmax(logits, axis=-1)
+        indices, _ = top_slots(probs, self.k)
+        returns = indices < self.classes - self.num_zero
+        chosen = jnp.take_along_axis(probs, indices, axis=-1)
+        # min_k=2: renormalising is the published rule's own doing, and needs no warning.
+        weights = _WEIGHTS.weights(chosen, returns, min_k=2)
+        return probs, indices, jnp.where(returns, weights, 0.0)
+
+    def _free_weights(self, indices: Array, weights: Array) -> tuple[Array, Array]:
+        """f32[T, C] of each constant expert, f32[T] of all copy experts."""
+        first = self.num_experts
+        ids = first + jnp.arange(self.num_constant, dtype=jnp.int32)
+        hits = indices[:, :, None] == ids[None, None, :]
+        constant = jnp.where(hits, weights[:, :, None], 0.0).sum(axis=1)
+        copies = (indices >= first + self.num_constant) & (indices < self.classes - self.num_zero)
+        return constant, jnp.where(copies, weights, 0.0).sum(axis=1)
+
+    def _mix(self, params: Params, x: Array, token_mask: Array | None) -> Array:
+        """f32[T, C, 2]: how much of x and of its own vector each constant expert returns."""
+        x = x.astype(jnp.float32)
+        if token_mask is not None:  # a NaN in padding would survive in the parameters' gradient
+            x = jnp.where(token_mask[:, None], x, 0.0)
+        mix = params["constant_mix"].astype(jnp.float32)
+        return jax.nn.softmax(jnp.einsum("td,cdm->tcm", x, mix), axis=-1)
