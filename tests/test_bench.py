@@ -10,6 +10,7 @@ from moe_jax.bench import peers
 from moe_jax.bench.against import read_baseline
 from moe_jax.bench.layer import PROMISED, bench_layer
 from moe_jax.bench.measure import interleave, write_results
+from moe_jax.bench.plot import plot_ratios
 
 
 def test_rounds_end_after_the_seconds_given_but_not_before_three():
@@ -82,3 +83,27 @@ def test_a_file_of_layer_rows_is_a_baseline_and_holds_every_point(monkeypatch, t
     rows = read_baseline(file)["rows"]
     assert [row["load"] for row in rows] == ["uniform", "zipf"]  # without the peer that failed
     assert all(len(row["spread"]) == 2 for row in rows)
+
+
+def test_a_picture_of_several_token_counts_says_which_bar_is_which(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
+    row = dict(
+        implementation="tiered", ratio=1.0, spread=[0.9, 1.1], tokens=16, experts=4, dtype="f32",
+        load="uniform",
+    )  # fmt: skip
+    row["pass"] = "fwd"
+    peer = {**row, "implementation": "peer", "tokens": 32}
+    for rows in ([row], [row, {**row, "tokens": 32}, peer]):
+        plot_ratios(rows, tmp_path / "rows.png")
+
+    def words(figure: Figure) -> list[str]:
+        return [tick.get_text().split()[0] for tick in figure.axes[0].get_xticklabels()]
+
+    assert words(drawn[0]) == ["E=4"]
+    assert words(drawn[1]) == ["T=16", "T=32"]
+    legend = drawn[1].axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["tiered", "peer"]

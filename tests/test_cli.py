@@ -285,6 +285,23 @@ def test_bench_refuses_sizes_that_make_no_sense(words, said):
     assert said in " ".join(result.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("command", ["", "layer", "decode", "dynamic", "route", "batch", "serve"])
+def test_bench_refuses_a_file_that_cannot_be_written_before_it_measures(tmp_path, command):
+    (tmp_path / "file").write_text("")
+    places = {tmp_path: "got the folder", tmp_path / "file" / "rows.json": "under the file"}
+    for place, said in places.items():
+        result = runner.invoke(app, ["bench", *command.split(), "--json", str(place)])
+        assert result.exit_code == 2, result.output
+        assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_bench_refuses_a_picture_of_another_kind_before_it_measures(tmp_path):
+    result = runner.invoke(app, ["bench", "layer", "--plot", str(tmp_path / "rows.bmp")])
+    assert result.exit_code == 2
+    assert ".png" in result.stderr
+
+
 def test_what_the_library_refuses_in_a_bench_is_told_without_a_traceback(monkeypatch):
     from moe_jax.bench import route
 

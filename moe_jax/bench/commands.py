@@ -5,6 +5,7 @@ Errors of the library leave the commands as they are; ``moe_jax.cli`` tells them
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,40 @@ from rich.table import Table
 app = typer.Typer(help="Measure this machine, always against a floor.")
 notes, out = Console(stderr=True), Console()
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write rows and machine to this file.")]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the ratios into this .png file.")]
+
+def _writable(file: Path | None) -> Path | None:
+    """The file as it is if it can be written; asked before the minutes that fill it."""
+    if file is None:
+        return None
+    if file.is_dir():
+        raise typer.BadParameter(f"expected a file, got the folder {file}. Name a file in it.")
+    there = next(path for path in (file, *file.absolute().parents) if path.exists())
+    if there != file and not there.is_dir():
+        raise typer.BadParameter(
+            f"expected a file under folders, got {file} under the file {there}. Choose another."
+        )
+    if not os.access(there, os.W_OK):
+        raise typer.BadParameter(
+            f"expected a file that can be written, got {file}, and {there} cannot be. "
+            "Check its permissions, or choose another."
+        )
+    return file
+
+
+def _picture(file: Path | None) -> Path | None:
+    if file is not None and file.suffix != ".png":
+        raise typer.BadParameter(f"expected a file that ends in .png, got {file}.")
+    return _writable(file)
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", callback=_writable, help="Write rows and machine to this file."),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option("--plot", callback=_picture, help="Draw the ratios into this .png file."),
+]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; 10 or more for figures to quote.")]
 Size = Annotated[int, typer.Option(min=1)]
 
