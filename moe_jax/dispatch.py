@@ -114,6 +114,14 @@ def _count(experts: Array, counted: Array, num_experts: int) -> Array:
     )
 
 
+def _sort_by_expert(experts: Array, kept: Array, group_sizes: Array) -> tuple[Array, Array]:
+    """``order`` and ``position`` of the kept assignments, in batch order within an expert."""
+    num_experts = group_sizes.shape[0]
+    order = _stable_argsort(jnp.where(kept, experts, num_experts), num_experts + 1)
+    starts = jnp.concatenate([jnp.cumsum(group_sizes) - group_sizes, jnp.zeros((1,), jnp.int32)])
+    return order, _rank(order) - starts[experts]
+
+
 def plan_dispatch(
     assignments: Assignments,
     *,
@@ -174,9 +182,7 @@ def plan_dispatch(
     demand = _count(experts, valid, e)
 
     if capacity is None and max_rows is None:
-        order = _stable_argsort(experts, e + 1)
-        starts = jnp.concatenate([jnp.cumsum(demand) - demand, jnp.zeros((1,), jnp.int32)])
-        position = _rank(order) - starts[experts]
+        order, position = _sort_by_expert(experts, valid, demand)
         return DispatchPlan(
             assignments=assignments, order=order, position=position, kept=valid,
             group_sizes=demand, demand=demand, capacity=None, max_rows=None,
@@ -196,14 +202,34 @@ def plan_dispatch(
         cost = (index % slots).astype(jnp.float32)
     else:
         cost = jnp.zeros((n,), jnp.float32)
+
+    def within_budget(kept: Array, rows: int) -> Array:
+        unkept = (~kept).astype(jnp.int32)
+        ranked = jax.lax.sort((unkept, second, cost, index), num_keys=4, is_stable=False)[3]
+        return kept & (_rank(ranked) < rows)
+
+    if capacity is None and max_rows is not None:
+        # Most batches keep within a budget that was made for them. Ranking everything is a slow
+        # sort, whose cost would not fall with k, so it runs only where something must go.
+        kept = jax.lax.cond(
+            demand.sum() > max_rows,
+            lambda kept: within_budget(kept, max_rows),
+            lambda kept: kept,
+            valid,
+        )
+        group_sizes = _count(experts, kept, e)
+        order, position = _sort_by_expert(experts, kept, group_sizes)
+        return DispatchPlan(
+            assignments=assignments, order=order, position=position, kept=kept,
+            group_sizes=group_sizes, demand=demand, capacity=None, max_rows=max_rows,
+        )  # fmt: skip
+
     queue = jax.lax.sort((experts, second, cost, index), num_keys=4, is_stable=False)[3]
     starts = jnp.concatenate([jnp.cumsum(demand) - demand, jnp.zeros((1,), jnp.int32)])
     position = _rank(queue) - starts[experts]
     kept = valid if capacity is None else valid & (position < capacity)
     if max_rows is not None:
-        unkept = (~kept).astype(jnp.int32)
-        ranked = jax.lax.sort((unkept, second, cost, index), num_keys=4, is_stable=False)[3]
-        kept = kept & (_rank(ranked) < max_rows)
+        kept = within_budget(kept, max_rows)
     group_sizes = _count(experts, kept, e)
     starts = jnp.concatenate([jnp.cumsum(group_sizes) - group_sizes, jnp.zeros((1,), jnp.int32)])
     # Kept rows are compact; the rest follow in any order, here by index.
@@ -270,13 +296,12 @@ def plan_in_groups(
         num_tokens=each, num_experts=experts, slots_per_token=slots,
     )  # fmt: skip
     kept = jax.vmap(kept_of)(split).reshape(-1)
-    order = _stable_argsort(jnp.where(kept, assignments.expert_indices, experts), experts + 1)
     group_sizes = _count(assignments.expert_indices, kept, experts)
-    starts = jnp.concatenate([jnp.cumsum(group_sizes) - group_sizes, jnp.zeros((1,), jnp.int32)])
+    order, position = _sort_by_expert(assignments.expert_indices, kept, group_sizes)
     return DispatchPlan(
         assignments=assignments,
         order=order,
-        position=_rank(order) - starts[assignments.expert_indices],
+        position=position,
         kept=kept,
         group_sizes=group_sizes,
         demand=_count(assignments.expert_indices, assignments.valid, experts),

@@ -143,10 +143,10 @@ class Assignments:
 class DispatchPlan:
     """Which assignments are computed, and where. What is dropped is decided here, once.
 
-    ``order`` lists all assignments: the kept ones first, grouped by expert and in order of
-    priority within an expert, then everything dropped or unused. So ``order[:sum(group_sizes)]``
-    is a gapless, expert-sorted row list, and a kept assignment n sits in row
-    ``group_offsets[expert_indices[n]] + position[n]`` of it.
+    ``order`` lists all assignments: the kept ones first, grouped by expert and within an expert in
+    order of priority where a capacity cuts the queue, else in batch order; then everything dropped
+    or unused. So ``order[:sum(group_sizes)]`` is a gapless, expert-sorted row list, and a kept
+    assignment n sits in row ``group_offsets[expert_indices[n]] + position[n]`` of it.
     """
 
     assignments: Assignments

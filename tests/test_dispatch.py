@@ -95,7 +95,7 @@ WEIGHTS = [[0.60, 0.40], [0.70, 0.30], [0.90, 0.10]]
         ),
         pytest.param(
             {"max_rows": 4, "priority": "score"},
-            [[(2, 0.9), (1, 0.7), (0, 0.6)], [(0, 0.4)], []],
+            [[(0, 0.6), (1, 0.7), (2, 0.9)], [(0, 0.4)], []],
             id="4 rows: three first choices, then the best second choice (.4)",
         ),
         pytest.param(
@@ -105,7 +105,7 @@ WEIGHTS = [[0.60, 0.40], [0.70, 0.30], [0.90, 0.10]]
         ),
         pytest.param(
             {"max_rows": 3, "priority": "score"},
-            [[(2, 0.9), (1, 0.7), (0, 0.6)], [], []],
+            [[(0, 0.6), (1, 0.7), (2, 0.9)], [], []],
             id="3 rows: the first choices alone",
         ),
         pytest.param(
