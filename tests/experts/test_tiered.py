@@ -178,7 +178,21 @@ def test_a_piece_writes_its_half_precision_rows_and_no_others():
     compiled = value_and_gradients.lower(*args).compile().as_text()
     length = plan.num_rows + tiered.sizes_for(plan).pieces[-1]
     updated = re.findall(rf"(\w+)\[{length},{D}\]\S* dynamic-update-slice\(", compiled)
-    assert updated == ["u16", "u16"]  # outputs, and gradients of rows
+    assert updated == ["u16"]  # outputs; gradients of rows are added up in f32[T, D] at once
+
+
+def test_no_buffer_of_all_rows_unless_a_gradient_follows():
+    """It would be written, read and summed whatever k is."""
+    plan = PLANS["dynamic k"]()
+    a = plan.assignments
+    params, x = inputs(a.num_tokens, a.num_experts)
+    most = tiered.sizes_for(plan).pieces[-1]
+    buffers = [f"[{rows},{D}]" for rows in (plan.num_rows, plan.num_rows + most)]
+    args = (params, x, plan, kept_weights(plan))
+    forward = jax.jit(functools.partial(tiered.run, FFN)).lower(*args).compile().as_text()
+    assert not any(buffer in forward for buffer in buffers)
+    both = value_and_gradients.lower(tiered.run, FFN, params, x, args[3], plan).compile().as_text()
+    assert any(buffer in both for buffer in buffers)  # the outputs, for the combine weights
 
 
 def test_transformations_agree_with_plain_calls():
