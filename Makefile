@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 TESTS ?= tests moe_jax
 NEWER ?= $(shell .ci/newer-python)
+# A hiccup of the network should not end a build: pip is more patient than by itself, and runs twice.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 --timeout 60
+AGAIN = { echo "Not installed. Once more in 20 seconds."; sleep 20; $(1); }
 
 .PHONY: help demo demo-quick test lint format check test-newer clean \
   verify-image verify-monitoring verify-rollout
@@ -18,11 +21,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e .
+	$(PIP_INSTALL) -e . || $(call AGAIN,$(PIP_INSTALL) -e .)
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev]' || $(call AGAIN,$(PIP_INSTALL) -e '.[dev]')
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed  ## train, calibrate, save, restore and evaluate on real text; pictures in runs/demo
