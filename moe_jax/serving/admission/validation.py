@@ -46,50 +46,50 @@ def check_shape(shape: Sequence[int], dtype: str, limits: Limits) -> int:
         >>> check_shape((2, 3, 8), "float32", Limits(width=8, max_batch_size=4, max_tensor_size=99))
         6
     """
-    told = f"got {dtype}{[int(s) for s in shape][:8]}"
     if dtype not in DTYPES:
-        raise ServingError(
-            "malformed",
-            f"hidden_states: expected dtype {', '.join(DTYPES)}, {told}. Convert it first.",
+        raise _refused(
+            "malformed", f"expected dtype {', '.join(DTYPES)}", shape, dtype, "Convert it first."
         )
     if len(shape) != 3:
-        raise ServingError(
-            "malformed",
-            f"hidden_states: expected 3 axes [batch, sequence, {limits.width}], {told}. "
+        raise _refused(
+            "malformed", f"expected 3 axes [batch, sequence, {limits.width}]", shape, dtype,
             "Reshape it; one sequence is [1, sequence, width].",
-        )
+        )  # fmt: skip
     batch, sequence, width = (int(s) for s in shape)
+    tokens = batch * sequence
+    elements = tokens * width
     if batch < 1 or sequence < 1:
-        raise ServingError(
-            "malformed", f"hidden_states: expected at least one token, {told}. Send one or more."
+        raise _refused(
+            "malformed", "expected at least one token", shape, dtype, "Send one or more."
         )
     if width != limits.width:
-        raise ServingError(
-            "malformed",
-            f"hidden_states: expected last axis {limits.width} (input_dim), {told}. "
+        raise _refused(
+            "malformed", f"expected last axis {limits.width} (input_dim)", shape, dtype,
             "Send hidden states of the model that this router was made for.",
-        )
+        )  # fmt: skip
     if batch > limits.max_batch_size:
-        raise ServingError(
-            "too_large",
-            f"hidden_states: expected at most {limits.max_batch_size} sequences "
-            f"(max_batch_size), {told}. Send them in several requests.",
-        )
-    elements = batch * sequence * width
+        raise _refused(
+            "too_large", f"expected at most {limits.max_batch_size} sequences (max_batch_size)",
+            shape, dtype, "Send them in several requests.",
+        )  # fmt: skip
     if elements > limits.max_tensor_size:
-        raise ServingError(
-            "too_large",
-            f"hidden_states: expected at most {limits.max_tensor_size} elements "
-            f"(max_tensor_size), {told}, {elements} elements. Send it in several requests.",
-        )
-    tokens = batch * sequence
+        raise _refused(
+            "too_large", f"expected at most {limits.max_tensor_size} elements (max_tensor_size)",
+            shape, f"{elements} elements of {dtype}", "Send it in several requests.",
+        )  # fmt: skip
     if limits.max_tokens is not None and tokens > limits.max_tokens:
-        raise ServingError(
+        raise _refused(
             "too_large",
-            f"hidden_states: expected at most {limits.max_tokens} tokens, what a client may send "
-            f"in a minute, {told}, {tokens} tokens. Send it in several requests.",
-        )
+            f"expected at most {limits.max_tokens} tokens, what a client may send in a minute",
+            shape, f"{tokens} tokens of {dtype}", "Send it in several requests.",
+        )  # fmt: skip
     return tokens
+
+
+def _refused(code: str, expected: str, shape: Sequence[int], got: str, advice: str) -> ServingError:
+    return ServingError(
+        code, f"hidden_states: {expected}, got {got}{[int(s) for s in shape][:8]}. {advice}"
+    )
 
 
 def check_array(hidden_states: Any, limits: Limits) -> int:

@@ -125,18 +125,18 @@ class ResultCache:
             ServingError: ``deadline_exceeded`` while waiting for somebody else.
         """
         start = time.perf_counter()
+        others = flight = None
         with self._lock:
             entry = self._look(digest)
-            others = self._flights.get(digest)
-            flight = _Flight()
             if entry is not None:
                 self._count("hit", saved=entry.seconds, since=start, hashing=hashing_seconds)
-            elif others is None:
-                self._flights[digest] = flight
+            elif (others := self._flights.get(digest)) is None:
+                flight = self._flights[digest] = _Flight()
         if entry is not None:
             self._on_found(digest)
             return entry, "hit"
-        if others is not None:
+        if flight is None:
+            assert others is not None
             return self._join(others, compute, wait_seconds)
         try:
             return self._lead(flight, digest, compute, start, hashing_seconds)

@@ -5,7 +5,6 @@ The functions belong to ``RouterEngine``, whose parts they use.
 
 from __future__ import annotations
 
-import functools
 import random
 import time
 from collections.abc import Callable
@@ -46,7 +45,7 @@ def answer(
     seconds = time.perf_counter() - start
     engine.recorder.answered(entry, seconds)
     engine.log.debug(
-        "answered", request_id=request_id, model=model, shape=list(hidden_states.shape),
+        "answered", request_id=request_id, model=model, shape=hidden_states.shape,
         result=result, ms=round(1e3 * seconds, 3),
     )  # fmt: skip
     return _result(engine, entry, request_id, 1e3 * seconds, result, digest), entry
@@ -69,12 +68,12 @@ def _infer(
         mask = admission.check_mask(token_mask, x.shape)
     allowed = engine.config.serving.request_timeout_seconds
     deadline = start + (allowed if timeout is None else min(timeout, allowed))
-    owner = client.id if engine.level.keyed_cache else ""
-    digest = functools.cache(
-        lambda: engine._keyer.digest(
-            (snapshot.version, engine._config_hash, model, logits), x, mask, client=client.id
-        )
-    )
+    owner = client.id if engine._keyer.keyed else ""
+    found, name = engine.cache, ""
+
+    def digest() -> str:
+        parts = (snapshot.version, engine._config_hash, model, logits)
+        return name or engine._keyer.digest(parts, x, mask, client=client.id)
 
     def compute() -> cache.Entry:
         flat = x.reshape(-1, width)
@@ -86,7 +85,6 @@ def _infer(
         )  # fmt: skip
         return engine.device.answer(order, _cached(engine, digest, snapshot, client))
 
-    found = engine.cache
     if found is None:
         return compute(), "off", ""
     if not use_cache:

@@ -4,13 +4,18 @@ A request is padded with masked tokens to the next bucket, or cut into the large
 is compiled before the first request, so that none waits for the compiler. Padding and cutting are
 invisible in the answer only for rules whose tokens do not depend on each other, and so the service
 takes no other (``Traits.batch_invariant``).
+
+Fetching an array from the device costs about 25 µs however small it is, so the small outputs come in
+one buffer, and the router's logits only when somebody asked for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -109,6 +114,53 @@ def layer_output(
     return {"output": y, "expert_indices": jnp.where(used, routing.expert_indices, -1)}
 
 
+# --- one buffer for the small outputs -------------------------------------------------------
+
+Column = tuple[str, tuple[int, ...], Any]  # name, shape after [T], dtype of 4 bytes
+
+
+def columns_of(router: Router, *, decisions: bool) -> tuple[Column, ...]:
+    """What the buffer holds: the decisions of ``route_tokens``, or the indices of ``layer_output``."""
+    indices: Column = ("expert_indices", (router.max_k,), np.int32)
+    if not decisions:
+        return (indices,)
+    return (
+        indices,
+        ("expert_weights", (router.max_k,), np.float32),
+        ("num_experts_per_token", (), np.int32),
+        ("complexity_scores", (), np.float32),
+    )
+
+
+def pack(
+    function: Callable[..., dict[str, Array]], columns: tuple[Column, ...], *args: Any
+) -> tuple[Array, dict[str, Array]]:
+    """The function's columns in one i32[...], one after the other, and its other outputs."""
+    found = function(*args)
+    small = [found.pop(name) for name, _, _ in columns]
+    for array, (name, shape, dtype) in zip(small, columns, strict=True):
+        assert (array.shape[1:], array.dtype) == (shape, dtype), name
+    bits = [jax.lax.bitcast_convert_type(array, jnp.int32).reshape(-1) for array in small]
+    return jnp.concatenate(bits), found
+
+
+def unpack(packed: np.ndarray, columns: tuple[Column, ...]) -> dict[str, np.ndarray]:
+    """Views [T, ...] into what ``pack`` made.
+
+    Example:
+        >>> columns = ("a", (2,), np.int32), ("b", (), np.float32)
+        >>> packed, _ = pack(lambda x: {"a": jnp.int32([[1, 2]]), "b": x}, columns, jnp.ones(1))
+        >>> {name: v.tolist() for name, v in unpack(np.asarray(packed), columns).items()}
+        {'a': [[1, 2]], 'b': [1.0]}
+    """
+    tokens = len(packed) // sum(math.prod(shape) for _, shape, _ in columns)
+    found, at = {}, 0
+    for name, shape, dtype in columns:
+        found[name] = array = np.ndarray((tokens, *shape), dtype, packed, at)
+        at += array.nbytes
+    return found
+
+
 # --- compiling ------------------------------------------------------------------------------
 
 
@@ -152,6 +204,10 @@ class Program:
     width: int
     device: Any  # a jax.Device
 
+    @functools.cached_property
+    def columns(self) -> tuple[Column, ...]:
+        return columns_of(self.router, decisions=self.experts is None)
+
 
 _compiling: dict[object, threading.Lock] = {}  # engines that start at once compile a thing once
 
@@ -176,7 +232,7 @@ def _compiled(program: Program, tree: Any, shapes: tuple[Any, ...], tokens: int)
         function = functools.partial(route_tokens, program.router, program.by_logit)
     else:
         function = functools.partial(layer_output, program.router, program.experts)
-    lowered = jax.jit(function).lower(
+    lowered = jax.jit(functools.partial(pack, function, program.columns)).lower(
         params, state, spec((tokens, program.width), "float32"), spec((tokens,), "bool")
     )
     return lowered.compile()
@@ -201,7 +257,7 @@ class Buckets:
     state: Any
     sizes: tuple[int, ...]
     table: dict[int, Any] = dataclasses.field(default_factory=dict)
-    masks: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    masks: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
     def compile(self, size: int) -> None:
         """Compiles the bucket of this size."""
@@ -212,11 +268,16 @@ class Buckets:
         for size in self.sizes:
             if size not in self.table:
                 self.compile(size)
-            self.masks[size] = np.ones(size, bool)
+            self.masks[size] = jax.device_put(np.ones(size, bool), self.program.device)
             jax.device_get(self._start(np.zeros((size, self.program.width), np.float32), None))
 
-    def run(self, x: np.ndarray, token_mask: np.ndarray | None) -> dict[str, np.ndarray]:
-        """The answer for x f32[T, D], on the host. Device errors surface here and nowhere else."""
+    def run(
+        self, x: np.ndarray, token_mask: np.ndarray | None, *, logits: bool = False
+    ) -> dict[str, np.ndarray]:
+        """The answer for x f32[T, D], on the host. Device errors surface here and nowhere else.
+
+        ``router_logits`` are in it only if ``logits``.
+        """
         largest = self.sizes[-1]
         starts = range(0, len(x), largest)
         parts = [
@@ -225,7 +286,11 @@ class Buckets:
             )
             for i in starts
         ]
-        found = jax.device_get(parts)
+        if not logits:
+            for _, apart in parts:
+                apart.pop("router_logits", None)
+        columns = self.program.columns
+        found = [{**unpack(packed, columns), **apart} for packed, apart in _on_host(parts)]
         if len(found) == 1 and len(x) in self.table:
             return found[0]
         sizes = [min(largest, len(x) - i) for i in starts]
@@ -234,7 +299,9 @@ class Buckets:
             for name in found[0]
         }
 
-    def _start(self, x: np.ndarray, token_mask: np.ndarray | None) -> dict[str, jax.Array]:
+    def _start(
+        self, x: np.ndarray, token_mask: np.ndarray | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         tokens = len(x)
         size = next(s for s in self.sizes if s >= tokens)
         if size != tokens:
@@ -246,6 +313,15 @@ class Buckets:
         else:
             mask = self.masks[size] if token_mask is None else token_mask
         return self.table[size](self.params, self.state, x, mask)
+
+
+def _on_host(
+    parts: list[tuple[jax.Array, dict[str, jax.Array]]],
+) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    packed, apart = parts[0]
+    if len(parts) > 1 or apart:
+        return jax.device_get(parts)
+    return [(np.asarray(packed), {})]  # the same for one array, without a walk through trees
 
 
 def slots_follow_logits(state: Any, scoring: Scoring | None) -> bool:

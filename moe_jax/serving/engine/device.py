@@ -34,14 +34,14 @@ _NO_FALLBACK = ("queue_full", "draining", "deadline_exceeded", "warming")
 # Finite values that no product with sound weights turns into infinity.
 _SOUND_BELOW = 1e6
 
-Run = Callable[[Snapshot, str, np.ndarray, np.ndarray | None], dict[str, np.ndarray]]
+Run = Callable[[Snapshot, str, np.ndarray, np.ndarray | None, bool], dict[str, np.ndarray]]
 
 
 def run_on_device(
-    snapshot: Snapshot, model: str, x: np.ndarray, token_mask: np.ndarray | None
+    snapshot: Snapshot, model: str, x: np.ndarray, token_mask: np.ndarray | None, logits: bool
 ) -> dict[str, np.ndarray]:
     """The one place where device work happens, and where drills put their faults."""
-    return snapshot.models[model].run(x, token_mask)
+    return snapshot.models[model].run(x, token_mask, logits=logits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,9 +164,9 @@ class Device:
 
     def _checked_run(self, order: Order) -> dict[str, np.ndarray]:
         checked = order.checked
-        found = self.run(order.snapshot, order.model, checked.x, checked.token_mask)
+        found = self.run(order.snapshot, order.model, checked.x, checked.token_mask, order.logits)
         for name in ("expert_weights", "output"):
-            if name in found and not math.isfinite(found[name].sum()):
+            if name in found and not math.isfinite(np.add.reduce(found[name], axis=None)):
                 bad = ~np.isfinite(found[name]).all(axis=-1)
                 # What a client sent is no fault of the device, overflow of huge values included.
                 sound = bad & (np.abs(checked.x) < _SOUND_BELOW).all(axis=-1)  # False for NaN
@@ -212,7 +212,7 @@ class Device:
             start = time.perf_counter()
             assert order.snapshot.host_models is not None
             buckets = order.snapshot.host_models[order.model]
-            found = buckets.run(order.checked.x, order.checked.token_mask)
+            found = buckets.run(order.checked.x, order.checked.token_mask, logits=order.logits)
             return self._entry(order, found, time.perf_counter() - start)
         except Exception as error:
             self._notify("host_fallback_failed", error=_short(error))

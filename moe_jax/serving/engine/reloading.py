@@ -75,7 +75,7 @@ def _canary(snapshot: Snapshot) -> None:
         raise ServingError("internal", "reload: the weights changed while they were loaded.")
     x = np.random.default_rng(0).standard_normal((64, snapshot.width)).astype(np.float32)
     router = snapshot.router
-    found = snapshot.models["router"].run(x, None)
+    found = snapshot.models["router"].run(x, None, logits=True)
     indices, weights = found["expert_indices"], found["expert_weights"]
     counts = found["num_experts_per_token"]
     problems = []

@@ -15,22 +15,26 @@ _MAX_SAMPLES = 8192
 
 
 class _Slot:
-    __slots__ = ("at", "batches", "errors", "histogram", "load", "requests", "tokens")
+    __slots__ = ("at", "errors", "histogram", "load", "requests")
 
     def __init__(self, at: float, num_experts: int, max_k: int) -> None:
         self.at = at
         self.requests = 0
         self.errors = 0
-        self.batches = 0
-        self.tokens = 0
         self.load = np.zeros(num_experts, np.int64)
         self.histogram = np.zeros(max_k + 1, np.int64)
 
+    @property
+    def answered(self) -> int:
+        return self.requests - self.errors
+
+    @property
+    def tokens(self) -> int:
+        return int(self.histogram.sum())
+
     def absorb(self, other: _Slot) -> None:
-        for name in ("requests", "errors", "batches", "tokens"):
+        for name in ("requests", "errors", "load", "histogram"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.load += other.load
-        self.histogram += other.histogram
 
 
 class Traffic:
@@ -52,41 +56,41 @@ class Traffic:
         self._shape = (num_experts, max_k)
         self._clock = clock
         self._lock = threading.Lock()
-        self._total = _Slot(0.0, num_experts, max_k)
+        self._left = _Slot(0.0, num_experts, max_k)  # all that has left the window
         self._slots: collections.deque[_Slot] = collections.deque()
         self._latencies: collections.deque[tuple[float, float]] = collections.deque(
             maxlen=_MAX_SAMPLES
         )
         self._started = clock()
 
-    def _slot(self) -> _Slot:
-        now = self._clock()
+    def _slot(self, now: float) -> _Slot:
         slots = self._slots
         if not slots or now - slots[-1].at >= _SLOT_SECONDS:
             slots.append(_Slot(now, *self._shape))
             while now - slots[0].at > WINDOW_SECONDS:
-                slots.popleft()
+                self._left.absorb(slots.popleft())
         return slots[-1]
 
     def answered(self, seconds: float, *, load: np.ndarray, histogram: np.ndarray) -> None:
         """Counts an answer: int[E] uses of experts, int[K + 1] tokens by their number of experts."""
-        tokens = int(histogram.sum())
+        # One slot and nothing that can be summed later: small as they are, operations of numpy
+        # take microseconds right after the device's work.
         with self._lock:
-            self._latencies.append((self._clock(), seconds))
-            for slot in (self._slot(), self._total):
-                slot.requests += 1
-                slot.batches += 1
-                slot.tokens += tokens
-                slot.load += load
-                slot.histogram[: len(histogram)] += histogram
+            now = self._clock()
+            self._latencies.append((now, seconds))
+            slot = self._slot(now)
+            slot.requests += 1
+            slot.load += load
+            slot.histogram[: len(histogram)] += histogram
 
     def failed(self, seconds: float) -> None:
         """Counts a request that failed for a fault of ours."""
         with self._lock:
-            self._latencies.append((self._clock(), seconds))
-            for slot in (self._slot(), self._total):
-                slot.requests += 1
-                slot.errors += 1
+            now = self._clock()
+            self._latencies.append((now, seconds))
+            slot = self._slot(now)
+            slot.requests += 1
+            slot.errors += 1
 
     def recent(self) -> dict[str, Any]:
         """Rates and percentiles of the last five minutes."""
@@ -100,21 +104,21 @@ class Traffic:
             if seconds
             else (0.0, 0.0, 0.0)
         )
-        used = int(summed.load.sum())
+        used, tokens = int(summed.load.sum()), summed.tokens
         return {
             "window_seconds": WINDOW_SECONDS,
             "requests": summed.requests,
             "errors": summed.errors,
             "error_rate": summed.errors / max(summed.requests, 1),
             "requests_per_second": summed.requests / span,
-            "tokens_per_second": summed.tokens / span,
+            "tokens_per_second": tokens / span,
             "p50_ms": p50,
             "p95_ms": p95,
             "p99_ms": p99,
-            "batches": summed.batches,
-            "tokens": summed.tokens,
+            "batches": summed.answered,
+            "tokens": tokens,
             "load_balance_score": balance_score(summed.load),
-            "mean_experts_per_token": used / max(summed.tokens, 1),
+            "mean_experts_per_token": used / max(tokens, 1),
         }
 
     def _recent(self, now: float) -> _Slot:
@@ -124,19 +128,25 @@ class Traffic:
                 summed.absorb(slot)
         return summed
 
+    def _total(self) -> _Slot:
+        summed = _Slot(0.0, *self._shape)
+        with self._lock:
+            for slot in (self._left, *self._slots):
+                summed.absorb(slot)
+        return summed
+
     def router_stats(self) -> dict[str, Any]:
         """The guide's statistics of experts since the start.
 
         ``avg_usage_per_expert`` are shares of all assignments and sum to 1 once there are any;
         ``usage_variance`` is their variance.
         """
-        with self._lock:
-            load, histogram = self._total.load.copy(), self._total.histogram.copy()
-            batches, tokens = self._total.batches, self._total.tokens
+        total = self._total()
+        load, histogram, tokens = total.load, total.histogram, total.tokens
         used = int(load.sum())
         shares = load / max(used, 1)
         return {
-            "total_batches": batches,
+            "total_batches": total.answered,
             "total_tokens": tokens,
             "avg_usage_per_expert": [float(s) for s in shares],
             "usage_variance": float(shares.var()),
@@ -149,15 +159,14 @@ class Traffic:
 
     def totals(self) -> dict[str, Any]:
         """Counts since the start."""
-        with self._lock:
-            total = self._total
-            return {
-                "answered": total.requests - total.errors,
-                "failed": total.errors,
-                "tokens": total.tokens,
-                "load": total.load.copy(),
-                "histogram": total.histogram.copy(),
-            }
+        total = self._total()
+        return {
+            "answered": total.answered,
+            "failed": total.errors,
+            "tokens": total.tokens,
+            "load": total.load,
+            "histogram": total.histogram,
+        }
 
 
 def balance_score(load: np.ndarray) -> float:

@@ -181,6 +181,23 @@ def test_large_batches_are_split_with_the_same_answer(make_engine, states):  # P
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_logits_that_nobody_asked_for_are_neither_fetched_nor_kept(make_engine, states):
+    engine = make_engine()
+    x = states(4, 16)
+    buckets = engine.snapshot.models["router"]
+    rows = x.reshape(-1, x.shape[-1])
+    assert "router_logits" not in buckets.run(rows, None)
+    assert "router_logits" in buckets.run(rows, None, logits=True)
+    held = engine.infer("router", x).arrays
+    # the arrays look into one buffer, which a cached answer keeps alive as a whole
+    assert held["expert_indices"].nbytes + held["expert_weights"].nbytes == 2 * 64 * 4 * 4
+    buffer = held["expert_indices"]
+    while isinstance(buffer.base, np.ndarray):
+        buffer = buffer.base
+    assert buffer.nbytes == sum(array.nbytes for array in held.values())
+    assert all(array.flags.c_contiguous and not array.flags.writeable for array in held.values())
+
+
 def test_rules_whose_tokens_depend_on_each_other_are_refused(make_engine, tmp_path):
     router = moe_jax.ExpertChoiceRouter(num_experts=4, mean_k=1.0)
     saved = checkpoint.Checkpoint(
@@ -343,6 +360,25 @@ def test_what_is_exported_is_what_happened(make_engine, states):
         "moe_route_duration_seconds_count 2.0",
     ):
         assert line in text, line
+
+
+def test_what_left_the_window_stays_in_the_totals():
+    now = [0.0]
+    traffic = metrics.Traffic(num_experts=2, max_k=2, clock=lambda: now[0])
+    counts = {"load": np.array([3, 1]), "histogram": np.array([0, 2, 1])}
+    for _ in range(100):  # 1000 s of requests, 300 s of which are the window
+        traffic.answered(0.1, **counts)
+        traffic.failed(0.1)
+        now[0] += 10.0
+    recent, totals, stats = traffic.recent(), traffic.totals(), traffic.router_stats()
+    assert (recent["requests"], recent["errors"], recent["batches"]) == (60, 30, 30)
+    assert (recent["tokens"], recent["mean_experts_per_token"]) == (90, pytest.approx(4 / 3))
+    assert (totals["answered"], totals["failed"], totals["tokens"]) == (100, 100, 300)
+    assert totals["load"].tolist() == [300, 100]
+    assert totals["histogram"].tolist() == [0, 200, 100]
+    assert (stats["total_batches"], stats["total_tokens"]) == (100, 300)
+    assert stats["avg_usage_per_expert"] == [0.75, 0.25]
+    assert len(traffic._slots) <= 32
 
 
 def test_many_experts_share_a_label():
