@@ -28,7 +28,8 @@ class Gate:
             (Switch Transformer, arXiv:2101.03961, section 2.2).
         noise: standard deviation of normal noise on the logits when a key is given; multiples of
             1/E are usual (V-MoE, arXiv:2106.05974, section 2.2).
-        disabled_experts: experts that are never selected; their logit is the lowest float32.
+        disabled_experts: experts that are never selected: their logit is the lowest float32, and
+            rules pass what they select by through ``exclude``.
 
     Example:
         >>> gate = Gate()
@@ -119,7 +120,14 @@ class Gate:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         if noise_key is not None and self.noise:
             logits = logits + self.noise * jax.random.normal(noise_key, logits.shape, jnp.float32)
-        if self.disabled_experts:
-            off = jnp.zeros((logits.shape[1],), bool).at[jnp.array(self.disabled_experts)].set(True)
-            logits = jnp.where(off[None, :], jnp.finfo(jnp.float32).min, logits)
-        return logits
+        return self._replace_disabled(logits, float(jnp.finfo(jnp.float32).min))
+
+    def exclude(self, selection: Array) -> Array:
+        """f32[T, E] with -inf for disabled experts, so that no bias or cutoff can bring them back."""
+        return self._replace_disabled(selection, -jnp.inf)
+
+    def _replace_disabled(self, values: Array, low: float) -> Array:
+        if not self.disabled_experts:
+            return values
+        off = jnp.zeros((values.shape[1],), bool).at[jnp.array(self.disabled_experts)].set(True)
+        return jnp.where(off[None, :], low, values)

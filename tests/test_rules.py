@@ -393,6 +393,32 @@ def test_weights_are_what_the_scoring_promises(case: Case):
     np.testing.assert_allclose(expert_weights(routing), scoring.scale * want, rtol=2e-5, atol=1e-6)
 
 
+def test_a_disabled_expert_stays_out_whatever_was_learned(learner: Case):
+    """Balancing sees that nobody uses it and would bring it back: by bias, by cutoff, by threshold."""
+    if learner.router.min_k == E:
+        pytest.skip("it uses every expert")
+    if getattr(learner.router, "balance", "sign") == "quantile":
+        pytest.skip("it refuses disabled experts")
+    router = dataclasses.replace(learner.router, gate=Gate(disabled_experts=(5,)))
+    favour = {"expert_bias": 100.0, "cutoffs": -100.0}
+    state = dataclasses.replace(
+        learner.state,
+        **{
+            n: getattr(learner.state, n).at[5].set(v)
+            for n, v in favour.items()
+            if hasattr(learner.state, n)
+        },
+    )
+    params = dict(learner.params)
+    if "thresholds" in params:
+        params["thresholds"] = params["thresholds"].at[5].set(-1.0)
+    used = np.asarray(
+        dataclasses.replace(learner, router=router)(params=params, state=state).expert_mask
+    )
+    assert not used[:, 5].any()
+    assert used.any()
+
+
 def test_ties_go_to_the_lowest_index(case: Case):
     if isinstance(case.router, ExpertChoiceRouter):
         routing = case(jnp.ones((T, D), jnp.float32))

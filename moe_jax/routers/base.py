@@ -323,7 +323,8 @@ def score_slots(
     logits = gate(params, x, key=key, token_mask=token_mask)
     scores = scoring.scores(logits)
     probs = scoring.probs(scores)
-    indices, _ = top_slots(scoring.selection_scores(logits, scores, expert_bias), max_k)
+    selection = gate.exclude(scoring.selection_scores(logits, scores, expert_bias))
+    indices, _ = top_slots(selection, max_k)
     return Slots(
         logits=logits,
         probs=probs,

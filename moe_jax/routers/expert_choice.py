@@ -92,7 +92,7 @@ class ExpertChoiceRouter(Router):
         return choose_tokens(
             logits=logits,
             probs=self.scoring.probs(scores),
-            scores=weights * jnp.float32(self.scoring.scale),
+            scores=self.gate.exclude(weights * jnp.float32(self.scoring.scale)),
             capacity=expert_capacity(x.shape[0], self.num_experts, self.mean_k, 1.0),
             token_mask=token_mask,
         )

@@ -116,7 +116,7 @@ class ExpertThreshold(Router):
         logits = self.gate(params, x, key=key, token_mask=token_mask)
         scores = self.scoring.scores(logits)
         margins = scores - jax.lax.stop_gradient(state.cutoffs)[None, :]
-        indices, best = top_slots(margins, self.max_k)
+        indices, best = top_slots(self.gate.exclude(margins), self.max_k)
         keep = clip_counts(best > 0, min_k=self.min_k)
         slot_scores = jnp.take_along_axis(scores, indices, axis=-1)
         return build_routing(

@@ -120,7 +120,8 @@ class TopAny(Router):
         margins = scores - self._threshold_scores(params["thresholds"], offset)[None, :]
         passes = margins > 0
         # Those that pass come first, best score first; after them the fallback's order.
-        indices, _ = top_slots(jnp.where(passes, scores, scores - 2.0), self.max_k)
+        selection = self.gate.exclude(jnp.where(passes, scores, scores - 2.0))
+        indices, _ = top_slots(selection, self.max_k)
         passes = jnp.take_along_axis(passes, indices, axis=-1)
         keep = clip_counts(passes, min_k=self.min_k)
         margin = jnp.where(passes, jnp.take_along_axis(margins, indices, axis=-1), 0.0)
