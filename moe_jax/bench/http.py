@@ -284,7 +284,7 @@ def _rows(taken: dict[str, list[tuple[float, float]]], count: int) -> list[dict[
                 "clients": count,
                 "ratio": round(statistics.median(ratios(case, "echo")), 3),
                 "ratio_sink": round(statistics.median(ratios(case, "sink")), 3),
-                "times_json": round(statistics.median(over), 1),
+                "times_json": round(statistics.median(over), 3),
                 "ms": round(1e3 * statistics.median(t for _, t in taken[case]), 3),
                 "requests_per_second": round(1 / statistics.median(t for t, _ in taken[case]), 1),
                 "echo_ms": round(1e3 * statistics.median(t for t, _ in taken["echo"]), 3),
