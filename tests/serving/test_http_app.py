@@ -220,11 +220,14 @@ def test_a_body_that_comes_too_slowly_is_cut_off_and_disturbs_nobody(service, mo
 
 
 def test_a_head_that_comes_too_slowly_is_cut_off(service, monkeypatch):
-    monkeypatch.setattr(bounds, "HEAD_SECONDS", 0.2)
-    for sent in (b"", b"GET /v2 HT", b"GET /v2 HTTP/1.1\r\nHost: x\r\nA: "):
-        with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as sock:
+    monkeypatch.setattr(bounds, "HEAD_SECONDS", 0.5)
+    with contextlib.ExitStack() as stack:  # at once, so that they wait together
+        slow = []
+        for sent in (b"", b"GET /v2 HT", b"GET /v2 HTTP/1.1\r\nHost: x\r\nA: "):
+            sock = socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE)
+            slow.append(stack.enter_context(sock))
             sock.sendall(sent)
-            assert read_answer(sock)[0] == 408
+        assert [read_answer(sock)[0] for sock in slow] == [408] * 3
 
 
 def test_a_head_that_has_no_end_is_cut_off(service):
