@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 AGAIN = { echo "Not installed. Once more in 20 seconds."; sleep 20; $(1); }
 
 .PHONY: help demo demo-quick test lint format check test-newer clean \
-  verify-image verify-monitoring verify-rollout
+  verify-image verify-monitoring verify-rollout verify-soak
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -60,6 +60,9 @@ verify-monitoring: $(VENV)/.installed-dev  ## a real Prometheus: every query has
 
 verify-rollout: $(VENV)/.installed-dev  ## two instances behind HAProxy with Redis: limits, blue-green, rollback under load
 	$(BIN)/python -m deploy.verify.rollout
+
+verify-soak: $(VENV)/.installed-dev  ## five minutes of good and bad traffic: memory, files and threads stay flat
+	$(BIN)/python -m deploy.verify.soak
 
 clean:  ## remove environments, caches and runs
 	rm -rf .venv .venv-newer .jax_cache .pytest_cache .ruff_cache .hypothesis runs build dist *.egg-info

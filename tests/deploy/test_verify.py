@@ -1,7 +1,7 @@
 """The checks against real parts: what they say when a part is missing, and that they can fail.
 
-The checks themselves are ``make verify-image``, ``verify-monitoring`` and ``verify-rollout``: they take
-minutes and real servers, and are no part of the suite.
+The checks themselves are ``make verify-image``, ``verify-monitoring``, ``verify-rollout`` and
+``verify-soak``: they take minutes and real servers, and are no part of the suite.
 """
 
 import doctest
@@ -15,7 +15,7 @@ import pytest
 from deploy.verify import processes, promql
 
 ROOT = Path(__file__).parents[2]
-CHECKS = ["image", "monitoring", "rollout", "capacity"]
+CHECKS = ["image", "monitoring", "rollout", "soak", "capacity"]
 
 
 def test_examples_of_the_query_helpers():

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from moe_jax.cli import app
 from moe_jax.serving.http.server import Server
+from tests.ports import free_port
 from tests.serving.served import WIDTH, small_engine, tensor
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ class Process:
 
     def __init__(self) -> None:
         self.seen: list[dict] = []
-        self.start(port=0)
+        self.start(port=free_port())
 
     def start(self, port: int) -> None:
         settings = {
