@@ -16,7 +16,7 @@ from moe_jax.serving.errors import ServingError
 
 @dataclasses.dataclass(slots=True)
 class _Record:
-    times: collections.deque[float]
+    times: list[float]  # a deque would take many times the memory for so few
     blocks: int = 0
     until: float = 0.0
 
@@ -70,7 +70,7 @@ class Blocks:
         with self._lock:
             record = self._records.get(client)
             if record is None:
-                record = _Record(times=collections.deque(maxlen=self._after))
+                record = _Record(times=[])
                 self._records[client] = record
             self._records.move_to_end(client)
             if len(self._records) > self._max:
@@ -80,6 +80,7 @@ class Blocks:
             if record.blocks and now - record.until > self._longest:
                 record.blocks = 0
             record.times.append(now)
+            del record.times[: -self._after]
             full = len(record.times) == self._after
             if not full or now - record.times[0] > self._window:
                 return False
