@@ -232,7 +232,7 @@ def layer(
     rounds: Rounds = 10,
     seconds: Annotated[
         float, typer.Option(min=0, help="A case of the grid ends after these, with fewer rounds.")
-    ] = 25.0,
+    ] = 120.0,
     json: Json = None,
     plot: Plot = None,
 ) -> None:
