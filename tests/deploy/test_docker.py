@@ -137,7 +137,7 @@ def test_the_entry_point_sets_threads_and_copies_the_warmed_cache(tmp_path, requ
 def test_the_health_check_says_no_where_nothing_listens(tmp_path):
     done = subprocess.run(
         [sys.executable, str(DOCKER / "healthcheck.py")],
-        env={"MOE_PORT": "1"}, capture_output=True, text=True, timeout=30,
+        env={"MOE_PORT": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
     assert "/v2/health/live" in done.stderr

@@ -252,7 +252,7 @@ esac
         done = subprocess.run(
             ["sh", str(COLOURS / "switch.sh"), *words],
             env={"PATH": f"{programs}:{os.environ['PATH']}", "SWITCH_SETTLE": "0", **environment},
-            capture_output=True, text=True, timeout=30,
+            capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         calls = log.read_text().splitlines() if log.exists() else []
         return done.returncode, (tmp_path / "colour").read_text(), calls
