@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import random
 import shutil
 import signal
 import socket
@@ -96,11 +97,25 @@ def need(program: str, package: str) -> str:
     return found
 
 
+# Below what systems hand out by themselves (from 32768 on Linux, 49152 elsewhere): between a choice
+# and a program's own use of it, no connection and no socket that asks for port 0 gets the same.
+_PORTS = range(20_000, 32_000)
+
+
 def free_port() -> int:
-    """A port on loopback that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port on loopback that nobody listens on, for a program that must be told one."""
+    draw = random.SystemRandom()
+    for _ in range(100):
+        port = draw.choice(_PORTS)
+        with socket.socket() as tried:
+            try:
+                tried.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError(
+        f"expected a free port from {_PORTS.start} to {_PORTS.stop}, got none in 100."
+    )
 
 
 class Process:

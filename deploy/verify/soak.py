@@ -222,7 +222,8 @@ class Load:
         weights = np.array([KINDS[kind][0] for kind in kinds])
         order = [*rng.permutation(len(kinds))]  # each once, then by weight
         due = time.monotonic()
-        while not self._stop.is_set() and time.monotonic() < self._end:
+        # A slow machine takes longer to have sent each once.
+        while not self._stop.is_set() and (order or time.monotonic() < self._end):
             chosen = order.pop() if order else rng.choice(len(kinds), p=weights / weights.sum())
             kind = kinds[chosen]
             status = kind(client)
@@ -231,6 +232,10 @@ class Load:
             due = max(due + self._pause, time.monotonic() - 1.0)
             self._stop.wait(max(0.0, due - time.monotonic()))
         client.close()
+
+    @property
+    def under_way(self) -> bool:
+        return any(thread.is_alive() for thread in self._threads)
 
     @property
     def total(self) -> int:
@@ -306,7 +311,7 @@ def soak(
         samples, totals = [], []
         every = max(0.1, min(2.0, seconds / 60))
         with Load(port, per_second, seconds=seconds) as load:
-            while time.monotonic() - start < seconds and running.ended() is None:
+            while load.under_way and running.ended() is None:
                 time.sleep(every)
                 samples.append(sampled(process, start))
                 totals.append(load.total)

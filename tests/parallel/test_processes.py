@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from deploy.verify.processes import free_port
 from moe_jax import train as lm
 from moe_jax.distributed import EXIT_CODE, Group
-from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40

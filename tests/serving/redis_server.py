@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from deploy.verify.processes import free_port
 from moe_jax.serving.admission import limiter
 from moe_jax.serving.cache import shared
-from tests.ports import free_port
 
 needs_redis = pytest.mark.skipif(
     shutil.which("redis-server") is None,

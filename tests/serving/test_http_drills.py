@@ -17,6 +17,7 @@ import pytest
 
 from moe_jax.config import load_config
 from moe_jax.serving.engine import RouterEngine
+from moe_jax.serving.engine.core import WATCHDOG_SECONDS
 from tests.serving.engine.conftest import Clock, Log
 from tests.serving.engine.deadlines import passing_at_work
 from tests.serving.engine.test_reload import write
@@ -188,7 +189,7 @@ def test_a_slow_device_is_504_and_keeps_its_place_until_it_is_done(serve):
             return run(*order)
 
         spoil(service, slow)
-        assert outcome(service, timeout=50_000) == (504, "deadline_exceeded", None)
+        assert outcome(service, timeout=30_000_000) == (504, "deadline_exceeded", None)
     assert sample(service, "moe_inflight_requests") == 1
     waiting: list[tuple] = []
     second = threading.Thread(target=lambda: waiting.append(outcome(service)))
@@ -223,7 +224,7 @@ def test_deadlines_that_pass_at_work_open_the_circuit(serve):
             return run(*order)
 
         spoil(service, slow)
-        late = [outcome(service, timeout=1_000_000) for _ in range(20)]
+        late = [outcome(service, timeout=30_000_000) for _ in range(20)]
         assert late == [(504, "deadline_exceeded", None)] * 20
         assert outcome(service) == (503, "circuit_open", "10")
     spoil(service, None)
@@ -234,9 +235,8 @@ def test_deadlines_that_pass_at_work_open_the_circuit(serve):
     assert ready(service) == (200, [])
 
 
-def test_a_stuck_device_fails_liveness_and_only_that_restarts(serve, monkeypatch):
-    monkeypatch.setattr("moe_jax.serving.engine.core.WATCHDOG_SECONDS", 0.05)
-    service = serve(request_timeout_seconds=0.02)
+def test_a_stuck_device_fails_liveness_and_only_that_restarts(serve):
+    service = serve()
     release = threading.Event()
     with passing_at_work() as begins:
 
@@ -247,7 +247,10 @@ def test_a_stuck_device_fails_liveness_and_only_that_restarts(serve, monkeypatch
 
         spoil(service, stuck)
         assert outcome(service)[:2] == (504, "deadline_exceeded")
-    until(lambda: service.request("GET", "/v2/health/live")[0] == 503)
+    assert service.request("GET", "/v2/health/live")[0] == 200, "slow is not stuck"
+    [job] = service.engine.bulkhead._running
+    job.started -= WATCHDOG_SECONDS
+    assert service.request("GET", "/v2/health/live")[0] == 503
     status, told = service.json("GET", "/health")
     assert (status, told["status"]) == (503, "unhealthy")
     release.set()

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from deploy.verify.processes import free_port
 from moe_jax.cli import app
 from moe_jax.serving.http.server import Server
-from tests.ports import free_port
 from tests.serving.served import WIDTH, small_engine, tensor
 
 ROOT = Path(__file__).parents[2]
