@@ -8,6 +8,7 @@ import pytest
 
 from moe_jax.bench import peers
 from moe_jax.bench.against import read_baseline
+from moe_jax.bench.batch import bench_batch
 from moe_jax.bench.layer import PROMISED, bench_layer
 from moe_jax.bench.measure import interleave, write_results
 from moe_jax.bench.plot import plot_ratios
@@ -62,8 +63,11 @@ def test_a_peer_that_would_not_fit_is_not_started(monkeypatch):
 
 def test_a_peer_that_runs_is_timed(monkeypatch):
     one_peer(monkeypatch, lambda params, x, routing: jax.nn.relu(x))
+    monkeypatch.setattr(peers, "_PACKAGES", {"peer": ("jax",)})
+    monkeypatch.setattr(peers, "installed", lambda module: module == "jax")
     rows = {row["implementation"]: row for row in bench_layer(**SMALL)}
     assert rows["peer"]["ratio"] > 0
+    assert rows["peer"]["version"] == f"jax {jax.__version__}"
 
 
 def test_a_file_of_layer_rows_is_a_baseline_and_holds_every_point(monkeypatch, tmp_path):
@@ -107,3 +111,13 @@ def test_a_picture_of_several_token_counts_says_which_bar_is_which(tmp_path, mon
     legend = drawn[1].axes[0].get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["tiered", "peer"]
+
+
+def test_batch_sizes_are_compared_with_the_first_in_the_same_round():
+    rows, advice = bench_batch(
+        sizes=[2, 4], sequence=8, d_model=8, d_ff=16, experts=4, k=2, rounds=3
+    )
+    assert (rows[0]["latency_ratio"], rows[0]["relative_throughput"]) == (1.0, 1.0)
+    assert rows[1]["latency_ratio"] == pytest.approx(2 / rows[1]["relative_throughput"], rel=1e-2)
+    assert advice["from"] in (2, 4)
+    assert advice["to"] >= advice["from"]

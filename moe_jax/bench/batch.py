@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def bench_batch(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Throughput and latency of the whole layer by batch size; and a recommendation.
 
-    The floor of each ratio is the smallest size, so ratios show drift-free how latency grows. The
+    Each ratio is to the first size in the same round, so ratios show drift-free how latency grows. The
     recommended range starts where throughput reaches 80 % of the best and ends where latency passes
     twice that of the first size in the range.
     """
@@ -49,18 +50,23 @@ def bench_batch(
         cases[str(size)] = lambda x=x: step(params, x)
         progress(f"batch {size}")
     timings, _ = interleave(cases[str(sizes[0])], cases, rounds=rounds)
+    # Not to the floors beside it: a small batch right after a large one finds the caches cold, and
+    # the first size would be 0.8 of itself.
+    first_seconds = timings[str(sizes[0])].seconds
     rows = []
     for size in sizes:
         timing = timings[str(size)]
+        pairs = zip(timing.seconds, first_seconds, strict=True)
+        ratio = statistics.median(own / first for own, first in pairs)
         rows.append(
             {
                 "batch": size,
                 "tokens": size * sequence,
                 "ms": round(1e3 * timing.median_seconds, 3),
-                "latency_ratio": round(timing.ratio, 3),
+                "latency_ratio": round(ratio, 3),
                 "tokens_per_second": round(size * sequence / timing.median_seconds),
                 # From the ratio, so that drift between rounds cancels.
-                "relative_throughput": round(size / sizes[0] / timing.ratio, 4),
+                "relative_throughput": round(size / sizes[0] / ratio, 4),
             }
         )
     best = max(r["relative_throughput"] for r in rows)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.bench.measure import compile_for, interleave
-from moe_jax.bench.peers import peer_cases
+from moe_jax.bench.peers import peer_cases, versions
 from moe_jax.bench.workload import (
     DTYPES,
     balanced_floor,
@@ -191,7 +191,10 @@ def _grid_point(
             d_ff=width, k=k, backward=backward, with_gradients=with_gradients,
         )  # fmt: skip
         cases |= found
-        details |= {name: {"temp_mb": None, "dropped": 0.0, "peer": True} for name in found}
+        details |= {
+            name: {"temp_mb": None, "dropped": 0.0, "peer": True, "version": versions(name)}
+            for name in found
+        }
     # What did not run has a row too, without a ratio, and says why.
     failed = [
         {"implementation": name, "default": False, "ratio": None, "temp_mb": None, "dropped": None,

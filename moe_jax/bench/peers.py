@@ -7,6 +7,7 @@ decides its load, which with random weights is near uniform, so a peer is only r
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -19,10 +20,18 @@ from moe_jax.dispatch import kept_weights, plan_dispatch, to_assignments
 from moe_jax.experts import FeedForward, ragged
 from moe_jax.types import Array, Params, Routing
 
+_PACKAGES = {"tokamax": ("tokamax",), "torch mixtral": ("torch", "transformers")}
+
 
 def installed(module: str) -> bool:
     """Whether a module can be imported, without importing it."""
     return importlib.util.find_spec(module) is not None
+
+
+def versions(name: str) -> str | None:
+    """The installed versions of what a peer consists of, such as "tokamax 0.0.12"."""
+    packages = [p for p in _PACKAGES.get(name, ()) if installed(p)]
+    return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages) or None
 
 
 def jax_peers(ffn: FeedForward) -> dict[str, Callable[[Params, Array, Routing], Array]]:
