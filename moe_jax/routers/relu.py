@@ -49,7 +49,8 @@ class ReLURouter(Router):
 
     A token may have no expert (15.6 % in the authors' own numbers here), which a residual block takes
     well and a division by the sum of weights does not. An expert whose logit is negative on every
-    token gets no gradient from anything, this loss included: watch ``stats.tokens_per_expert``.
+    token gets no gradient from the layer, nor from this loss (a router z-loss reaches it): watch
+    ``stats.tokens_per_expert``.
 
     Args:
         num_experts: E.
