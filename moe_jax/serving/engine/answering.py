@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_jax.serving import admission, cache
-from moe_jax.serving.engine.device import Order
+from moe_jax.serving.engine.device import Checking, Order
 from moe_jax.serving.engine.requests import LOCAL, Client, Result
 from moe_jax.serving.engine.snapshot import Snapshot
 from moe_jax.serving.errors import ServingError
@@ -76,11 +76,9 @@ def _infer(
         return name or engine._keyer.digest(parts, x, mask, client=client.id)
 
     def compute() -> cache.Entry:
-        flat = x.reshape(-1, width)
-        rows = flat if flat.dtype == np.float32 else flat.astype(np.float32)
         order = Order(
             snapshot=snapshot, model=model, shape=(batch, sequence), logits=logits,
-            checked=check_values(engine, rows, mask), deadline=deadline, owner=owner,
+            checking=checking(engine, x.reshape(-1, width), mask), deadline=deadline, owner=owner,
             here=timeout is None and client == LOCAL,
         )  # fmt: skip
         return engine.device.answer(order, _cached(engine, digest, snapshot, client))
@@ -105,14 +103,24 @@ def _infer(
     return entry, result, name
 
 
+def checking(engine: RouterEngine, flat: np.ndarray, mask: np.ndarray | None) -> Checking:
+    """The check of hidden states [T, D]: made already where it may refuse them, which comes before
+    any work on the device; otherwise left for when that is under way."""
+    rows = flat if flat.dtype == np.float32 else flat.astype(np.float32)
+    flat_mask = None if mask is None else mask.reshape(-1)
+    made = Checking((rows, flat_mask), lambda: check_values(engine, rows, flat_mask))
+    if "reject" in (engine.level.nonfinite, engine.level.magnitude):
+        made.result()
+    return made
+
+
 def check_values(
     engine: RouterEngine, rows: np.ndarray, mask: np.ndarray | None
 ) -> admission.Checked:
-    flat_mask = None if mask is None else mask.reshape(-1)
     if not engine.config.security.enable_validation:
-        return admission.Checked(x=rows, token_mask=flat_mask)
+        return admission.Checked(x=rows, token_mask=mask)
     return admission.check_values(
-        rows, flat_mask, nonfinite=engine.level.nonfinite, magnitude=engine.level.magnitude,
+        rows, mask, nonfinite=engine.level.nonfinite, magnitude=engine.level.magnitude,
         max_magnitude=engine.config.serving.max_magnitude,
     )  # fmt: skip
 
@@ -185,10 +193,10 @@ def rewarm(
     snapshot, found = engine.snapshot, engine.cache
     if found is None:
         return
-    flat = x.reshape(-1, x.shape[-1]).astype(np.float32, copy=False)
     order = Order(
         snapshot=snapshot, model=model, shape=(x.shape[0], x.shape[1]), logits=logits,
-        checked=check_values(engine, flat, mask), owner=client.id if engine._keyer.keyed else "",
+        checking=checking(engine, x.reshape(-1, x.shape[-1]), mask),
+        owner=client.id if engine._keyer.keyed else "",
         deadline=time.perf_counter() + engine.config.serving.request_timeout_seconds,
     )  # fmt: skip
     entry = engine.device.answer(order, lambda: None)

@@ -272,11 +272,16 @@ class Buckets:
             jax.device_get(self._start(np.zeros((size, self.program.width), np.float32), None))
 
     def run(
-        self, x: np.ndarray, token_mask: np.ndarray | None, *, logits: bool = False
+        self,
+        x: np.ndarray,
+        token_mask: np.ndarray | None,
+        *,
+        logits: bool = False,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> dict[str, np.ndarray]:
         """The answer for x f32[T, D], on the host. Device errors surface here and nowhere else.
 
-        ``router_logits`` are in it only if ``logits``.
+        ``router_logits`` are in it only if ``logits``. ``meanwhile`` is called while the device works.
         """
         largest = self.sizes[-1]
         starts = range(0, len(x), largest)
@@ -286,6 +291,7 @@ class Buckets:
             )
             for i in starts
         ]
+        meanwhile()
         if not logits:
             for _, apart in parts:
                 apart.pop("router_logits", None)

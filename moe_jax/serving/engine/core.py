@@ -2,6 +2,7 @@
 
 The order of a request: shape and size, cache, values, a place on the device, circuit breaker, bucket,
 compiled function, check of the output, answer. Limits and blocks come before all of it, by ``admit``.
+Where the level refuses no values, they are checked while the device works (``engine.device``).
 """
 
 from __future__ import annotations
@@ -197,7 +198,10 @@ class RouterEngine:
             return_router_logits: whether ``router_logits`` are among the arrays.
             client: who asks.
             request_id: for logs and the answer; made up if None.
-            timeout_seconds: deadline; None is the configured one.
+            timeout_seconds: deadline; None is the configured one. Where it is None, no ``client`` is
+                named and the deadline is far off what lately ran, the work is done on the caller's own
+                thread, which saves a hand-over: should the device hang in that very call, the call
+                is held past its deadline. State a deadline to be let go at it.
             use_cache: whether a cached answer will do.
 
         Returns:

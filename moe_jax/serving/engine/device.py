@@ -1,4 +1,8 @@
-"""Work on the device, guarded: breaker, deadline, one retry, a check of the output, and fallbacks."""
+"""Work on the device, guarded: breaker, deadline, one retry, a check of the output, and fallbacks.
+
+Where the check of values refuses nothing it is made while the device works, which hides a tenth of a
+millisecond for 1.5 MB. What the check then puts in the place of bad values is routed once more.
+"""
 
 from __future__ import annotations
 
@@ -34,25 +38,62 @@ _NO_FALLBACK = ("queue_full", "draining", "deadline_exceeded", "warming")
 # Finite values that no product with sound weights turns into infinity.
 _SOUND_BELOW = 1e6
 
-Run = Callable[[Snapshot, str, np.ndarray, np.ndarray | None, bool], dict[str, np.ndarray]]
+Values = tuple[np.ndarray, np.ndarray | None]  # x f32[T, D], token_mask bool[T]
+Meanwhile = Callable[[], object]
+Run = Callable[[Snapshot, str, Values, bool, Meanwhile], dict[str, np.ndarray]]
 
 
 def run_on_device(
-    snapshot: Snapshot, model: str, x: np.ndarray, token_mask: np.ndarray | None, logits: bool
+    snapshot: Snapshot, model: str, values: Values, logits: bool, meanwhile: Meanwhile
 ) -> dict[str, np.ndarray]:
     """The one place where device work happens, and where drills put their faults."""
-    return snapshot.models[model].run(x, token_mask, logits=logits)
+    return snapshot.models[model].run(*values, logits=logits, meanwhile=meanwhile)
+
+
+class Checking:
+    """The check of a request's values, made once, by whoever comes first.
+
+    Args:
+        sent: the values as they were sent.
+        check: makes the check.
+    """
+
+    def __init__(self, sent: Values, check: Callable[[], Checked]) -> None:
+        self._check = check
+        self._made: Checked | None = None
+        self._error: Exception | None = None
+        self.values = sent  # those to use: once the check is made, what it made of them
+
+    def make(self) -> None:
+        """Makes the check if nobody did. It raises nothing here: a device at work is not at fault."""
+        if self._made is not None or self._error is not None:
+            return
+        try:
+            self._made = made = self._check()
+        except Exception as error:
+            self._error = error
+        else:
+            if made.x is not self.values[0] or made.token_mask is not self.values[1]:
+                self.values = made.x, made.token_mask
+
+    def result(self) -> Checked:
+        """What came of it. Raises what the check raised."""
+        self.make()
+        if self._made is None:
+            assert self._error is not None
+            raise self._error
+        return self._made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Order:
-    """A checked request on its way to the device.
+    """A request on its way to the device.
 
     Attributes:
         snapshot: what to run.
         model: ``router`` or ``moe``.
         shape: B, S.
-        checked: the values.
+        checking: the values and their check.
         logits: whether the router's logits are wanted.
         deadline: when the caller stops waiting, on ``time.perf_counter``.
         owner: the client that alone may see the result, or "".
@@ -62,11 +103,15 @@ class Order:
     snapshot: Snapshot
     model: str
     shape: tuple[int, int]
-    checked: Checked
+    checking: Checking
     logits: bool
     deadline: float
     owner: str = ""
     here: bool = False
+
+    @property
+    def checked(self) -> Checked:
+        return self.checking.result()
 
 
 class Device:
@@ -163,17 +208,27 @@ class Device:
         return found, seconds
 
     def _checked_run(self, order: Order) -> dict[str, np.ndarray]:
-        checked = order.checked
-        found = self.run(order.snapshot, order.model, checked.x, checked.token_mask, order.logits)
+        checking = order.checking
+        used = checking.values
+        found = self._run(order, used)
+        if checking.values is not used:  # the check put others in their place meanwhile
+            used = checking.values
+            found = self._run(order, used)
         for name in ("expert_weights", "output"):
             if name in found and not math.isfinite(np.add.reduce(found[name], axis=None)):
                 bad = ~np.isfinite(found[name]).all(axis=-1)
                 # What a client sent is no fault of the device, overflow of huge values included.
-                sound = bad & (np.abs(checked.x) < _SOUND_BELOW).all(axis=-1)  # False for NaN
+                sound = bad & (np.abs(used[0]) < _SOUND_BELOW).all(axis=-1)  # False for NaN
                 if sound.any():
                     raise BadOutput(
-                        f"{name}: not finite for {int(sound.sum())} of {len(checked.x)} tokens"
+                        f"{name}: not finite for {int(sound.sum())} of {len(used[0])} tokens"
                     )
+        return found
+
+    def _run(self, order: Order, values: Values) -> dict[str, np.ndarray]:
+        make = order.checking.make
+        found = self.run(order.snapshot, order.model, values, order.logits, make)
+        make()  # for a ``run`` that left it out
         return found
 
     # --- fallbacks
