@@ -14,16 +14,23 @@ import jax.numpy as jnp
 from moe_jax.types import Array
 
 
-def loss_free_bias(expert_bias: Array, tokens_per_expert: Array, *, rate: float) -> Array:
+def loss_free_bias(
+    expert_bias: Array, tokens_per_expert: Array, *, rate: float, disabled: tuple[int, ...] = ()
+) -> Array:
     """f32[E]: ``b += rate * sign(mean(load) - load)``; overloaded experts become less attractive.
 
-    Auxiliary-loss-free balancing, arXiv:2408.15664; DeepSeek-V3 uses rate 1e-3.
+    Auxiliary-loss-free balancing, arXiv:2408.15664; DeepSeek-V3 uses rate 1e-3. Experts in
+    ``disabled`` count for nothing in the mean and keep their bias.
 
     Example:
         >>> loss_free_bias(jnp.zeros(2), jnp.array([3.0, 1.0]), rate=0.001).tolist()
         [-0.0010000000474974513, 0.0010000000474974513]
     """
-    return expert_bias + rate * jnp.sign(tokens_per_expert.mean() - tokens_per_expert)
+    on = jnp.ones(expert_bias.shape, jnp.float32)
+    if disabled:
+        on = on.at[jnp.array(disabled)].set(0.0)
+    mean = (tokens_per_expert * on).sum() / on.sum()
+    return expert_bias + rate * on * jnp.sign(mean - tokens_per_expert)
 
 
 def pi_controller(

@@ -133,6 +133,9 @@ def test_gradient_steps_on_the_load_balancing_loss_lower_the_load():
 def test_loss_free_bias_by_hand():
     bias = loss_free_bias(jnp.zeros(3), jnp.array([6.0, 3.0, 0.0]), rate=0.5)
     assert bias.tolist() == [-0.5, 0.0, 0.5]
+    # Without the second expert the mean is 5; with it, 10 / 3, and all others would seem overloaded.
+    bias = loss_free_bias(jnp.zeros(3), jnp.array([6.0, 0.0, 4.0]), rate=0.5, disabled=(1,))
+    assert bias.tolist() == [-0.5, 0.0, 0.5]
 
 
 # --- the PI controller of top-p -------------------------------------------------------------

@@ -129,7 +129,10 @@ class DynamicK(Router):
     def update(self, state: DynamicKState, stats: RoutingStats) -> DynamicKState:
         if not self.balance_rate:
             return state
-        bias = loss_free_bias(state.expert_bias, stats.tokens_per_expert, rate=self.balance_rate)
+        bias = loss_free_bias(
+            state.expert_bias, stats.tokens_per_expert,
+            rate=self.balance_rate, disabled=self.gate.disabled_experts,
+        )  # fmt: skip
         return dataclasses.replace(state, expert_bias=bias)
 
     def fit(

@@ -156,6 +156,7 @@ class TopK(Router):
             bias = jnp.where(stats.token_count > 0, bias, state.expert_bias)
         else:
             bias = loss_free_bias(
-                state.expert_bias, stats.tokens_per_expert, rate=self.balance_rate
-            )
+                state.expert_bias, stats.tokens_per_expert,
+                rate=self.balance_rate, disabled=self.gate.disabled_experts,
+            )  # fmt: skip
         return dataclasses.replace(state, expert_bias=bias)
