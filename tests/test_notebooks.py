@@ -95,7 +95,7 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path):
 
 
 def kernel_environment(own: Path) -> dict[str, str]:
-    """Compiled code is kept between runs, as in conftest.py; plots go into the notebook.
+    """Compiled cheaply and kept between runs, as in conftest.py; plots go into the notebook.
 
     IPython's folder, with its one history for all, is the kernel's own.
     """
@@ -104,6 +104,7 @@ def kernel_environment(own: Path) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     inline = "module://matplotlib_inline.backend_inline"
     fixed = {"MPLBACKEND": inline, "PYTHONPATH": path, "IPYTHONDIR": str(own / "ipython")}
