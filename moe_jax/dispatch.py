@@ -211,11 +211,13 @@ def plan_dispatch(
     if capacity is None and max_rows is not None:
         # Most batches keep within a budget that was made for them. Ranking everything is a slow
         # sort, whose cost would not fall with k, so it runs only where something must go.
+        # Inside shard_map both branches must differ over the same axes, those of the weights too: no
+        # cost is above infinity.
         kept = jax.lax.cond(
             demand.sum() > max_rows,
             lambda kept: within_budget(kept, max_rows),
             lambda kept: kept,
-            valid,
+            valid & ~(cost > jnp.inf),
         )
         group_sizes = _count(experts, kept, e)
         order, position = _sort_by_expert(experts, kept, group_sizes)

@@ -5,12 +5,15 @@ Promises R10 (capacity counts k, priority by score, drops reported) and the row 
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import dispatch
 from moe_jax.dispatch import (
@@ -252,6 +255,18 @@ def test_plan_invariants(problem):
             won = kept & (experts == e)
             if lost.any():
                 assert weights[won].min() >= weights[lost].max(), "the least weight is dropped"
+
+
+def test_a_row_budget_plans_where_only_the_weights_differ_between_devices():
+    """Whether the budget overflows is decided at run time, and both answers have one type."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    fixed = assign(EXPERTS, WEIGHTS, 3)
+
+    def kept(weights: jax.Array) -> jax.Array:
+        return plan_dispatch(dataclasses.replace(fixed, weights=weights), max_rows=4).kept
+
+    across = jax.shard_map(kept, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert across(fixed.weights).tolist() == [True, True, True, False, True, False]
 
 
 def test_plans_under_jit_equal_eager_plans():
