@@ -45,7 +45,8 @@ def _k_range(router: Any) -> str:
 def config_show(
     config: ConfigFile = None,
     preset: Annotated[
-        str | None, typer.Option(help="balanced, low_latency, high_accuracy or production.")
+        str | None,
+        typer.Option(help="balanced, low_latency, high_accuracy, production, training or mixed."),
     ] = None,
 ) -> None:
     """Print the configuration in force: environment over file over defaults; or a preset."""
