@@ -21,6 +21,7 @@ so they are Python values under ``jit`` and a change of one retraces.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
@@ -268,8 +269,35 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: expected one of {listed}, got {value!r}. Choose one of these.")
 
 
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a Python or NumPy number that can be compared.
+
+    Example:
+        >>> check_number("scale", 1.5)
+    """
+    if not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{name}: expected a number, got {value!r}. Give a Python number, not text or an array."
+        )
+
+
+def check_at_least_0(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a number, ValueError unless it is finite and at least 0."""
+    check_number(name, value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(
+            f"{name}: expected a finite number of at least 0, got {value}. 0 switches it off."
+        )
+
+
 def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:
-    """Raises ValueError unless ``0 <= min_k <= max_k <= num_experts`` and ``max_k >= 1``."""
+    """Raises ValueError unless ``0 <= min_k <= max_k <= num_experts`` and ``max_k >= 1``.
+
+    Raises TypeError where one is no integer: 8.0 would be a shape later.
+    """
+    for name, value in (("num_experts", num_experts), ("k", min_k), ("k", max_k)):
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name}: expected an integer, got {value!r}. Write 8, not 8.0 or '8'.")
     if num_experts < 1:
         raise ValueError(
             f"num_experts: expected at least 1, got {num_experts}. Give the number of experts."

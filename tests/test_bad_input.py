@@ -40,6 +40,7 @@ from moe_jax import (
     to_assignments,
 )
 from moe_jax.difficulty import register_estimator
+from moe_jax.interop.rules import MoEPlusPlus
 from moe_jax.losses import aux_loss
 from moe_jax.types import Params, Routing
 
@@ -156,6 +157,26 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "quantiles past the batch's": (
         ValueError, lambda: TopK(num_experts=4, k=2, balance="quantile", balance_rate=2.0), "got 2.0",
     ),
+    "quantiles that move nothing": (
+        ValueError,
+        lambda: TopK(num_experts=4, k=2, balance="quantile"),
+        r"0 < balance_rate <= 1.*got 0\.0.*1\.0 is usual",
+    ),
+    "negative balance rate": (
+        ValueError, lambda: TopK(num_experts=4, k=2, balance_rate=-0.1), "balance_rate.*got -0.1",
+    ),
+    "balance rate that is none": (
+        ValueError,
+        lambda: DynamicK(num_experts=4, min_k=1, max_k=2, balance_rate=float("nan")),
+        "balance_rate.*got nan",
+    ),
+    "experts as a float": (
+        TypeError, lambda: ReLURouter(num_experts=8.0, target_k=2.0), "an integer, got 8.0",  # pyright: ignore[reportArgumentType]
+    ),
+    "k as text": (TypeError, lambda: TopK(num_experts=4, k="2"), "k: .*got '2'"),  # pyright: ignore[reportArgumentType]
+    "MoE++ without experts": (
+        ValueError, lambda: MoEPlusPlus(num_experts=0), "num_experts.*at least 1, got 0",
+    ),
     "balance unknown": (ValueError, lambda: TopK(num_experts=4, k=2, balance="qb"), "got 'qb'"),
     "min above max": (
         ValueError, lambda: DynamicK(num_experts=4, min_k=3, max_k=2), "min_k=3, max_k=2",
@@ -201,6 +222,24 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "relu made denser": (ValueError, lambda: fit_relu(3.9), "use without a cutoff, got 3.9"),
     "top-any from two": (ValueError, lambda: TopAny(num_experts=4, min_k=2), "0 or 1, got 2"),
     "top-any scale of 0": (ValueError, lambda: TopAny(num_experts=4, scale=0.0), "got 0.0"),
+    "top-any scale as text": (TypeError, lambda: TopAny(num_experts=4, scale="a"), "number, got 'a'"),  # pyright: ignore[reportArgumentType]
+    "top-any diversity below 0": (
+        ValueError, lambda: TopAny(num_experts=4, diversity=-1.0), "diversity.*got -1.0",
+    ),
+    "top-any diversity that is none": (
+        ValueError, lambda: TopAny(num_experts=4, diversity=float("nan")), "diversity.*got nan",
+    ),
+    "top-any efficiency below 0": (
+        ValueError, lambda: TopAny(num_experts=4, efficiency=-5.0), "efficiency.*got -5.0",
+    ),
+    "relu target as text": (
+        TypeError, lambda: ReLURouter(num_experts=4, target_k="2"), "target_k: .*got '2'",  # pyright: ignore[reportArgumentType]
+    ),
+    "relu lambda above its bound": (
+        ValueError,
+        lambda: ReLURouter(num_experts=4, target_k=1.0, max_l1_coefficient=1e-9),
+        "l1_coefficient=1e-08, got 1e-09",
+    ),
     "random mean above k": (
         ValueError, lambda: RandomSkip(num_experts=4, k=2, mean_k=2.5), "got 2.5",
     ),

@@ -292,8 +292,8 @@ def _from_json(cls: type, data: dict[str, Any]) -> Any:
         return cls(**values)
     except TypeError as error:  # a field without default is missing
         raise ValueError(
-            f"{cls.__name__}: expected the fields that to_json writes, got {sorted(values)}: {error}. "
-            "Add what is missing, or correct its type."
+            f"{cls.__name__}: expected the fields that to_json writes, got {sorted(values)}: "
+            f"{str(error).rstrip('.')}. Add what is missing, or correct its type."
         ) from None
 
 

@@ -14,7 +14,7 @@ from moe_jax.logits import Gate
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
 from moe_jax.scoring import Scoring
 from moe_jax.selection import build_routing, first_k
-from moe_jax.types import Array, Params, Routing, RoutingStats, check_k, pytree
+from moe_jax.types import Array, Params, Routing, RoutingStats, check_at_least_0, check_k, pytree
 
 
 @pytree
@@ -65,6 +65,7 @@ class DynamicK(Router):
 
     def __post_init__(self) -> None:
         check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        check_at_least_0("balance_rate", self.balance_rate)
         self.scoring.check(num_experts=self.num_experts, max_k=self.max_k)
         resolve_estimator(self.difficulty)
 

@@ -13,7 +13,7 @@ from moe_jax.logits import Gate
 from moe_jax.routers.base import Router, Traits
 from moe_jax.scoring import Scoring
 from moe_jax.selection import choose_tokens
-from moe_jax.types import Array, ExpertChoice, Params, check_k, pytree
+from moe_jax.types import Array, ExpertChoice, Params, check_k, check_number, pytree
 
 
 @pytree
@@ -48,6 +48,7 @@ class ExpertChoiceRouter(Router):
 
     def __post_init__(self) -> None:
         check_k(num_experts=self.num_experts, min_k=0, max_k=self.num_experts)
+        check_number("mean_k", self.mean_k)
         if not 0 < self.mean_k <= self.num_experts:
             raise ValueError(
                 f"mean_k: expected 0 < mean_k <= num_experts={self.num_experts}, "

@@ -22,6 +22,7 @@ from moe_jax.types import (
     Routing,
     RoutingStats,
     check_k,
+    check_number,
     pytree,
 )
 
@@ -72,6 +73,8 @@ class ExpertThreshold(Router):
         if self.max_k is None:
             object.__setattr__(self, "max_k", self.num_experts)
         check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        check_number("target_k", self.target_k)
+        check_number("decay", self.decay)
         if not 0 < self.target_k <= self.num_experts:
             raise ValueError(
                 f"target_k: expected 0 < target_k <= num_experts={self.num_experts}, "

@@ -13,7 +13,7 @@ from moe_jax.logits import Gate
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
 from moe_jax.scoring import Scoring
 from moe_jax.selection import build_routing, clip_counts, min_p_keep
-from moe_jax.types import Array, Params, Routing, check_k, pytree
+from moe_jax.types import Array, Params, Routing, check_k, check_number, pytree
 
 
 @pytree
@@ -58,6 +58,7 @@ class MinP(Router):
             object.__setattr__(self, "max_k", self.num_experts)
         check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
         self.scoring.check(num_experts=self.num_experts, max_k=self.max_k)
+        check_number("ratio", self.ratio)
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio: expected 0 <= ratio <= 1, got {self.ratio}. Try 0.5.")
         if self.min_k < 1:

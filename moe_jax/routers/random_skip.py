@@ -15,7 +15,7 @@ from moe_jax.logits import Gate
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
 from moe_jax.scoring import Scoring
 from moe_jax.selection import build_routing, first_k
-from moe_jax.types import Array, Params, Routing, check_choice, check_k, pytree
+from moe_jax.types import Array, Params, Routing, check_choice, check_k, check_number, pytree
 
 
 @pytree
@@ -60,6 +60,7 @@ class RandomSkip(Router):
         check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
         self.scoring.check(num_experts=self.num_experts, max_k=self.k)
         check_choice("drop", self.drop, ("lowest", "random"))
+        check_number("mean_k", self.mean_k)
         if not 1 <= self.mean_k <= self.k:
             raise ValueError(
                 f"mean_k: expected 1 <= mean_k <= k={self.k}, got {self.mean_k}. "

@@ -16,7 +16,16 @@ from moe_jax.losses import Axes, relu_l1_loss
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
 from moe_jax.scoring import Scoring
 from moe_jax.selection import build_routing
-from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, check_k, pytree
+from moe_jax.types import (
+    Array,
+    ExpertChoice,
+    Params,
+    Routing,
+    RoutingStats,
+    check_k,
+    check_number,
+    pytree,
+)
 
 
 @pytree
@@ -41,7 +50,9 @@ class ReLURouter(Router):
 
     The authors steer one lambda by the mean over all layers. A state here is one layer's, which then
     meets the target by itself; for their rule give every layer's ``update`` the same
-    ``stats.merge_stats`` of all layers. Their lambda has no bounds; this one stays in 1e-12 to 1e4.
+    ``stats.merge_stats`` of all layers. Their lambda has no bounds; this one stays in 1e-12 to
+    ``max_l1_coefficient``: it grows without end where the mean cannot be met. Where it can, in this
+    library's training test, lambda peaked at 4.3.
 
     ``router_probs`` is the softmax of the logits, for statistics and the general losses: weights over
     their sum would have gradients without bound where all are small. Leave
@@ -58,6 +69,8 @@ class ReLURouter(Router):
         max_k: most experts a token uses; None is E. Lower, it cuts the lowest weights off.
         l1_coefficient: the first lambda.
         step: factor of the controller.
+        max_l1_coefficient: the most that lambda may grow to. Lambda at this bound says that the mean
+            cannot be met (see the bias above), and that the loss is steering nothing.
         gate: the map to logits.
         scoring: ReLU scores, scaled if need be.
 
@@ -76,6 +89,7 @@ class ReLURouter(Router):
     max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
     l1_coefficient: float = 1e-8
     step: float = 1.2
+    max_l1_coefficient: float = 100.0
     gate: Gate = Gate()
     scoring: Scoring = Scoring(score="relu")
 
@@ -83,6 +97,8 @@ class ReLURouter(Router):
         if self.max_k is None:
             object.__setattr__(self, "max_k", self.num_experts)
         check_k(num_experts=self.num_experts, min_k=0, max_k=self.max_k)
+        for name in ("target_k", "step", "l1_coefficient", "max_l1_coefficient"):
+            check_number(name, getattr(self, name))
         if not 0 < self.target_k < self.max_k:
             raise ValueError(
                 f"target_k: expected 0 < target_k < max_k={self.max_k}, got {self.target_k}. It is "
@@ -92,6 +108,11 @@ class ReLURouter(Router):
             raise ValueError(
                 f"step, l1_coefficient: expected step > 1 and l1_coefficient > 0, got {self.step}, "
                 f"{self.l1_coefficient}. The authors use 1.2 and 1e-8."
+            )
+        if not self.l1_coefficient <= self.max_l1_coefficient < float("inf"):
+            raise ValueError(
+                "max_l1_coefficient: expected a finite number of at least l1_coefficient="
+                f"{self.l1_coefficient}, got {self.max_l1_coefficient}. 100 is ample."
             )
         if (
             self.scoring.score != "relu"
@@ -162,7 +183,7 @@ class ReLURouter(Router):
             target=self.target_k,
             step=self.step,
             low=1e-12,
-            high=1e4,
+            high=self.max_l1_coefficient,
         )
         # A batch of padding alone has measured nothing and moves nothing.
         coefficient = jnp.where(stats.token_count > 0, coefficient, state.l1_coefficient)

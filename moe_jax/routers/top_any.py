@@ -15,7 +15,17 @@ from moe_jax.losses import Axes, mean_over_tokens
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens
 from moe_jax.scoring import Scoring
 from moe_jax.selection import build_routing, clip_counts, top_slots
-from moe_jax.types import Array, ExpertChoice, Params, Routing, check_array, check_k, pytree
+from moe_jax.types import (
+    Array,
+    ExpertChoice,
+    Params,
+    Routing,
+    check_array,
+    check_at_least_0,
+    check_k,
+    check_number,
+    pytree,
+)
 
 _SIGMOID = Scoring(score="sigmoid")
 _TINY = 1e-12  # lengths below it count as it, as in the authors' normalisation
@@ -85,8 +95,11 @@ class TopAny(Router):
             raise ValueError(
                 f"min_k: expected 0 or 1, got {self.min_k}. Top-any falls back on one expert."
             )
+        check_number("scale", self.scale)
         if not 0 < self.scale <= 100:
             raise ValueError(f"scale: expected 0 < scale <= 100, got {self.scale}. 1 is usual.")
+        check_at_least_0("diversity", self.diversity)
+        check_at_least_0("efficiency", self.efficiency)
 
     @property
     def traits(self) -> Traits:

@@ -19,6 +19,7 @@ from moe_jax.types import (
     Params,
     Routing,
     RoutingStats,
+    check_at_least_0,
     check_choice,
     check_k,
     pytree,
@@ -44,7 +45,8 @@ class TopK(Router):
         k: experts per token.
         gate: the map to logits.
         scoring: logits to scores and weights.
-        balance_rate: of the controller that ``update`` runs on the selection bias; 0 is off.
+        balance_rate: of the controller that ``update`` runs on the selection bias; 0 is off, which
+            ``quantile`` refuses.
         balance: ``sign`` moves the bias by ``balance_rate`` against the load (loss-free balancing);
             ``quantile`` by the share ``balance_rate`` of the way to the bias that would have evened
             out the batch (quantile balancing, at rate 1 that of Megatron-LM, which wants no
@@ -72,21 +74,23 @@ class TopK(Router):
         check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
         self.scoring.check(num_experts=self.num_experts, max_k=self.k)
         check_choice("balance", self.balance, BALANCES)
+        check_at_least_0("balance_rate", self.balance_rate)
         if self.balance == "quantile":
             self._check_quantile()
 
     def _check_quantile(self) -> None:
-        if not 0 <= self.balance_rate <= 1:
-            raise ValueError(
-                f"balance_rate: expected 0 to 1 with balance='quantile', got {self.balance_rate}. 1 "
-                "goes all the way to the batch's quantiles."
-            )
         off, groups = self.gate.disabled_experts, self.scoring.num_groups
         if self.k == self.num_experts or off or groups != 1:
             raise ValueError(
                 "balance: expected a choice among all experts for 'quantile', got "
                 f"k={self.k} of {self.num_experts}, disabled_experts={off}, num_groups={groups}. It "
                 "would give every expert the same load; use balance='sign'."
+            )
+        if not 0 < self.balance_rate <= 1:
+            raise ValueError(
+                "balance_rate: expected 0 < balance_rate <= 1 with balance='quantile', got "
+                f"{self.balance_rate}. 1.0 is usual and goes all the way to the batch's quantiles; at "
+                "0 nothing is balanced."
             )
 
     @property

@@ -14,7 +14,7 @@ from moe_jax.logits import Gate
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
 from moe_jax.scoring import Scoring
 from moe_jax.selection import build_routing, clip_counts, top_p_keep
-from moe_jax.types import Array, Params, Routing, RoutingStats, check_k, pytree
+from moe_jax.types import Array, Params, Routing, RoutingStats, check_k, check_number, pytree
 
 
 @pytree
@@ -68,11 +68,13 @@ class TopP(Router):
             object.__setattr__(self, "max_k", self.num_experts)
         check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
         self.scoring.check(num_experts=self.num_experts, max_k=self.max_k)
+        check_number("p", self.p)
         if not 0 <= self.p <= 1:
             raise ValueError(f"p: expected 0 <= p <= 1, got {self.p}. 0.4 is usual.")
         if self.min_k < 1:
             raise ValueError("min_k: expected at least 1, got 0. Top-p always uses one expert.")
         if self.target_mean_k is not None:
+            check_number("target_mean_k", self.target_mean_k)
             budget.check_target(self.target_mean_k, min_k=self.min_k, max_k=self.max_k)
 
     @property

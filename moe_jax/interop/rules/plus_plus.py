@@ -63,6 +63,7 @@ class MoEPlusPlus(Router):
     gate: Gate = Gate()
 
     def __post_init__(self) -> None:
+        check_k(num_experts=self.num_experts, min_k=0, max_k=1)
         check_k(num_experts=self.classes, min_k=0, max_k=self.k)
         if min(self.num_constant, self.num_copy, self.num_zero) < 0:
             raise ValueError(
