@@ -15,7 +15,15 @@ from moe_jax.difficulty import Context, Estimator
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux
 from moe_jax.logits import Gate
-from moe_jax.nn.setup import ExpertInit, LayerSpec, dynamic_router, logical_axes, stats_of
+from moe_jax.losses import Axes
+from moe_jax.nn.setup import (
+    ExpertInit,
+    LayerSpec,
+    dynamic_router,
+    logical_axes,
+    routing_of,
+    stats_of,
+)
 from moe_jax.routers import Router as Rule
 from moe_jax.scoring import Scoring
 from moe_jax.sharding import layer_over
@@ -62,6 +70,14 @@ class Router(nn.Module):
         state = self.variable(STATE, "state", self.router.init_state).value
         return self.router(params, state, x, key=key, token_mask=token_mask, context=context)
 
+    def regularization(
+        self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
+    ) -> Array:
+        """f32[]: what the rule's authors add to the training loss, of this layer's parameters in their
+        boxes or out of them: ``apply(variables, aux, method="regularization")``, inside the function
+        that is differentiated. ``ReLURouter`` and ``TopAny`` need it; it is 0 for most rules."""
+        return _regularization(self, self.router, aux, axis_name)
+
     def update_router(self, aux: LayerAux | RoutingStats) -> None:
         """Writes the state after a training batch: ``apply(..., method="update_router",
         mutable=["router_state"])``."""
@@ -106,6 +122,14 @@ class MoE(nn.Module):
             self, self.rule(), x,
             key=key, token_mask=token_mask, context=context, return_aux=return_aux,
         )  # fmt: skip
+
+    def regularization(
+        self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
+    ) -> Array:
+        """f32[]: what the rule's authors add to the training loss, of this layer's parameters in their
+        boxes or out of them: ``apply(variables, aux, method="regularization")``, inside the function
+        that is differentiated. ``ReLURouter`` and ``TopAny`` need it; it is 0 for most rules."""
+        return _regularization(self, self.rule(), aux, axis_name)
 
     def update_router(self, aux: LayerAux | RoutingStats) -> None:
         """Writes the state after a training batch: ``apply(..., method="update_router",
@@ -161,6 +185,12 @@ class DynamicMoE(nn.Module):
             key=key, token_mask=token_mask, context=context, return_aux=return_aux,
         )  # fmt: skip
 
+    def regularization(
+        self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
+    ) -> Array:
+        """As ``MoE.regularization``."""
+        return _regularization(self, self.rule(), aux, axis_name)
+
     def update_router(self, aux: LayerAux | RoutingStats) -> None:
         """As ``MoE.update_router``."""
         _write(self, self.rule(), aux)
@@ -200,3 +230,12 @@ def _write(module: nn.Module, rule: Rule, aux: LayerAux | RoutingStats) -> None:
         )
     state = module.get_variable(STATE, "state")
     module.put_variable(STATE, "state", rule.update(state, stats_of(aux)))
+
+
+def _regularization(
+    module: nn.Module, rule: Rule, aux: LayerAux | Routing | ExpertChoice, axis_name: Axes
+) -> Array:
+    # Linen hands a variable out as it was stored; only ``param`` takes it out of its box.
+    params = nn.meta.unbox(module.get_variable("params", "router"))
+    state = nn.meta.unbox(module.get_variable(STATE, "state"))
+    return rule.regularization(params, state, routing_of(aux), axis_name=axis_name)

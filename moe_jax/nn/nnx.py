@@ -10,11 +10,13 @@ from moe_jax.difficulty import Context, Estimator
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux
 from moe_jax.logits import Gate
+from moe_jax.losses import Axes
 from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,
     dynamic_router,
     logical_axes,
+    routing_of,
     stats_of,
     tokens_of,
 )
@@ -79,6 +81,16 @@ class Router(nnx.Module):
         state = self.router_state.get_value()
         return self.rule(
             arrays(self.router), state, x, key=key, token_mask=token_mask, context=context
+        )
+
+    def regularization(
+        self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
+    ) -> Array:
+        """f32[]: what the rule's authors add to the training loss (``ReLURouter`` and ``TopAny`` need
+        it; 0 for most rules). Part of the loss: call it inside the function that is differentiated."""
+        state = self.router_state.get_value()
+        return self.rule.regularization(
+            arrays(self.router), state, routing_of(aux), axis_name=axis_name
         )
 
     def update_router(self, aux: LayerAux | RoutingStats) -> None:
@@ -180,6 +192,16 @@ class MoE(nnx.Module):
             key=key, token_mask=token_mask, context=context, **options,
         )  # fmt: skip
         return (y, aux) if return_aux else y
+
+    def regularization(
+        self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
+    ) -> Array:
+        """f32[]: what the rule's authors add to the training loss (``ReLURouter`` and ``TopAny`` need
+        it; 0 for most rules). Part of the loss: call it inside the function that is differentiated."""
+        state = self.router_state.get_value()
+        return self.spec.router.regularization(
+            arrays(self.router), state, routing_of(aux), axis_name=axis_name
+        )
 
     def update_router(self, aux: LayerAux | RoutingStats) -> None:
         """Writes the router's state after a training batch. Never called by itself."""

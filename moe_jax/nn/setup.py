@@ -16,9 +16,17 @@ from moe_jax.logits import Gate
 from moe_jax.routers import DynamicK, Router
 from moe_jax.scoring import Scoring
 from moe_jax.sharding import logical_axes
-from moe_jax.types import Array, Params, RoutingStats, describe_array
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, describe_array
 
-__all__ = ["ExpertInit", "LayerSpec", "dynamic_router", "logical_axes", "stats_of", "tokens_of"]
+__all__ = [
+    "ExpertInit",
+    "LayerSpec",
+    "dynamic_router",
+    "logical_axes",
+    "routing_of",
+    "stats_of",
+    "tokens_of",
+]
 
 ExpertInit = Callable[[Array, int], Params]
 
@@ -126,6 +134,11 @@ class LayerSpec:
 def stats_of(aux: LayerAux | RoutingStats) -> RoutingStats:
     """The statistics of a batch, from what an MoE layer returns or from ``routing_stats``."""
     return aux.stats if isinstance(aux, LayerAux) else aux
+
+
+def routing_of(aux: LayerAux | Routing | ExpertChoice) -> Routing | ExpertChoice:
+    """The routing of a batch, from what an MoE layer returns or by itself."""
+    return aux.routing if isinstance(aux, LayerAux) else aux
 
 
 def dynamic_router(

@@ -91,6 +91,51 @@ def test_only_update_router_writes_the_state(rule):
     _equal(expected, changed["router_state"]["state"])
 
 
+@pytest.mark.parametrize(
+    "own", [RULES["top_any"], moe_jax.ReLURouter(num_experts=E, target_k=2.0, l1_coefficient=1.0)],
+    ids=["top_any", "relu"],
+)  # fmt: skip
+def test_the_rules_own_loss_is_a_method_of_both_modules(own):
+    """Equal to the pure function, with a gradient for the router, in Linen's boxes as out of them."""
+    module = _nnx(own)
+    params, state = module.params(), module.router_state.get_value()
+
+    def pure(params):
+        _, aux = moe_jax.moe_layer(own, FFN, params, state, X)
+        return own.regularization(params["router"], state, aux.routing)
+
+    def of_nnx(module):
+        _, aux = module(X, return_aux=True)
+        return module.regularization(aux)
+
+    layer = _linen(own)
+
+    def of_linen(params):
+        variables = {"params": params, "router_state": {"state": state}}
+        _, aux = layer.apply(variables, X, return_aux=True)
+        return layer.apply(variables, aux, method="regularization")
+
+    value, gradient = jax.jit(jax.value_and_grad(pure))(params)
+    assert float(value) > 0
+    assert float(jnp.abs(gradient["router"]["kernel"]).max()) > 0
+    got, held = nnx.jit(nnx.value_and_grad(of_nnx))(module)
+    np.testing.assert_allclose(got, value, rtol=1e-6)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        nnx.to_pure_dict(held)["router"], gradient["router"],
+    )  # fmt: skip
+    boxed = jax.eval_shape(layer.init, jax.random.key(0), X)["params"]
+    boxed = nn.meta.replace_boxed(boxed, params)
+    assert isinstance(boxed["router"]["kernel"], nn.LogicallyPartitioned)
+    for given in (params, boxed):
+        got, held = jax.jit(jax.value_and_grad(of_linen))(given)
+        np.testing.assert_allclose(got, value, rtol=1e-6)
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+            nn.meta.unbox(held)["router"], gradient["router"],
+        )  # fmt: skip
+
+
 def test_update_router_works_inside_nnx_jit():
     module = _nnx(RULES["top_k"])
 
