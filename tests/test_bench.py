@@ -5,6 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from moe_jax.bench import peers
 from moe_jax.bench.against import read_baseline
@@ -12,6 +13,7 @@ from moe_jax.bench.batch import bench_batch
 from moe_jax.bench.layer import PROMISED, bench_layer
 from moe_jax.bench.measure import interleave, write_results
 from moe_jax.bench.plot import plot_ratios
+from moe_jax.bench.tables import print_rows
 
 
 def test_rounds_end_after_the_seconds_given_but_not_before_three():
@@ -121,3 +123,23 @@ def test_batch_sizes_are_compared_with_the_first_in_the_same_round():
     assert rows[1]["latency_ratio"] == pytest.approx(2 / rows[1]["relative_throughput"], rel=1e-2)
     assert advice["from"] in (2, 4)
     assert advice["to"] >= advice["from"]
+
+
+def test_a_table_in_80_columns_cuts_no_name_and_no_figure(capsys):
+    columns = [
+        "implementation", "experts", "dtype", "load", "pass", "ratio", "ratio_balanced", "ms",
+        "temp_mb", "dropped", "rounds",
+    ]  # fmt: skip
+    values = [
+        ("capacity", 8, "bf16", "uniform", "fwd", 1.2345, 12.34, 1234.5, 1057.1, 0.2969, 10),
+        ("balanced", 64, "bf16", "zipf", "bwd", 1.0, 1.0, 1.0, None, 0.0, 10),
+    ]
+    rows = [dict(zip(columns, row, strict=True)) for row in values]
+    print_rows(Console(width=80), "bench layer", columns, rows)
+    told, *lines = capsys.readouterr().out.splitlines()
+    assert told == "bench layer: dtype bf16, rounds 10"
+    assert not any("…" in line for line in lines)
+    assert max(len(line) for line in lines) <= 80
+    assert any("1.234" in line and "1057" in line and "0.2969" in line for line in lines)
+    print_rows(Console(width=30), "bench layer", columns, rows)
+    assert capsys.readouterr().out.splitlines()[1:] == lines  # wider than the console, and whole

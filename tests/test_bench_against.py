@@ -41,6 +41,14 @@ def test_rows_are_told_apart_by_what_they_measure_and_lost_ones_are_named():
     assert name_of({**row(), "ms": 99.0}) == name_of(row())
 
 
+def test_a_reference_is_no_case_and_what_does_not_run_any_more_is_gone():
+    floor, peer = {**row(), "implementation": "balanced"}, {**row(), "implementation": "tokamax"}
+    now = [{**floor, "ratio": 9.0}, {**peer, "ratio": None, "not_run": "failed"}]
+    changes, lost = compare([floor, peer], now)
+    assert not changes
+    assert lost == ["TopK tokamax tokens=16"]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -275,6 +275,9 @@ def test_bench_refuses_unknown_words():
         ("layer --experts 4 --k 100", "at most the 4 experts, got 100"),
         ("layer --mean-k 5", "at most k=2, got 5"),
         ("dynamic --tokens 0", "--tokens"),
+        ("dynamic --tokens 1", "got 1 at a mean of 1.3, which rounds to k"),
+        ("layer --peers --load zipf", "expected a uniform load"),
+        ("layer --peers --mean-k 1.5", "neither --mean-k nor --max-rows"),
         ("route --experts -3", "--experts"),
         ("batch --k 9", "at most the 8 experts, got 9"),
     ],
@@ -294,6 +297,24 @@ def test_bench_refuses_a_file_that_cannot_be_written_before_it_measures(tmp_path
         assert result.exit_code == 2, result.output
         assert said in " ".join(result.stderr.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.parametrize("deeper", ["", "new/folders"])
+def test_bench_refuses_what_only_the_kernel_refuses_and_leaves_nothing(tmp_path, deeper):
+    place = tmp_path / deeper / ("long" * 80 + ".json")
+    result = runner.invoke(app, ["bench", "route", "--json", str(place)])
+    assert result.exit_code == 2, result.output
+    assert "expected a file that can be written" in " ".join(result.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_may_be_written_is_as_before_until_it_is(tmp_path):
+    from moe_jax.bench.places import writable
+
+    old, new = _write(tmp_path / "old.json", b"old"), tmp_path / "new" / "rows.json"
+    assert (writable(old), writable(new)) == (old, new)
+    assert old.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [old]
 
 
 def test_bench_refuses_a_picture_of_another_kind_before_it_measures(tmp_path):

@@ -23,6 +23,9 @@ RUNNERS: Mapping[str, tuple[str, str]] = {
 Imported when they are asked for.
 """
 
+REFERENCES = ("balanced",)
+"""What stands in a row's ``implementation`` and is a floor of its own."""
+
 # What names a row; the rest of it was measured.
 _NAMES = (
     "rule", "implementation", "tokens", "d_model", "d_ff", "experts", "k", "mean_k",
@@ -140,6 +143,8 @@ def compare(
 ) -> tuple[list[Change], list[str]]:
     """Every row that both have, and the names of those that the new measurement lacks.
 
+    References such as ``balanced`` are no cases: they run nothing of this library.
+
     A change's interval runs from the lower quartile now over the upper one before to the upper one
     now over the lower one before: where it lies wholly above 1, the middle halves do not overlap.
 
@@ -149,9 +154,11 @@ def compare(
         >>> change.change, round(change.low, 2), round(change.high, 2), lost
         (2.0, 1.64, 2.44, [])
     """
-    found = {name_of(row): row for row in now}
+    found = {name_of(row): row for row in now if "not_run" not in row}
     changes, lost = [], []
     for old in before:
+        if old.get("implementation") in REFERENCES:
+            continue
         name = name_of(old)
         if name not in found:
             lost.append(name)

@@ -5,7 +5,6 @@ Errors of the library leave the commands as they are; ``moe_jax.cli`` tells them
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,42 +15,19 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moe_jax.bench.places import picture, writable
+from moe_jax.bench.tables import print_rows, print_whole, shown
+
 app = typer.Typer(help="Measure this machine, always against a floor.")
 notes, out = Console(stderr=True), Console()
 
-
-def _writable(file: Path | None) -> Path | None:
-    """The file as it is if it can be written; asked before the minutes that fill it."""
-    if file is None:
-        return None
-    if file.is_dir():
-        raise typer.BadParameter(f"expected a file, got the folder {file}. Name a file in it.")
-    there = next(path for path in (file, *file.absolute().parents) if path.exists())
-    if there != file and not there.is_dir():
-        raise typer.BadParameter(
-            f"expected a file under folders, got {file} under the file {there}. Choose another."
-        )
-    if not os.access(there, os.W_OK):
-        raise typer.BadParameter(
-            f"expected a file that can be written, got {file}, and {there} cannot be. "
-            "Check its permissions, or choose another."
-        )
-    return file
-
-
-def _picture(file: Path | None) -> Path | None:
-    if file is not None and file.suffix != ".png":
-        raise typer.BadParameter(f"expected a file that ends in .png, got {file}.")
-    return _writable(file)
-
-
 Json = Annotated[
     Path | None,
-    typer.Option("--json", callback=_writable, help="Write rows and machine to this file."),
+    typer.Option("--json", callback=writable, help="Write rows and machine to this file."),
 ]
 Plot = Annotated[
     Path | None,
-    typer.Option("--plot", callback=_picture, help="Draw the ratios into this .png file."),
+    typer.Option("--plot", callback=picture, help="Draw the ratios into this .png file."),
 ]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds; 10 or more for figures to quote.")]
 Size = Annotated[int, typer.Option(min=1)]
@@ -106,10 +82,7 @@ def _finish(
 ) -> None:  # fmt: skip
     from moe_jax.bench.measure import write_results
 
-    table = Table(*columns, title=f"bench {bench}")
-    for row in rows:
-        table.add_row(*[_shown(row.get(c)) for c in columns])
-    out.print(table)
+    print_rows(out, f"bench {bench}", columns, rows)
     for row in rows:
         if "not_run" in row:
             notes.print(f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
@@ -122,14 +95,6 @@ def _finish(
 
         plot_ratios(rows, plot)
         notes.print(f"picture written to {plot}")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else str(value)
 
 
 @app.callback(invoke_without_command=True)
@@ -183,9 +148,9 @@ def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None
         table.add_row(
             " ".join(w for w in words if w not in shared),
             f"{change.before:.3f}", f"{change.now:.3f}", f"{change.change:.3f}",
-            f"{change.low:.2f}-{change.high:.2f}", _shown(change.slower(tolerance)),
+            f"{change.low:.2f}-{change.high:.2f}", shown(change.slower(tolerance)),
         )  # fmt: skip
-    out.print(table)
+    print_whole(out, table)
     for row in rows:
         if "not_run" in row:
             notes.print(f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
@@ -239,6 +204,7 @@ def layer(
     """The layer after routing against one dense feed-forward over the same rows."""
     from moe_jax.bench.layer import PROMISED, bench_layer
     from moe_jax.bench.measure import write_results
+    from moe_jax.bench.peers import missing
     from moe_jax.bench.workload import DTYPES, LOADS
     from moe_jax.experts import ACTIVATIONS, IMPLEMENTATIONS
 
@@ -255,6 +221,14 @@ def layer(
     )  # fmt: skip
 
     _check_k(k, min(settings["experts"]), mean_k)
+    if peers and ("uniform" not in settings["loads"] or (mean_k, max_rows) != (None, None)):
+        raise typer.BadParameter(
+            "expected a uniform load, and neither --mean-k nor --max-rows: peers decide their own "
+            "routing. Add --load uniform, or leave out what does not go with it.",
+            param_hint="--peers",
+        )
+    if peers and (lacking := missing()):
+        notes.print(f"peers not installed: pip install {' '.join(lacking)}", highlight=False)
 
     def save(rows: list[dict[str, Any]]) -> None:
         if json is not None:

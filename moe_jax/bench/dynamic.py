@@ -39,6 +39,9 @@ def bench_dynamic(
     Returns:
         Rows of {way, mean_k, time_fall, flops_fall, share, ...}; ``share`` is the part of the fall
         in operations that became a fall in time.
+
+    Raises:
+        ValueError: so few tokens that their mean rounds to k, and nothing falls.
     """
     ffn = FeedForward(activation=activation)
     params = ffn.init(jax.random.key(0), num_experts=experts, d_model=d_model, d_ff=d_ff)
@@ -55,6 +58,12 @@ def bench_dynamic(
     for mean_k in mean_ks:
         routing = sample_routing(tokens=tokens, experts=experts, k=k, load=load, mean_k=mean_k)
         counts = np.asarray(routing.num_experts_per_token)
+        if counts.sum() == tokens * k:
+            raise ValueError(
+                f"tokens, mean_k: expected enough tokens for some to have fewer than k={k} experts, "
+                f"got {tokens} at a mean of {mean_k:g}, which rounds to k for each. "
+                "Raise --tokens, or lower --mean-k."
+            )
         histogram = np.bincount(counts, minlength=k + 1) / counts.size
         budget = row_budget(histogram, num_tokens=tokens)
         for way, max_rows in (("tiers", None), ("row budget", budget)):

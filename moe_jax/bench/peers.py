@@ -28,6 +28,12 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
+def missing() -> list[str]:
+    """The packages of peers that are not installed, in the words of pip."""
+    packages = ("torch", "transformers", "tokamax")
+    return [package for package in packages if not installed(package)]
+
+
 def versions(name: str) -> str | None:
     """The installed versions of what a peer consists of, such as "tokamax 0.0.12"."""
     packages = [p for p in _PACKAGES.get(name, ()) if installed(p)]
