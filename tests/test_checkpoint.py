@@ -32,6 +32,7 @@ from moe_jax.checkpoint import (
 )
 from moe_jax.checkpoint import store as module
 from moe_jax.config import PRESETS, build_router
+from moe_jax.interop.rules import MoEPlusPlus
 from moe_jax.routers import DynamicK, ExpertThreshold, ReLURouter, Router, TopAny, TopK, TopP
 
 
@@ -167,10 +168,15 @@ x = np.load(sys.argv[2])
 routing = jax.jit(found.routers["layer_0"])(
     found.params["layer_0"]["router"], found.states["layer_0"], x)
 np.savez(sys.argv[3], indices=routing.expert_indices, weights=routing.combine_weights)
+assert "moe_jax.interop.rules" not in sys.modules
+print(restore(sys.argv[4]).routers["a"])
 """
 
 
 def test_a_fresh_process_routes_bit_for_bit_the_same(pristine, tmp_path):  # R13
+    """And it opens a rule of a single model, which nobody imported there."""
+    rule = MoEPlusPlus(num_experts=4)
+    own = Checkpoint(routers={"a": rule}, states={"a": rule.init_state()})
     x = np.random.default_rng(1).normal(size=(64, 16)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     saved = example()
@@ -178,11 +184,13 @@ def test_a_fresh_process_routes_bit_for_bit_the_same(pristine, tmp_path):  # R13
         saved.params["layer_0"]["router"], saved.states["layer_0"], x
     )
     arguments = [str(pristine), str(tmp_path / "x.npy"), str(tmp_path / "there.npz")]
+    arguments.append(str(save(tmp_path / "own", own)))
     root = str(Path(__file__).parents[1])
-    subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "-W", "error", "-c", ROUTE, *arguments],
-        env={**os.environ, "PYTHONPATH": root}, check=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": root}, check=True, timeout=120, stdout=subprocess.PIPE,
     )  # fmt: skip
+    assert ended.stdout.decode().strip() == repr(rule)
     with np.load(tmp_path / "there.npz") as there:
         assert bits(there["indices"]) == bits(here.expert_indices)
         assert bits(there["weights"]) == bits(here.combine_weights)

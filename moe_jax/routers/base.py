@@ -224,7 +224,8 @@ def router_from_json(data: dict[str, Any]) -> Router:
     if kind not in Router.kinds:
         raise ValueError(
             f"router kind: expected one of {', '.join(sorted(Router.kinds))}, got {kind!r}. "
-            "Import the module that defines it first, if it is your own."
+            "Import the module that defines it first: your own, or moe_jax.interop.rules for the "
+            "rules of single models."
         )
     return _from_json(Router.kinds[kind], fields)
 

@@ -89,7 +89,7 @@ class ReLURouter(Router):
     max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
     l1_coefficient: float = 1e-8
     step: float = 1.2
-    max_l1_coefficient: float = 100.0
+    max_l1_coefficient: float = 10.0
     gate: Gate = Gate()
     scoring: Scoring = Scoring(score="relu")
 
@@ -112,7 +112,7 @@ class ReLURouter(Router):
         if not self.l1_coefficient <= self.max_l1_coefficient < float("inf"):
             raise ValueError(
                 "max_l1_coefficient: expected a finite number of at least l1_coefficient="
-                f"{self.l1_coefficient}, got {self.max_l1_coefficient}. 100 is ample."
+                f"{self.l1_coefficient}, got {self.max_l1_coefficient}. 10 is usual."
             )
         if (
             self.scoring.score != "relu"
