@@ -125,6 +125,13 @@ def find_rules(names: Sequence[str]) -> list[Rule]:
         "DynamicK": "dynamic_k_entropy", "TopP": "top_p", "MinP": "min_p",
         "ExpertThreshold": "expert_threshold", "RandomSkip": "drop_lowest",
     }  # fmt: skip
+    trained = [name for name in names if name in ("ReLURouter", "TopAny")]
+    if trained:
+        raise ValueError(
+            f"rule: expected rules that are fitted to a trained TopK model, got {', '.join(trained)}"
+            ", which a model is trained with from the start. Build it as the router of your own "
+            f"model, or choose from {', '.join(by_class)}."
+        )
     meant = [by_class.get(name, name) for name in names]
     unknown = [name for name in meant if name not in RULES]
     if unknown:

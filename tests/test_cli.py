@@ -196,6 +196,35 @@ def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[1, 2]", "got a list"),
+        (b"{x", "got no JSON"),
+        (b"\xff", "got no JSON"),
+        (b'{"num_layers": "2"}', "got a value of another type"),
+        (b'{"layers": 2}', "got layers"),
+        (None, "No such file"),
+    ],
+)
+def test_a_bad_model_file_is_told_by_its_name_and_what_was_expected(tmp_path, content, said):
+    file = tmp_path / "model.json"
+    if content is not None:
+        file.write_bytes(content)
+    result = runner.invoke(app, ["train", "--out", str(tmp_path / "out"), "--model", str(file)])
+    assert result.exit_code == 2, result.output
+    assert f"--model {file}: " in " ".join(result.stderr.split())
+    assert said in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("rule", ["ReLURouter", "TopAny"])
+def test_a_rule_that_is_trained_and_not_fitted_says_so(tmp_path, rule):
+    words = ["calibrate", str(tmp_path), "--out", str(tmp_path / "out"), "--rule", rule]
+    result = runner.invoke(app, [*words, "--target-saving", "0.2"])
+    assert result.exit_code == 2, result.output
+    assert f"got {rule}, which a model is trained with" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
     "words", [["train"], ["calibrate", "source", "--target-saving", "0.2"], ["demo"]], ids=str
 )
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, words):

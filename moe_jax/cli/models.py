@@ -178,13 +178,39 @@ def train(
             expert_devices=expert_devices, host_devices=host_devices, patience=patience, hint=hint,
         ) as mesh,
     ):  # fmt: skip
-        config = LMConfig() if model is None else LMConfig.from_json(json.loads(model.read_text()))
+        config = LMConfig() if model is None else _model_config(model)
         path, summary = job(
             config, folder, steps, seed, process_id == 0, mesh=mesh, save_every=save_every,
             resume=resume, until=until, overwrite=overwrite, console=notes,
         )  # fmt: skip
     if process_id == 0:
         _print_checkpoint(path, summary, as_json)
+
+
+def _model_config(file: Path) -> Any:
+    """The LMConfig that the file of ``--model`` describes. Raises ValueError if it describes none."""
+    from moe_jax.language_model import LMConfig
+
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        got = str(error.strerror)
+    except (ValueError, RecursionError) as error:
+        got = f"no JSON ({error})"
+    else:
+        if isinstance(found, dict):
+            try:
+                return LMConfig.from_json(found)
+            except ValueError as error:
+                raise ValueError(f"--model {file}: {error}") from None
+            except TypeError as error:
+                got = f"a value of another type ({error})"
+        else:
+            got = f"a {type(found).__name__}"
+    raise ValueError(
+        f"--model {file}: expected a file with a JSON object of LMConfig's fields, such as "
+        f'{{"num_layers": 2}}, got {got}. Correct the file, or leave it out for the defaults.'
+    )
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,4 +172,7 @@ def reload(
     if as_json:
         print_json(answer)
     else:
-        out.print(f"reloaded: {answer}", soft_wrap=True, markup=False)
+        out.print("reloaded")
+        for word, value in answer.items():
+            text = json.dumps(round(value, 3) if isinstance(value, float) else value)
+            out.print(f"{word}: {text}", soft_wrap=True, markup=False, highlight=False)

@@ -159,6 +159,7 @@ def test_route_asks_the_service(process, tmp_path):
     ("arguments", "said"),
     [
         (["smoke", "ftp://x"], "expected one such as"),
+        (["smoke", "http://127.0.0.1:1/v2/"], "Leave /v2 out"),
         (["reload", "http://127.0.0.1:99999"], "expected one such as"),
         (["route", "X", "--url", "http://127.0.0.1:1"], "Is it running"),
         (["route", "X", "--url", "http://127.0.0.1:1", "--target-mean-k", "2"], "Leave them out"),
@@ -195,6 +196,8 @@ def test_reload_needs_the_admin_key(process):
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)
     assert answer["version"] == answer["previous"]
+    done = runner.invoke(app, ["reload", process.url, "--admin-key", "operator"])
+    assert f'version: "{answer["version"]}"' in done.stdout.splitlines()
 
 
 def test_sighup_reloads(process):

@@ -56,6 +56,11 @@ class Service:
             raise ValueError(
                 f"URL: expected one such as http://127.0.0.1:8000, got {url!r}. Correct it."
             )
+        if parts.path.rstrip("/").endswith("/v2"):
+            raise ValueError(
+                f"URL: expected the address without /v2, which is added, got {url!r}. "
+                "Leave /v2 out."
+            )
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._parts, self._prefix = parts, parts.path.rstrip("/")
         self._key, self._timeout = key, timeout_seconds
