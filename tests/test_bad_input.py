@@ -350,6 +350,16 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "T=6.*got float32",
     ),
     "activation unknown": (ValueError, lambda: FeedForward(activation="swish"), "'silu'"),
+    "all that a layer reports as its statistics": (
+        TypeError,
+        lambda: ROUTER.update(ROUTER.init_state(), layer()[1]),
+        "got a LayerAux.*aux.stats",
+    ),
+    "the same to a rule that learns nothing so": (
+        TypeError,
+        lambda: RandomSkip(num_experts=4, k=2, mean_k=1.5).update(None, layer()[1]),
+        "got a LayerAux.*aux.stats",
+    ),
     # --- losses and reports
     "sequence length that does not divide T": (
         ValueError,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -48,6 +50,21 @@ class Traits:
     budget: str
 
 
+def _of_statistics(update: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule's ``update`` that refuses anything but statistics, say all that a layer reports."""
+
+    @functools.wraps(update)
+    def checked(self: Router, state: Any, stats: RoutingStats) -> Any:
+        if not isinstance(stats, RoutingStats):
+            raise TypeError(
+                f"stats: expected RoutingStats, got a {type(stats).__name__}. Pass aux.stats of what "
+                "moe_layer returned, or what routing_stats returns."
+            )
+        return update(self, state, stats)
+
+    return checked
+
+
 class Router(abc.ABC):
     """An abstract rule. A concrete one is a frozen dataclass in a file of its own, and final.
 
@@ -71,6 +88,8 @@ class Router(abc.ABC):
                 "Rules are final: compose Gate, Scoring and the functions in selection instead."
             )
         cls.__repr__ = Router.__repr__  # a dataclass keeps one that is there
+        if "update" in vars(cls):
+            cls.update = _of_statistics(cls.update)
         # The last definition wins, so that a notebook cell may be run again.
         Router.kinds[cls.__name__] = cls
 
@@ -138,8 +157,13 @@ class Router(abc.ABC):
         """
         return jnp.zeros((), jnp.float32)
 
+    @_of_statistics
     def update(self, state: Any, stats: RoutingStats) -> Any:
-        """The state after a training batch with these statistics. By default the same state."""
+        """The state after a training batch with these statistics. By default the same state.
+
+        Raises:
+            TypeError: ``stats`` is no ``RoutingStats``.
+        """
         return state
 
     def fit(
