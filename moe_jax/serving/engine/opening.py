@@ -86,6 +86,16 @@ def load(engine: RouterEngine) -> None:
             "in force. Give the configuration the checkpoint's values.",
             served=differing,
         )
+    if (
+        snapshot.trained
+        and "moe" not in snapshot.models
+        and engine.config.serving.serve_moe != "off"
+    ):
+        engine.log.info(
+            "moe_not_served",
+            told="the checkpoint has no experts, or its metadata does not say what they are: "
+            'experts={"activation": ..., "gated": ...}.',
+        )
     if not snapshot.trained:
         production = engine.config.environment == "production"
         told = engine.log.error if production else engine.log.warning

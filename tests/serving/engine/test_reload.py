@@ -92,6 +92,22 @@ def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_pa
         make_engine(checkpoint=plain, serve_moe="on")
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_experts_of_ones_own_are_served_where_metadata_say_what_they_are(
+    make_engine, tmp_path, log, told
+):
+    router, experts = moe_jax.TopK(num_experts=8, k=2), moe_jax.FeedForward()
+    layer = moe_jax.init_moe_layer(router, experts, jax.random.key(0), d_model=16, d_ff=24)
+    saved = checkpoint.Checkpoint(
+        params={"mine": layer}, routers={"mine": router}, states={"mine": router.init_state()},
+        metadata={"experts": {"activation": "gelu_tanh", "gated": False}} if told else {},
+    )  # fmt: skip
+    path = str(checkpoint.save(tmp_path / "mine", saved))
+    engine = make_engine(checkpoint=path, serve_moe="auto", buckets="16")
+    assert ("moe" in engine.snapshot.models) is told
+    assert ("moe_not_served" in log.events()) is not told
+
+
 def test_seeded_experts_do_not_stand_in_the_way_of_a_checkpoint_without_any(make_engine, tmp_path):
     engine = make_engine(serve_moe="auto", expert_hidden_dim=24, buckets="16")
     assert "moe" in engine.snapshot.models
