@@ -26,7 +26,8 @@ def export(
 ) -> None:
     """Write parameters, thresholds, configuration and baseline into one checksummed folder.
 
-    Without --config the configuration is the checkpoint's own. The environment is not looked at:
+    Without --config the configuration is the checkpoint's own, if it was saved with one; those of
+    moe-jax train and calibrate need --config. The environment is not looked at:
     an export must not depend on who makes it.
     """
     from moe_jax import archive
