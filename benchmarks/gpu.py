@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from moe_jax.bench.layer import experts_step, with_gradients
 from moe_jax.bench.measure import interleave, write_results
 from moe_jax.bench.workload import sample_routing
-from moe_jax.dispatch import plan_dispatch, to_assignments
 from moe_jax.experts import IMPLEMENTATIONS, FeedForward
+from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 
 SHAPES = {  # d_model, d_ff, experts, k
     "mixtral": (4096, 14336, 8, 2),

@@ -30,9 +30,9 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
     import jax.numpy as jnp
 
     import moe_jax
-    from moe_jax.collectives import collectives_of
-    from moe_jax.scaling import exchange_cost
-    from moe_jax.sharding import (
+    from moe_jax.parallel.collectives import collectives_of
+    from moe_jax.parallel.planning import exchange_cost
+    from moe_jax.parallel.sharding import (
         jit_sharded,
         make_mesh,
         parallel_of,

@@ -5,8 +5,8 @@
 
 It shows what a Linen model needs: the experts are ``moe_jax.nn.linen.MoE``, layers are one
 ``nn.scan``, the routers' states are the collection ``router_state``, and the optimiser gives routers
-and experts their own settings. Its parameter tree is that of ``moe_jax.language_model.init``, so both
-can be handed over as they are.
+and experts their own settings. Its parameter tree is that of ``moe_jax.lab.language_model.init``,
+so both can be handed over as they are.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from moe_jax import language_model as pure
-from moe_jax.language_model import LMConfig, Output
+from moe_jax.lab import language_model as pure
+from moe_jax.lab.language_model import LMConfig, Output
+from moe_jax.lab.training import optimizer
 from moe_jax.nn import linen as moe_linen
-from moe_jax.train import optimizer
 from moe_jax.types import Array, Params
 
 
@@ -87,7 +87,7 @@ def _stacked(layer: type[nn.Module], length: int, name: str) -> Any:
 
 
 class Decoder(nn.Module):
-    """``moe_jax.language_model.forward`` as a Linen module."""
+    """``moe_jax.lab.language_model.forward`` as a Linen module."""
 
     config: LMConfig
 

@@ -4,12 +4,8 @@ Every routing rule produces one ``Routing``; every way of running experts consum
 ``DispatchPlan``; nothing else passes between them.
 """
 
-from moe_jax.budget import fit_thresholds, row_budget
-from moe_jax.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
 from moe_jax.experts import FeedForward, explain_choice, run_experts
 from moe_jax.layer import LayerAux, init_moe_layer, moe_layer
-from moe_jax.logits import Gate
-from moe_jax.losses import LossWeights, aux_loss
 from moe_jax.routers import (
     DynamicK,
     ExpertChoiceRouter,
@@ -23,8 +19,12 @@ from moe_jax.routers import (
     TopP,
     router_from_json,
 )
-from moe_jax.scoring import Scoring
-from moe_jax.stats import flops_report, routing_stats
+from moe_jax.routing.budget import fit_thresholds, row_budget
+from moe_jax.routing.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.losses import LossWeights, aux_loss
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.stats import flops_report, routing_stats
 from moe_jax.types import Assignments, DispatchPlan, ExpertChoice, Routing, RoutingStats
 
 __version__ = "0.1.0"

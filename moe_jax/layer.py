@@ -7,20 +7,21 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_jax.difficulty import Context
-from moe_jax.dispatch import (
+from moe_jax.checks import check_array
+from moe_jax.experts import ExpertFn, FeedForward, choose, run_experts
+from moe_jax.experts.exchange import ExpertParallel
+from moe_jax.experts.expert_parallel import bias_once, run_parallel
+from moe_jax.routers import Router
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.dispatch import (
     expert_capacity,
     kept_weights,
     plan_dispatch,
     plan_in_groups,
     to_assignments,
 )
-from moe_jax.experts import ExpertFn, FeedForward, choose, run_experts
-from moe_jax.experts.exchange import ExpertParallel
-from moe_jax.experts.expert_parallel import bias_once, run_parallel
-from moe_jax.routers import Router
-from moe_jax.stats import global_stats, routing_stats
-from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, check_array, pytree
+from moe_jax.routing.stats import global_stats, routing_stats
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
 
 
 @pytree
@@ -104,8 +105,8 @@ def moe_layer(
             devices would (``plan_in_groups``), and let the rule observe each by itself.
         parallel: inside your own ``shard_map``: the axes over which tokens and experts are split.
             x is then this device's share, ``params["experts"]`` this device's experts, and the
-            statistics are those of the whole batch. ``moe_jax.sharding.sharded_moe_layer`` does it
-            from outside.
+            statistics are those of the whole batch.
+            ``moe_jax.parallel.sharding.sharded_moe_layer`` does it from outside.
 
     Returns:
         y like x, and ``LayerAux``. Sums are taken in float32.

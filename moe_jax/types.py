@@ -1,4 +1,4 @@
-"""The values that flow through the library, and the checks that guard its doors.
+"""The values that flow through the library.
 
 Axis letters, used in every docstring and field comment of this package:
 
@@ -21,11 +21,8 @@ so they are Python values under ``jit`` and a change of one retraces.
 from __future__ import annotations
 
 import dataclasses
-import numbers
-from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -205,119 +202,3 @@ class RoutingStats:
     router_entropy: Array  # f32[]: mean entropy of router_probs, in nats
     observed: Array  # f32[E]
     implementation: str = static()  # what ran the experts; empty where nothing did
-
-
-# --- checks ---------------------------------------------------------------------------------
-
-
-_KINDS = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool_}
-
-
-def describe_array(value: Any) -> str:
-    """``float32[3, 4]``; for anything that is not an array, its type."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype}{list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def check_array(
-    name: str,
-    value: Any,
-    axes: str,
-    *,
-    kind: str = "float",
-    sizes: Mapping[str, int] | None = None,
-    fix: str,
-) -> None:
-    """Checks rank, axis sizes and dtype kind of ``value`` at trace time (no runtime cost).
-
-    Args:
-        name: what the caller calls the value.
-        value: an array or tracer.
-        axes: one letter or word an axis, e.g. ``"T D"``.
-        kind: ``"float"``, ``"int"`` or ``"bool"``.
-        sizes: sizes that some of the axes must have.
-        fix: one sentence that tells the caller what to do.
-
-    Raises:
-        TypeError: not an array, or the wrong kind of dtype.
-        ValueError: wrong rank or size, or an axis of size 0.
-
-    Example:
-        >>> check_array("x", jnp.ones((3, 4)), "T D", sizes={"D": 4}, fix="pass [tokens, 4]")
-    """
-    names = axes.split()
-    sizes = sizes or {}
-    wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in names)
-    told = f"{name}: expected {kind}[{wanted}], got {describe_array(value)}. {fix}"
-    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(told)
-    if not jnp.issubdtype(value.dtype, _KINDS[kind]):
-        raise TypeError(told)
-    try:
-        chex.assert_shape(value, tuple(sizes.get(a) for a in names))
-    except AssertionError as error:
-        raise ValueError(told) from error
-    if 0 in value.shape:
-        raise ValueError(f"{told} (an axis is empty: there must be at least one of each.)")
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Raises ValueError unless ``value`` is one of ``choices``, and lists them."""
-    if value not in choices:
-        listed = ", ".join(repr(c) for c in choices)
-        raise ValueError(f"{name}: expected one of {listed}, got {value!r}. Choose one of these.")
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raises TypeError unless ``value`` is a Python or NumPy number that can be compared.
-
-    Example:
-        >>> check_number("scale", 1.5)
-    """
-    if not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{name}: expected a number, got {value!r}. Give a Python number, not text or an array."
-        )
-
-
-def check_at_least_0(name: str, value: Any) -> None:
-    """Raises TypeError unless ``value`` is a number, ValueError unless it is finite and at least 0."""
-    check_number(name, value)
-    if not 0 <= value < float("inf"):
-        raise ValueError(
-            f"{name}: expected a finite number of at least 0, got {value}. 0 switches it off."
-        )
-
-
-def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:
-    """Raises ValueError unless ``0 <= min_k <= max_k <= num_experts`` and ``max_k >= 1``.
-
-    Raises TypeError where one is no integer: 8.0 would be a shape later.
-    """
-    for name, value in (("num_experts", num_experts), ("k", min_k), ("k", max_k)):
-        if not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name}: expected an integer, got {value!r}. Write 8, not 8.0 or '8'.")
-    if num_experts < 1:
-        raise ValueError(
-            f"num_experts: expected at least 1, got {num_experts}. Give the number of experts."
-        )
-    if min_k > max_k:
-        raise ValueError(
-            f"min_k, max_k: expected min_k <= max_k, got min_k={min_k}, max_k={max_k}. Swap them?"
-        )
-    if not (min_k >= 0 and 1 <= max_k <= num_experts):
-        raise ValueError(
-            f"k: expected 0 <= min_k and 1 <= max_k <= num_experts={num_experts}, "
-            f"got min_k={min_k}, max_k={max_k}. Lower k or add experts."
-        )
-
-
-def check_expert_index(name: str, values: tuple[int, ...], num_experts: int) -> None:
-    """Raises ValueError unless every entry is an expert's index and at least one expert is left."""
-    bad = [v for v in values if not 0 <= v < num_experts]
-    if bad or len(set(values)) >= num_experts:
-        raise ValueError(
-            f"{name}: expected distinct indices in 0..{num_experts - 1} that leave at least one "
-            f"expert, got {values}. Remove the ones out of range."
-        )

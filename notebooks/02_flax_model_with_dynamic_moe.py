@@ -18,7 +18,7 @@ from flax import nnx
 
 import moe_jax
 from moe_jax.nn.nnx import DynamicMoE
-from moe_jax.profiler import FLOPProfiler
+from moe_jax.nn.profiler import FLOPProfiler
 
 # %% [markdown]
 # ## A decoder block

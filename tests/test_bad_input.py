@@ -39,9 +39,9 @@ from moe_jax import (
     run_experts,
     to_assignments,
 )
-from moe_jax.difficulty import register_estimator
 from moe_jax.interop.rules import MoEPlusPlus
-from moe_jax.losses import aux_loss
+from moe_jax.routing.difficulty import register_estimator
+from moe_jax.routing.losses import aux_loss
 from moe_jax.types import Params, Routing
 
 pytestmark = pytest.mark.compile_cheaply

@@ -13,9 +13,9 @@ import pytest
 import moe_jax
 from moe_jax import FeedForward, TopK, TopP, init_moe_layer
 from moe_jax.experts import IMPLEMENTATIONS
-from moe_jax.logits import Gate
 from moe_jax.routers import ExpertChoiceRouter, Router, Traits
-from moe_jax.scoring import Scoring
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Routing
 
 pytestmark = pytest.mark.compile_cheaply

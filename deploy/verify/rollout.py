@@ -155,8 +155,7 @@ def make_exports(folder: Path) -> list[Path]:
     import jax
     import jax.numpy as jnp
 
-    from moe_jax import archive
-    from moe_jax.checkpoint import Checkpoint, save
+    from moe_jax.checkpoint import Checkpoint, archive, save
     from moe_jax.config import Config, RouterConfig, build_router
 
     config = Config(router_config=RouterConfig(input_dim=WIDTH, max_experts=3))

@@ -131,9 +131,9 @@ def against(
 
 
 def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None) -> None:
-    from moe_jax.archive import baseline_of
     from moe_jax.bench.against import compare, measure_again, read_baseline
     from moe_jax.bench.measure import machine, write_results
+    from moe_jax.checkpoint.archive import baseline_of
 
     content = read_baseline(baseline_of(file))
     with _progress() as progress:

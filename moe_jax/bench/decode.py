@@ -12,8 +12,8 @@ import numpy as np
 from moe_jax.bench.layer import experts_step
 from moe_jax.bench.measure import interleave
 from moe_jax.bench.workload import DTYPES, random_array, sample_routing
-from moe_jax.dispatch import plan_dispatch, to_assignments
 from moe_jax.experts import FeedForward, choose
+from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 
 _FLOOR_ROW = 16384  # numbers summed at a time by the floor
 

@@ -20,8 +20,8 @@ from moe_jax.bench.workload import (
     random_array,
     sample_routing,
 )
-from moe_jax.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
 from moe_jax.experts import FeedForward, choose, run_experts
+from moe_jax.routing.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
 from moe_jax.types import Array, Params, Routing
 
 Step = Callable[[Params, Array, Routing], Any]

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch import kept_weights, plan_dispatch, to_assignments
 from moe_jax.experts import FeedForward, ragged
+from moe_jax.routing.dispatch import kept_weights, plan_dispatch, to_assignments
 from moe_jax.types import Array, Params, Routing
 
 _PACKAGES = {"tokamax": ("tokamax",), "torch mixtral": ("torch", "transformers")}

@@ -15,7 +15,7 @@ while saving leaves a hidden ``.NAME.saving-*`` beside PATH, which may be delete
 """
 
 from moe_jax.checkpoint.place import check_free
-from moe_jax.checkpoint.seal import FORMAT, CheckpointError
+from moe_jax.checkpoint.sealed import FORMAT, CheckpointError
 from moe_jax.checkpoint.store import (
     Checkpoint,
     SaveHandle,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moe_jax.checkpoint.seal import MANIFEST, CheckpointError
+from moe_jax.checkpoint.sealed import MANIFEST, CheckpointError
 
 
 def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> Path:

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from moe_jax.checkpoint.place import check_free
-from moe_jax.checkpoint.seal import (
+from moe_jax.checkpoint.sealed import (
     FORMAT,
     LIBRARY,
     MANIFEST,
@@ -116,8 +116,8 @@ def save(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> 
     """Writes a checkpoint folder and returns its path. It appears whole or not at all.
 
     Arrays are gathered to this process, so all of them must be addressable from it; for arrays over
-    several processes see ``moe_jax.distributed.gathered``. What is on disk knows no mesh: it restores
-    on any number of devices and processes.
+    several processes see ``moe_jax.parallel.distributed.gathered``. What is on disk knows no mesh:
+    it restores on any number of devices and processes.
 
     Args:
         path: the folder to make; missing parents are made too.

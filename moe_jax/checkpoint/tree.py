@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checkpoint.seal import CheckpointError
+from moe_jax.checkpoint.sealed import CheckpointError
 
 
 def named_leaves(item: str, tree: Any) -> dict[str, Any]:

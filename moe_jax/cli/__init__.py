@@ -13,8 +13,8 @@ from __future__ import annotations
 import typer
 
 from moe_jax.bench.commands import app as bench
-from moe_jax.cli import archive, configuration, devices, models, service
-from moe_jax.cli.shared import ToldGroup, out
+from moe_jax.cli import backup, configuration, devices, models, service
+from moe_jax.cli.output import ToldGroup, out
 
 app = typer.Typer(
     name="moe-jax",
@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(models.app)
 app.add_typer(service.app)
-app.add_typer(archive.app)
+app.add_typer(backup.app)
 app.add_typer(devices.app)
 app.add_typer(configuration.app, name="config")
 app.add_typer(bench, name="bench", cls=ToldGroup)

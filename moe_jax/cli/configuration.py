@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_jax.cli.shared import AsJson, ConfigFile, notes, out, plain, print_json, told
+from moe_jax.cli.output import AsJson, ConfigFile, notes, out, plain, print_json, told
 
 app = typer.Typer(no_args_is_help=True, help="Check and show configuration.")
 

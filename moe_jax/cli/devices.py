@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from moe_jax.cli.shared import AsJson, notes, out, print_json, told
+from moe_jax.cli.output import AsJson, notes, out, print_json, told
 
 app = typer.Typer()
 
@@ -47,7 +47,7 @@ def verify(
         again = ["verify", "--devices", str(devices), *(["--json"] if as_json else [])]
         command = [sys.executable, "-c", _WITH_DEVICES, str(devices), *again]
         raise typer.Exit(subprocess.run(command, check=False).returncode)
-    from moe_jax.verification import verify as job
+    from moe_jax.parallel.selftest import verify as job
 
     with told():
         checks = job(devices)
@@ -101,7 +101,7 @@ def training_mesh(
     if host_devices is not None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", host_devices)
-    from moe_jax.sharding import make_mesh
+    from moe_jax.parallel.sharding import make_mesh
 
     def mesh() -> Any:
         devices = jax.device_count()
@@ -115,7 +115,7 @@ def training_mesh(
     if coordinator is None:
         yield mesh()
         return
-    from moe_jax.distributed import Group, process_group
+    from moe_jax.parallel.distributed import Group, process_group
 
     group = Group(coordinator=coordinator, processes=processes, process_id=process_id)
     try:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from moe_jax.cli.output import AsJson, ConfigFile, Seed, notes, out, print_json, told
 from moe_jax.cli.service import Key, route_over
-from moe_jax.cli.shared import AsJson, ConfigFile, Seed, notes, out, print_json, told
 
 app = typer.Typer()
 
@@ -25,7 +25,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train a small model on real text, calibrate budgets, and see what each saving costs."""
-    from moe_jax import demo as job
+    from moe_jax.lab import demo as job
 
     with told():
         results = job.run(folder, quick=quick, seed=seed, console=notes if as_json else out)
@@ -55,7 +55,7 @@ def route(
     """Route a file of hidden states and show where the tokens went."""
     import numpy as np
 
-    from moe_jax import inspection
+    from moe_jax.checkpoint import inspection
 
     if save is not None:
         with told():
@@ -167,8 +167,8 @@ def train(
 ) -> None:
     """Train the small language model on the standard library's source, on one device or many."""
     from moe_jax.cli.devices import training_mesh
-    from moe_jax.language_model import LMConfig
-    from moe_jax.train import train as job
+    from moe_jax.lab.language_model import LMConfig
+    from moe_jax.lab.training import train as job
 
     hint = f"Start all again with --resume {folder} --overwrite." if save_every else ""
     with (
@@ -189,7 +189,7 @@ def train(
 
 def _model_config(file: Path) -> Any:
     """The LMConfig that the file of ``--model`` describes. Raises ValueError if it describes none."""
-    from moe_jax.language_model import LMConfig
+    from moe_jax.lab.language_model import LMConfig
 
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -229,7 +229,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Fit dynamic rules to a budget on calibration text and save them with their provenance."""
-    from moe_jax.calibration import calibrate as job
+    from moe_jax.lab.calibration import calibrate as job
 
     with told():
         path, summary = job(
@@ -255,7 +255,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds: routers, budgets and their provenance, sizes."""
-    from moe_jax import inspection
+    from moe_jax.checkpoint import inspection
 
     with told():
         report = inspection.describe_checkpoint(checkpoint)

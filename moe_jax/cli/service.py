@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_jax.cli.shared import AsJson, ConfigFile, notes, out, plain, print_json, told
+from moe_jax.cli.output import AsJson, ConfigFile, notes, out, plain, print_json, told
 
 app = typer.Typer()
 
@@ -72,7 +72,7 @@ def route_over(url: str, key: str | None, file: Path, save: Path | None) -> dict
     """What ``moe-jax route --url`` does: a report like the local one, from the service's answer."""
     import numpy as np
 
-    from moe_jax import inspection
+    from moe_jax.checkpoint import inspection
     from moe_jax.serving.http.client import Refused, Service
 
     with told():

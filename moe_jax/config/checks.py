@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from moe_jax.difficulty import ESTIMATORS
+from moe_jax.routing.difficulty import ESTIMATORS
 
 # The guide's word -> the library's estimator. A word that is missing here passes through as it is.
 # "gradient_norm" is the one word that both know and mean differently; see build_router.

@@ -48,7 +48,7 @@ class RouterConfig:
     max_experts: int = setting(4, "A token uses at most this many experts.", low=1)
     complexity_estimator: str = setting(
         "gradient_norm",
-        "Choose one of these, or register your own with moe_jax.difficulty.register_estimator.",
+        "Choose one of these, or register your own with moe_jax.routing.difficulty.register_estimator.",
     )
     routing_strategy: str = setting("top_k", "Choose one of these.", choices=("top_k", "threshold"))
     load_balancing: bool = setting(True, "Switch balancing on or off.")

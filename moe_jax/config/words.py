@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 from moe_jax.config.checks import ESTIMATOR_WORDS
 from moe_jax.config.settings import Config, PerformanceConfig, RouterConfig
-from moe_jax.logits import Gate
 from moe_jax.routers import DynamicK, ExpertThreshold, Router
+from moe_jax.routing.gate import Gate
 
 # Step of the loss-free bias that "load_balancing": true runs; DeepSeek-V3's (arXiv:2412.19437).
 _BALANCE_RATE = 1e-3

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 
+from moe_jax.checks import check_array
 from moe_jax.experts.active import ACTIVE
 from moe_jax.experts.base import Implementation, num_experts_of
 from moe_jax.experts.capacity import CAPACITY
@@ -15,7 +16,7 @@ from moe_jax.experts.dense import DENSE
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
 from moe_jax.experts.ragged import RAGGED
 from moe_jax.experts.tiered import TIERED
-from moe_jax.types import Array, DispatchPlan, Params, check_array
+from moe_jax.types import Array, DispatchPlan, Params
 
 _ALL = (ACTIVE, RAGGED, TIERED, CAPACITY, DENSE)  # in order of preference
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in _ALL}

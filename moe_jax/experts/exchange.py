@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch import plan_dispatch
+from moe_jax.checks import check_choice
 from moe_jax.experts.base import vary_like
 from moe_jax.experts.feed_forward import ExpertFn
-from moe_jax.types import Array, Assignments, DispatchPlan, check_choice
+from moe_jax.routing.dispatch import plan_dispatch
+from moe_jax.types import Array, Assignments, DispatchPlan
 
 EXCHANGES = ("all_to_all", "ragged")
 
@@ -28,7 +29,9 @@ _BASE, COUNT_DIGITS = 256, 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertParallel:
-    """Which mesh axes split what. A static value; ``moe_jax.sharding.parallel_of`` makes one of a mesh.
+    """Which mesh axes split what, as a static value.
+
+    ``moe_jax.parallel.sharding.parallel_of`` derives it from a mesh.
 
     Args:
         token_axes: the axes that split the tokens, those of the experts among them.

@@ -1,6 +1,6 @@
 """Experts spread over the devices of a mesh axis: rows travel to their experts and back.
 
-For use inside ``jax.shard_map`` with ``check_vma=True``, which ``moe_jax.sharding`` does for you.
+For use inside ``jax.shard_map`` with ``check_vma=True``; ``moe_jax.parallel.sharding`` sets that up.
 Every device holds some tokens and some experts, plans for its own tokens (so what is dropped is
 decided per source device), and then:
 
@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch import combine, kept_weights
 from moe_jax.experts import choose, run_experts
 from moe_jax.experts.base import num_experts_of, vary_like, vary_over
 from moe_jax.experts.exchange import (
@@ -50,6 +49,7 @@ from moe_jax.experts.exchange import (
     zero_unless,
 )
 from moe_jax.experts.feed_forward import ExpertFn, FeedForward
+from moe_jax.routing.dispatch import combine, kept_weights
 from moe_jax.types import Array, DispatchPlan, Params
 
 
@@ -85,7 +85,7 @@ def run_parallel(
     if here != -(-experts // devices):
         raise ValueError(
             f"expert params: expected {-(-experts // devices)} experts on each of {devices} devices "
-            f"for E={experts}, got {here}. Pad them with moe_jax.sharding.pad_experts."
+            f"for E={experts}, got {here}. Pad them with moe_jax.parallel.sharding.pad_experts."
         )
     if parallel.model_axis is not None:
         if not isinstance(expert_fn, FeedForward):

@@ -9,7 +9,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from moe_jax.types import Array, Params, check_choice
+from moe_jax.checks import check_choice
+from moe_jax.types import Array, Params
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),

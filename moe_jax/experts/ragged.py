@@ -13,9 +13,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from moe_jax.dispatch import combine
 from moe_jax.experts.base import Implementation
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
+from moe_jax.routing.dispatch import combine
 from moe_jax.types import Array, DispatchPlan, Params
 
 

@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.difficulty import Context
-from moe_jax.dispatch import kept_weights, plan_dispatch, to_assignments
+from moe_jax.checks import check_array
 from moe_jax.experts import ExpertFn, choose, run_experts
-from moe_jax.interop import settings
-from moe_jax.interop.config import HFConfig
-from moe_jax.interop.experts import rms_norm
+from moe_jax.interop import router_settings
+from moe_jax.interop.expert_functions import rms_norm
 from moe_jax.interop.families import Family, read
+from moe_jax.interop.model_config import HFConfig
 from moe_jax.interop.rules import (
     CapacityTopK,
     DepthRouter,
@@ -37,8 +36,10 @@ from moe_jax.interop.tensors import (
 )
 from moe_jax.layer import LayerAux
 from moe_jax.routers import Router
-from moe_jax.stats import routing_stats
-from moe_jax.types import Array, Params, Routing, RoutingStats, check_array, pytree, static
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.dispatch import kept_weights, plan_dispatch, to_assignments
+from moe_jax.routing.stats import routing_stats
+from moe_jax.types import Array, Params, Routing, RoutingStats, pytree, static
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,7 +281,7 @@ def moe_block_from_hf(
     hashed = "router.table" in found
     if hashed:
         c = c.with_value("vocab_size", found.shape("router.table")[0])
-        router = settings.hash_router(c)
+        router = router_settings.hash_router(c)
     else:
         router = family.router(c)
     width = c.get("hidden_size") if c.key_of("hidden_size") else None

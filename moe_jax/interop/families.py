@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.experts import ExpertFn
-from moe_jax.interop import settings
-from moe_jax.interop.config import HFConfig, flatten
+from moe_jax.interop import router_settings as settings
+from moe_jax.interop.model_config import HFConfig, flatten
 from moe_jax.routers import Router
 
 # --- the table ------------------------------------------------------------------------------

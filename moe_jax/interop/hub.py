@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.interop.blocks import MoEBlock, moe_block_from_hf
-from moe_jax.interop.config import NESTED
 from moe_jax.interop.families import Family, read
+from moe_jax.interop.model_config import NESTED
 from moe_jax.interop.names import canonical
 from moe_jax.interop.safetensors import SafetensorsFolder
 

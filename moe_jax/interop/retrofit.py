@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.budget import mean_k_after
+from moe_jax.checks import check_choice
 from moe_jax.interop.blocks import MoEBlock
 from moe_jax.routers import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, TopK, TopP
-from moe_jax.types import Array, check_choice
+from moe_jax.routing.budget import mean_k_after
+from moe_jax.types import Array
 
 RULES = ("TopP", "MinP", "DynamicK", "ExpertThreshold")
 

@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.checks import describe_array
 from moe_jax.interop.names import QUANTISED, SPELLINGS, canonical
-from moe_jax.types import Params, describe_array
+from moe_jax.types import Params
 
 Tensor = Any  # np.ndarray (memory-mapped or not) or jax.Array, tracers included
 

@@ -1,4 +1,4 @@
-"""The small language model of ``moe_jax.language_model`` as an NNX module.
+"""The small language model of ``moe_jax.lab.language_model`` as an NNX module.
 
 Arrays only: attention, norms and losses are that file's functions, and experts are
 ``moe_jax.nn.nnx.MoE``. Parameters convert both ways, so what one was trained with the other goes on.
@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from moe_jax import checkpoint
-from moe_jax.language_model import (
+from moe_jax.lab.language_model import (
     LMConfig,
     Output,
     attention_part,
@@ -29,10 +29,10 @@ from moe_jax.language_model import (
     objective,
     unembed,
 )
+from moe_jax.lab.training import Model, PathLike, load_model, save_model
 from moe_jax.layer import LayerAux
 from moe_jax.nn.nnx import MoE, arrays, hold
 from moe_jax.routers import Router
-from moe_jax.train import Model, PathLike, load_model, save_model
 from moe_jax.types import Array, Params
 
 _ATTENTION = ("attention_norm", "qkv", "out", "moe_norm")
@@ -45,7 +45,7 @@ class _Layer(nnx.Module):
             setattr(self, name, hold(params[name], name))
 
     def params(self) -> dict[str, Params]:
-        """The arrays as the functions of ``moe_jax.language_model`` take them."""
+        """The arrays as the functions of ``moe_jax.lab.language_model`` take them."""
         return {name: arrays(getattr(self, name)) for name in _ATTENTION}
 
 
@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
     Args:
         config: sizes.
         rngs: ``params`` makes new parameters; or give
-        params: those of ``moe_jax.language_model.init`` or of a checkpoint.
+        params: those of ``moe_jax.lab.language_model.init`` or of a checkpoint.
         states: a router state for each layer with experts; None is new ones.
         routers: a rule for each such layer; None is the trained rule.
 
@@ -146,7 +146,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens: Array, *, mask: Array | None = None) -> Output:
         """Logits of the next byte for tokens i32[B, S], and each MoE layer's report: see
-        ``moe_jax.language_model.forward``. Reads the routers' states and never writes them."""
+        ``moe_jax.lab.language_model.forward``. Reads the routers' states and never writes them."""
         if mask is None:
             mask = jnp.ones(tokens.shape, bool)
         ends = {"embedding": arrays(self.embedding), "norm": arrays(self.norm)}
@@ -167,7 +167,7 @@ class Decoder(nnx.Module):
             layer.moe.update_router(aux)
 
     def params(self) -> dict[str, Params]:
-        """The parameters as ``moe_jax.language_model.forward`` takes them, layers stacked."""
+        """The parameters as ``moe_jax.lab.language_model.forward`` takes them, layers stacked."""
         groups = []
         step = self.config.moe_every
         for i in range(0, self.config.num_layers, step):
@@ -194,17 +194,18 @@ def _stack(trees: Sequence[Any]) -> Any:
 
 @nnx.jit
 def decoder_step(decoder: Decoder, optimizer: nnx.Optimizer, tokens: Array) -> dict[str, Array]:
-    """One training step in place, on tokens i32[B, S + 1]: the module's ``moe_jax.train.train_step``.
+    """One training step in place, on tokens i32[B, S + 1]; see ``moe_jax.lab.training.train_step``.
 
     The loss has the auxiliary terms of ``config.loss_weights``; routers' states move with the batch.
 
     Args:
         decoder: the model.
-        optimizer: ``nnx.Optimizer(decoder, moe_jax.train.optimizer(config, steps), wrt=nnx.Param)``.
+        optimizer: ``nnx.Optimizer(decoder, tx, wrt=nnx.Param)`` with
+            ``tx = moe_jax.lab.training.optimizer(config, steps)``.
         tokens: i32[B, S + 1].
 
     Returns:
-        Metrics, as ``moe_jax.language_model.loss``.
+        Metrics, as ``moe_jax.lab.language_model.loss``.
     """
 
     def value(model: Decoder) -> tuple[Array, tuple[Output, dict[str, Array]]]:
@@ -230,7 +231,7 @@ def save_decoder(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Saves a decoder as ``moe_jax.train.save_model`` does, so that ``moe-jax calibrate`` takes it.
+    """Saves a decoder as ``moe_jax.lab.training.save_model`` does, for ``moe-jax calibrate``.
 
     With the optimiser beside it, ``load_decoder`` goes on mid-run with the same bits.
     """
@@ -248,19 +249,19 @@ def save_decoder(
 def load_decoder(
     path: PathLike, optimizer: optax.GradientTransformation | None = None, *, variant: str = ""
 ) -> tuple[Decoder, nnx.Optimizer | None]:
-    """A decoder from a checkpoint of ``save_decoder``, ``moe_jax.train.train`` or ``calibrate``.
+    """A decoder from a checkpoint of ``save_decoder``, ``moe_jax.lab.training.train`` or ``calibrate``.
 
     Args:
         path: the checkpoint.
-        optimizer: with ``moe_jax.train.optimizer(config, steps)`` the ``nnx.Optimizer`` that was
+        optimizer: with ``moe_jax.lab.training.optimizer(config, steps)`` the ``nnx.Optimizer`` that was
             saved is restored too.
-        variant: see ``moe_jax.train.load_model``.
+        variant: see ``moe_jax.lab.training.load_model``.
 
     Returns:
         The decoder, and the optimiser or None.
 
     Raises:
-        ValueError, CheckpointError: see ``moe_jax.train.load_model``; or the checkpoint has no
+        ValueError, CheckpointError: see ``moe_jax.lab.training.load_model``; or the checkpoint has no
             optimiser, or another.
     """
     model = load_model(path, variant)

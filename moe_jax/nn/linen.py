@@ -11,11 +11,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from moe_jax.difficulty import Context, Estimator
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux
-from moe_jax.logits import Gate
-from moe_jax.losses import Axes
 from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,
@@ -24,9 +21,12 @@ from moe_jax.nn.setup import (
     routing_of,
     stats_of,
 )
+from moe_jax.parallel.sharding import layer_over
 from moe_jax.routers import Router as Rule
-from moe_jax.scoring import Scoring
-from moe_jax.sharding import layer_over
+from moe_jax.routing.difficulty import Context, Estimator
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.losses import Axes
+from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
 
 STATE = "router_state"

@@ -6,11 +6,8 @@ from typing import Any
 
 from flax import nnx
 
-from moe_jax.difficulty import Context, Estimator
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux
-from moe_jax.logits import Gate
-from moe_jax.losses import Axes
 from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,
@@ -20,9 +17,12 @@ from moe_jax.nn.setup import (
     stats_of,
     tokens_of,
 )
+from moe_jax.parallel.sharding import layer_over
 from moe_jax.routers import Router as Rule
-from moe_jax.scoring import Scoring
-from moe_jax.sharding import layer_over
+from moe_jax.routing.difficulty import Context, Estimator
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.losses import Axes
+from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
 
 
@@ -122,7 +122,7 @@ class MoE(nnx.Module):
         state: the router's state to hold; None is a new one.
         **call: capacity_factor, max_rows, priority, renormalize_kept, implementation: as in
             ``moe_layer``; ``mesh`` spreads tokens and experts over its devices, see
-            ``moe_jax.sharding.sharded_moe_layer``.
+            ``moe_jax.parallel.sharding.sharded_moe_layer``.
 
     Example:
         >>> import jax.numpy as jnp, moe_jax
@@ -230,7 +230,7 @@ class DynamicMoE(MoE):
         max_experts: most experts a token uses.
         d_model: D.
         d_ff: F.
-        difficulty: estimator, see ``moe_jax.difficulty``.
+        difficulty: estimator, see ``moe_jax.routing.difficulty``.
         gate, scoring, balance_rate: see ``DynamicK``.
         **others: as in ``MoE``.
 

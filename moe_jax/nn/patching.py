@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.difficulty import Estimator
 from moe_jax.nn.recording import check_has_layers, watching
 from moe_jax.routers import DynamicK, Router, TopK
+from moe_jax.routing.difficulty import Estimator
 
 
 def patch_model_with_dynamic_routing(
@@ -40,7 +40,7 @@ def patch_model_with_dynamic_routing(
             which its budget is then fitted. None leaves the rules uncalibrated: raw scores are taken
             as difficulty.
         target_mean_k: experts per token to fit to; the middle of min and max by default.
-        difficulty: estimator, see ``moe_jax.difficulty``.
+        difficulty: estimator, see ``moe_jax.routing.difficulty``.
         elastic: allow more experts than the layer was trained with.
 
     Returns:

@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.difficulty import Estimator
+from moe_jax.checks import describe_array
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux, init_moe_layer
-from moe_jax.logits import Gate
+from moe_jax.parallel.sharding import logical_axes
 from moe_jax.routers import DynamicK, Router
-from moe_jax.scoring import Scoring
-from moe_jax.sharding import logical_axes
-from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, describe_array
+from moe_jax.routing.difficulty import Estimator
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
 
 __all__ = [
     "ExpertInit",

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.budget import Fit, record_fit
-from moe_jax.difficulty import Context
-from moe_jax.logits import Gate
-from moe_jax.losses import Axes
-from moe_jax.scoring import Scoring
-from moe_jax.selection import top_slots
+from moe_jax.routing.budget import Fit, record_fit
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.losses import Axes
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import top_slots
 from moe_jax.types import (
     Array,
     ExpertChoice,
@@ -263,7 +263,7 @@ def _to_json(value: Any) -> dict[str, Any]:
         elif callable(v):
             raise TypeError(
                 f"{f.name}: expected a value that JSON can hold, got the function {v!r}. "
-                "Register it (moe_jax.difficulty.register_estimator) and refer to it by name."
+                "Register it (moe_jax.routing.difficulty.register_estimator) and refer to it by name."
             )
         elif isinstance(v, tuple):
             v = list(v)

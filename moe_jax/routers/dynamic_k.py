@@ -7,14 +7,15 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import budget
-from moe_jax.balancing import loss_free_bias
-from moe_jax.difficulty import Context, Estimator, raw_difficulty, resolve_estimator
-from moe_jax.logits import Gate
+from moe_jax.checks import check_at_least_0, check_k
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
-from moe_jax.scoring import Scoring
-from moe_jax.selection import build_routing, first_k
-from moe_jax.types import Array, Params, Routing, RoutingStats, check_at_least_0, check_k, pytree
+from moe_jax.routing import budget
+from moe_jax.routing.balancing import loss_free_bias
+from moe_jax.routing.difficulty import Context, Estimator, raw_difficulty, resolve_estimator
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import build_routing, first_k
+from moe_jax.types import Array, Params, Routing, RoutingStats, pytree
 
 
 @pytree
@@ -38,7 +39,7 @@ class DynamicK(Router):
         num_experts: E.
         min_k: fewest experts a token uses.
         max_k: most experts a token uses.
-        difficulty: the name of an estimator (``moe_jax.difficulty``) or a function
+        difficulty: the name of an estimator (``moe_jax.routing.difficulty``) or a function
             ``(x, context) -> f32[T]``.
         gate: the map to logits.
         scoring: logits to scores and weights.

@@ -7,13 +7,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.difficulty import Context
-from moe_jax.dispatch import expert_capacity
-from moe_jax.logits import Gate
+from moe_jax.checks import check_k, check_number
 from moe_jax.routers.base import Router, Traits
-from moe_jax.scoring import Scoring
-from moe_jax.selection import choose_tokens
-from moe_jax.types import Array, ExpertChoice, Params, check_k, check_number, pytree
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.dispatch import expert_capacity
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import choose_tokens
+from moe_jax.types import Array, ExpertChoice, Params, pytree
 
 
 @pytree

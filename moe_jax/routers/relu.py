@@ -8,24 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import budget
-from moe_jax.balancing import multiplicative_controller
-from moe_jax.difficulty import Context
-from moe_jax.logits import Gate
-from moe_jax.losses import Axes, relu_l1_loss
+from moe_jax.checks import check_k, check_number
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
-from moe_jax.scoring import Scoring
-from moe_jax.selection import build_routing
-from moe_jax.types import (
-    Array,
-    ExpertChoice,
-    Params,
-    Routing,
-    RoutingStats,
-    check_k,
-    check_number,
-    pytree,
-)
+from moe_jax.routing import budget
+from moe_jax.routing.balancing import multiplicative_controller
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.losses import Axes, relu_l1_loss
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import build_routing
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
 
 
 @pytree

@@ -8,24 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import budget
-from moe_jax.difficulty import Context
-from moe_jax.logits import Gate
-from moe_jax.losses import Axes, mean_over_tokens
+from moe_jax.checks import check_array, check_at_least_0, check_k, check_number
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens
-from moe_jax.scoring import Scoring
-from moe_jax.selection import build_routing, clip_counts, top_slots
-from moe_jax.types import (
-    Array,
-    ExpertChoice,
-    Params,
-    Routing,
-    check_array,
-    check_at_least_0,
-    check_k,
-    check_number,
-    pytree,
-)
+from moe_jax.routing import budget
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.losses import Axes, mean_over_tokens
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import build_routing, clip_counts, top_slots
+from moe_jax.types import Array, ExpertChoice, Params, Routing, pytree
 
 _SIGMOID = Scoring(score="sigmoid")
 _TINY = 1e-12  # lengths below it count as it, as in the authors' normalisation

@@ -7,23 +7,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.balancing import balancing_bias, loss_free_bias, quantile_bias
-from moe_jax.difficulty import Context
-from moe_jax.logits import Gate
+from moe_jax.checks import check_at_least_0, check_choice, check_k
 from moe_jax.routers.base import Router, Traits, score_slots
-from moe_jax.scoring import Scoring
-from moe_jax.selection import build_routing
-from moe_jax.types import (
-    Array,
-    ExpertChoice,
-    Params,
-    Routing,
-    RoutingStats,
-    check_at_least_0,
-    check_choice,
-    check_k,
-    pytree,
-)
+from moe_jax.routing.balancing import balancing_bias, loss_free_bias, quantile_bias
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import build_routing
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
 
 BALANCES = ("sign", "quantile")
 

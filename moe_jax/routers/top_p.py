@@ -7,14 +7,15 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import budget
-from moe_jax.balancing import pi_controller
-from moe_jax.difficulty import Context
-from moe_jax.logits import Gate
+from moe_jax.checks import check_k, check_number
 from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
-from moe_jax.scoring import Scoring
-from moe_jax.selection import build_routing, clip_counts, top_p_keep
-from moe_jax.types import Array, Params, Routing, RoutingStats, check_k, check_number, pytree
+from moe_jax.routing import budget
+from moe_jax.routing.balancing import pi_controller
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import build_routing, clip_counts, top_p_keep
+from moe_jax.types import Array, Params, Routing, RoutingStats, pytree
 
 
 @pytree

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import inspection
-from moe_jax.checkpoint import Checkpoint, save
+from moe_jax.checkpoint import Checkpoint, inspection, save
 from moe_jax.config import Config, RouterConfig, build_router, load_config
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.http.smoke import _as_expected, _by_expert

@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import dispatch
-from moe_jax.dispatch import plan_dispatch, to_assignments
 from moe_jax.experts import (
     IMPLEMENTATIONS,
     FeedForward,
@@ -24,6 +22,8 @@ from moe_jax.experts import (
     explain_choice,
     run_experts,
 )
+from moe_jax.routing import dispatch
+from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.types import DispatchPlan, ExpertChoice, Routing
 
 pytestmark = pytest.mark.compile_cheaply

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import dispatch
-from moe_jax.dispatch import plan_dispatch, to_assignments
 from moe_jax.experts import dense, tiered
 from moe_jax.experts.feed_forward import FeedForward
+from moe_jax.routing import dispatch
+from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.types import Assignments, DispatchPlan, ExpertChoice
 
 pytestmark = pytest.mark.compile_cheaply

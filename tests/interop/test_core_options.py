@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.logits import Gate
 from moe_jax.routers import TopK, router_from_json
-from moe_jax.scoring import Scoring
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
 
 pytestmark = pytest.mark.compile_cheaply
 

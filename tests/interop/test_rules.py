@@ -27,7 +27,7 @@ from moe_jax.interop.rules import (
 from moe_jax.interop.rules.sparse_mixer import sparse_mix
 from moe_jax.layer import moe_layer
 from moe_jax.routers import Router, router_from_json
-from moe_jax.scoring import Scoring
+from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Routing
 
 pytestmark = pytest.mark.compile_cheaply

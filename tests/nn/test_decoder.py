@@ -14,9 +14,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from moe_jax import language_model as pure
-from moe_jax import train
 from moe_jax.checkpoint import CheckpointError
+from moe_jax.lab import language_model as pure
+from moe_jax.lab import training as train
 from moe_jax.nn.decoder import Decoder, decoder_step, load_decoder, save_decoder
 from moe_jax.nn.patching import patch_model_with_dynamic_routing
 from moe_jax.routers import DynamicK

@@ -17,13 +17,13 @@ import numpy as np
 from flax import nnx
 
 import moe_jax
-from moe_jax import sharding
-from moe_jax.collectives import collectives_of
 from moe_jax.experts.exchange import ExpertParallel
-from moe_jax.losses import LossWeights, aux_loss
 from moe_jax.nn.nnx import MoE
-from moe_jax.sharding import P
-from moe_jax.stats import merge_stats
+from moe_jax.parallel import sharding
+from moe_jax.parallel.collectives import collectives_of
+from moe_jax.parallel.sharding import P
+from moe_jax.routing.losses import LossWeights, aux_loss
+from moe_jax.routing.stats import merge_stats
 
 T, D, F = 64, 8, 16
 FFN = moe_jax.FeedForward(activation="silu", use_bias=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe_jax.scaling import exchange_cost
+from moe_jax.parallel.planning import exchange_cost
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -17,8 +17,8 @@ import jax
 import pytest
 
 from deploy.verify.processes import free_port
-from moe_jax import train as lm
-from moe_jax.distributed import EXIT_CODE, Group
+from moe_jax.lab import training as lm
+from moe_jax.parallel.distributed import EXIT_CODE, Group
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40
@@ -28,7 +28,8 @@ KILLED = (
     "-c",
     """
 import os, signal
-from moe_jax import cli, train
+from moe_jax import cli
+from moe_jax.lab import training as train
 
 gathered, saves = train.gathered, []
 

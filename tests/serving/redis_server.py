@@ -10,7 +10,6 @@ import pytest
 
 from deploy.verify.processes import free_port
 from moe_jax.serving.admission import limiter
-from moe_jax.serving.cache import shared
 
 needs_redis = pytest.mark.skipif(
     shutil.which("redis-server") is None,
@@ -56,4 +55,4 @@ class RedisServer:
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine is slow to answer, which is not what the drills mean by a lost Redis."""
     monkeypatch.setattr(limiter, "_REDIS_TIMEOUT", 60.0)
-    monkeypatch.setattr(shared, "_TIMEOUT", 60.0)
+    monkeypatch.setattr(redis_store, "_TIMEOUT", 60.0)

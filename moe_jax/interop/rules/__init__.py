@@ -4,7 +4,7 @@ They follow the contract of ``moe_jax.routers.base.Router``. What a rule needs b
 ``context``, by the names in each docstring.
 """
 
-from moe_jax.interop.rules.capacity import CapacityTopK
+from moe_jax.interop.rules.capacity_top_k import CapacityTopK
 from moe_jax.interop.rules.common import NoState
 from moe_jax.interop.rules.free_classes import BiasState, DepthRouter, ZeroExperts
 from moe_jax.interop.rules.joint_shared import JointShared

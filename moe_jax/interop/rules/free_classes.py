@@ -7,14 +7,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.difficulty import Context
-from moe_jax.interop.experts import rms_norm
+from moe_jax.checks import check_array, check_k
+from moe_jax.interop.expert_functions import rms_norm
 from moe_jax.interop.rules.common import compact
-from moe_jax.logits import Gate
 from moe_jax.routers.base import Router, Traits
-from moe_jax.scoring import Scoring
-from moe_jax.selection import build_routing, top_slots
-from moe_jax.types import Array, Params, Routing, check_array, check_k, pytree
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import build_routing, top_slots
+from moe_jax.types import Array, Params, Routing, pytree
 
 
 @pytree

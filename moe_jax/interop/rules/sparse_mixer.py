@@ -7,13 +7,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.difficulty import Context
+from moe_jax.checks import check_k
 from moe_jax.interop.rules.common import NoState
-from moe_jax.logits import Gate
 from moe_jax.routers.base import Router, Traits
-from moe_jax.scoring import Scoring
-from moe_jax.selection import build_routing
-from moe_jax.types import Array, Params, Routing, check_k
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import build_routing
+from moe_jax.types import Array, Params, Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

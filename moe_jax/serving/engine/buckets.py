@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import budget
 from moe_jax.experts import FeedForward
 from moe_jax.layer import moe_layer
 from moe_jax.routers import DynamicK, Router
-from moe_jax.scoring import Scoring
+from moe_jax.routing import budget
+from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, Params, Routing
 
 SMALLEST_BUCKET = 16

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import budget
 from moe_jax import checkpoint as checkpoints
+from moe_jax.checkpoint.inspection import router_from_checkpoint, router_sizes
 from moe_jax.config import Config, ConfigError, build_router
 from moe_jax.experts import FeedForward
-from moe_jax.inspection import router_from_checkpoint, router_sizes
-from moe_jax.language_model import LMConfig, layer_params
+from moe_jax.lab.language_model import LMConfig, layer_params
 from moe_jax.layer import init_moe_layer
 from moe_jax.routers import DynamicK, ExpertChoiceRouter, Router
+from moe_jax.routing import budget
 from moe_jax.serving.engine.buckets import (
     Buckets,
     Program,

@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moe_jax.serving.engine import Client
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.body import Disconnected
+from moe_jax.serving.http.client_address import presented_key, request_id, trace_of
 from moe_jax.serving.http.door import Door, retry_after
-from moe_jax.serving.http.identity import presented_key, request_id, trace_of
 
 Parts = Sequence[bytes | memoryview]
 Pairs = list[tuple[bytes, bytes]]

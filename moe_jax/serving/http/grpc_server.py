@@ -20,10 +20,10 @@ import moe_jax
 from moe_jax.serving.engine import Client
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.app import EXTENSIONS, SERVER_NAME
+from moe_jax.serving.http.client_address import presented_key, request_id
 from moe_jax.serving.http.datatypes import DATATYPES, NO_JSON, datatype_of
 from moe_jax.serving.http.door import Door, retry_after
 from moe_jax.serving.http.grpc_messages import MESSAGES, SERVICE
-from moe_jax.serving.http.identity import presented_key, request_id
 from moe_jax.serving.http.infer import facts, run
 from moe_jax.serving.http.protocol import (
     InferRequest,

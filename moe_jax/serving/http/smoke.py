@@ -46,7 +46,7 @@ def check(
         ("metrics", lambda: _metrics(admin)),
     ]
     if checkpoint is not None:
-        from moe_jax import inspection
+        from moe_jax.checkpoint import inspection
 
         source = inspection.router_from_checkpoint(checkpoint, router_name)
         checks.append(("routes as the checkpoint", lambda: _as_expected(service, source)))
@@ -99,7 +99,7 @@ def _routes(service: Service) -> str:
 
 def _as_expected(service: Service, source: Any) -> str:
     """The service's answer against the checkpoint's own router, token by token."""
-    from moe_jax import inspection
+    from moe_jax.checkpoint import inspection
 
     width = service.get_json("/v2/models/router")["inputs"][0]["shape"][-1]
     x = np.random.default_rng(1).standard_normal((2, 64, width), dtype=np.float32)

@@ -14,9 +14,9 @@ import moe_jax
 from moe_jax import checkpoint
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError
-from moe_jax.language_model import LMConfig, init, init_states
+from moe_jax.lab.language_model import LMConfig, init, init_states
+from moe_jax.lab.training import Model, save_model
 from moe_jax.serving.engine.buckets import compile_counter
-from moe_jax.train import Model, save_model
 
 
 def write(

@@ -1,0 +1,366 @@
+"""Everything that a service needs to come back: one folder, versioned and checksummed.
+
+An export is a folder::
+
+    EXPORT/
+      export.json        format, versions, provenance, and SHA-256 of every other file
+      checkpoint/        the checkpoint as it was: parameters, router states, thresholds
+      config.json        what ``moe-jax serve --config`` and ``load_config`` read
+      thresholds.json    the fitted budgets in words, for people; ``checkpoint/`` is what counts
+      baseline.json      a performance baseline of ``moe-jax bench ... --json``, if one was given
+
+``restore`` verifies all of it and lays it down as one release of a folder of releases::
+
+    RELEASES/
+      1f0c…/checkpoint, config.json, …    one folder a release, named by its checksum
+      current -> 1f0c…                    what is served
+      previous -> 90ab…                   what ``rollback`` goes back to
+
+A release appears whole or not at all, and ``current`` changes by one rename, so whoever reads
+``RELEASES/current/checkpoint`` sees either the old release or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from moe_jax import checkpoint as checkpoints
+from moe_jax.checkpoint.inspection import describe_checkpoint, superseded
+from moe_jax.checkpoint.sealed import checksum_of, file_digests, listed, sealed_text, sync_folder
+from moe_jax.config import Config
+
+FORMAT = 1
+MANIFEST = "export.json"
+_KIND = "moe_jax export"
+_AGAIN = "Take another copy of the export, or export again."
+
+PathLike = str | os.PathLike[str]
+
+
+class ArchiveError(ValueError):
+    """An export that cannot be written or must not be restored, with what to do about it."""
+
+
+def export(
+    path: PathLike,
+    checkpoint: PathLike,
+    *,
+    config: Config | None = None,
+    baseline: PathLike | None = None,
+) -> dict[str, Any]:
+    """Writes an export and returns its manifest.
+
+    Args:
+        path: the folder to make. It must be free: an export is never replaced.
+        checkpoint: a checkpoint's folder. It is verified before it is copied.
+        config: the configuration to serve it with; None takes the checkpoint's own. It is kept as
+            it is; where it says another router than the checkpoint has, the service goes by the
+            checkpoint, and the manifest names the settings in ``provenance["superseded"]``.
+        baseline: a file that ``moe-jax bench ... --json`` wrote.
+
+    Raises:
+        ArchiveError: ``path`` is taken, there is no configuration or it names a router that the
+            checkpoint has not, the baseline is no baseline, or the disk refuses.
+        CheckpointError: the checkpoint is damaged.
+
+    Example:
+        >>> import jax, tempfile
+        >>> from moe_jax import TopK
+        >>> from moe_jax.checkpoint import Checkpoint, save
+        >>> router = TopK(num_experts=4, k=2)
+        >>> saved = Checkpoint(
+        ...     params={"router": router.init(jax.random.key(0), 16)},
+        ...     routers={"router": router}, states={"router": router.init_state()},
+        ...     config=Config(),
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save(f"{folder}/one", saved)
+        ...     manifest = export(f"{folder}/backup", f"{folder}/one")
+        ...     restored = restore(f"{folder}/backup", f"{folder}/releases")
+        ...     restored["checkpoint"] == manifest["provenance"]["checkpoint"]
+        True
+    """
+    target, source = Path(path).resolve(), Path(checkpoint).resolve()
+    if target.exists():
+        raise ArchiveError(
+            f"{target}: expected a path that is free, got one that exists. Choose another: an "
+            "export is a backup and is never replaced."
+        )
+    about = checkpoints.load_metadata(source)
+    described = describe_checkpoint(source)  # reads and verifies every file
+    if config is None:
+        if about["config"] is None:
+            raise ArchiveError(
+                f"{source}: expected a checkpoint with its configuration, got one without. "
+                "Pass the configuration that it is served with (--config FILE)."
+            )
+        config = Config.from_json(about["config"])
+    differing = _superseded(config, source, sorted(described["routers"]))
+    measured = None if baseline is None else _read_baseline(Path(baseline))
+    thresholds = {name: router["fit"] for name, router in described["routers"].items()}
+    beside = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex}")
+    try:
+        beside.mkdir(parents=True)
+        shutil.copytree(source, beside / "checkpoint")
+        _write_json(beside / "config.json", config.to_json())
+        _write_json(beside / "thresholds.json", thresholds)
+        if measured is not None:
+            _write_json(beside / "baseline.json", measured)
+        manifest = {
+            "kind": _KIND,
+            "format": FORMAT,
+            "library_version": about["library_version"],
+            "versions": about["versions"],
+            "provenance": {
+                "checkpoint": about["checksum"],
+                "config": config.config_hash,
+                "routers": {n: r["fingerprint"] for n, r in described["routers"].items()},
+                "fits": thresholds,
+                "metadata": about["metadata"],
+                "superseded": differing,
+                "baseline": None
+                if measured is None
+                else {word: measured[word] for word in ("bench", "machine")},
+            },
+            "files": file_digests(beside, sync=True),
+        }
+        (beside / MANIFEST).write_text(sealed_text(manifest), encoding="utf-8")
+        sync_folder(beside)
+        os.rename(beside, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise ArchiveError(
+            f"{target}: expected to write an export, got {type(error).__name__}: {error}. "
+            "Nothing was left there: check the space, the permissions and the path."
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {**manifest, "checksum": checksum_of(manifest)}
+
+
+def _superseded(config: Config, checkpoint: Path, routers: list[str]) -> dict[str, int]:
+    named = config.serving.checkpoint_router
+    if named and named not in routers:
+        raise ArchiveError(
+            f"checkpoint_router: expected one of {', '.join(routers)}, got {named!r}. "
+            "See moe-jax inspect."
+        )
+    try:
+        return superseded(config, checkpoint)
+    except ValueError:  # nothing that a service could serve; it is a backup all the same
+        return {}
+
+
+def verify(path: PathLike) -> dict[str, Any]:
+    """The manifest of an export, after every byte of it was compared with it.
+
+    Raises:
+        ArchiveError: there is no export, it is of a newer format, or any file of it was damaged,
+            lost or added; the message names the file.
+    """
+    folder = Path(path).resolve()
+    manifest = _read_manifest(folder)
+    wanted: dict[str, Any] = manifest["files"]
+    try:
+        found = file_digests(folder)
+    except OSError as error:
+        raise ArchiveError(
+            f"{folder}: expected files that can be read, got {type(error).__name__}: {error}. "
+            "Check the permissions and the disk."
+        ) from error
+    found.pop(MANIFEST, None)
+    lost, added = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    if lost or added:
+        raise ArchiveError(
+            f"{folder}: expected the {len(wanted)} files of {MANIFEST}, got {len(lost)} missing "
+            f"({listed(lost[:3])}) and {len(added)} unknown ({listed(added[:3])}). {_AGAIN}"
+        )
+    for name, entry in wanted.items():
+        if found[name] != entry:
+            raise ArchiveError(
+                f"{folder / name}: expected {entry['size']} bytes with SHA-256 {entry['sha256']}, "
+                f"got {found[name]['size']} with {found[name]['sha256']}: it was damaged or "
+                f"changed. {_AGAIN}"
+            )
+    return {**manifest, "checksum": checksum_of(manifest)}
+
+
+def restore(path: PathLike, releases: PathLike) -> dict[str, Any]:
+    """Verifies an export, lays it down in ``releases`` and makes it the current release.
+
+    The release that was current becomes ``previous``. Restoring what is current already changes
+    nothing.
+
+    Returns:
+        ``{"release", "folder", "checkpoint", "current", "previous"}``: its name, its folder, the
+        checkpoint's checksum, and which releases are current and previous now.
+
+    Raises:
+        ArchiveError: as ``verify``, or the disk refuses. ``current`` is as it was then.
+    """
+    source, root = Path(path).resolve(), Path(releases).resolve()
+    manifest = verify(source)
+    name = manifest["checksum"][:16]
+    folder = root / name
+    beside = root / f".{name}.restoring-{uuid.uuid4().hex}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            verify(folder)  # laid down before; it must still be whole
+        else:
+            shutil.copytree(source, beside)
+            verify(beside)  # what was copied, and not only what it was copied from
+            sync_folder(beside)
+            os.rename(beside, folder)
+        before = _pointed(root, "current")
+        if before != name:
+            if before is not None:
+                _point(root, "previous", before)
+            _point(root, "current", name)
+        sync_folder(root)
+    except OSError as error:
+        raise ArchiveError(
+            f"{root}: expected to restore into it, got {type(error).__name__}: {error}. "
+            "The current release is as it was: check the space, the permissions and the path."
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {
+        "release": name,
+        "folder": str(folder),
+        "checkpoint": manifest["provenance"]["checkpoint"],
+        "current": _pointed(root, "current"),
+        "previous": _pointed(root, "previous"),
+    }
+
+
+def rollback(releases: PathLike) -> dict[str, Any]:
+    """Makes the previous release the current one, after verifying it. Doing it twice undoes it.
+
+    Returns:
+        As ``restore``.
+
+    Raises:
+        ArchiveError: there is no previous release, or it is damaged. Nothing has changed then.
+    """
+    root = Path(releases).resolve()
+    current, previous = _pointed(root, "current"), _pointed(root, "previous")
+    if current is None or previous is None:
+        raise ArchiveError(
+            f"{root}: expected a current and a previous release, got current={current}, "
+            f"previous={previous}. There is nothing to go back to: restore an export first."
+        )
+    manifest = verify(root / previous)
+    try:
+        _point(root, "current", previous)
+        _point(root, "previous", current)
+        sync_folder(root)
+    except OSError as error:
+        raise ArchiveError(
+            f"{root}: expected to change its links, got {type(error).__name__}: {error}. "
+            "Check the permissions."
+        ) from error
+    return {
+        "release": previous,
+        "folder": str(root / previous),
+        "checkpoint": manifest["provenance"]["checkpoint"],
+        "current": previous,
+        "previous": current,
+    }
+
+
+# --- parts ----------------------------------------------------------------------------------
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    try:
+        text = file.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+    except FileNotFoundError as error:
+        raise ArchiveError(
+            f"{folder}: expected an export with {MANIFEST}, got none. Check the path; a bare "
+            "checkpoint becomes an export by moe-jax export."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArchiveError(
+            f"{file}: expected a JSON file, got {type(error).__name__}: {error}. {_AGAIN}"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
+        raise ArchiveError(f"{file}: expected the manifest of a {_KIND}, got something else.")
+    version = manifest.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise ArchiveError(
+            f"{folder}: expected format {FORMAT} or older, got format {version}, written by "
+            f"moe_jax {manifest.get('library_version')}. Upgrade moe_jax to read it."
+        )
+    checksum = manifest.pop("checksum", None)
+    if sealed_text(manifest) != text:
+        raise ArchiveError(
+            f"{file}: expected the text that was sealed with SHA-256 {checksum}, got one with "
+            f"{checksum_of(manifest)}: it was damaged or edited. {_AGAIN}"
+        )
+    return manifest
+
+
+def _read_baseline(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArchiveError(
+            f"{file}: expected a JSON file, got {type(error).__name__}: {error}. "
+            "Write one with: moe-jax bench route --json FILE."
+        ) from error
+    words = ("bench", "machine", "settings", "rows")
+    if not isinstance(content, dict) or not all(word in content for word in words):
+        raise ArchiveError(
+            f"{file}: expected a baseline with {', '.join(words)}, got something else. "
+            "Write one with: moe-jax bench route --json FILE."
+        )
+    return content
+
+
+def _write_json(file: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, allow_nan=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _pointed(root: Path, link: str) -> str | None:
+    try:
+        return os.readlink(root / link)
+    except OSError:
+        return None
+
+
+def _point(root: Path, link: str, name: str) -> None:
+    """The link by one rename, so that no reader finds none."""
+    beside = root / f".{link}-{uuid.uuid4().hex}"
+    try:
+        os.symlink(name, beside)
+        os.replace(beside, root / link)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            beside.unlink()
+
+
+def baseline_of(path: PathLike) -> Path:
+    """The baseline file inside an export or a release, or ``path`` itself where it is a file.
+
+    Raises:
+        ArchiveError: a folder without one.
+    """
+    where = Path(path)
+    if where.is_dir():
+        where = where / "baseline.json"
+        if not where.is_file():
+            raise ArchiveError(
+                f"{where.parent}: expected an export with baseline.json, got one without. "
+                "Export again with --baseline FILE."
+            )
+    return where

@@ -1,0 +1,90 @@
+"""Commands for backup and recovery: export, restore, rollback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_jax.cli.output import AsJson, ConfigFile, notes, out, print_json, told
+
+app = typer.Typer()
+
+Releases = Annotated[Path, typer.Argument(help="Folder of releases, as restore makes it.")]
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to make; it must be free.")],
+    config: ConfigFile = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Baseline of moe-jax bench ... --json.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write parameters, thresholds, configuration and baseline into one checksummed folder.
+
+    Without --config the configuration is the checkpoint's own, if it was saved with one; those of
+    moe-jax train and calibrate need --config. The environment is not looked at:
+    an export must not depend on who makes it.
+    """
+    from moe_jax.checkpoint import archive
+    from moe_jax.config import load_config
+
+    with told():
+        chosen = None if config is None else load_config(config, env={})
+        manifest = archive.export(folder, checkpoint, config=chosen, baseline=baseline)
+    if as_json:
+        print_json({"export": str(folder), **manifest})
+    else:
+        size = sum(entry["size"] for entry in manifest["files"].values())
+        out.print(
+            f"export in {folder}: {len(manifest['files'])} files, {size:,} bytes, "
+            f"{manifest['checksum'][:16]}; next: moe-jax restore {folder} --into RELEASES",
+            soft_wrap=True,
+        )
+        for name, value in manifest["provenance"]["superseded"].items():
+            notes.print(
+                f"[yellow]not in force:[/yellow] router_config.{name}; the checkpoint has {value}. "
+                "The service goes by the checkpoint: give the configuration its value.",
+                soft_wrap=True, highlight=False,
+            )  # fmt: skip
+        if manifest["provenance"]["baseline"] is None:
+            notes.print("no performance baseline in it: add --baseline FILE")
+
+
+@app.command()
+def restore(
+    folder: Annotated[Path, typer.Argument(help="Export folder.")],
+    releases: Annotated[Path, typer.Option("--into", help="Folder of releases.")],
+    as_json: AsJson = False,
+) -> None:
+    """Verify an export and make it the current release of a folder of releases."""
+    from moe_jax.checkpoint import archive
+
+    with told():
+        result = archive.restore(folder, releases)
+    _tell(result, releases, as_json)
+
+
+@app.command()
+def rollback(releases: Releases, as_json: AsJson = False) -> None:
+    """Make the previous release the current one again."""
+    from moe_jax.checkpoint import archive
+
+    with told():
+        result = archive.rollback(releases)
+    _tell(result, releases, as_json)
+
+
+def _tell(result: dict[str, Any], releases: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    out.print(
+        f"current release: {result['current']} (before: {result['previous'] or 'none'}), "
+        f"checkpoint in {releases}/current/checkpoint",
+        soft_wrap=True,
+    )

@@ -1,0 +1,143 @@
+"""Capacity by position: Switch and NLLB."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from moe_jax.checks import check_k
+from moe_jax.interop.rules.common import NoState, compact
+from moe_jax.routers.base import Router, Traits
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.gate import Gate
+from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import build_routing, top_slots
+from moe_jax.types import Array, Params, Routing
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CapacityTopK(Router):
+    """Top-k in which an expert serves only the first ``capacity`` tokens that ask for it.
+
+    The Switch Transformer of transformers (capacity counted a sequence) and NLLB-MoE's top-2 (counted
+    over the batch). All first choices are served before any second choice. A choice over capacity
+    becomes an unused slot. So a token's routing depends on the tokens before it, and second
+    choices even on later ones: compare ``moe_layer(capacity_factor=...)``, which drops in the plan.
+
+    Args:
+        num_experts: E.
+        k: experts per token.
+        capacity: most tokens an expert serves, in each sequence; None is no bound.
+        capacity_fraction: if given, the capacity is this share of all T tokens, rounded up.
+        sequence_length: T is a multiple of it, and every sequence is counted by itself; None
+            counts the whole batch as one.
+        prioritize: serve tokens by descending best probability instead of by position.
+        norm_after: whether weights are normalised over what was kept, or before dropping.
+        gate: the map to logits.
+        scoring: logits to scores and weights.
+
+    Example:
+        >>> router = CapacityTopK(num_experts=2, k=1, capacity=1)
+        >>> params = {"kernel": jnp.array([[1.0, 0.0], [0.0, 1.0]])}
+        >>> x = jnp.array([[3.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+        >>> router(params, router.init_state(), x).expert_indices[:, 0].tolist()
+        [0, 2, 1]
+    """
+
+    num_experts: int
+    k: int = 1
+    capacity: int | None = None
+    capacity_fraction: float | None = None
+    sequence_length: int | None = None
+    prioritize: bool = False
+    norm_after: bool = True
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring()
+
+    def __post_init__(self) -> None:
+        check_k(num_experts=self.num_experts, min_k=0, max_k=self.k)
+        self.scoring.check(num_experts=self.num_experts, max_k=self.k)
+        if self.capacity is not None and self.capacity < 1:
+            raise ValueError(f"capacity: expected at least 1 or None, got {self.capacity}.")
+        if self.prioritize and self.sequence_length is not None:
+            raise ValueError(
+                "prioritize: expected sequence_length=None, since tokens are ranked over the whole "
+                f"batch, got {self.sequence_length}."
+            )
+
+    @property
+    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.k
+
+    @property
+    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 0
+
+    @property
+    def traits(self) -> Traits:
+        causal = self.k == 1 and not self.prioritize and self.capacity_fraction is None
+        return Traits(
+            causal=causal, batch_invariant=False, may_leave_token_empty=True, budget="none"
+        )
+
+    def init_state(self) -> NoState:
+        return NoState()
+
+    def __call__(
+        self,
+        params: Params,
+        state: NoState,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        logits = self.gate(params, x, key=key, token_mask=token_mask)
+        scores = self.scoring.scores(logits)
+        bias = jnp.zeros((self.num_experts,), jnp.float32)
+        indices, _ = top_slots(self.scoring.selection_scores(logits, scores, bias), self.k)
+        slot_scores = jnp.take_along_axis(scores, indices, axis=-1)
+        asked = jnp.ones(indices.shape, bool)
+        if token_mask is not None:
+            asked = asked & token_mask[:, None]
+        keep = asked & (self._position(indices, asked, scores) < self._bound(x.shape[0]))
+        # A token may keep one expert of two; starving the router is the published rule's own doing.
+        weights = self.scoring.weights(
+            slot_scores, keep if self.norm_after else asked, min_k=max(self.k, 2)
+        )
+        keep, indices, weights = compact(keep, indices, weights)
+        return build_routing(
+            logits=logits, probs=self.scoring.probs(scores), indices=indices, weights=weights,
+            keep=keep, token_mask=token_mask,
+        )  # fmt: skip
+
+    def _bound(self, tokens: int) -> int:
+        if self.capacity_fraction is not None:
+            return math.ceil(self.capacity_fraction * tokens)
+        return tokens if self.capacity is None else self.capacity
+
+    def _position(self, indices: Array, asked: Array, scores: Array) -> Array:
+        """i32[T, K]: how many were served before, by the same expert in the same sequence."""
+        tokens, k = indices.shape
+        length = tokens if self.sequence_length is None else self.sequence_length
+        if tokens % length:
+            raise ValueError(
+                f"x: expected a multiple of sequence_length={length} tokens, got {tokens}. "
+                "Pass whole sequences, flattened."
+            )
+        experts = jnp.arange(self.num_experts, dtype=jnp.int32)
+        hits = (indices[:, :, None] == experts[None, None, :]) & asked[:, :, None]
+        hits = hits.astype(jnp.int32)
+        order = jnp.argsort(-scores.max(axis=-1), stable=True) if self.prioritize else None
+        if order is not None:
+            hits = hits[order]
+        hits = hits.reshape(tokens // length, length, k, self.num_experts)
+        before = jnp.cumsum(hits, axis=1) - hits
+        earlier_slots = jnp.cumsum(hits.sum(axis=1), axis=1) - hits.sum(axis=1)
+        before = (before + earlier_slots[:, None]).reshape(tokens, k, self.num_experts)
+        if order is not None:
+            before = before[jnp.argsort(order)]
+        return jnp.take_along_axis(before, indices[:, :, None], axis=-1)[:, :, 0]

@@ -1,0 +1,1 @@
+"""What the library is proven with: text, a small language model, training, calibration, comparison."""

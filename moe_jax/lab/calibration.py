@@ -1,0 +1,378 @@
+"""Rules fitted to compute budgets on a model that was trained at a fixed k.
+
+The model is left as it is. A rule is fitted layer by layer to use fewer experts on average, on text
+that neither training nor measuring sees. Beside the rules stand controls that save as much without
+looking at the token; a rule is worth its name only by what it does better than these.
+
+Every rule weighs experts exactly as the model was trained to (raw probabilities, not renormalised,
+unless the model itself renormalises): what is dropped is missing, and what stays keeps its weight.
+And no rule may use more than the trained k for a token, so that a saving is never paid for with
+something the model did not know before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from moe_jax.checkpoint import check_free
+from moe_jax.lab.data import Blocks, Corpus, cut_blocks, load_corpus
+from moe_jax.lab.language_model import LMConfig, embed, layer_params, router_input
+from moe_jax.lab.training import Model, PathLike, load_model, save_model, track
+from moe_jax.layer import run_routing
+from moe_jax.routers import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, TopP
+from moe_jax.routing.budget import check_target, mean_k_after
+from moe_jax.types import Array, Params, Routing, pytree
+
+MAX_CALIBRATION_ERROR = 0.01  # of the mean k on calibration text, relative
+BATCH = 32  # blocks a forward pass takes
+
+Fitted = tuple[tuple[Router, ...], tuple[Any, ...]]  # a router and its state for every layer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A row of the comparison.
+
+    Attributes:
+        name: in files and on the command line.
+        label: in pictures and tables.
+        build: ``(config, target mean k) -> Router``.
+        control: whether it is one of the controls, which do not look at the token.
+    """
+
+    name: str
+    label: str
+    build: Callable[[LMConfig, float], Router]
+    control: bool = False
+
+
+def _dynamic_k(difficulty: str) -> Callable[[LMConfig, float], Router]:
+    return lambda c, target: DynamicK(
+        num_experts=c.num_experts, min_k=1, max_k=c.k, difficulty=difficulty, scoring=c.scoring
+    )
+
+
+def _skip(drop: str) -> Callable[[LMConfig, float], Router]:
+    # mean_k is only where an unfitted state starts; one value for all budgets compiles once.
+    return lambda c, target: RandomSkip(
+        num_experts=c.num_experts, k=c.k, mean_k=c.k, drop=drop, scoring=c.scoring
+    )
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            name="top_p",
+            label="top-p",
+            build=lambda c, target: TopP(num_experts=c.num_experts, max_k=c.k, scoring=c.scoring),
+        ),
+        Rule(
+            name="min_p",
+            label="min-p",
+            build=lambda c, target: MinP(num_experts=c.num_experts, max_k=c.k, scoring=c.scoring),
+        ),
+        Rule(
+            name="dynamic_k_entropy",
+            label="dynamic k (entropy)",
+            build=_dynamic_k("router_entropy"),
+        ),
+        Rule(
+            name="dynamic_k_margin",
+            label="dynamic k (margin)",
+            build=_dynamic_k("router_margin"),
+        ),
+        Rule(
+            name="expert_threshold",
+            label="expert threshold",
+            build=lambda c, target: ExpertThreshold(
+                num_experts=c.num_experts, target_k=target, max_k=c.k, scoring=c.scoring
+            ),
+        ),
+        Rule(
+            name="drop_lowest",
+            label="mix of k and k-1 (control)",
+            build=_skip("lowest"),
+            control=True,
+        ),
+        Rule(
+            name="drop_random",
+            label="random drop (control)",
+            build=_skip("random"),
+            control=True,
+        ),
+    )
+}
+
+
+def find_rules(names: Sequence[str]) -> list[Rule]:
+    """The rules of these names; the name of a router class gives the first rule made of it.
+
+    Raises:
+        ValueError: an unknown name; the known ones are listed.
+    """
+    by_class = {
+        "DynamicK": "dynamic_k_entropy", "TopP": "top_p", "MinP": "min_p",
+        "ExpertThreshold": "expert_threshold", "RandomSkip": "drop_lowest",
+    }  # fmt: skip
+    trained = [name for name in names if name in ("ReLURouter", "TopAny")]
+    if trained:
+        raise ValueError(
+            f"rule: expected rules that are fitted to a trained TopK model, got {', '.join(trained)}"
+            ", which a model is trained with from the start. Build it as the router of your own "
+            f"model, or choose from {', '.join(by_class)}."
+        )
+    meant = [by_class.get(name, name) for name in names]
+    unknown = [name for name in meant if name not in RULES]
+    if unknown:
+        raise ValueError(
+            f"rule: expected some of {', '.join((*RULES, *by_class))}, got {', '.join(unknown)}. "
+            "Choose from these, or build a Router and fit it with fit_layers."
+        )
+    return [RULES[name] for name in meant]
+
+
+# --- a model, layer by layer ----------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def attend(config: LMConfig, layer: dict[str, Params], h: Array) -> tuple[Array, Array]:
+    return router_input(config, layer, h)
+
+
+@pytree
+class Seen:
+    """What of a layer's report is brought to the host."""
+
+    counts: Array  # i32[B, S]: experts per token
+    histogram: Array  # f32[K + 1]: tokens that use 0..K experts
+    tokens_per_expert: Array  # f32[E]
+    slots_used: Array  # f32[]
+    slots_executed: Array  # f32[]
+
+
+@functools.partial(jax.jit, static_argnames="router")
+def route(router: Router, params: Params, state: Any, x: Array, mask: Array) -> Any:
+    return router(params, state, x.reshape(-1, x.shape[-1]), token_mask=mask.reshape(-1))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def mix(
+    config: LMConfig, layer: dict[str, Params], routing: Routing, h: Array, x: Array
+) -> tuple[Array, Seen]:
+    """What ``moe_layer`` does after routing. Apart from it, so that all rules share one compile."""
+    flat = x.reshape(-1, config.d_model)
+    y, stats = run_routing(
+        config.experts, layer["moe"]["experts"], flat, routing,
+        implementation=config.implementation,
+    )  # fmt: skip
+    seen = Seen(
+        counts=routing.num_experts_per_token.reshape(x.shape[:-1]),
+        histogram=stats.experts_per_token_histogram * stats.token_count,
+        tokens_per_expert=stats.tokens_per_expert,
+        slots_used=stats.slots_used,
+        slots_executed=stats.slots_executed,
+    )
+    return h + y.reshape(h.shape), seen
+
+
+embed_batch = jax.jit(embed)
+
+
+# --- fitting --------------------------------------------------------------------------------
+
+
+def fit_layers(
+    model: Model, routers: Sequence[Router], blocks: Blocks, target_mean_k: float
+) -> tuple[Any, ...]:
+    """Fits the rule of every layer to a mean k, from the first layer to the last.
+
+    Each layer is fitted on what reaches it when the layers before it already run their fitted
+    rules, since fewer experts early on change what later layers see. What the trained routers
+    learned besides (a selection bias) is carried over.
+
+    Args:
+        model: the trained model.
+        routers: a rule for each layer, with a budget to fit.
+        blocks: calibration text.
+        target_mean_k: experts per token, the same for each layer.
+
+    Returns:
+        A fitted state for each layer, with its provenance.
+
+    Raises:
+        ValueError: the target is out of reach, or a rule (not a control) missed it by over 1 %.
+    """
+    config, params = model.config, model.params
+    blocks = blocks.pad_to(min(BATCH, len(blocks)))
+    size = min(BATCH, len(blocks))
+    starts = range(0, len(blocks), size)
+    masks = [jnp.asarray(blocks.mask[i : i + size]) for i in starts]
+    hs = [embed_batch(params, jnp.asarray(blocks.inputs[i : i + size])) for i in starts]
+    fitted = []
+    for index, router in enumerate(routers):
+        layer = layer_params(params, index)
+        pairs = [attend(config, layer, h) for h in hs]
+        tokens = np.concatenate([np.asarray(x).reshape(-1, config.d_model) for _, x in pairs])
+        # Padding is left out here rather than masked: that also keeps it out of the fingerprint.
+        tokens = tokens[blocks.mask.reshape(-1)]
+        start = router.init_state()
+        trained = model.states[index]
+        if hasattr(start, "expert_bias") and hasattr(trained, "expert_bias"):
+            start = dataclasses.replace(start, expert_bias=trained.expert_bias)
+        state = router.fit(
+            layer["moe"]["router"], start, jnp.asarray(tokens), target_mean_k=target_mean_k
+        )
+        reached = float(state.fit.achieved_mean_k)
+        missed = abs(reached / target_mean_k - 1) > MAX_CALIBRATION_ERROR
+        # A control decides by chance, so its mean is only near its target; it is reported as it is.
+        if missed and not isinstance(router, RandomSkip):
+            raise ValueError(
+                f"{type(router).__name__}: expected mean k {target_mean_k:g} within "
+                f"{MAX_CALIBRATION_ERROR:.0%} on the calibration text of layer {index}, got "
+                f"{reached:.3f}. Use more calibration text or another target."
+            )
+        fitted.append(state)
+        hs = []
+        for (h, x), mask in zip(pairs, masks, strict=True):
+            routing = route(router, layer["moe"]["router"], state, x, mask)
+            hs.append(mix(config, layer, routing, h, x)[0])
+    return tuple(fitted)
+
+
+def variant_name(rule: str, saving: float) -> str:
+    """``top_p-20`` for a fifth fewer expert activations."""
+    return f"{rule}-{100 * saving:.0f}"
+
+
+def fit_rules(
+    model: Model,
+    blocks: Blocks,
+    *,
+    rules: Sequence[str] = tuple(RULES),
+    savings: Sequence[float] = (0.10, 0.20, 0.35),
+    progress: Progress | bool = False,
+) -> dict[str, Fitted]:
+    """Fits each rule to each saving: name (see ``variant_name``) to routers and states."""
+    config, found = model.config, {}
+    chosen = find_rules(rules)
+    with track(progress, "calibrate", len(chosen) * len(savings)) as advance:
+        for rule in chosen:
+            for saving in savings:
+                target = config.k * (1.0 - saving)
+                routers = (rule.build(config, target),) * config.num_moe_layers
+                states = fit_layers(model, routers, blocks, target)
+                found[variant_name(rule.name, saving)] = (routers, states)
+                advance(f"{rule.label}, -{saving:.0%}")
+    return found
+
+
+def calibration_blocks(
+    config: LMConfig, corpus: Corpus | None = None, *, tokens: int = 16_384, seed: int = 0
+) -> Blocks:
+    """About ``tokens`` bytes of calibration files, evenly from all of them."""
+    files = (load_corpus() if corpus is None else corpus).calibration
+    return spread_blocks(files, config, tokens, seed)
+
+
+def spread_blocks(files: Sequence[Any], config: LMConfig, tokens: int, seed: int) -> Blocks:
+    # Small files have fewer blocks than the cap, so the cap is raised until the text suffices.
+    per_file = 1
+    blocks = cut_blocks(files, length=config.length, per_file=per_file, seed=seed)
+    while blocks.num_tokens < tokens:
+        per_file += 1
+        more = cut_blocks(files, length=config.length, per_file=per_file, seed=seed)
+        if more.num_tokens == blocks.num_tokens:
+            break
+        blocks = more
+    return blocks
+
+
+def calibrate(
+    source: PathLike,
+    out: PathLike,
+    rule: str | Sequence[str] = "top_p",
+    *,
+    target_mean_k: float | None = None,
+    target_saving: float | None = None,
+    tokens: int = 16_384,
+    seed: int = 0,
+    progress: Progress | bool = True,
+    console: Console | None = None,
+    overwrite: bool = False,
+    corpus: Corpus | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Fits rules to a budget on a trained model and saves them as a new checkpoint.
+
+    Args:
+        source: a checkpoint of ``moe_jax.lab.training.train`` (or of this function).
+        out: the new checkpoint. Its routers and states ``layer_0`` ... are those of the first
+            rule; the others are variants under their names, see ``moe_jax.lab.training.load_model``.
+        rule: a name in ``RULES`` (or of a router class, e.g. ``TopP``), or several.
+        target_mean_k: experts per token on average, below the trained k; or
+        target_saving: share of the expert activations to save, e.g. 0.2.
+        tokens: bytes of calibration text, about.
+        seed: of the choice of blocks.
+        progress: see ``moe_jax.lab.training.train``.
+        console: see ``moe_jax.lab.training.train``.
+        overwrite: whether a checkpoint at ``out`` is replaced.
+        corpus: the text; None is ``load_corpus()``.
+
+    Returns:
+        The new checkpoint's folder, and a summary: what was asked for, and for each rule and layer
+        the provenance of its fit, which every state carries too (``state.fit.describe()``).
+
+    Raises:
+        ValueError: an unknown rule, no target or two, or a target out of reach.
+        CheckpointError: the source cannot be read, or ``out`` is taken.
+    """
+    chosen = find_rules([rule] if isinstance(rule, str) else rule)
+    names = [one.name for one in chosen]
+    if not chosen or (target_mean_k is None) == (target_saving is None):
+        raise ValueError(
+            "calibrate: expected a rule and exactly one of target_mean_k and target_saving "
+            f"(--target-mean-k, --target-saving), got rule={names}, target_mean_k={target_mean_k}, "
+            f"target_saving={target_saving}. For a fifth fewer expert activations pass "
+            "target_saving=0.2 (--target-saving 0.2)."
+        )
+    check_free(out, overwrite)
+    corpus = load_corpus() if corpus is None else corpus
+    model = load_model(source)
+    trained = model.config.router()
+    if model.routers != (trained,) * model.config.num_moe_layers:
+        model = load_model(source, "trained")
+    config = model.config
+    if target_saving is not None:
+        target_mean_k = mean_k_after(target_saving, min_k=1, trained_k=config.k)
+    assert target_mean_k is not None  # one of the two was given, see above
+    check_target(target_mean_k, min_k=1, max_k=config.k)
+    blocks = calibration_blocks(config, corpus, tokens=tokens, seed=seed)
+    fitted: dict[str, Fitted] = {}
+    with track(progress, "calibrate", len(chosen), console=console) as advance:
+        for one in chosen:
+            routers = (one.build(config, target_mean_k),) * config.num_moe_layers
+            fitted[one.name] = (routers, fit_layers(model, routers, blocks, target_mean_k))
+            advance(one.label)
+    fits = {name: [s.fit.describe() for s in states] for name, (_, states) in fitted.items()}
+    first = fitted.pop(names[0])
+    note = {
+        "rules": names, "target_mean_k": target_mean_k, "tokens": blocks.num_tokens,
+        "seed": seed, "data": corpus.describe()["fingerprint"],
+    }  # fmt: skip
+    new = dataclasses.replace(
+        model, routers=first[0], states=first[1],
+        metadata={**model.metadata, "calibration": note},
+    )  # fmt: skip
+    variants = {**fitted, "trained": (model.routers, model.states)}
+    path = save_model(out, new, variants=variants, overwrite=overwrite)
+    return path, {**note, "fits": fits}

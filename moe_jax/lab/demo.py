@@ -1,0 +1,448 @@
+"""The main job, start to end: train, calibrate, save, restore elsewhere, measure, draw, tell.
+
+``run`` is what ``moe-jax demo`` calls. Everything is made from the Python standard library's own
+source, so nothing is downloaded and every machine has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+import moe_jax
+from moe_jax.checkpoint import CheckpointError, check_free
+from moe_jax.lab import plots
+from moe_jax.lab.calibration import MAX_CALIBRATION_ERROR, RULES, calibration_blocks, fit_rules
+from moe_jax.lab.data import Blocks, Corpus, SourceFile, load_corpus
+from moe_jax.lab.frontier import (
+    EQUAL_QUALITY,
+    MAX_DRIFT,
+    Frontier,
+    evaluate,
+    held_out_blocks,
+    layer_routings,
+    measure,
+)
+from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.training import (
+    Model,
+    load_model,
+    load_variants,
+    progress_bar,
+    save_model,
+    track,
+    train,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How large a run is."""
+
+    model: LMConfig
+    steps: int
+    rules: tuple[str, ...] = tuple(RULES)
+    savings: tuple[float, ...] = (0.10, 0.20, 0.35)
+    calibration_tokens: int = 16_384
+    held_out_tokens: int = 32_768
+
+
+FULL = Settings(model=LMConfig(), steps=350)
+QUICK = Settings(
+    model=LMConfig(num_layers=2, d_model=64, num_heads=2, num_experts=8, d_ff=64),
+    steps=120,
+    # Every rule compiles for itself, which is most of what a short run does.
+    rules=("top_p", "min_p", "dynamic_k_entropy", "drop_lowest", "drop_random"),
+    calibration_tokens=8_192,
+    held_out_tokens=16_384,
+)
+
+
+def run(
+    out: Path,
+    quick: bool = False,
+    seed: int = 0,
+    console: Console | None = None,
+    *,
+    settings: Settings | None = None,
+    corpus: Corpus | None = None,
+) -> dict[str, Any]:
+    """Runs the demo and leaves in ``out``: ``model/`` and ``calibrated/`` (checkpoints), pictures,
+    ``source.html`` and ``results.json``.
+
+    Args:
+        out: the folder; what an earlier run left there is replaced.
+        quick: a smaller model and less of it, in under a minute.
+        seed: of the model, the batches and the blocks measured on.
+        console: where the bar and the summary go; None is standard output.
+        settings: sizes of your own, instead of ``FULL`` or ``QUICK``.
+        corpus: the text; None is ``load_corpus()``.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        RuntimeError: a fresh process restored the checkpoint and routed differently.
+        DataError, CheckpointError: there is no text, or ``out`` is a checkpoint or cannot be written.
+    """
+    started = time.perf_counter()
+    console = Console() if console is None else console
+    settings = settings or (QUICK if quick else FULL)
+    out = Path(out).resolve()
+    if (out / "manifest.json").exists():
+        raise CheckpointError(
+            f"{out}: expected a folder for the demo's results, got a checkpoint. Choose another: "
+            "the demo puts its own checkpoints and pictures inside."
+        )
+    for name in ("model", "calibrated"):
+        check_free(out / name, overwrite=True)
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = load_corpus() if corpus is None else corpus
+    config, seconds = settings.model, {}
+    calibration = calibration_blocks(config, corpus, tokens=settings.calibration_tokens, seed=seed)
+    held_out = held_out_blocks(config, corpus, tokens=settings.held_out_tokens, seed=seed)
+
+    with progress_bar(console) as bar:
+        with _timed(seconds, "train"):
+            path, training = train(
+                config, out / "model", settings.steps, seed, bar, overwrite=True, corpus=corpus
+            )
+            model = load_model(path)
+        with _timed(seconds, "calibrate"):
+            variants = fit_rules(
+                model, calibration, rules=settings.rules, savings=settings.savings, progress=bar
+            )
+        with _timed(seconds, "save and check"), track(bar, "save", 2) as advance:
+            saved = save_model(out / "calibrated", model, variants=variants, overwrite=True)
+            advance("restoring in a fresh process")
+            fresh = _check_in_fresh_process(saved, out, calibration)
+            advance(f"{fresh['compared']} routings equal bit for bit")
+        with _timed(seconds, "evaluate"):
+            found = measure(
+                model, variants, held_out,
+                savings=settings.savings, rules=settings.rules, progress=bar,
+            )  # fmt: skip
+        with _timed(seconds, "draw"), track(bar, "draw", 4) as advance:
+            shown = _showcase(found)
+            pictures = _draw(out, model, found, shown, corpus.held_out, advance)
+    seconds["total"] = time.perf_counter() - started
+
+    results: dict[str, Any] = {
+        "library_version": moe_jax.__version__,
+        "quick": quick,
+        "seed": seed,
+        "model": config.to_json(),
+        "training": training,
+        "data": corpus.describe(),
+        "calibration_tokens": calibration.num_tokens,
+        "held_out_tokens": held_out.num_tokens,
+        "held_out_files": len(held_out.paths),
+        "intervals": "95 %, paired bootstrap over held-out files",
+        "weights": "renormalised" if config.renormalize else "raw probabilities, as trained",
+        "equal_quality": EQUAL_QUALITY,
+        "trained": {
+            "k": config.k,
+            "bits_per_byte": found.baseline.bits_per_byte,
+            "mean_k": found.baseline.mean_k,
+            "max_over_mean_load": _imbalance(found.baseline.tokens_per_expert),
+        },
+        "rows": list(found.rows),
+        "fresh_process": fresh,
+        "showcase": shown,
+        "histogram": found.evaluations[shown].histogram.tolist(),
+        "pictures": [str(p.relative_to(out)) for p in pictures],
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    (out / "results.json").write_text(
+        json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    summarise(results, out, console)
+    return results
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+# --- the same in a fresh process ------------------------------------------------------------
+
+
+def routing_digests(variants: Mapping[str, Model], blocks: Blocks) -> dict[str, str]:
+    """For every variant and layer, a SHA-256 over all bits of what it decides for these blocks."""
+    digests = {}
+    for name, model in variants.items():
+        for layer, routing in enumerate(layer_routings(model, blocks)):
+            digest = hashlib.sha256()
+            for part in (routing.expert_indices, routing.combine_weights, routing.router_logits):
+                digest.update(np.ascontiguousarray(part).tobytes())
+            digests[f"{name or 'trained'}/layer_{layer}"] = digest.hexdigest()
+    return digests
+
+
+def _check_in_fresh_process(checkpoint: Path, out: Path, blocks: Blocks) -> dict[str, Any]:
+    """Restores the checkpoint here and in a new interpreter and compares every routing."""
+    sample = blocks.take(8)
+    file, answer = out / ".check.npz", out / ".check.json"
+    np.savez(
+        file, inputs=sample.inputs, targets=sample.targets, mask=sample.mask,
+        file_index=sample.file_index,
+    )  # fmt: skip
+    command = [sys.executable, "-m", "moe_jax.lab.demo", str(checkpoint), str(file), str(answer)]
+    root = Path(moe_jax.__file__).resolve().parents[1]  # found without being installed, too
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"demo: expected a fresh process to restore {checkpoint}, got exit status "
+            f"{done.returncode}. It said: {done.stderr.strip()[-2000:]}"
+        )
+    theirs = json.loads(answer.read_text(encoding="utf-8"))
+    ours = routing_digests(load_variants(checkpoint), sample)
+    file.unlink()
+    answer.unlink()
+    differ = sorted(name for name in ours if ours[name] != theirs.get(name))
+    if differ or ours.keys() != theirs.keys():
+        raise RuntimeError(
+            f"demo: expected the restored rules to route bit for bit the same in a fresh process, "
+            f"got {len(differ)} of {len(ours)} that differ ({', '.join(differ[:3])}). Please "
+            "report this with the versions in the checkpoint's manifest."
+        )
+    return {"compared": len(ours), "tokens": sample.num_tokens, "equal": True}
+
+
+def _answer_check(arguments: Sequence[str]) -> None:
+    checkpoint, file, answer = arguments
+    with np.load(file) as arrays:
+        blocks = Blocks(**{name: arrays[name] for name in arrays.files}, paths=())
+    digests = routing_digests(load_variants(checkpoint), blocks)
+    Path(answer).write_text(json.dumps(digests), encoding="utf-8")
+
+
+# --- pictures -------------------------------------------------------------------------------
+
+
+def _showcase(found: Frontier) -> str:
+    """The dynamic rule to draw: the cheapest in quality at the middle budget."""
+    savings = sorted({row["saving"] for row in found.rows})
+    middle = savings[len(savings) // 2]
+    dynamic = [r for r in found.rows if r["saving"] == middle and not r["control"]]
+    return min(dynamic or found.rows, key=lambda row: row["delta"])["variant"]
+
+
+def _draw(
+    out: Path, model: Model, found: Frontier, shown: str, files: Sequence[SourceFile], advance
+) -> list[Path]:
+    row = next(r for r in found.rows if r["variant"] == shown)
+    label = f"{row['label']} at -{row['saving']:.0%}"
+    one, config = found.evaluations[shown], model.config
+    paths = [plots.frontier(found.rows, out / "frontier.png", equal_quality=EQUAL_QUALITY)]
+    advance("frontier")
+    paths.append(
+        plots.experts_per_token(
+            one.histogram, out / "experts_per_token.png",
+            title=f"Experts per token: {label}",
+        )
+    )  # fmt: skip
+    advance("experts per token")
+    loads = {
+        f"trained, k={config.k}": found.baseline.tokens_per_expert,
+        label: one.tokens_per_expert,
+    }
+    paths.append(plots.utilisation(loads, out / "utilisation.png"))
+    advance("utilisation")
+    file = min(files, key=lambda f: abs(f.data.size - 6_000))
+    routers, states = found.variants[shown]
+    ruled = dataclasses.replace(model, routers=routers, states=states)
+    counts = count_experts(ruled, file.data)
+    paths.append(
+        plots.source_page(
+            file.data.tobytes(), counts, out / "source.html", max_k=config.k,
+            title=f"{file.path}: experts per byte",
+            note=f"{label}; a file that the model was neither trained nor calibrated on. "
+            f"Mean {counts.mean():.2f} of at most {config.k}.",
+        )
+    )  # fmt: skip
+    advance("source page")
+    return paths
+
+
+def count_experts(model: Model, data: np.ndarray) -> np.ndarray:
+    """int[layers, size]: how many experts each byte of u8[size] uses, with its context before it.
+
+    Windows overlap by half, and a byte is counted in the window where it has more context.
+    """
+    length = model.config.length
+    half = length // 2
+    starts = range(0, max(1, data.size - half), half)
+    inputs = np.zeros((len(starts), length), np.int32)
+    mask = np.zeros((len(starts), length), bool)
+    for i, start in enumerate(starts):
+        piece = data[start : start + length]
+        inputs[i, : piece.size] = piece
+        mask[i, : piece.size] = True
+    blocks = Blocks(
+        inputs=inputs, targets=inputs, mask=mask,
+        file_index=np.zeros(len(starts), np.int32), paths=("",),
+    )  # fmt: skip
+    windows = evaluate(model, blocks).counts
+    counts = np.zeros((windows.shape[0], data.size), np.int8)
+    for i, start in enumerate(starts):
+        skip = half if start else 0
+        size = min(length, data.size - start)
+        counts[:, start + skip : start + size] = windows[:, i, skip:size]
+    return counts
+
+
+def _imbalance(tokens_per_expert: np.ndarray) -> float:
+    return float((tokens_per_expert.max(axis=1) / tokens_per_expert.mean(axis=1)).max())
+
+
+# --- what was found -------------------------------------------------------------------------
+
+
+def summarise(results: Mapping[str, Any], out: Path, console: Console) -> None:
+    """One screen: what each saving costs, what holds at equal quality, what does not."""
+    rows, trained = results["rows"], results["trained"]
+    savings = sorted({row["saving"] for row in rows})
+    table = Table(
+        title=f"Change in bits per byte, %, on {results['held_out_files']} held-out files, against "
+        f"{trained['bits_per_byte']:.3f} at k={trained['k']}",
+        title_justify="left", caption_justify="left",
+        caption="Each with its own 95 % paired bootstrap interval over files, not adjusted for their "
+        "number. Green: equal quality. Dim: controls. ~: mean k off its target by more than 3 %.",
+        box=box.SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip
+    # Every column fits a terminal of 80: a rule without its name would say nothing.
+    table.add_column("rule", no_wrap=True)
+    for saving in savings:
+        table.add_column(f"-{saving:.0%} experts", justify="right", no_wrap=True)
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        own = {row["saving"]: row for row in rows if row["rule"] == rule}
+        cells = [_cell(own[saving]) for saving in savings]
+        label = next(iter(own.values()))["label"]
+        label = label.removesuffix(" (control)")
+        table.add_row(*[label, *cells], style="dim" if RULES[rule].control else None)
+    console.print(table)
+    console.print(Panel("\n".join(findings(results)), title="Found", title_align="left"))
+    seconds = results["seconds"]
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
+    console.print(
+        f"{seconds['total']:.0f} s ({parts}). Pictures and results.json in {_short(out)}."
+    )
+    console.print(f"Look at {_short(out / 'frontier.png')} and {_short(out / 'source.html')}.")
+    console.print(
+        f"Next: [bold]moe-jax calibrate {_short(out / 'model')} --rule MinP --target-saving 0.15 "
+        f"--out {_short(out / 'min_p-15')}[/bold]",
+        soft_wrap=True,
+    )
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    text = (
+        f"{_percent(row['relative'])} "
+        f"[dim]({_percent(row['relative_low'])}–{_percent(row['relative_high'])})[/dim]"
+    )
+    if row["verdict"] == "equal":
+        text = f"[green]{text}[/green]"
+    return f"{text} ~" if row["drifted"] else text
+
+
+def _percent(share: float) -> str:
+    """Three digits: 0.09, -0.02, 11.1."""
+    return f"{100 * share:.2f}" if abs(share) < 0.0995 else f"{100 * share:.1f}"
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """Plain sentences, the disappointing ones included."""
+    rows = results["rows"]
+    dynamic = [row for row in rows if not row["control"]]
+    limit = results["equal_quality"]
+
+    def listed(some: Sequence[Mapping[str, Any]]) -> str:
+        """``top-p -10/-20%, min-p -10%``"""
+        names = []
+        for label in dict.fromkeys(row["label"] for row in some):
+            own = [f"-{100 * row['saving']:.0f}" for row in some if row["label"] == label]
+            names.append(f"{label} {'/'.join(own)}%")
+        return ", ".join(names) or "none"
+
+    def with_verdict(verdict: str) -> str:
+        return listed([row for row in dynamic if row["verdict"] == verdict])
+
+    told = [
+        f"Equal quality (interval ends at or below +{limit:.1%}): {with_verdict('equal')}.",
+        f"Not shown to be equal, nor worse: {with_verdict('not shown')}.",
+        f"Worse than that: {with_verdict('worse')}.",
+    ]
+    best = [
+        min((r for r in dynamic if r["saving"] == saving), key=lambda r: r["delta"])
+        for saving in sorted({r["saving"] for r in dynamic})
+    ]
+    for control in dict.fromkeys(name for row in best for name in row["recovered"]):
+        shares = ", ".join(
+            f"{row['recovered'][control]:.0%} at -{row['saving']:.0%} ({row['label']})"
+            for row in best
+            if control in row["recovered"]
+        )
+        told.append(f"The best rule avoids of the damage of {_plain(control)}: {shares}.")
+    top_p = [row for row in rows if row["rule"] == "top_p" and "drop_lowest" in row["recovered"]]
+    if top_p:
+        shares = ", ".join(
+            f"{row['recovered']['drop_lowest']:.0%} at -{row['saving']:.0%}" for row in top_p
+        )
+        told.append(f"Top-p avoids of the damage of {_plain('drop_lowest')}: {shares}.")
+    losers = [row for row in dynamic if min(row["recovered"].values(), default=1.0) <= 0]
+    told.append(f"No better than one of the controls: {listed(losers)}.")
+    drifted = [
+        f"{row['label']} -{row['saving']:.0%} ({row['drift']:+.1%})"
+        for row in rows
+        if row["drifted"]
+    ]
+    told.append(
+        f"Mean k on held-out files off its target by more than {MAX_DRIFT:.0%}: "
+        f"{', '.join(drifted) or 'none'}."
+    )
+    missed = [
+        f"{row['label']} -{row['saving']:.0%} ({row['calibrated_mean_k']:.3f} for "
+        f"{row['target_mean_k']:.3f})"
+        for row in rows
+        if abs(row["calibrated_mean_k"] / row["target_mean_k"] - 1) > MAX_CALIBRATION_ERROR
+    ]
+    if missed:
+        told.append(f"Missed their mean k on the calibration text: {', '.join(missed)}.")
+    fresh = results["fresh_process"]
+    told.append(
+        f"A fresh process restored {fresh['compared']} layer rules and routed "
+        f"{fresh['tokens']} bytes bit for bit the same."
+    )
+    return told
+
+
+def _plain(control: str) -> str:
+    return RULES[control].label.removesuffix(" (control)")
+
+
+def _short(path: Path) -> str:
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+if __name__ == "__main__":
+    _answer_check(sys.argv[1:])

@@ -1,0 +1,295 @@
+"""What a compute budget costs, measured on files that neither training nor calibration saw.
+
+Each fitted rule is compared with the trained model byte for byte on the same text, and the
+difference in bits a byte comes with an interval. See ``moe_jax.lab.calibration`` for the rules, and for
+what keeps the comparison fair.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.progress import Progress
+
+from moe_jax.lab.calibration import (
+    BATCH,
+    RULES,
+    attend,
+    embed_batch,
+    find_rules,
+    mix,
+    route,
+    spread_blocks,
+    variant_name,
+)
+from moe_jax.lab.calibration import calibrate as calibrate
+from moe_jax.lab.data import Blocks, Corpus, load_corpus
+from moe_jax.lab.language_model import LMConfig, layer_params, nats, unembed
+from moe_jax.lab.training import Model, Variants, track
+from moe_jax.routers import Router
+from moe_jax.types import Array, Params, Routing
+
+EQUAL_QUALITY = 0.002  # relative change of bits a byte that still counts as none
+MAX_DRIFT = 0.03  # of the mean k on held-out text, relative
+
+
+@jax.jit
+def _score(params: dict[str, Params], h: Array, targets: Array) -> Array:
+    return nats(unembed(params, h), targets)
+
+
+def held_out_blocks(
+    config: LMConfig, corpus: Corpus | None = None, *, tokens: int = 32_768, seed: int = 0
+) -> Blocks:
+    """About ``tokens`` bytes of held-out files, evenly from all of them."""
+    files = (load_corpus() if corpus is None else corpus).held_out
+    return spread_blocks(files, config, tokens, seed)
+
+
+def layer_routings(model: Model, blocks: Blocks) -> list[Routing]:
+    """What each layer's rule decides for blocks in one batch; host arrays over B * S tokens."""
+    config = model.config
+    mask = jnp.asarray(blocks.mask)
+    h = embed_batch(model.params, jnp.asarray(blocks.inputs))
+    found = []
+    for index, (router, state) in enumerate(zip(model.routers, model.states, strict=True)):
+        layer = layer_params(model.params, index)
+        h, x = attend(config, layer, h)
+        routing = route(router, layer["moe"]["router"], state, x, mask)
+        found.append(jax.device_get(routing))
+        h, _ = mix(config, layer, routing, h, x)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """A model with certain rules, measured on blocks of text. Host arrays."""
+
+    nats_per_file: np.ndarray  # f64[files]
+    bytes_per_file: np.ndarray  # f64[files]
+    histogram: np.ndarray  # f64[layers, K + 1]: share of tokens that use 0..K experts
+    tokens_per_expert: np.ndarray  # f64[layers, E]
+    counts: np.ndarray  # i8[layers, N, S]: experts per token; 0 for padding
+    slots_used: float
+    slots_executed: float
+    seconds: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats_per_file.sum() / self.bytes_per_file.sum() / np.log(2))
+
+    @property
+    def mean_k_per_layer(self) -> np.ndarray:
+        """f64[layers]."""
+        return self.histogram @ np.arange(self.histogram.shape[1])
+
+    @property
+    def mean_k(self) -> float:
+        return float(self.mean_k_per_layer.mean())
+
+
+def evaluate(
+    model: Model,
+    blocks: Blocks,
+    *,
+    routers: Sequence[Router] | None = None,
+    states: Sequence[Any] | None = None,
+) -> Evaluation:
+    """Measures a model on text, with its own rules or with others.
+
+    Args:
+        model: parameters, and the rules to use unless others are given.
+        blocks: the text.
+        routers: a rule for each layer, with ``states``.
+        states: a state for each of them.
+    """
+    config, params = model.config, model.params
+    routers = model.routers if routers is None else routers
+    states = model.states if states is None else states
+    started = time.perf_counter()
+    count = len(blocks)
+    size = min(BATCH, count)
+    padded = blocks.pad_to(size)
+    losses, seen = [], []
+    for i in range(0, len(padded), size):
+        mask = jnp.asarray(padded.mask[i : i + size])
+        h = embed_batch(params, jnp.asarray(padded.inputs[i : i + size]))
+        layers = []
+        for index, (router, state) in enumerate(zip(routers, states, strict=True)):
+            layer = layer_params(params, index)
+            h, x = attend(config, layer, h)
+            routing = route(router, layer["moe"]["router"], state, x, mask)
+            h, one = mix(config, layer, routing, h, x)
+            layers.append(one)
+        losses.append(_score(params, h, jnp.asarray(padded.targets[i : i + size])))
+        seen.append(layers)
+    losses, seen = jax.device_get((losses, seen))
+    real = blocks.mask
+    each = np.where(real, np.concatenate(losses)[:count].astype(np.float64), 0.0).sum(axis=1)
+    files = len(blocks.paths)
+
+    def by_layer(name: str) -> np.ndarray:
+        return np.stack(
+            [sum(np.asarray(getattr(b[i], name), np.float64) for b in seen)
+             for i in range(config.num_moe_layers)]
+        )  # fmt: skip
+
+    counts = [
+        np.concatenate([b[i].counts for b in seen])[:count].astype(np.int8)
+        for i in range(config.num_moe_layers)
+    ]
+    return Evaluation(
+        nats_per_file=np.bincount(blocks.file_index, each, minlength=files),
+        bytes_per_file=np.bincount(blocks.file_index, real.sum(axis=1), minlength=files),
+        histogram=np.rint(by_layer("histogram")) / blocks.num_tokens,
+        tokens_per_expert=by_layer("tokens_per_expert"),
+        counts=np.stack(counts),
+        slots_used=float(by_layer("slots_used").sum()),
+        slots_executed=float(by_layer("slots_executed").sum()),
+        seconds=time.perf_counter() - started,
+    )
+
+
+# --- what the difference is worth -----------------------------------------------------------
+
+
+def paired_bootstrap(
+    nats_after: np.ndarray,
+    nats_before: np.ndarray,
+    num_bytes: np.ndarray,
+    *,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """A change in bits a byte with its 95 % interval, by resampling whole files.
+
+    Both models are measured on the same bytes, so files are drawn (with replacement) once for
+    both, and only what differs between the two is uncertain. Files are drawn rather than bytes
+    because bytes of one file are alike: an interval over bytes would be too narrow.
+
+    Args:
+        nats_after: f64[files], summed over each file.
+        nats_before: f64[files], of the model compared with.
+        num_bytes: f64[files].
+
+    Returns:
+        ``delta``, ``low``, ``high`` in bits a byte, and ``relative``, ``relative_low``,
+        ``relative_high`` as shares of the bits before.
+
+    Example:
+        >>> before, size = np.full(50, 200.0), np.full(50, 100.0)
+        >>> round(paired_bootstrap(before * 1.01, before, size)["relative_high"], 6)
+        0.01
+    """
+    used = num_bytes > 0
+    after, before, size = (v[used] for v in (nats_after, nats_before, num_bytes))
+    files = len(size)
+    draw = np.random.default_rng(seed)
+    weights = draw.multinomial(files, np.full(files, 1.0 / files), size=resamples).astype(float)
+
+    def quantiles(below: np.ndarray) -> tuple[float, float, float]:
+        change = after - before
+        low, high = np.quantile((weights @ change) / (weights @ below), (0.025, 0.975))
+        return float(change.sum() / below.sum()), float(low), float(high)
+
+    delta = quantiles(size * np.log(2))
+    relative = quantiles(before)
+    return dict(
+        zip(
+            ("delta", "low", "high", "relative", "relative_low", "relative_high"),
+            (*delta, *relative),
+            strict=True,
+        )
+    )
+
+
+def verdict(relative_low: float, relative_high: float) -> str:
+    """``"equal"`` if worse by at most 0.2 % with confidence, ``"worse"`` if surely not, else
+    ``"not shown"``."""
+    if relative_high <= EQUAL_QUALITY:
+        return "equal"
+    return "worse" if relative_low > EQUAL_QUALITY else "not shown"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Frontier:
+    """All rules at all budgets, beside the trained model."""
+
+    baseline: Evaluation
+    evaluations: Mapping[str, Evaluation]  # by variant name
+    variants: Variants  # fitted routers and states, ready for ``save_model``
+    rows: tuple[dict[str, Any], ...]  # plain values, see ``measure``
+
+
+def measure(
+    model: Model,
+    variants: Variants,
+    blocks: Blocks,
+    *,
+    savings: Sequence[float],
+    rules: Sequence[str] = tuple(RULES),
+    progress: Progress | bool = False,
+) -> Frontier:
+    """Evaluates fitted variants on held-out text beside the trained model.
+
+    ``rows`` has for each: ``rule``, ``label``, ``control``, ``saving`` (asked), ``target_mean_k``,
+    ``calibrated_mean_k``, ``held_out_mean_k``, ``mean_k_per_layer``, ``drift`` (relative),
+    ``drifted`` (by more than 3 %), ``achieved_saving``, ``executed_saving`` (rows the
+    implementation computed, padding included), ``bits_per_byte``, what ``paired_bootstrap`` gives,
+    ``verdict``, and ``recovered``: the share of each control's damage at the same budget that the
+    rule avoids, by control.
+    """
+    config = model.config
+    evaluations: dict[str, Evaluation] = {}
+    rows = []
+    chosen = find_rules(rules)
+    with track(progress, "evaluate", 1 + len(chosen) * len(savings)) as advance:
+        base = evaluate(model, blocks)
+        advance("trained model")
+        for rule in chosen:
+            for saving in savings:
+                name = variant_name(rule.name, saving)
+                routers, states = variants[name]
+                found = evaluate(model, blocks, routers=routers, states=states)
+                evaluations[name] = found
+                target = float(states[0].fit.target_mean_k)
+                change = paired_bootstrap(
+                    found.nats_per_file, base.nats_per_file, base.bytes_per_file
+                )
+                drift = found.mean_k / target - 1.0
+                rows.append(
+                    {
+                        "variant": name,
+                        "rule": rule.name,
+                        "label": rule.label,
+                        "control": rule.control,
+                        "saving": saving,
+                        "target_mean_k": target,
+                        "calibrated_mean_k": float(
+                            np.mean([float(s.fit.achieved_mean_k) for s in states])
+                        ),
+                        "held_out_mean_k": found.mean_k,
+                        "mean_k_per_layer": found.mean_k_per_layer.tolist(),
+                        "drift": drift,
+                        "drifted": abs(drift) > MAX_DRIFT,
+                        "achieved_saving": 1.0 - found.mean_k / config.k,
+                        "executed_saving": 1.0 - found.slots_executed / base.slots_executed,
+                        "bits_per_byte": found.bits_per_byte,
+                        **change,
+                        "verdict": verdict(change["relative_low"], change["relative_high"]),
+                    }
+                )
+                advance(f"{rule.label}, -{saving:.0%}")
+    for row in rows:
+        row["recovered"] = {
+            other["rule"]: 1.0 - row["delta"] / other["delta"]
+            for other in rows
+            if other["control"] and other["saving"] == row["saving"] and other["delta"] > 0
+        }
+    return Frontier(baseline=base, evaluations=evaluations, variants=variants, rows=tuple(rows))

@@ -1,0 +1,1 @@
+"""Many devices and hosts: shardings, processes, costs and placement, self-test."""

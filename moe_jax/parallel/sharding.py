@@ -1,0 +1,403 @@
+"""Meshes, which array goes where, and the layer over many devices.
+
+A mesh has up to four axes, all of type ``Auto``:
+
+=============== ======================================================================
+data            splits tokens
+expert_hosts    splits tokens and experts between hosts, where experts span several
+expert          splits tokens and experts
+model           splits the width F of every expert
+=============== ======================================================================
+
+Parameters have logical axes ("expert", "mlp", ...), and rules map these to the axes of a mesh. The
+router's parameters and state are on every device. An axis of size 1 is as good as none.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.experts import ExpertFn
+from moe_jax.experts.exchange import ExpertParallel
+from moe_jax.layer import LayerAux, moe_layer
+from moe_jax.routers import ExpertChoiceRouter, Router
+from moe_jax.routing.difficulty import Context
+from moe_jax.types import Array, Params
+
+P = PartitionSpec
+AnyMesh = Mesh | AbstractMesh
+Rules = Mapping[str, tuple[str, ...]]
+
+AXES = ("data", "expert_hosts", "expert", "model")
+
+# Logical axis -> axes of the mesh. What a mesh lacks is left out.
+RULES: Rules = {
+    "tokens": ("data", "expert_hosts", "expert"),
+    "expert": ("expert_hosts", "expert"),
+    "mlp": ("model",),
+    "embed": (),
+}
+
+# Logical axes of each array of a layer. Arrays of a user's own experts get "expert" for the leading
+# axis and no name for the rest.
+_NAMES: dict[str, tuple[str | None, ...]] = {
+    "router/kernel": ("embed", None),
+    "router/bias": (None,),
+    "experts/gate": ("expert", "embed", "mlp"),
+    "experts/up": ("expert", "embed", "mlp"),
+    "experts/down": ("expert", "mlp", "embed"),
+    "experts/gate_bias": ("expert", "mlp"),
+    "experts/up_bias": ("expert", "mlp"),
+    "experts/down_bias": ("expert", "embed"),
+    "shared/gate": ("embed", "mlp"),
+    "shared/up": ("embed", "mlp"),
+    "shared/down": ("mlp", "embed"),
+    "shared/gate_bias": ("mlp",),
+    "shared/up_bias": ("mlp",),
+    "shared/down_bias": ("embed",),
+    "shared_gate": ("embed", None),
+}
+
+
+# --- meshes ---------------------------------------------------------------------------------
+
+
+def make_mesh(
+    *,
+    data: int = 1,
+    expert: int = 1,
+    model: int = 1,
+    expert_hosts: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh of ``data * expert_hosts * expert * model`` devices.
+
+    Devices of one process follow each other, so the first axes cross hosts and the last ones stay
+    inside: give ``data`` (or ``expert_hosts``) the number of hosts, or a multiple. On TPU slices the
+    axes are laid out by ``jax.experimental.mesh_utils``, slices outermost.
+
+    Args:
+        data, expert, model: sizes of the axes.
+        expert_hosts: hosts that one set of experts is spread over, for the two-level all-to-all.
+        devices: in order; None is all of them.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+
+    Example:
+        >>> make_mesh(data=1, expert=1, devices=jax.devices()[:1]).axis_names
+        ('data', 'expert_hosts', 'expert', 'model')
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = (data, expert_hosts, expert, model)
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh: expected data * expert_hosts * expert * model = {len(devices)} devices, got "
+            f"{' * '.join(map(str, shape))} = {math.prod(shape)}. Pass devices= to use fewer."
+        )
+    return Mesh(_laid_out(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if devices[0].platform == "tpu":
+        from jax.experimental import mesh_utils
+
+        if slices == 1:
+            return mesh_utils.create_device_mesh(shape, devices=devices)
+        across = [1] * len(shape)
+        for i, size in enumerate(shape):
+            across[i] = math.gcd(size, slices // math.prod(across))
+        if math.prod(across) == slices:
+            inside = tuple(s // a for s, a in zip(shape, across, strict=True))
+            return mesh_utils.create_hybrid_device_mesh(inside, tuple(across), devices=devices)
+    ordered = sorted(devices, key=lambda d: d.process_index)  # stable: order within a process stays
+    return np.asarray(ordered, dtype=object).reshape(shape)
+
+
+def mesh_axes(logical: str, mesh: AnyMesh, rules: Rules = RULES) -> tuple[str, ...]:
+    """The axes of the mesh that a logical axis is split over; those of size 1 are left out."""
+    return tuple(a for a in rules.get(logical, ()) if mesh.shape.get(a, 1) > 1)
+
+
+def parallel_of(mesh: AnyMesh, rules: Rules = RULES, **options: Any) -> ExpertParallel:
+    """What ``moe_layer(parallel=...)`` needs to know of a mesh.
+
+    Args:
+        mesh: from ``make_mesh``, or any with these axis names.
+        rules: logical axes to axes of the mesh.
+        **options: ``two_level``, ``send_shares``, ``exchange`` of ``ExpertParallel``.
+
+    Example:
+        >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "expert"))
+        >>> parallel_of(mesh).expert_axes
+        ('expert',)
+    """
+    width = mesh_axes("mlp", mesh, rules)
+    if len(width) > 1:
+        raise ValueError(f"rules: expected one axis for 'mlp', got {width}. Merge them.")
+    return ExpertParallel(
+        token_axes=mesh_axes("tokens", mesh, rules),
+        expert_axes=mesh_axes("expert", mesh, rules),
+        model_axis=width[0] if width else None,
+        **options,
+    )
+
+
+# --- which array goes where -----------------------------------------------------------------
+
+
+def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    """Names of the axes of the parameter at ``path``, e.g. ``"experts/up"``; None is unnamed.
+
+    Example:
+        >>> logical_axes("experts/up", 3)
+        ('expert', 'embed', 'mlp')
+    """
+    names = _NAMES.get(path)
+    if names is not None and len(names) == ndim:
+        return names
+    lead = ("expert",) if path.startswith("experts/") and ndim else ()
+    return (*lead, *[None] * (ndim - len(lead)))
+
+
+def param_specs(tree: Any, mesh: AnyMesh, rules: Rules = RULES) -> Any:
+    """A ``PartitionSpec`` for every array of a tree, by where it is in the tree.
+
+    Arrays under ``experts``, ``shared`` or ``router`` are those of a layer, wherever that is: in a
+    model, with leading axes of stacked layers, in the moments of an optimiser. All else is on every
+    device.
+
+    Example:
+        >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "expert"))
+        >>> specs = param_specs({"moe": {"experts": {"up": jnp.zeros((8, 4, 4))}}}, mesh)
+        >>> tuple(specs["moe"]["experts"]["up"])
+        ('expert', None, None)
+    """
+
+    def spec(keys: Any, leaf: Any) -> PartitionSpec:
+        parts = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
+        parts = [part for part in parts if part not in ("value", "raw_value")]
+        starts = [i for i, part in enumerate(parts) if part in ("experts", "shared", "router")]
+        ndim = len(leaf.shape)
+        if not starts or not ndim:
+            return P()
+        path = "/".join(parts[starts[-1] :])
+        names = _NAMES.get(path, ())
+        lead = max(ndim - len(names), 0) if names else 0
+        named = (*[None] * lead, *logical_axes(path, ndim - lead))
+        axes = [mesh_axes(name, mesh, rules) if name else () for name in named]
+        return P(*[a[0] if len(a) == 1 else a or None for a in axes])
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def token_spec(mesh: AnyMesh, rules: Rules = RULES) -> PartitionSpec:
+    """How activations [tokens or batch, ...] are split: their leading axis, over all token axes."""
+    return P(mesh_axes("tokens", mesh, rules) or None)
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """``NamedSharding`` for every ``PartitionSpec`` of a tree."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    )
+
+
+def shard(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
+    """Puts a tree on the devices of a mesh; by ``param_specs`` unless told otherwise.
+
+    ``specs`` may be a prefix of the tree: one spec for all below it. In several processes every
+    process passes the same whole arrays and keeps its part.
+    """
+    specs = param_specs(tree, mesh) if specs is None else specs
+    return jax.tree.map(
+        lambda s, part: jax.tree.map(lambda x: _place(x, NamedSharding(mesh, s)), part),
+        specs,
+        tree,
+        is_leaf=lambda s: isinstance(s, PartitionSpec),
+    )
+
+
+def _place(x: Any, sharding: NamedSharding) -> Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def pad_experts(params: Params, devices: int) -> Params:
+    """Adds experts of zeros until their number is a multiple of ``devices``. No token gets there.
+
+    Do it once, after ``init`` or ``restore``; ``unpad_experts`` undoes it, for a checkpoint.
+
+    Example:
+        >>> pad_experts({"up": jnp.ones((6, 2, 2))}, 4)["up"].shape
+        (8, 2, 2)
+    """
+
+    def pad(p: Array) -> Array:
+        more = -p.shape[0] % devices
+        return jnp.pad(p, [(0, more), *[(0, 0)] * (p.ndim - 1)]) if more else p
+
+    return jax.tree.map(pad, params)
+
+
+def unpad_experts(params: Params, num_experts: int) -> Params:
+    """The first ``num_experts`` experts."""
+    return jax.tree.map(lambda p: p[:num_experts], params)
+
+
+def jit_sharded(
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    *,
+    in_specs: Any,
+    out_specs: Any,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] = (),
+) -> Any:
+    """``jax.jit`` with the shardings of a mesh: what ``pjit`` was.
+
+    Args:
+        fn: a function of arrays, seen as a whole: the compiler splits it.
+        mesh: where it runs.
+        in_specs: for every argument that is not static, a ``PartitionSpec`` or a tree of them
+            (a prefix is enough), or None to take it as it comes. Arguments elsewhere are moved.
+        out_specs: the same for the results.
+        donate_argnums: arguments whose memory the results may take.
+        static_argnums: arguments that are Python values.
+
+    Example:
+        >>> mesh = make_mesh(devices=jax.devices()[:1])
+        >>> double = jit_sharded(lambda x: 2 * x, mesh, in_specs=(P("data"),), out_specs=P("data"))
+        >>> tuple(double(jnp.ones(4)).sharding.spec)
+        ('data',)
+    """
+    return jax.jit(
+        fn,
+        in_shardings=shardings(in_specs, mesh),
+        out_shardings=shardings(out_specs, mesh),
+        donate_argnums=donate_argnums,
+        static_argnums=static_argnums,
+    )
+
+
+# --- the layer ------------------------------------------------------------------------------
+
+
+def sharded_moe_layer(
+    router: Router,
+    expert_fn: ExpertFn,
+    params: dict[str, Params],
+    state: Any,
+    x: Array,
+    *,
+    mesh: Mesh | None = None,
+    parallel: ExpertParallel | None = None,
+    key: Array | None = None,
+    token_mask: Array | None = None,
+    context: Context | None = None,
+    **call: Any,
+) -> tuple[Array, LayerAux]:
+    """``moe_layer`` over the devices of a mesh: the same answer, losses, gradients and statistics.
+
+    Tokens are split over the data and expert axes, each device routes its own, and rows travel to
+    their experts and back: see ``moe_jax.experts.expert_parallel``. Without ``capacity_factor``
+    the output is that of one device. With it, each device drops by itself, which on one device is
+    ``moe_layer(..., groups=number of devices that split tokens)``.
+
+    Call it under ``jax.jit`` (or ``jit_sharded``), as part of a model seen as a whole. The returned
+    routing is that of all tokens, so losses over it are global; ``router.update`` with the returned
+    statistics gives the same state on every device.
+
+    Args:
+        router, expert_fn, params, state, x, token_mask, context: as in ``moe_layer``, seen as a
+            whole. ``params["experts"]`` has E rounded up to a multiple of the expert devices, see
+            ``pad_experts``. Any number of tokens will do; they are padded to fit.
+        mesh: None is the one that ``jax.set_mesh`` set.
+        parallel: None is ``parallel_of(mesh)``.
+        key: randomness of the gate's noise, another on every device (so not that of one device).
+        **call: the other options of ``moe_layer``; ``max_rows`` is the row budget of each device.
+
+    Raises:
+        ValueError: there is no mesh, experts do not fit it, or a rule that looks at the whole batch.
+
+    Example:
+        >>> import moe_jax
+        >>> mesh = make_mesh(devices=jax.devices()[:1])
+        >>> router, ffn = moe_jax.TopK(num_experts=4, k=2), moe_jax.FeedForward()
+        >>> params = moe_jax.init_moe_layer(router, ffn, jax.random.key(0), d_model=8, d_ff=16)
+        >>> layer = jax.jit(functools.partial(sharded_moe_layer, router, ffn, mesh=mesh))
+        >>> y, aux = layer(params, router.init_state(), jnp.ones((2, 3, 8)))
+        >>> y.shape
+        (2, 3, 8)
+    """
+    where: AnyMesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    if where.empty:
+        raise ValueError("mesh: expected one, got none. Pass mesh=, or call jax.set_mesh first.")
+    if isinstance(router, ExpertChoiceRouter):
+        raise ValueError(
+            "router: expected a rule that routes each token by itself, got ExpertChoiceRouter, whose "
+            "experts look at the whole batch. Run it with moe_layer, or use ExpertThreshold."
+        )
+    parallel = parallel_of(where) if parallel is None else parallel
+    _check_experts(params["experts"], router.num_experts, where, parallel)
+    tokens = parallel.token_axes
+    shards = math.prod(where.shape[a] for a in tokens)
+
+    lead = x.shape[:-1]
+    total = math.prod(lead)
+    more = -total % shards
+    flat = x.reshape(total, x.shape[-1])
+    mask = None if token_mask is None else token_mask.reshape(total)
+    if more:
+        mask = jnp.ones((total,), bool) if mask is None else mask
+        flat, mask = jnp.pad(flat, ((0, more), (0, 0))), jnp.pad(mask, (0, more))
+        context = jax.tree.map(lambda c: jnp.pad(c, [(0, more), *[(0, 0)] * (c.ndim - 1)]), context)
+
+    def local(params, state, x, key, mask, context):
+        if key is not None and tokens:
+            key = jax.random.fold_in(key, jax.lax.axis_index(tokens))
+        return moe_layer(
+            router, expert_fn, params, state, x,
+            key=key, token_mask=mask, context=context, parallel=parallel, **call,
+        )  # fmt: skip
+
+    rows = P(tokens or None)
+    specs = (param_specs(params, where), P(), rows, P(), rows, rows)
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=(rows, LayerAux(routing=rows, stats=P())),  # pyright: ignore[reportArgumentType]
+    )
+    y, aux = run(params, state, flat, key, mask, context)
+    if more:
+        y = y[:total]
+        aux = LayerAux(routing=jax.tree.map(lambda r: r[:total], aux.routing), stats=aux.stats)
+    return y.reshape(*lead, -1), aux
+
+
+def layer_over(mesh: Mesh | None) -> Callable[..., tuple[Array, LayerAux]]:
+    """``moe_layer`` without a mesh, ``sharded_moe_layer`` over one."""
+    return moe_layer if mesh is None else functools.partial(sharded_moe_layer, mesh=mesh)
+
+
+def _check_experts(params: Params, experts: int, mesh: AnyMesh, parallel: ExpertParallel) -> None:
+    devices = math.prod(mesh.shape[a] for a in parallel.expert_axes)
+    wanted = -(-experts // devices) * devices
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(params)}
+    if sizes != {wanted}:
+        raise ValueError(
+            f"expert params: expected {wanted} experts, E={experts} rounded up to a multiple of "
+            f"{devices} devices, got {sorted(sizes)}. Pass pad_experts(params['experts'], {devices})."
+        )

@@ -1,0 +1,1 @@
+"""The maths of routing: logits, scores, selection, budgets, balancing, losses, dispatch plans."""

@@ -1,0 +1,200 @@
+"""Per-token difficulty: raw scores that say how much compute a token deserves.
+
+An estimator is any function ``(x float[T, D], context) -> f32[T]``, larger meaning harder. Its scale
+does not matter: ``budget.calibrated_difficulty`` maps raw scores to [0, 1] by the quantiles that were
+seen at calibration. (The guide calls this a complexity estimator.)
+
+``context`` is a mapping of what the model can offer beyond x. The router adds ``"router_logits"``
+itself; the rest comes from the caller:
+
+================= ==================================== =========================================
+key               shape                                used by
+================= ==================================== =========================================
+router_logits     f32[T, E]                            router_entropy, router_margin
+gradients         float[T, D], dLoss/dx                gradient_norm
+attention         float[T, S] or [H, T, S], rows sum 1 attention_entropy
+attention_mask    bool[T, S], visible keys (optional)  attention_entropy
+logits            float[T, V], the model's prediction  surprisal, prediction_entropy
+targets           int[T], what really came             surprisal
+================= ==================================== =========================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.checks import check_array
+from moe_jax.types import Array
+
+Context = Mapping[str, Array]
+Estimator = Callable[[Array, Context], Array]
+
+
+def activation_norm(x: Array, context: Context) -> Array:
+    """f32[T]: root mean square of each token's activations.
+
+    The proxy that the production guide's "gradient_norm" stands for at inference, where there are
+    no gradients. For the real thing see ``gradient_norm``.
+    """
+    return jnp.sqrt(jnp.square(x.astype(jnp.float32)).mean(axis=-1))
+
+
+def large_activation_share(x: Array, context: Context) -> Array:
+    """f32[T]: share of a token's activations that exceed the batch-independent bound 1.
+
+    (The guide's "threshold" estimator.) Suits normalised activations, as after RMSNorm.
+    """
+    return (jnp.abs(x.astype(jnp.float32)) > 1.0).mean(axis=-1, dtype=jnp.float32)
+
+
+def gradient_norm(x: Array, context: Context) -> Array:
+    """f32[T]: norm of the loss gradient at each token, from ``context["gradients"]`` [T, D]."""
+    gradients = _need(
+        context, "gradients", "gradient_norm", "the gradient of the loss at x, [T, D]"
+    )
+    return jnp.linalg.norm(gradients.astype(jnp.float32), axis=-1)
+
+
+def router_entropy(x: Array, context: Context) -> Array:
+    """f32[T]: entropy of softmax(router logits) / log E, in [0, 1]."""
+    logits = _need(context, "router_logits", "router_entropy", "f32[T, E]")
+    return _entropy(jax.nn.log_softmax(logits, axis=-1)) / _log_size(logits)
+
+
+def router_margin(x: Array, context: Context) -> Array:
+    """f32[T]: 1 - (p1 - p2), where p1 and p2 are the two largest router probabilities."""
+    logits = _need(context, "router_logits", "router_margin", "f32[T, E]")
+    if logits.shape[-1] < 2:
+        return jnp.zeros(logits.shape[:-1], jnp.float32)
+    top, _ = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), 2)
+    return 1.0 - (top[:, 0] - top[:, 1])
+
+
+def attention_entropy(x: Array, context: Context) -> Array:
+    """f32[T]: entropy of real attention weights / log(visible keys), averaged over heads.
+
+    Takes ``context["attention"]`` of [T, S] or [H, T, S]. Keys hidden by
+    ``context["attention_mask"]`` [T, S] count in neither part, and the remaining weights are
+    rescaled to sum to 1. Without a mask, keys of weight 0 (as causal masks leave) count as hidden.
+    A token that sees one key has entropy 0.
+    """
+    weights = _need(
+        context, "attention", "attention_entropy", "attention weights [T, S] or [heads, T, S]"
+    )
+    weights = weights.astype(jnp.float32)
+    if weights.ndim == 2:
+        weights = weights[None]
+    check_array(
+        "attention", weights, "H T S", sizes={"T": x.shape[0]},
+        fix="Pass attention weights [T, S] or [heads, T, S] with one row a token.",
+    )  # fmt: skip
+    visible = context.get("attention_mask")
+    visible = weights > 0 if visible is None else jnp.broadcast_to(visible[None], weights.shape)
+    weights = jnp.where(visible, weights, 0.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    p = weights / jnp.where(total > 0, total, 1.0)
+    entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(axis=-1)
+    keys = visible.sum(axis=-1)
+    most = jnp.log(jnp.maximum(keys, 2).astype(jnp.float32))
+    return jnp.where(keys > 1, entropy / most, 0.0).mean(axis=0)
+
+
+def surprisal(x: Array, context: Context) -> Array:
+    """f32[T]: -log p(target) / log V, from the model's own ``logits`` [T, V] and ``targets`` [T]."""
+    logits = _need(context, "logits", "surprisal", "the model's logits [T, V]")
+    targets = _need(context, "targets", "surprisal", "the tokens that came, int[T]")
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    own = jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
+    return -own / _log_size(logits)
+
+
+def prediction_entropy(x: Array, context: Context) -> Array:
+    """f32[T]: entropy of the model's own prediction / log V, from ``logits`` [T, V]; no targets."""
+    logits = _need(context, "logits", "prediction_entropy", "the model's logits [T, V]")
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return _entropy(log_p) / _log_size(logits)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    f.__name__: f
+    for f in (
+        activation_norm,
+        attention_entropy,
+        gradient_norm,
+        large_activation_share,
+        prediction_entropy,
+        router_entropy,
+        router_margin,
+        surprisal,
+    )
+}
+
+
+def register_estimator(name: str, estimator: Estimator) -> None:
+    """Makes ``estimator`` available by name, so that routers using it can be written to JSON.
+
+    Raises:
+        ValueError: the name is taken by another function.
+    """
+    if ESTIMATORS.get(name, estimator) is not estimator:
+        raise ValueError(f"estimator name: expected a free name, got {name!r}. Choose another.")
+    ESTIMATORS[name] = estimator
+
+
+def resolve_estimator(estimator: str | Estimator) -> Estimator:
+    """The function behind a name; a function is returned as it is.
+
+    Raises:
+        ValueError: an unknown name; the known ones are listed.
+        TypeError: neither a name nor a function.
+    """
+    if callable(estimator):
+        return estimator
+    if not isinstance(estimator, str):
+        raise TypeError(
+            f"difficulty: expected a name or a function (x, context) -> f32[T], "
+            f"got a {type(estimator).__name__}. Known names: {', '.join(sorted(ESTIMATORS))}."
+        )
+    if estimator not in ESTIMATORS:
+        raise ValueError(
+            f"difficulty: expected one of {', '.join(sorted(ESTIMATORS))}, got {estimator!r}. "
+            "Use one of these, or register_estimator(name, function)."
+        )
+    return ESTIMATORS[estimator]
+
+
+def raw_difficulty(estimator: str | Estimator, x: Array, context: Context) -> Array:
+    """f32[T]: runs an estimator and checks what it returns. No gradient flows through it.
+
+    Raises:
+        ValueError, TypeError: the estimator is unknown, lacks context, or returns the wrong shape.
+    """
+    raw = resolve_estimator(estimator)(x, context)
+    check_array(
+        "difficulty", raw, "T", sizes={"T": x.shape[0]},
+        fix="An estimator returns one float a token: (x [T, D], context) -> f32[T].",
+    )  # fmt: skip
+    return jax.lax.stop_gradient(raw.astype(jnp.float32))
+
+
+def _entropy(log_p: Array) -> Array:
+    return -(jnp.exp(log_p) * log_p).sum(axis=-1)
+
+
+def _log_size(logits: Array) -> float:
+    """log of the number of classes; 1 for a single class, whose entropy is 0 anyway."""
+    return math.log(logits.shape[-1]) if logits.shape[-1] > 1 else 1.0
+
+
+def _need(context: Context, key: str, who: str, what: str) -> Array:
+    if context.get(key) is None:
+        have = ", ".join(sorted(context)) or "nothing"
+        raise ValueError(
+            f"{who}: expected context[{key!r}] ({what}), got {have}. "
+            f"Pass context={{{key!r}: ...}}, or choose an estimator that needs only x."
+        )
+    return context[key]

@@ -1,0 +1,466 @@
+"""Configuration: PROMISES C01-C21, Q02-Q05, R06, R07, R09.
+
+Precedence is argument > environment > file > default, and nothing is ignored in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    PerformanceConfig,
+    RouterConfig,
+    SecurityConfig,
+    build_router,
+    load_config,
+)
+from moe_jax.config import checks as checks_module
+from moe_jax.config import loading as loading_module
+from moe_jax.routers import DynamicK, ExpertThreshold
+from moe_jax.routing.difficulty import ESTIMATORS, register_estimator
+from moe_jax.types import RoutingStats
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# The production guide's config/production.json, word for word.
+GUIDE_PRODUCTION = {
+    "router_config": {
+        "input_dim": 768,
+        "num_experts": 8,
+        "min_experts": 1,
+        "max_experts": 3,
+        "complexity_estimator": "gradient_norm",
+        "routing_strategy": "top_k",
+        "load_balancing": True,
+        "noise_factor": 0.1,
+    },
+    "performance": {
+        "enable_caching": True,
+        "enable_monitoring": True,
+        "cache_size": 10000,
+        "parallel_threshold": 1000,
+    },
+    "security": {
+        "enable_validation": True,
+        "max_tensor_size": 1000000000,
+        "max_batch_size": 1024,
+    },
+}
+
+# Every setting: its variable, the text that an operator types, what it becomes.
+VARIABLES = {
+    "MOE_INPUT_DIM": ("1024", 1024),
+    "MOE_NUM_EXPERTS": ("16", 16),
+    "MOE_MIN_EXPERTS": ("2", 2),
+    "MOE_MAX_EXPERTS": ("7", 7),
+    "MOE_COMPLEXITY_ESTIMATOR": ("perplexity_proxy", "perplexity_proxy"),
+    "MOE_ROUTING_STRATEGY": ("threshold", "threshold"),
+    "MOE_LOAD_BALANCING": ("off", False),
+    "MOE_NOISE_FACTOR": ("0.2", 0.2),
+    "MOE_ENABLE_CACHING": ("false", False),
+    "MOE_ENABLE_MONITORING": ("0", False),
+    "MOE_CACHE_SIZE": ("5000", 5000),
+    "MOE_CACHE_TTL_SECONDS": ("60", 60.0),
+    "MOE_PARALLEL_THRESHOLD": ("10", 10),
+    "MOE_ENABLE_VALIDATION": ("no", False),
+    "MOE_MAX_TENSOR_SIZE": ("1000", 1000),
+    "MOE_MAX_BATCH_SIZE": ("32", 32),
+    "MOE_SECURITY_LEVEL": ("Strict", "strict"),
+    "MOE_HOST": ("0.0.0.0", "0.0.0.0"),
+    "MOE_PORT": ("9000", 9000),
+    "MOE_REQUEST_TIMEOUT_SECONDS": ("2.5", 2.5),
+    "MOE_MAX_INFLIGHT": ("8", 8),
+    "MOE_MAX_QUEUE": ("0", 0),
+    "MOE_DRAIN_SECONDS": ("1", 1.0),
+    "MOE_NONFINITE": ("Reject", "reject"),
+    "MOE_MAX_MAGNITUDE": ("1e4", 1e4),
+    "MOE_RATE_LIMIT_REQUESTS": ("10", 10),
+    "MOE_RATE_LIMIT_TOKENS": ("1000", 1000),
+    "MOE_REPLICAS": ("3", 3),
+    "MOE_CACHE_MAX_BYTES": ("1000000", 1_000_000),
+    "MOE_PREFETCH": ("on", True),
+    "MOE_TRUSTED_PROXIES": ("10.0.0.0/8, ::1", "10.0.0.0/8, ::1"),
+    "MOE_CHECKPOINT": ("runs/demo", "runs/demo"),
+    "MOE_CHECKPOINT_ROUTER": ("layer_1", "layer_1"),
+    "MOE_SEED": ("7", 7),
+    "MOE_SERVE_MOE": ("on", "on"),
+    "MOE_EXPERT_HIDDEN_DIM": ("64", 64),
+    "MOE_BUCKETS": ("64,512", "64,512"),
+    "MOE_FALLBACK_STATIC_TOP_K": ("true", True),
+    "MOE_SLOW_CALL_SECONDS": ("1", 1.0),
+    "MOE_ENVIRONMENT": ("production", "production"),
+    "MOE_LOG_LEVEL": ("debug", "DEBUG"),
+}
+
+
+def flat(config: Config) -> dict[str, object]:
+    out: dict[str, object] = {}
+    for key, value in config.to_json().items():
+        out |= value if isinstance(value, dict) else {key: value}
+    return out
+
+
+def write(tmp_path: Path, data: object) -> Path:
+    file = tmp_path / "config.json"
+    file.write_text(data if isinstance(data, str) else json.dumps(data))
+    return file
+
+
+def problem(call, *args, **kwargs) -> str:
+    """The message of a refusal, which always says what was expected and what it got."""
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "expected" in text
+    assert "got" in text
+    return text
+
+
+# --- defaults, files, presets ---------------------------------------------------------------
+
+
+def test_defaults_are_the_guides_environment_table():  # C01-C09
+    config = load_config(env={})
+    assert config == Config()
+    r, p, s = config.router_config, config.performance, config.security
+    assert (r.input_dim, r.num_experts, r.min_experts, r.max_experts) == (768, 8, 1, 4)
+    assert (p.enable_caching, p.enable_monitoring) == (True, True)
+    assert (s.security_level, config.log_level) == ("standard", "INFO")
+
+
+def test_production_file_is_the_guides(tmp_path):  # C10-C19
+    shipped = json.loads((CONFIGS / "production.json").read_text())
+    for section, values in GUIDE_PRODUCTION.items():
+        for name, value in values.items():
+            assert shipped[section][name] == value, (section, name)
+    # The guide's own text, with the keys that it does not have left to their defaults.
+    guides = load_config(write(tmp_path, GUIDE_PRODUCTION), env={}, environment="production")
+    assert guides == load_config(CONFIGS / "production.json", env={}) == PRESETS["production"]
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_preset_files_hold_what_the_code_holds(name):  # Q02-Q05
+    assert load_config(CONFIGS / f"{name}.json", env={}) == PRESETS[name]
+    assert json.loads((CONFIGS / f"{name}.json").read_text()) == PRESETS[name].to_json()
+
+
+def test_every_shipped_file_is_a_preset():
+    assert {file.stem for file in CONFIGS.glob("*.json")} == set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "most"),
+    [
+        ("high_accuracy", range(12, 17), range(4, 7)),
+        ("low_latency", range(6, 9), range(2, 4)),
+        ("balanced", range(8, 9), range(3, 4)),
+    ],
+)
+def test_presets_follow_the_guides_advice(name, experts, most):  # Q03-Q05
+    words = PRESETS[name].router_config
+    assert words.num_experts in experts
+    assert words.max_experts in most
+    assert build_router(PRESETS[name]).max_k == words.max_experts
+
+
+def test_json_round_trip_and_value_semantics():
+    for config in [Config(), *PRESETS.values()]:
+        again = Config.from_json(json.loads(json.dumps(config.to_json())))
+        assert again == config
+        assert hash(again) == hash(config)
+        assert again.config_hash == config.config_hash
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().log_level = "DEBUG"  # type: ignore[misc]
+
+
+def test_hash_tells_every_setting_apart():
+    seen = {Config().config_hash}
+    for variable, (text, _) in VARIABLES.items():
+        seen.add(load_config(env={variable: text}).config_hash)
+    assert len(seen) == len(VARIABLES) + 1
+
+
+# --- the environment and precedence ---------------------------------------------------------
+
+
+def test_every_setting_has_a_variable():
+    assert {"MOE_" + name.upper() for name in flat(Config())} == set(VARIABLES)
+
+
+@pytest.mark.parametrize("variable", sorted(VARIABLES))
+def test_a_variable_changes_its_setting_and_no_other(variable):  # C01-C09, C20
+    text, value = VARIABLES[variable]
+    name = variable.removeprefix("MOE_").lower()
+    before, after = flat(Config()), flat(load_config(env={variable: text}))
+    assert before[name] != value, "the table must differ from the default"
+    assert after == {**before, name: value}
+    assert type(after[name]) is type(before[name])
+
+
+def test_precedence_is_argument_environment_file_default(tmp_path):
+    file = write(tmp_path, {"router_config": {"num_experts": 10, "max_experts": 5}})
+    env = {"MOE_NUM_EXPERTS": "12", "PATH": "/bin", "OTHER_MOE_X": "1"}
+
+    def experts(**kwargs):
+        return load_config(**kwargs).router_config.num_experts
+
+    assert experts(env={}) == 8
+    assert experts(file=file, env={}) == 10
+    assert experts(file=file, env=env) == 12
+    assert experts(file=file, env=env, num_experts=14) == 14
+    assert experts(file=file, env=env, num_experts=None) == 12, "None means not given"
+    # What the stronger source leaves out comes from the weaker one.
+    assert load_config(file, env, num_experts=14).router_config.max_experts == 5
+
+
+def test_the_process_environment_is_read_only_when_asked(monkeypatch):
+    monkeypatch.setenv("MOE_NUM_EXPERTS", "32")
+    assert load_config().router_config.num_experts == 32
+    assert load_config(env={}).router_config.num_experts == 8
+    assert Config().router_config.num_experts == 8
+    monkeypatch.setattr(loading_module, "_process_environment", lambda: {"MOE_NUM_EXPERTS": "9"})
+    assert load_config().router_config.num_experts == 9, "there is one place that reads it"
+
+
+# --- refusals -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "parts"),
+    [
+        ("MOE_NUM_EXPERTS", "eight", ["whole number", '"eight"', "number of experts"]),
+        ("MOE_NUM_EXPERTS", "8.0", ["whole number", '"8.0"']),
+        ("MOE_NUM_EXPERTS", "0", ["from 1 to", "got 0"]),
+        ("MOE_NUM_EXPERTS", "-3", ["got -3"]),
+        ("MOE_INPUT_DIM", "", ["whole number", '""']),
+        ("MOE_NOISE_FACTOR", "nan", ["from 0 to 1", "NaN", "0.1 to 0.2"]),
+        ("MOE_NOISE_FACTOR", "1.5", ["from 0 to 1", "1.5"]),
+        ("MOE_CACHE_TTL_SECONDS", "inf", ["Infinity", "enable_caching"]),
+        ("MOE_CACHE_SIZE", "0", ["from 1", "enable_caching to false"]),
+        ("MOE_ENABLE_CACHING", "maybe", ["true or false", '"maybe"']),
+        ("MOE_SECURITY_LEVEL", "strickt", ["minimal, standard, strict", "mean 'strict'"]),
+        ("MOE_LOG_LEVEL", "LOUD", ["DEBUG, INFO, WARNING"]),
+        ("MOE_ENVIRONMENT", "prod", ["production"]),
+        ("MOE_COMPLEXITY_ESTIMATOR", "gradient", ["gradient_norm", "register_estimator"]),
+        ("MOE_ROUTING_STRATEGY", "topk", ["top_k, threshold", "mean 'top_k'"]),
+    ],
+)
+def test_a_bad_variable_names_itself_the_value_and_what_is_allowed(variable, text, parts):
+    told = problem(load_config, env={variable: text})
+    assert told.startswith(variable + ": expected ")
+    for part in parts:
+        assert part in told, told
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        ({"router_config": {"num_experts": "8"}}, ["router_config.num_experts", '"8"']),
+        ({"router_config": {"num_experts": True}}, ["num_experts", "got true"]),
+        ({"router_config": {"num_experts": 8.0}}, ["num_experts", "got 8.0"]),
+        ({"performance": {"enable_caching": 1}}, ["enable_caching", "true or false", "got 1"]),
+        ({"security": {"max_batch_size": None}}, ["security.max_batch_size", "got null"]),
+        ({"router_config": {"num_expert": 8}}, ["router_config.num_expert", "mean num_experts?"]),
+        ({"router": {}}, ["router", "mean router_config?"]),
+        ({"num_experts": 8}, ["num_experts", "inside 'router_config'", "Move it"]),
+        ({"zebra": 1}, ["zebra", "Known: router_config, performance, security"]),
+        ({"security": {"noise_factor": 0.1}}, ["security.noise_factor", "known name"]),
+        ({"security": []}, ["security", "JSON object", "got []"]),
+        ([], ["JSON object", "got []"]),
+        ("{", ["expected JSON", "line 1 column"]),
+        ('{"log_level": "INFO", "log_level": "DEBUG"}', ["every key once", "log_level"]),
+        ({"router_config": {"min_experts": 5}}, ["min_experts=5", "max_experts=4 (default)"]),
+        ({"log_level": "x" * 1000}, ["xxx..."]),
+        ("[" * 100_000, ["nested without end"]),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path, data, parts):  # C21
+    file = write(tmp_path, data)
+    told = problem(load_config, file, env={})
+    for part in [*parts, str(file)]:
+        assert part in told, told
+    assert len(told) < 600 + len(str(file)) * 2
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path):
+    assert "mount" in problem(load_config, tmp_path / "none.json", env={})
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    assert "UnicodeDecodeError" in problem(load_config, tmp_path / "binary.json", env={})
+
+
+@pytest.mark.parametrize(
+    ("variable", "near"),
+    [
+        ("MOE_NUM_EXPERT", "MOE_NUM_EXPERTS"),
+        ("MOE_num_experts", "MOE_NUM_EXPERTS"),
+        ("MOE_CACHE_TTL", "MOE_CACHE_TTL_SECONDS"),
+        ("MOE_LOGLEVEL", "MOE_LOG_LEVEL"),
+    ],
+)
+def test_an_unknown_variable_is_refused_with_the_nearest_one(variable, near):
+    told = problem(load_config, env={variable: "1"})
+    assert told.startswith(f"{variable}: ")
+    assert told.endswith(f"Did you mean {near}?")
+
+
+def test_no_far_fetched_guess_at_an_unknown_variable():
+    told = problem(load_config, env={"MOE_FOO": "1"})
+    assert "Did you mean" not in told
+    assert "Unset it. Known: " in told
+
+
+@pytest.mark.parametrize("name", ["api_keys", "admin_key", "redis_url"])
+def test_a_secret_is_in_no_json_no_repr_no_hash_and_no_file(tmp_path, name):
+    value = "redis://:hunter2@localhost:1/0"
+    config = load_config(env={"MOE_" + name.upper(): value})
+    assert getattr(config.serving, name) == value
+    for text in (json.dumps(config.to_json()), repr(config), repr(config.serving)):
+        assert "hunter2" not in text
+    assert config.config_hash == Config().config_hash
+    told = problem(load_config, write(tmp_path, {"serving": {name: value}}), env={})
+    assert f"Set MOE_{name.upper()}" in told
+    assert "hunter2" not in told
+    assert "hunter2" not in problem(load_config, env={"MOE_" + name.upper(): value + "\x00x"})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "part"),
+    [
+        ("MOE_BUCKETS", "64,x", "whole numbers"),
+        ("MOE_BUCKETS", "0", "whole numbers"),
+        ("MOE_TRUSTED_PROXIES", "10.0.0.0/8,everyone", "networks"),
+        ("MOE_NONFINITE", "drop", "off, sanitize, mask, reject"),
+        ("MOE_PORT", "70000", "from 0 to 65535"),
+    ],
+)
+def test_bad_lists_and_choices_of_the_service(variable, text, part):
+    told = problem(load_config, env={variable: text})
+    assert told.startswith(variable)
+    assert part in told
+
+
+def test_lists_of_the_service_are_read():
+    serving = load_config(env={"MOE_BUCKETS": "512, 64,64", "MOE_API_KEYS": "a, b"}).serving
+    assert serving.bucket_sizes == (64, 512)
+    assert serving.api_key_list == ("a", "b")
+
+
+def test_a_preset_stands_in_place_of_the_defaults():
+    base = PRESETS["production"]
+    assert load_config(env={}, base=base) == base
+    assert load_config(env={"MOE_MAX_EXPERTS": "2"}, base=base).router_config.max_experts == 2
+
+
+def test_an_unknown_argument_is_refused():
+    assert "Did you mean max_experts?" in problem(load_config, env={}, max_expert=3)
+
+
+def test_values_that_contradict_each_other_name_their_origins(tmp_path):
+    file = write(tmp_path, {"router_config": {"max_experts": 6}})
+    told = problem(load_config, file, {"MOE_NUM_EXPERTS": "5"}, min_experts=2)
+    assert "min_experts=2 (argument min_experts)" in told
+    assert f"max_experts=6 (router_config.max_experts in {file})" in told
+    assert "num_experts=5 (MOE_NUM_EXPERTS)" in told
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    file = write(tmp_path, {"security": {"max_batch_size": 0}, "perfomance": {}})
+    told = problem(load_config, file, {"MOE_X": "1", "MOE_LOG_LEVEL": "x"}, nope=1).splitlines()
+    starts = [line.split(":")[0].split(" in ")[0] for line in told]
+    assert sorted(starts) == sorted(
+        ["perfomance", "MOE_X", "argument nope", "security.max_batch_size", "MOE_LOG_LEVEL"]
+    )
+
+
+def test_the_dataclasses_check_themselves():
+    """Built in code there is no loader, and the checks hold all the same."""
+    assert "router_config.num_experts" in problem(RouterConfig, num_experts=0)
+    assert "min_experts=3" in problem(RouterConfig, min_experts=3, max_experts=2)
+    assert "performance.cache_size" in problem(PerformanceConfig, cache_size="10")
+    assert "security.security_level" in problem(SecurityConfig, security_level="none")
+    assert "log_level" in problem(Config, log_level="info")
+    assert "RouterConfig" in problem(Config, router_config={"num_experts": 8})
+    # An int where a float is meant is the same configuration, hash included.
+    assert type(PerformanceConfig(cache_ttl_seconds=60).cache_ttl_seconds) is float
+
+
+# --- the guide's words to the library's -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "difficulty"),
+    [
+        ("gradient_norm", "activation_norm"),
+        ("attention_entropy", "attention_entropy"),
+        ("perplexity_proxy", "surprisal"),
+        ("threshold", "large_activation_share"),
+        ("router_entropy", "router_entropy"),
+        ("router_margin", "router_margin"),
+        ("activation_norm", "activation_norm"),
+    ],
+)
+def test_estimator_words(word, difficulty):  # R03-R06
+    router = build_router(load_config(env={}, complexity_estimator=word))
+    assert isinstance(router, DynamicK)
+    assert router.difficulty == difficulty
+
+
+def test_an_estimator_of_ones_own_by_name(monkeypatch):  # R06
+    monkeypatch.setattr(checks_module, "ESTIMATORS", dict(ESTIMATORS))
+    monkeypatch.setattr("moe_jax.routing.difficulty.ESTIMATORS", checks_module.ESTIMATORS)
+    assert "expected one of" in problem(load_config, env={}, complexity_estimator="first_value")
+    register_estimator("first_value", lambda x, context: x[:, 0])
+    config = load_config(env={"MOE_COMPLEXITY_ESTIMATOR": "first_value"})
+    assert build_router(config).difficulty == "first_value"  # type: ignore[attr-defined]
+
+
+def test_router_words_reach_the_router():  # C10-C19 "drives the router", R07
+    config = load_config(
+        env={}, num_experts=12, min_experts=2, max_experts=5, noise_factor=0.15,
+        load_balancing=False,
+    )  # fmt: skip
+    router = build_router(config)
+    assert isinstance(router, DynamicK)
+    assert (router.num_experts, router.min_k, router.max_k) == (12, 2, 5)
+    assert router.gate.noise == 0.15
+    assert router.balance_rate == 0
+
+    other = build_router(
+        load_config(env={}, routing_strategy="threshold", min_experts=2, max_experts=5)
+    )
+    assert isinstance(other, ExpertThreshold)
+    assert (other.num_experts, other.min_k, other.max_k, other.target_k) == (8, 2, 5, 3.5)
+    assert other.gate.noise == 0.1
+
+
+def test_noise_acts_only_where_a_key_is_given():  # R09
+    gate = build_router(load_config(env={}, noise_factor=0.2)).gate
+    still = build_router(load_config(env={}, noise_factor=0.0)).gate
+    params = {"kernel": jnp.eye(8)}
+    x = jnp.ones((4, 8))
+    assert (gate(params, x) == x).all()
+    assert (gate(params, x, key=jax.random.key(2)) != x).any()
+    assert (still(params, x, key=jax.random.key(2)) == x).all()
+
+
+def test_load_balancing_is_a_switch_that_acts():  # R08, C16
+    nothing = jnp.zeros(())
+    stats = RoutingStats(**{f.name: nothing for f in dataclasses.fields(RoutingStats)})
+    stats = dataclasses.replace(stats, tokens_per_expert=jnp.array([3.0, 1.0]))
+    for on in (True, False):
+        router = build_router(load_config(env={}, num_experts=2, max_experts=2, load_balancing=on))
+        bias = router.update(router.init_state(), stats).expert_bias
+        assert (bias[0] < 0 < bias[1]) if on else (bias == 0).all()
+
+
+def test_equal_configurations_build_equal_routers():
+    assert build_router(Config()) == build_router(Config.from_json(Config().to_json()))

@@ -1,0 +1,197 @@
+"""Budgets after the fact: fair, paired, calibrated, and the same in a fresh process."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moe_jax.lab import calibration, demo, frontier
+from moe_jax.lab import language_model as model_of
+from moe_jax.lab import training as lm
+from moe_jax.lab.data import load_corpus
+
+TINY = model_of.LMConfig(
+    num_layers=2, d_model=32, num_heads=2, num_experts=8, k=4, d_ff=16, length=32, batch_size=8,
+    learning_rate=1e-2, balance_rate=1e-3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return load_corpus()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, corpus):
+    path = tmp_path_factory.mktemp("lm") / "model"
+    return lm.train(TINY, path, 30, 0, False, corpus=corpus)[0]
+
+
+@pytest.fixture(scope="module")
+def model(source):
+    return lm.load_model(source)
+
+
+@pytest.fixture(scope="module")
+def fitting_text(corpus):
+    return calibration.calibration_blocks(TINY, corpus, tokens=4096)
+
+
+@pytest.fixture(scope="module")
+def held_out(corpus):
+    return frontier.held_out_blocks(TINY, corpus, tokens=4096)
+
+
+def test_the_trained_rule_costs_exactly_nothing(model, held_out):
+    base = frontier.evaluate(model, held_out)
+    # Rebuilt, not the same object: equal by value is what counts.
+    again = frontier.evaluate(model, held_out, routers=(TINY.router(),) * 2, states=model.states)
+    change = frontier.paired_bootstrap(again.nats_per_file, base.nats_per_file, base.bytes_per_file)
+    assert set(change.values()) == {0.0}
+    assert base.mean_k == TINY.k
+    assert base.bytes_per_file.sum() == held_out.num_tokens
+
+
+def test_evaluation_equals_the_forward_pass(model, held_out):
+    blocks = held_out.take(8)
+    found = frontier.evaluate(model, blocks)
+    forward = jax.jit(model_of.forward, static_argnums=0)
+    out = forward(TINY, model.params, model.states, blocks.inputs, mask=blocks.mask)
+    nats = np.asarray(model_of.nats(out.logits, blocks.targets))[blocks.mask].sum()
+    assert found.nats_per_file.sum() == pytest.approx(nats, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", calibration.RULES)
+def test_a_fitted_rule_reaches_its_budget_layer_by_layer(model, fitting_text, rule):
+    target = 2.8
+    routers = (calibration.RULES[rule].build(TINY, target),) * 2
+    states = calibration.fit_layers(model, routers, fitting_text, target)
+    found = frontier.evaluate(model, fitting_text, routers=routers, states=states)
+    # A control decides by chance, and bytes in equal context share their lot.
+    near = 0.03 if calibration.RULES[rule].control else 0.01
+    for layer, mean in enumerate(found.mean_k_per_layer):
+        assert mean == pytest.approx(target, rel=near)
+        fit = states[layer].fit
+        assert float(fit.achieved_mean_k) == pytest.approx(mean, abs=2e-3)
+        assert int(fit.token_count) == fitting_text.num_tokens
+    assert found.histogram.sum(axis=1) == pytest.approx(1.0)
+    assert found.counts.max() <= TINY.k
+
+
+@pytest.mark.parametrize("rule", ["dynamic_k_entropy", "dynamic_k_margin", "top_p", "min_p"])
+def test_on_real_activations_every_k_is_in_use(model, fitting_text, held_out, rule):
+    routers = (calibration.RULES[rule].build(TINY, 2.8),) * 2
+    states = calibration.fit_layers(model, routers, fitting_text, 2.8)
+    found = frontier.evaluate(model, held_out, routers=routers, states=states)
+    assert (found.histogram[:, 0] == 0).all()
+    used = (found.histogram[:, 1:] > 0).sum(axis=1)
+    # Thresholds on calibrated difficulty promise every k; a cut on probabilities only that k varies.
+    assert (used >= (TINY.k if rule.startswith("dynamic_k") else 2)).all()
+
+
+def test_the_trained_selection_bias_is_carried_over(model, fitting_text):
+    bias = np.linspace(-0.1, 0.1, 8, dtype=np.float32)
+    states = tuple(dataclasses.replace(s, expert_bias=s.expert_bias + bias) for s in model.states)
+    biased = dataclasses.replace(model, states=states)
+    routers = (calibration.RULES["top_p"].build(TINY, 3.0),) * 2
+    fitted = calibration.fit_layers(biased, routers, fitting_text, 3.0)
+    np.testing.assert_array_equal(fitted[1].expert_bias, states[1].expert_bias)
+
+
+def test_bootstrap_covers_a_known_shift_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    shift, hits, widths = 0.01, 0, []
+    for seed in range(100):
+        size = draw.integers(200, 2000, 80).astype(float)
+        before = size * (1.5 + 0.3 * draw.normal(size=80))  # files differ widely ...
+        after = before + size * (shift * np.log(2) + 0.02 * draw.normal(size=80))  # ... not the gap
+        found = frontier.paired_bootstrap(after, before, size, resamples=1000, seed=seed)
+        hits += found["low"] <= shift <= found["high"]
+        widths.append(found["high"] - found["low"])
+    assert 87 <= hits <= 100
+    assert np.mean(widths) < 0.02  # an unpaired interval would be ten times as wide
+
+
+def test_bootstrap_of_no_change_is_no_change_and_empty_files_do_not_matter():
+    before = np.array([3.0, 5.0, 0.0])
+    found = frontier.paired_bootstrap(before, before, np.array([2.0, 2.0, 0.0]))
+    assert set(found.values()) == {0.0}
+
+
+def test_verdicts():
+    assert frontier.verdict(-0.001, 0.002) == "equal"
+    assert frontier.verdict(0.001, 0.003) == "not shown"
+    assert frontier.verdict(0.0021, 0.003) == "worse"
+
+
+def test_calibrate_saves_rules_with_their_provenance(tmp_path, source, corpus):
+    path, told = calibration.calibrate(
+        source, tmp_path / "c", ["TopP", "dynamic_k_margin"], target_saving=0.25, tokens=2048,
+        progress=False, corpus=corpus,
+    )  # fmt: skip
+    assert told["rules"] == ["top_p", "dynamic_k_margin"]
+    assert told["target_mean_k"] == 3.0
+    one = lm.load_model(path)
+    fit = one.states[1].fit.describe()
+    assert fit == told["fits"]["top_p"][1]
+    assert fit["achieved_mean_k"] == pytest.approx(3.0, rel=0.01)
+    assert lm.load_model(path, "trained").routers == (TINY.router(),) * 2
+    assert lm.load_model(path, "dynamic_k_margin").routers[0].difficulty == "router_margin"
+    # What was calibrated once can be calibrated again, from the trained rule.
+    again, _ = calibration.calibrate(
+        path, tmp_path / "d", target_mean_k=2.5, tokens=2048, progress=False, corpus=corpus
+    )
+    assert lm.load_model(again).config == TINY
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"rule": "topp", "target_saving": 0.1}, "rule: expected some of top_p.*got topp"),
+        ({}, "exactly one of target_mean_k and target_saving"),
+        ({"target_saving": 0.1, "target_mean_k": 3.0}, "exactly one of"),
+        ({}, "--target-mean-k, --target-saving"),
+        ({"target_saving": 1.5}, r"target_saving: expected above 0 and below 0\.75 .*got 1\.5"),
+        ({"target_saving": -0.2}, r"target_saving: expected above 0 .*got -0\.2"),
+        ({"target_mean_k": 5.0}, "strictly between min_k=1 and max_k=4, got 5.0"),
+    ],
+)
+def test_calibrate_refuses_what_makes_no_sense(tmp_path, source, corpus, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        calibration.calibrate(source, tmp_path / "c", progress=False, corpus=corpus, **wrong)
+
+
+def test_the_whole_demo(tmp_path, corpus):
+    settings = demo.Settings(
+        model=TINY, steps=80, rules=("top_p", "dynamic_k_entropy", "drop_lowest", "drop_random"),
+        savings=(0.1, 0.35), calibration_tokens=2048, held_out_tokens=4096,
+    )  # fmt: skip
+    console = Console(record=True, width=120, file=io.StringIO())
+    results = demo.run(tmp_path / "out", console=console, settings=settings, corpus=corpus)
+    out = tmp_path / "out"
+    assert json.loads((out / "results.json").read_text()) == results
+    # The trained rule and eight fitted ones, two layers each, by another interpreter.
+    assert results["fresh_process"] == {"compared": 18, "tokens": 256, "equal": True}
+    assert len(results["rows"]) == 8
+    for row in results["rows"]:
+        near = 0.03 if row["control"] else 0.01
+        assert row["calibrated_mean_k"] == pytest.approx(row["target_mean_k"], rel=near)
+        assert row["relative_low"] <= row["relative"] <= row["relative_high"]
+    for name in results["pictures"]:
+        assert (out / name).stat().st_size > 5_000
+    shown = console.export_text()
+    assert "Equal quality" in shown
+    assert "Next: moe-jax" in shown
+
+
+def test_the_page_counts_every_byte_once(model, corpus):
+    data = corpus.held_out[3].data[:150]
+    counts = demo.count_experts(model, data)
+    assert counts.shape == (2, data.size)
+    assert (counts == TINY.k).all()

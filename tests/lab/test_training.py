@@ -1,0 +1,148 @@
+"""The small language model: it learns, it is causal, and what is restored or resumed is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.lab import language_model as model_of
+from moe_jax.lab import training as lm
+from moe_jax.lab.data import load_corpus
+from moe_jax.routers import DynamicK
+
+TINY = model_of.LMConfig(
+    num_layers=2, d_model=32, num_heads=2, num_experts=8, k=4, d_ff=16, length=32, batch_size=8,
+    learning_rate=1e-2, balance_rate=1e-3,
+)  # fmt: skip
+STEPS = 30
+forward = jax.jit(model_of.forward, static_argnums=0, static_argnames="routers")
+TOKENS = jax.random.randint(jax.random.key(0), (2, 32), 0, 256)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return load_corpus()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus):
+    path = tmp_path_factory.mktemp("lm") / "model"
+    return lm.train(TINY, path, STEPS, 0, False, corpus=corpus)
+
+
+def test_the_loss_falls(trained):
+    bits = [h["bits_per_byte"] for h in trained[1]["history"]]
+    assert bits[0] > 6.0
+    assert np.mean(bits[-5:]) < 5.2
+    assert trained[1]["history"][-1]["mean_experts_per_token"] == TINY.k
+
+
+def test_the_loss_free_bias_moves_with_the_load(trained):
+    bias = lm.load_model(trained[0]).states[0].expert_bias
+    assert float(jnp.abs(bias).max()) >= 2e-3
+
+
+def test_restored_is_what_was_trained(trained):
+    path, told = trained
+    model = lm.load_model(path)
+    assert model.config == TINY
+    assert model.metadata["training"] == told
+    assert model.routers == (TINY.router(),) * 2
+    out = forward(TINY, model.params, model.states, TOKENS)
+    again = lm.load_model(path)
+    same = forward(TINY, again.params, again.states, TOKENS)
+    assert (out.logits == same.logits).all()
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, trained, corpus):
+    half, _ = lm.train(TINY, tmp_path / "half", STEPS, 0, False, until=12, corpus=corpus)
+    path, told = lm.train(TINY, tmp_path / "rest", STEPS, 0, False, resume=half, corpus=corpus)
+    one, two = lm.load_model(trained[0]), lm.load_model(path)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
+        assert (a == b).all()
+    for a, b in zip(jax.tree.leaves(one.states), jax.tree.leaves(two.states), strict=True):
+        assert (a == b).all()
+    assert told["step"] == STEPS
+    with pytest.raises(ValueError, match=r"resume: expected a checkpoint of the same run.*seed=0"):
+        lm.train(TINY, tmp_path / "no", STEPS, 1, False, resume=half, corpus=corpus)
+
+
+def test_a_byte_sees_only_what_came_before(trained):
+    model = lm.load_model(trained[0])
+    changed = TOKENS.at[0, 10].add(1) % 256
+    one = forward(TINY, model.params, model.states, TOKENS).logits
+    two = forward(TINY, model.params, model.states, changed).logits
+    np.testing.assert_array_equal(one[:, :10], two[:, :10])
+    assert (one[:, 10:] != two[:, 10:]).any()
+
+
+def test_padding_changes_nothing_before_it(trained):
+    model = lm.load_model(trained[0])
+    mask = jnp.ones((2, 32), bool).at[1, 8:].set(False)
+    full = forward(TINY, model.params, model.states, TOKENS)
+    part = forward(TINY, model.params, model.states, TOKENS, mask=mask)
+    np.testing.assert_allclose(full.logits[1, :8], part.logits[1, :8], atol=1e-5)
+    assert float(part.layers[0].stats.token_count) == 40
+
+
+def test_other_rules_at_evaluation(trained):
+    model = lm.load_model(trained[0])
+    dynamic = DynamicK(num_experts=8, min_k=1, max_k=2)
+    mixed = (model.routers[0], dynamic)
+    states = (model.states[0], dynamic.init_state())
+    out = forward(TINY, model.params, states, TOKENS, routers=mixed)
+    assert float(out.layers[0].stats.mean_experts_per_token) == TINY.k
+    assert float(out.layers[1].stats.mean_experts_per_token) <= 2
+    assert out.layers[1].routing.expert_indices.shape == (64, 2)
+    assert [x.shape for x in out.router_inputs] == [(64, 32)] * 2
+    with pytest.raises(
+        ValueError, match="routers: expected one for each of the 2 layers with experts, got 1"
+    ):
+        forward(TINY, model.params, states, TOKENS, routers=mixed[:1])
+
+
+def test_one_rule_in_a_loop_equals_the_layers_one_by_one(trained):
+    model = lm.load_model(trained[0])
+    # Equal in what it does, yet not an equal value: takes the path of layers one by one.
+    twin = dataclasses.replace(TINY.router(), balance_rate=0.5)
+    loop = forward(TINY, model.params, model.states, TOKENS)
+    each = forward(TINY, model.params, model.states, TOKENS, routers=(model.routers[0], twin))
+    np.testing.assert_allclose(loop.logits, each.logits, atol=1e-4)
+
+
+def test_variants_share_the_parameters(tmp_path, trained):
+    model = lm.load_model(trained[0])
+    rule = DynamicK(num_experts=8, min_k=1, max_k=2)
+    variant = ((rule,) * 2, (rule.init_state(),) * 2)
+    path = lm.save_model(tmp_path / "both", model, variants={"dynamic": variant})
+    found = lm.load_variants(path)
+    assert list(found) == ["", "dynamic"]
+    assert found["dynamic"].routers == (rule, rule)
+    assert found["dynamic"].params is found[""].params
+    with pytest.raises(ValueError, match="variant: expected one of dynamic, got 'other'"):
+        lm.load_model(path, "other")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"num_layers": 0}, "num_layers: expected at least 1, got 0"),
+        ({"d_model": 30}, "expected heads of even width"),
+        ({"k": 9}, "k: expected"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(TINY, **wrong)
+
+
+def test_configuration_as_json():
+    assert model_of.LMConfig.from_json(TINY.to_json()) == TINY
+    with pytest.raises(ValueError, match=r"LMConfig: expected fields among.*got depth"):
+        model_of.LMConfig.from_json({"depth": 3})
+    with pytest.raises(ValueError, match="expected 1 <= until <= steps"):
+        lm.train(TINY, "unused", 3, until=4)

@@ -1,0 +1,104 @@
+"""The plans on paper: buffers as the layer sizes them, and copies of hot experts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moe_jax.parallel.collectives import Traffic, collectives_of
+from moe_jax.parallel.planning import break_even_width, exchange_cost, plan_placement
+
+
+def test_copies_of_hot_experts_even_the_load_out():
+    load = 1.0 / np.arange(1, 257)  # Zipf over 256 experts
+    plan = plan_placement(load, devices=32, replicas=32)
+    assert plan.imbalance_before > 14
+    assert plan.imbalance_after < 1.02
+    assert plan.experts.shape == (32, 9)
+    assert (np.bincount(plan.experts.reshape(-1), minlength=256) == plan.copies).all()
+    assert plan.copies.sum() == 288
+    np.testing.assert_allclose(plan.load.sum(), load.sum())
+    for device, held in enumerate(plan.experts):
+        np.testing.assert_allclose(plan.load[device], (load / plan.copies)[held].sum())
+
+
+def test_an_even_load_needs_nothing():
+    plan = plan_placement(np.ones(16), devices=4, replicas=0)
+    assert plan.imbalance_before == plan.imbalance_after == 1.0
+    assert (plan.copies == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("load", "devices", "replicas", "says"),
+    [
+        ([], 2, 0, "load: expected tokens of each expert"),
+        ([1.0, -1.0], 2, 0, "load: expected tokens of each expert"),
+        ([0.0, 0.0], 2, 0, "load: expected tokens of each expert"),
+        ([1.0, 1.0, 1.0], 2, 0, "The next that fits is 1 or more by 2"),
+    ],
+)
+def test_loads_that_cannot_be_placed_are_refused(load, devices, replicas, says):
+    with pytest.raises(ValueError, match=says):
+        plan_placement(load, devices, replicas)
+
+
+def test_what_is_sent_grows_with_k_and_width_and_not_with_experts():
+    common = {"tokens": 4096, "d_model": 1024, "devices": 16, "capacity_factor": 1.0}
+    base = exchange_cost(num_experts=64, k=2, **common)
+    assert exchange_cost(num_experts=64, k=4, **common).forward_bytes == pytest.approx(
+        2 * base.forward_bytes, rel=0.01
+    )
+    assert exchange_cost(num_experts=256, k=2, **common).forward_bytes == pytest.approx(
+        base.forward_bytes, rel=0.01
+    )
+    # Two rows a token, there and back, of which a sixteenth stays.
+    assert base.forward_bytes_per_token == pytest.approx(2 * 2 * 1024 * 2 * 15 / 16, rel=0.01)
+
+
+def test_a_smaller_load_chooses_a_smaller_buffer():
+    common = {"tokens": 4096, "num_experts": 64, "k": 2, "d_model": 1024, "devices": 16}
+    sizes = [exchange_cost(**common, size=i) for i in range(4)]
+    assert [c.buffer_rows for c in sizes] == sorted(c.buffer_rows for c in sizes)
+    assert sizes[0].forward_bytes < 0.45 * sizes[-1].forward_bytes
+
+
+def test_narrow_experts_wait_for_the_network():
+    slow = break_even_width(flops_per_second=5e14, bytes_per_second=5e10)
+    fast = break_even_width(flops_per_second=5e14, bytes_per_second=4e11)
+    assert slow == pytest.approx(8 * fast)
+
+
+PROGRAM = """HloModule jit_f
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%small (p: (f32[2,4])) -> (f32[8,4]) {
+  %x = f32[2,4]{1,0} all-to-all(%y), replica_groups={{0,1}}, dimensions={0}
+}
+
+%large (p: (f32[8,4])) -> (f32[8,4]) {
+  %x = f32[8,4]{1,0} all-to-all(%y), replica_groups={{0,1}}, dimensions={0}
+}
+
+%body (c: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %w = (f32[8,4]{1,0}) conditional(%i, %p, %q), branch_computations={%small, %large}
+}
+
+%condition (c: (s32[], f32[8,4])) -> pred[] {
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %t = (s32[], f32[8,4]{1,0}) while(%init), condition=%condition, body=%body, backend_config={TRIPS}
+  %r = (bf16[4]{0}, s32[2]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add
+}
+""".replace("TRIPS", '"known_trip_count":{"n":"3"}')
+
+
+def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_dearest():
+    assert collectives_of(PROGRAM) == {
+        "all-to-all": Traffic(count=3, num_bytes=3 * 8 * 4 * 4),
+        "all-reduce": Traffic(count=1, num_bytes=4 * 2 + 2 * 4),
+    }
