@@ -10,6 +10,7 @@ import pytest
 
 from deploy.verify.processes import free_port
 from moe_jax.serving.admission import limiter
+from moe_jax.serving.cache import redis_store
 
 needs_redis = pytest.mark.skipif(
     shutil.which("redis-server") is None,
