@@ -1,14 +1,22 @@
-"""The structure of the package: which room stands on which floor, what it may import, and figures.
+"""The structure of the package: which room stands on which floor, and what it may import.
 
-``python -m tests.architecture`` prints the figures. ``tests/test_architecture.py`` holds the rules.
+``tests/test_architecture.py`` holds the rules. On the command line::
+
+    python -m tests.architecture                    # the figures of this tree
+    python -m tests.architecture --root OTHER_TREE  # of another checkout, for before and after
+    python -m tests.architecture --details          # with the files and lines behind each figure
+    python -m tests.architecture --write            # CONTRIBUTING's table and the picture
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
-import re
 import sys
 from pathlib import Path
+
+from tests.architecture_figures import FRONT_DOORS, Tree, knots, report, room_of
+from tests.architecture_picture import picture
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,12 +38,45 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# Not part of any floor: "public names, one screen, nothing else".
-FRONT_DOORS = {"__init__", "__main__", "serving"}
+# What is in each room, in the few words that fit into its box of docs/architecture.svg.
+CONTENTS = {
+    "types": "what passes between rooms",
+    "checks": "shapes, dtypes, options",
+    "routing": "gate, budget, losses, plan",
+    "routers": "one file a routing rule",
+    "experts": "one file a way to run them",
+    "layer": "the whole path of x",
+    "parallel": "devices, hosts, placement",
+    "config": "JSON, MOE_*, presets",
+    "interop": "blocks of published models",
+    "nn": "Flax modules",
+    "checkpoint": "save, restore, export",
+    "models": "whole published models",
+    "lab": "data, training, comparison",
+    "testing": "contract tests for your rule",
+    "serving.errors": "codes and statuses",
+    "serving.admission": "who may send what",
+    "serving.cache": "results of whole requests",
+    "serving.resilience": "breaker, bulkhead, retry",
+    "serving.metrics": "counters and health",
+    "serving.engine": "answers a request",
+    "serving.http": "HTTP and gRPC",
+    "bench": "ratios to a floor",
+    "cli": "the moe-jax command",
+}
 
 _MATHS = {"types", "checks", "routing", "routers", "experts", "layer"}
 _PARTS = {"serving.admission", "serving.cache", "serving.resilience", "serving.metrics"}
 _SERVICE = _PARTS | {"serving.errors", "serving.engine", "serving.http"}
+
+# Colours of the picture.
+GROUPS = {
+    **dict.fromkeys(_MATHS, "maths"),
+    **dict.fromkeys(("parallel", "config", "interop", "nn", "checkpoint", "models"), "library"),
+    **dict.fromkeys(("lab", "testing", "bench"), "proof"),
+    **dict.fromkeys(_SERVICE, "service"),
+    "cli": "command",
+}
 
 # Libraries that a room may use besides the standard library; a room that is not listed may use any.
 LIBRARIES = {room: {"jax", "numpy", "chex"} for room in _MATHS}
@@ -60,20 +101,9 @@ NEVER_ROOMS = {
 }
 
 
-def modules(root: Path = ROOT) -> dict[str, str]:
-    """Dotted name under moe_jax -> source, of every module; a package is named without __init__."""
-    found = {}
-    for path in sorted((root / "moe_jax").rglob("*.py")):
-        parts = path.relative_to(root / "moe_jax").with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        found[name] = path.read_text()
-    return found
-
-
-def room_of(name: str) -> str:
-    """The room that a dotted name under moe_jax belongs to."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "serving" else parts[0]
+def modules() -> dict[str, str]:
+    """Dotted name under moe_jax -> source of every module of this tree; a package without __init__."""
+    return dict(Tree.read(ROOT).modules)
 
 
 def imports(source: str) -> list[str]:
@@ -139,120 +169,87 @@ def violations(sources: dict[str, str]) -> list[str]:
                     f"{name}: floor {FLOOR_OF[here]} may not import {target}, "
                     f"floor {FLOOR_OF[there]}"
                 )
-    return found + cycles(edges)
+    return found + [f"cycle: {' <-> '.join(rooms)}" for rooms in knots(edges)]
 
 
-def cycles(edges: dict[str, set[str]]) -> list[str]:
-    found, done = [], set()
-
-    def walk(node: str, path: tuple[str, ...]) -> None:
-        if node in path:
-            found.append(f"cycle: {' -> '.join([*path[path.index(node) :], node])}")
-        elif node not in done:
-            for following in sorted(edges.get(node, ())):
-                walk(following, (*path, node))
-            done.add(node)
-
-    for node in sorted(edges):
-        walk(node, ())
-    return found
+def table() -> str:
+    """The floors as a Markdown table, from the tables above."""
+    rows = ["| floor | rooms | may import | must never import |", "|---|---|---|---|"]
+    for floor, rooms in enumerate(FLOORS):
+        groups: dict[tuple[str, str], list[str]] = {}
+        for room in rooms:
+            groups.setdefault((_allowed(room), _forbidden(room)), []).append(f"`{room}`")
+        for (allowed, forbidden), alike in groups.items():
+            rows.append(f"| {floor} | {', '.join(alike)} | {allowed} | {forbidden} |")
+    return "\n".join(rows) + "\n"
 
 
-def file_edges(sources: dict[str, str]) -> dict[str, set[str]]:
-    """Module -> modules of moe_jax that it imports, by dotted names under moe_jax."""
-    edges: dict[str, set[str]] = {}
-    for name, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
-            targets = []
-            if isinstance(node, ast.Import):
-                targets = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                targets = [f"{node.module}.{a.name}" for a in node.names]
-            for target in targets:
-                target = target.removeprefix("moe_jax.")
-                while target and target not in sources:
-                    target = target.rpartition(".")[0]
-                if target and target != name:
-                    edges.setdefault(name, set()).add(target)
-    return edges
+def _rooms_below(room: str) -> set[str]:
+    return {other for other in FLOOR_OF if FLOOR_OF[other] < FLOOR_OF[room]}
 
 
-def figures(root: Path = ROOT) -> dict[str, object]:
-    """The figures of the house, by name; see ``docs/architecture.md``."""
-    sources = modules(root)
-    package = root / "moe_jax"
-    top = [
-        p for p in package.iterdir()
-        if p.name != "__pycache__" and (p.suffix == ".py" or p.is_dir())
-    ]  # fmt: skip
-    lines = {name: source.count("\n") for name, source in sources.items()}
-    rules = {n: c for n, c in lines.items() if _is_rule(n, sources[n])}
-    comments = code = 0
-    for source in sources.values():
-        for line in source.splitlines():
-            stripped = line.strip()
-            comments += stripped.startswith("#")
-            code += bool(stripped) and not stripped.startswith("#")
-    return {
-        "entries at the top level": len(top),
-        "lines of Python": sum(lines.values()),
-        "rooms": len({room_of(name) for name in sources} - FRONT_DOORS),
-        "floors": len(FLOORS),
-        "forbidden imports": len(violations(sources)),
-        "cycles between files": len(cycles(file_edges(sources))),
-        "type-only imports": sum(source.count("if TYPE_CHECKING") for source in sources.values()),
-        "foreign private attributes in serving": sum(
-            len(foreign_privates(source))
-            for name, source in sources.items()
-            if name.startswith("serving")
-        ),
-        "lines per rule": {n.rpartition(".")[2]: c for n, c in sorted(rules.items())},
-        "files above 450 lines": {n: c for n, c in lines.items() if c > 450},
-        "fmt: skip": sum(source.count("# fmt: skip") for source in sources.values()),
-        "comment lines per 100 of code": round(100 * comments / code, 1),
-        "public symbols without a docstring": len(undocumented(sources)),
-    }
+def _allowed(room: str) -> str:
+    floor, below = FLOOR_OF[room], _rooms_below(room)
+    few = below - NEVER_ROOMS.get(room, set())
+    if len(few) < 2 < len(below):
+        words = ", ".join(f"`{other}`" for other in few) or "nothing of moe_jax"
+    elif floor < 2:
+        words = "floor 0" if floor else "nothing of moe_jax"
+    else:
+        words = f"floors 0–{floor - 1}"
+    return "; ".join([words, *([", ".join(sorted(LIBRARIES[room]))] if room in LIBRARIES else [])])
 
 
-def _is_rule(name: str, source: str) -> bool:
-    folder, _, _ = name.rpartition(".")
-    return folder in ("routers", "interop.rules") and bool(
-        re.search(r"^class \w+\((Router|TokenChoice)\b", source, re.M)
-        and not re.search(r"^class (Router|TokenChoice)\b", source, re.M)
-    )
+def _forbidden(room: str) -> str:
+    below, refused = _rooms_below(room), NEVER_ROOMS.get(room, set())
+    words = sorted(NEVER_LIBRARIES.get(room, ()))
+    if len(below - refused) >= 2:  # else the column beside says what is allowed
+        lower = below & refused
+        service = below & _SERVICE
+        words += sorted(f"`{other}`" for other in lower - service)
+        if lower & service:
+            words.append("the service" if lower >= service else ", ".join(sorted(lower & service)))
+    return ", ".join(words) or "–"
 
 
-def foreign_privates(source: str) -> list[str]:
-    """Accesses to an underscore attribute of anything but self, cls and the module itself."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Attribute) or not node.attr.startswith("_"):
-            continue
-        if node.attr.startswith("__"):
-            continue
-        if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
-            continue
-        found.append(f"line {node.lineno}: {ast.unparse(node)}")
-    return found
+BEGIN, END = "<!-- python -m tests.architecture --write -->", "<!-- end of the table -->"
 
 
-def undocumented(sources: dict[str, str]) -> list[str]:
-    """Public functions, classes and methods without a docstring; overriding methods excepted."""
-    found = []
-    for name, source in sources.items():
-        for node in ast.parse(source).body:
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                continue
-            if node.name.startswith("_"):
-                continue
-            if ast.get_docstring(node) is None:
-                found.append(f"{name}.{node.name}")
-    return found
+def with_table(text: str) -> str:
+    """A document with the table between its two marks brought up to date."""
+    before, _, rest = text.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"expected the marks {BEGIN} and {END} in the document, found none")
+    return f"{before}{BEGIN}\n{table()}{END}{after}"
+
+
+def drawn() -> str:
+    """The picture of this tree, as SVG."""
+    return picture(FLOORS, Tree.read(ROOT).arrows, CONTENTS, GROUPS)
+
+
+CONTRIBUTING, PICTURE = ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.svg"
 
 
 def main() -> None:
-    for name, value in figures().items():
-        print(f"{name:42} {value}")
+    """Prints the figures, or writes the table and the picture."""
+    parser = argparse.ArgumentParser(description="Figures, table and picture of the structure.")
+    parser.add_argument("--root", type=Path, default=ROOT, help="another checkout to count")
+    parser.add_argument("--details", action="store_true", help="files and lines of each figure")
+    parser.add_argument("--write", action="store_true", help="write the table and the picture")
+    parser.add_argument("--draw", type=Path, help="write the picture to this file")
+    options = parser.parse_args()
+    if options.write:
+        CONTRIBUTING.write_text(with_table(CONTRIBUTING.read_text()))
+    if options.write or options.draw:
+        (options.draw or PICTURE).write_text(drawn())
+        return
+    for line in report(Tree.read(options.root), details=options.details):
+        print(line)
+    if options.root == ROOT:
+        print(f"{'floors of the table':36} {len(FLOORS)}")
+        print(f"{'forbidden imports':36} {len(violations(modules()))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Imports point one way. A second test proves that the first can fail."""
+"""Imports point one way, and the figures, the table and the picture of the structure are right.
+
+Each test of the tree has one beside it which proves that the first can fail.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,22 @@ import sys
 
 import pytest
 
-from tests.architecture import ROOT, modules, violations
+from tests.architecture import (
+    BEGIN,
+    CONTENTS,
+    CONTRIBUTING,
+    END,
+    FLOOR_OF,
+    FLOORS,
+    GROUPS,
+    ROOT,
+    modules,
+    table,
+    violations,
+    with_table,
+)
+from tests.architecture_figures import FIGURES, Tree, knots, longest_chain, number, report
+from tests.architecture_picture import picture, shown
 
 # To be mended with the rooms they are in; the list only gets shorter.
 PENDING = {
@@ -16,7 +34,7 @@ PENDING = {
     "nn.decoder: floor 5 may not import moe_jax.lab.language_model, floor 7",
     "nn.decoder: floor 5 may not import moe_jax.lab.training, floor 7",
     "serving.engine.snapshot: serving.engine must never import moe_jax.lab.language_model",
-    "cycle: checkpoint -> lab -> checkpoint",
+    "cycle: checkpoint <-> lab",
 }
 
 
@@ -25,7 +43,7 @@ def test_imports_point_one_way():
 
 
 @pytest.mark.parametrize(
-    ("sources", "told"),
+    ("sources", "message"),
     [
         ({"types": "import moe_jax.routing.gate"}, "floor 0 may not import moe_jax.routing.gate"),
         ({"types": "import optax"}, "types may not import optax"),
@@ -58,12 +76,12 @@ def test_imports_point_one_way():
         ({"surprise": ""}, "is on no floor"),
         (
             {"layer": "import moe_jax.routers", "routers": "import moe_jax.layer"},
-            "cycle: layer -> routers -> layer",
+            "cycle: layer <-> routers",
         ),
     ],
 )
-def test_the_boundary_test_can_fail(sources, told):
-    assert any(told in line for line in violations(sources)), violations(sources)
+def test_the_boundary_test_can_fail(sources, message):
+    assert any(message in line for line in violations(sources)), violations(sources)
 
 
 def test_what_the_table_allows_passes():
@@ -83,11 +101,164 @@ def test_what_the_table_allows_passes():
 
 def test_import_moe_jax_is_light():
     heavy = [
-        "flax", "orbax", "optax", "matplotlib", "starlette", "uvicorn", "fastapi", "typer", "rich",
-        "prometheus_client", "redis", "structlog", "limits",
-    ]  # fmt: skip
+        "flax",
+        "orbax",
+        "optax",
+        "matplotlib",
+        "starlette",
+        "uvicorn",
+        "fastapi",
+        "typer",
+        "rich",
+        "prometheus_client",
+        "redis",
+        "structlog",
+        "limits",
+    ]
     code = f"import sys, moe_jax; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_every_room_is_described_and_has_a_colour():
+    assert set(CONTENTS) == set(FLOOR_OF)
+    assert set(GROUPS) == set(FLOOR_OF)
+
+
+def test_the_table_of_contributing_is_in_step():
+    text = CONTRIBUTING.read_text()
+    assert with_table(text) == text, "run: python -m tests.architecture --write"
+
+
+def test_an_old_table_is_replaced_and_a_document_without_marks_is_refused():
+    assert with_table(f"a\n{BEGIN}\nold\n{END}\nb") == f"a\n{BEGIN}\n{table()}{END}\nb"
+    with pytest.raises(ValueError, match="expected the marks"):
+        with_table("a document")
+
+
+def test_the_table_has_every_room_once():
+    rows = table().splitlines()[2:]
+    rooms = [room for row in rows for room in row.split("|")[2].replace("`", "").split(",")]
+    assert sorted(room.strip() for room in rooms) == sorted(FLOOR_OF)
+    assert {int(row.split("|")[1]) for row in rows} == set(range(len(FLOORS)))
+
+
+def test_the_picture_has_the_rooms_and_the_arrows_that_no_detour_implies():
+    arrows = {"top": {"middle", "low"}, "middle": {"low"}, "low": set()}
+    assert shown(arrows) == [("middle", "low"), ("top", "middle")]
+    svg = picture([["low"], ["middle"], ["top"]], arrows, {"low": "a & b"}, {"low": "maths"})
+    assert "<title>top imports middle</title>" in svg
+    assert "top imports low" not in svg
+    assert "a &amp; b" in svg
+
+
+def test_rooms_of_a_cycle_keep_their_arrows_in_the_picture():
+    assert shown({"a": {"b"}, "b": {"a"}}) == [("a", "b"), ("b", "a")]
+
+
+# A small tree, and for each figure files that move it: what the figure counts and what it leaves out.
+SMALL = {
+    "moe_jax/__init__.py": "from moe_jax.types import Array\n",
+    "moe_jax/types.py": '"""Types."""\nArray = int\n# Why.\n',
+    "moe_jax/serving/engine/core.py": '"""The engine."""\n',
+}
+MOVES = {
+    "entries at the top level": ({"moe_jax/new.py": ""}, 1),
+    "lines of Python in the library": ({"moe_jax/types.py": "Array = int\n" * 5}, 2),
+    "rooms": ({"moe_jax/routing/gate.py": ""}, 1),
+    "arrows between rooms": ({"moe_jax/layer.py": "from moe_jax import Array"}, 1),
+    "floors that the arrows need": ({"moe_jax/layer.py": "import moe_jax.types"}, 1),
+    "cycles between rooms": (
+        {"moe_jax/a.py": "def f():\n    import moe_jax.b", "moe_jax/b.py": "import moe_jax.a"},
+        1,
+    ),
+    "cycles between files": (
+        {
+            "moe_jax/a/__init__.py": "from moe_jax.a.x import X\nfrom moe_jax.a.y import Y",
+            "moe_jax/a/x.py": "from moe_jax.a import Y\nclass X: ...",
+            "moe_jax/a/y.py": "if TYPE_CHECKING:\n    from moe_jax.a.x import X\nclass Y: ...",
+        },
+        1,
+    ),
+    "type-only imports": ({"moe_jax/a.py": "if TYPE_CHECKING:\n    import moe_jax.types"}, 1),
+    "foreign private names in serving": (
+        {
+            "moe_jax/serving/engine/report.py": (
+                "from moe_jax.serving.engine import core\n"
+                "from moe_jax.serving.engine.core import Engine, _helper\n"
+                "def f(engine: Engine, other):\n"
+                "    return engine._state, core._NAME, other.parts._keyer\n"
+                "class Own:\n"
+                "    def g(self, other: Own):\n"
+                "        self._state = other._state\n"
+                "        return self._base(), super()._base(), other._replace()\n"
+            )
+        },
+        4,
+    ),
+    "lines per rule": (
+        {"moe_jax/routers/new.py": "class New(TokenChoice):\n    k: int\n" * 2},
+        4,
+    ),
+    "files above 450 lines": ({"moe_jax/serving/engine/core.py": "x = 1\n" * 451}, 451),
+    "formatter switched off": (
+        {"tests/a.py": "x = [1]  # fmt: skip\ny = '# fmt: skip'\n# fmt: off\n"},
+        2,
+    ),
+    "comment lines per 100 of code": (
+        {"moe_jax/types.py": '"""Types."""\nArray = int\n# Why.\n# noqa\n# fmt: skip\n# And.\n'},
+        50.0,
+    ),
+    "public symbols without docstring": (
+        {
+            "moe_jax/a.py": (
+                "class Base:\n    'A.'\n    def f(self):\n        'Does.'\n"
+                "class Child(Base):\n    'B.'\n    def f(self): ...\n    def g(self): ...\n"
+                "    @property\n    def h(self): ...\n    @h.setter\n    def h(self, v): ...\n"
+                "    def _i(self): ...\ndef j(): ...\nclass K: ...\n"
+            )
+        },
+        4,
+    ),
+    "file names in use twice": ({"deploy/core.py": "", "tests/types.py": ""}, 1),
+    "class names in use twice": (
+        {"moe_jax/a.py": "class X: ...\n", "moe_jax/b.py": "def f():\n    class X: ...\n"},
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_each_figure_moves(figure):
+    changes, step = MOVES[figure]
+    before = number(FIGURES[figure](Tree(SMALL)))
+    after = number(FIGURES[figure](Tree({**SMALL, **changes})))
+    assert after - before == step, FIGURES[figure](Tree({**SMALL, **changes}))
+
+
+def test_a_name_that_a_package_exports_counts_for_the_file_that_defines_it():
+    tree = Tree(
+        {
+            "moe_jax/__init__.py": "from moe_jax.a import X\n",
+            "moe_jax/a/__init__.py": "from moe_jax.a.x import X",
+            "moe_jax/a/x.py": "class X: ...",
+            "moe_jax/a/y.py": "from moe_jax.a import X",
+            "moe_jax/b.py": "import moe_jax\nmoe_jax.X",
+        }
+    )
+    assert tree.imports["a.y"] == {"a.x"}
+    assert tree.imports["b"] == {"a.x"}
+    assert knots(tree.imports) == []
+
+
+def test_the_longest_chain_counts_a_cycle_once():
+    assert longest_chain({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == 3
+
+
+def test_the_report_names_every_figure_and_with_details_what_is_behind_it():
+    tree = Tree({**SMALL, **MOVES["class names in use twice"][0]})
+    lines = list(report(tree, details=True))
+    assert all(any(line.startswith(name) for line in lines) for name in FIGURES)
+    assert "    X: a, b" in lines
