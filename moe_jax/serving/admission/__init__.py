@@ -1,7 +1,7 @@
-"""Who may send what: levels, checks of requests, limits, identity. Knows numpy, not JAX."""
+"""Admission of requests: security levels, checks, rate limits, blocks, identity. No JAX."""
 
 from moe_jax.serving.admission.blocks import Blocks
-from moe_jax.serving.admission.identity import Keys, client_id, peer_address
+from moe_jax.serving.admission.identity import Keys, TrustedProxies, client_id, parse_address
 from moe_jax.serving.admission.levels import LEVELS, Level, level_for
 from moe_jax.serving.admission.limiter import RateLimiter
 from moe_jax.serving.admission.validation import (
@@ -23,11 +23,12 @@ __all__ = [
     "Level",
     "Limits",
     "RateLimiter",
+    "TrustedProxies",
     "check_array",
     "check_mask",
     "check_shape",
     "check_values",
     "client_id",
     "level_for",
-    "peer_address",
+    "parse_address",
 ]

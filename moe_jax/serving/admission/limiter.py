@@ -1,8 +1,8 @@
-"""Requests and tokens of a client in a minute, in memory or shared over Redis.
+"""Rate limits: requests and tokens of a client per minute, in memory or shared over Redis.
 
-The counting is ``limits``' sliding window counter. In memory it is guarded by one lock, without which
-two requests that race for the last place could both be refused. Redis going away falls back to
-memory, says so once, and is tried again every few seconds.
+``limits``' sliding window counter does the counting. In memory one lock guards it, without which two
+requests that race for the last place could both be refused. If Redis is lost, the limiter logs it
+once, counts in memory, and tries Redis again every few seconds.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ _RETRY_REDIS_AFTER = 2.0
 
 
 class RateLimiter:
-    """Admits at most so many requests and tokens a minute from each client.
+    """Admits a bounded number of requests and tokens per minute from each client.
 
     Args:
-        requests_per_minute, tokens_per_minute: None is no limit.
+        requests_per_minute, tokens_per_minute: the limits; None is no limit.
         redis_url: shares the counts between replicas; "" keeps them in this process.
-        max_clients: most clients remembered in memory; the longest unseen is forgotten first.
-        clock: of the pauses between attempts at a lost Redis.
+        max_clients: most clients remembered in memory; the client unseen for longest is forgotten
+            first.
+        clock: monotonic clock in seconds, which times the attempts at a lost Redis.
         notify: called as ``notify(event, **facts)`` when Redis is lost and when it is back.
 
     Example:
@@ -86,18 +87,31 @@ class RateLimiter:
 
     @property
     def clients(self) -> int:
-        """How many clients are remembered in memory."""
+        """Number of clients remembered in memory."""
         return len(self._seen)
 
     def take(self, client: str, *, requests: int = 1, tokens: int = 0) -> None:
         """Counts a request's cost.
 
         Raises:
-            ServingError: ``rate_limited`` with the seconds until the window moves on.
+            ServingError: ``rate_limited`` with the seconds until the window moves on; ``too_large``
+                if the cost is above the limit of a whole minute, so that waiting would not help.
+                Such a cost is not counted.
         """
-        for kind, cost in (("requests", requests), ("tokens", tokens)):
-            item = self._items.get(kind)
-            if item is not None and cost and not self._hit(item, client, cost):
+        costs = [
+            (kind, self._items[kind], cost)
+            for kind, cost in (("requests", requests), ("tokens", tokens))
+            if cost and kind in self._items
+        ]
+        for kind, item, cost in costs:
+            if cost > item.amount:
+                raise ServingError(
+                    "too_large",
+                    f"expected at most {item.amount} {kind}, the limit of one client in a minute, "
+                    f"got {cost} in one request. Send smaller requests.",
+                )
+        for kind, item, cost in costs:
+            if not self._hit(item, client, cost):
                 raise ServingError(
                     "rate_limited",
                     f"expected at most {item.amount} {kind} a minute from one client, got more. "
@@ -133,7 +147,7 @@ class RateLimiter:
                 self._memory.clear(item, oldest)
 
     def _wait(self, item: Any, client: str, cost: int) -> float:
-        """Seconds until enough of the window has passed. At most one window."""
+        """Returns the seconds until enough of the window has passed."""
         limiter = self._memory
         if self._shared is not None and self.redis_ok:
             limiter = self._shared

@@ -11,11 +11,16 @@ from moe_jax.serving.engine.recording import Recorder
 from moe_jax.serving.engine.requests import LOCAL, Client
 from moe_jax.serving.errors import CODES, ServingError
 
-# Refusals that count towards an automatic block.
+# Refusals that count towards an automatic block. `too_large` is not among them: such a request can
+# never pass and is refused before it costs anything, so a client gains nothing by repeating it.
 VIOLATIONS = (
-    "malformed", "too_large", "invalid_values", "rate_limited", "unauthorized",
-    "unsupported_media_type", "request_timeout",
-)  # fmt: skip
+    "malformed",
+    "invalid_values",
+    "rate_limited",
+    "unauthorized",
+    "unsupported_media_type",
+    "request_timeout",
+)
 
 
 class Gate:
@@ -63,7 +68,8 @@ class Gate:
         )
         self.keys = admission.Keys(serving.api_key_list)
         self._admin = admission.Keys([serving.admin_key] if serving.admin_key else [])
-        self._proxies = config.serving.proxy_list
+        self._proxies = admission.TrustedProxies(config.serving.proxy_list)
+        self._warned_of_proxy = False
         if serving.replicas > 1 and not serving.redis_url and level.requests_per_minute:
             log.warning(
                 "limits_not_shared",
@@ -79,7 +85,9 @@ class Gate:
 
     def identify(self, api_key: str | None, peer: str, forwarded_for: str | None) -> Client:
         """See ``RouterEngine.identify``."""
-        address = Client(admission.peer_address(peer, forwarded_for, self._proxies))
+        if forwarded_for is not None and not self._warned_of_proxy:
+            self._warn_of_proxy(peer)
+        address = Client(self._proxies.client_address(peer, forwarded_for))
         if api_key is not None and self.keys:
             if self.keys.valid(api_key):
                 return Client(admission.client_id(api_key))
@@ -94,6 +102,20 @@ class Gate:
         except ServingError as blocked:
             error = blocked
         raise self.refused(error, address)
+
+    def _warn_of_proxy(self, peer: str) -> None:
+        """Logs once that a header of a proxy is ignored: all of its clients are then one client,
+        which share one limit, and which one of them can have blocked."""
+        if self._proxies.trusts(peer):
+            return
+        self._warned_of_proxy = True
+        self._log.warning(
+            "proxy_not_trusted",
+            peer=peer,
+            hint="a request has X-Forwarded-For, but its peer is not in MOE_TRUSTED_PROXIES, so the "
+            "header is ignored and all clients behind that peer share one limit. If the peer is your "
+            "proxy, add its address or network to MOE_TRUSTED_PROXIES.",
+        )
 
     def is_admin(self, bearer: str | None) -> bool:
         """See ``RouterEngine.is_admin``."""
