@@ -18,11 +18,11 @@ import moe_jax
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.errors import ServingError
-from moe_jax.serving.http.body import Body
 from moe_jax.serving.http.door import Door
 from moe_jax.serving.http.exchange import Envelope, Exchange
 from moe_jax.serving.http.infer import infer, lookup
 from moe_jax.serving.http.openapi import document
+from moe_jax.serving.http.request_body import Body
 from moe_jax.serving.http.strict_json import malformed, parse_object
 
 SERVER_NAME = "moe_jax"

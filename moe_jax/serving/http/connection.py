@@ -1,86 +1,411 @@
-"""One HTTP/1.1 connection: uvicorn's protocol, with bounds on the head of a request.
+"""One HTTP/1.1 connection: uvicorn's protocol, strict about framing and bounded in every state.
 
-uvicorn bounds neither how long the first head may take nor how long it may be, so a client could
-hold connections for ever, or fill memory with one endless header.
+uvicorn bounds neither how long a head may take nor how long it may be, loses the body of a request
+that offers an upgrade, takes trailers for headers, and waits for ever for a client that does not
+read. Each state of a connection has a deadline here:
+
+| state | deadline |
+|---|---|
+| head of a request | ``HEAD_SECONDS`` |
+| body | the application's, ``MOE_REQUEST_TIMEOUT_SECONDS`` |
+| body of a request that is answered already | ``DISCARD_SECONDS`` |
+| answer | ``STALL_SECONDS`` for each piece; ``MIN_RATE`` after ``WRITE_SECONDS`` |
+| idle | uvicorn's ``timeout_keep_alive`` |
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
+
+from moe_jax.serving.http.request_body import Disconnected
+from moe_jax.serving.http.strict_json import malformed
 
 HEAD_SECONDS = 10.0
 """Longest time from the first byte of a request, or from the connection, to the end of its head."""
 
 HEAD_BYTES = 64 * 1024
-"""Most bytes of a request line and headers."""
+"""Most bytes of a request line and headers, of trailers, or of the extensions of one chunk."""
+
+HEAD_LINES = 256
+"""Most header lines of a request."""
+
+DISCARD_SECONDS = 5.0
+"""How long the rest of a body is still taken, and thrown away, after an early answer. A client that
+is cut off while it sends often never sees the answer."""
+
+STALL_SECONDS = 10.0
+"""Longest time in which a client reads next to nothing of its answer: less than one piece of it."""
+
+WRITE_SECONDS = 30.0
+"""Time after which a client must have read its answer at ``MIN_RATE`` on average."""
+
+MIN_RATE = 128 * 1024
+"""Bytes per second."""
+
+# An answer is handed to the transport in pieces, so that no more than one waits there unaccounted.
+_PIECE = 128 * 1024
+
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+# Connection-specific fields of an upgrade, which go when it is ignored (RFC 9113, 3.1).
+_UPGRADE_FIELDS = frozenset({b"upgrade", b"http2-settings"})
+
+
+class _Refused(Exception):
+    """Stops the parser. The refusal has been sent."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with ``HEAD_SECONDS`` and ``HEAD_BYTES`` kept."""
+    """uvicorn's HTTP protocol with strict framing and a deadline for each state."""
 
     _timer: asyncio.TimerHandle | None = None
+    _flush_timer: asyncio.TimerHandle | None = None
     _in_head = True
+    _in_body = False
+    _ignores_upgrade = False
+    _stopped = False
+    _ends = False
     _head_bytes = 0
+    _unframed_bytes = 0
+    _broken_cycle: RequestResponseCycle | None = None
+
+    # --- events of the transport
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._wait_for_head()
+        self._set_timer(HEAD_SECONDS, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
+        self._stop_timer()
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
         super().connection_lost(exc)
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
-        self._wait_for_head()
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._stop_waiting()
-        super().on_headers_complete()
-
     def data_received(self, data: bytes) -> None:
-        before = self._in_head
-        super().data_received(data)
-        if before and self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES:
-                self._refuse(431, b"too_large", b"the headers are too large")
+        # uvicorn restarts the clock of an idle connection at every byte. A blank line, which may
+        # precede a request, would then keep the connection open, so it is left to on_message_begin.
+        self._unframed_bytes += len(data)
+        if self._stopped:
+            if self._unframed_bytes > 16 * HEAD_BYTES:
+                self._close()
+            return
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._restart_without_upgrade(data[upgrade.args[0] :])
+            return
+        except httptools.HttpParserError:
+            if not self._stopped:
+                self._framing_is_broken("the request is not valid HTTP/1.1")
+            return
+        if self._unframed_bytes > HEAD_BYTES:
+            if self._in_head:
+                self._refuse(431, "too_large", "the headers are too large")
+            elif self._in_body:
+                self._framing_is_broken("the trailers or chunk extensions are too large")
 
     def eof_received(self) -> bool | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # A client that has said all it had to say, and closed its half, still waits for the answer.
+        # A client may close its half of the connection once its request is complete, and still wait
+        # for the answer.
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             return None
         self.cycle.keep_alive = False
         return True
 
-    def _wait_for_head(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+    # --- events of the parser
 
-    def _stop_waiting(self) -> None:
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._unset_keepalive_if_required()
+        self._in_head, self._in_body = True, False
+        self._head_bytes = self._unframed_bytes = 0
+        if self._timer is None:
+            self._set_timer(HEAD_SECONDS, self._head_is_late)
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._head_bytes += len(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # After the head come trailers, which are never merged into the headers (RFC 9110, 6.5.1):
+        # a proxy that sets or removes a header does not look at trailers.
+        if self._in_head:
+            self._head_bytes += len(name) + len(value) + 4
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._check_head()
+        self._in_head, self._in_body = False, True
+        self._unframed_bytes = 0
+        if self.parser.should_upgrade():
+            # The parser skips the body of such a request; see _restart_without_upgrade.
+            self._ignores_upgrade = True
+            return
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unframed_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._ignores_upgrade:
+            return
+        self._in_body = False
+        super().on_message_complete()
+        if self.cycle.response_complete:  # the rest of a body that was answered early has come
+            self._stop_timer()
+            if self._ends:
+                self._close()
+            else:
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+
+    def _check_head(self) -> None:
+        """Refuses a head that HTTP/1.1 forbids and the parser accepts, or that is too large."""
+        version, method = self.parser.get_http_version(), self.parser.get_method()
+        if version not in ("1.0", "1.1"):
+            self._stop_with(505, "malformed", "expected HTTP/1.1")
+        if self._head_bytes > HEAD_BYTES or len(self.headers) > HEAD_LINES:
+            self._stop_with(431, "too_large", "the headers are too large")
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if len(hosts) > 1 or (version == "1.1" and not hosts):
+            self._stop_with(400, "malformed", "expected one Host header")
+        if hosts and not _HOST.fullmatch(hosts[0].strip()):
+            self._stop_with(400, "malformed", "expected a host and port in the Host header")
+        codings = b",".join(v for name, v in self.headers if name == b"transfer-encoding").lower()
+        words = [word.strip() for word in codings.split(b",")] if codings else []
+        if words.count(b"chunked") > 1 or (words and version == "1.0"):
+            self._stop_with(400, "malformed", "expected Transfer-Encoding: chunked, once")
+        if words and words != [b"chunked"]:
+            # The body would be read as if it were not encoded (RFC 9112, 6.1).
+            self._stop_with(501, "malformed", "expected Transfer-Encoding: chunked")
+        if method == b"CONNECT":
+            self._stop_with(405, "method_not_allowed", "this service is no proxy")
+        if version == "1.0":  # RFC 9110, 10.1.1: such a client cannot read a 100 answer
+            self.expect_100_continue = False
+        if self.url == b"*" and method == b"OPTIONS":
+            self.url = b"/"
+        elif not self.url.startswith(b"/"):
+            # An absolute-form target without a path means "/" (RFC 9112, 3.2).
+            parsed = httptools.parse_url(self.url)
+            if parsed.host is None:
+                self._stop_with(400, "malformed", "expected a path as the target")
+            query = b"?" + parsed.query if parsed.query else b""
+            self.url = (parsed.path or b"/") + query
+
+    def _restart_without_upgrade(self, rest: bytes) -> None:
+        """Reads a request that offers an upgrade as if it did not (RFC 9110, 7.8).
+
+        The parser takes whatever follows such a head for another protocol. Java's HttpClient and
+        ``curl --http2`` offer ``h2c`` with their first request and send its body as usual.
+        """
+        self._ignores_upgrade = False
+        lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
+        for name, value in self.headers:
+            if name in _UPGRADE_FIELDS:
+                continue
+            if name == b"connection":
+                words = [word.strip() for word in value.split(b",")]
+                value = b", ".join(w for w in words if w.lower() not in _UPGRADE_FIELDS)
+            lines.append(name + b": " + value)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n")
+        if rest:
+            self.data_received(rest)
+
+    # --- answers
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        async def bounded(scope: Any, receive: Any, send: Any) -> None:
+            writer = _Writer(self, cycle, send)
+
+            async def receive_valid() -> Any:
+                message = None if self._broken_cycle is cycle else await receive()
+                if self._broken_cycle is cycle:
+                    raise malformed(
+                        "the body: expected chunks as HTTP/1.1 frames them, got something else."
+                    )
+                return message
+
+            await app(scope, receive_valid, writer.send)
+
+        super()._start_asgi_task(cycle, bounded)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._abort_if_unread()
+            return
+        if self.cycle.response_complete and self._in_body:  # answered before its body has come
+            self._unset_keepalive_if_required()
+            if self._ends:
+                self.transport.write_eof()
+            self._set_timer(DISCARD_SECONDS, self._close)
+        elif self._ends:
+            self._close()
+        self._watch_flush(self.transport.get_write_buffer_size())
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
+    def answer_starts(self, cycle: RequestResponseCycle) -> None:
+        """Called when the head of an answer is written.
+
+        If it ends the connection before the body has come, uvicorn would close at once, and the
+        kernel would reset the connection, often before the client has read the answer.
+        """
+        if not cycle.keep_alive and cycle is self.cycle and self._in_body:
+            cycle.keep_alive, self._ends = True, True
+
+    async def drained(self, cycle: RequestResponseCycle, seconds: float) -> None:
+        """Waits until the client has read most of what is written; cuts it off if it does not.
+
+        Raises:
+            Disconnected: it did not.
+        """
+        try:
+            async with asyncio.timeout(min(STALL_SECONDS, seconds)):
+                await self.flow.drain()
+        except TimeoutError:
+            self.transport.abort()
+            cycle.disconnected = True
+            raise Disconnected from None
+
+    def _watch_flush(self, before: int) -> None:
+        """Cuts off a client that does not read the last bytes of its answer."""
+        if self._flush_timer is not None or not before:
+            return
+
+        def check() -> None:
+            self._flush_timer = None
+            left = self.transport.get_write_buffer_size()
+            if left and left > before - MIN_RATE // 8:
+                self.transport.abort()
+            else:
+                self._watch_flush(left)
+
+        self._flush_timer = self.loop.call_later(STALL_SECONDS, check)
+
+    # --- ends
+
+    def _set_timer(self, seconds: float, then: Callable[[], None]) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, then)
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _head_is_late(self) -> None:
         self._timer = None
-        self._refuse(408, b"request_timeout", b"the request did not arrive in time")
+        if self.flow.read_paused:  # it waits for the answer to an earlier request
+            self._set_timer(HEAD_SECONDS, self._head_is_late)
+            return
+        self._refuse(408, "request_timeout", "the request did not arrive in time")
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, b"malformed", b"not an HTTP request")
+    def _framing_is_broken(self, text: str) -> None:
+        """Ends the connection, with an answer if the request has none: nobody knows where the next
+        request begins."""
+        cycle = self.cycle
+        if not self._in_body or cycle is None:
+            self._refuse(400, "malformed", text)
+        elif cycle.response_complete:
+            self._stopped = True
+            self._close()
+        else:
+            # The application waits for the body, and answers as it answers other faults.
+            self._stopped, self._broken_cycle, cycle.keep_alive = True, cycle, False
+            cycle.message_event.set()
 
-    def _refuse(self, status: int, code: bytes, text: bytes) -> None:
+    def _stop_with(self, status: int, code: str, text: str) -> NoReturn:
+        self._refuse(status, code, text)
+        raise _Refused
+
+    def _refuse(self, status: int, code: str, text: str) -> None:
+        """Answers a request that does not reach the application, and ends the connection."""
+        self._stopped = True
+        self._stop_timer()
+        self._unset_keepalive_if_required()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:  # else an answer is under way
-            body = b'{"error":"%s","code":"%s"}' % (text, code)
-            self.transport.write(
-                b"HTTP/1.1 %d \r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-                b"connection: close\r\n\r\n%s" % (status, len(body), body)
-            )
-        self.transport.close()
+        if self.cycle is not None and not self.cycle.response_complete:
+            # An earlier request of the connection is not answered yet; the answer ends it.
+            self.cycle.keep_alive = False
+            return
+        body = b'{"error":"%s","code":"%s"}' % (text.encode(), code.encode())
+        self.transport.write(
+            STATUS_LINE[status] + b"content-type: application/json\r\ncontent-length: %d\r\n"
+            b"connection: close\r\n\r\n%s" % (len(body), body)
+        )
+        self.transport.write_eof()
+        self._set_timer(DISCARD_SECONDS, self._close)
+
+    def _close(self) -> None:
+        self._stop_timer()
+        if not self.transport.is_closing():
+            self.transport.close()
+            self._abort_if_unread()
+
+    def _abort_if_unread(self) -> None:
+        # A transport that is closed still waits, for ever, until the client has read everything.
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+
+class _Writer:
+    """Sends one answer in pieces, no faster than the client reads it.
+
+    Args:
+        protocol: the connection.
+        cycle: the request and its answer.
+        send: uvicorn's, which hands all that it gets to the transport.
+    """
+
+    __slots__ = ("cycle", "protocol", "sent", "started", "write")
+
+    def __init__(self, protocol: BoundedProtocol, cycle: RequestResponseCycle, send: Any) -> None:
+        self.protocol, self.cycle, self.write = protocol, cycle, send
+        self.started, self.sent = 0.0, 0
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.started = self.protocol.loop.time()
+            await self._drain()
+            await self.write(message)
+            self.protocol.answer_starts(self.cycle)
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if len(body) <= _PIECE:
+            await self._piece(body, more)
+            return
+        view = memoryview(body)
+        for start in range(0, len(view), _PIECE):
+            await self._piece(view[start : start + _PIECE], more or start + _PIECE < len(view))
+
+    async def _piece(self, body: Any, more: bool) -> None:
+        await self._drain()
+        await self.write({"type": "http.response.body", "body": body, "more_body": more})
+        self.sent += len(body)
+        if not more:
+            # The caller releases the memory of the answer when this returns.
+            await self._drain()
+
+    async def _drain(self) -> None:
+        protocol = self.protocol
+        if protocol.flow.write_paused and not self.cycle.disconnected:
+            allowed = WRITE_SECONDS + self.sent / MIN_RATE
+            left = self.started + allowed - protocol.loop.time()
+            await protocol.drained(self.cycle, max(left, 0.0))

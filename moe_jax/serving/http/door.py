@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.errors import ServingError
-from moe_jax.serving.http.body import Buffers
 from moe_jax.serving.http.protocol import HEADER_LIMIT, JSON_LIMIT, ModelSpec, TensorSpec
+from moe_jax.serving.http.request_body import Buffers
 from moe_jax.serving.http.strict_json import shown
 
 T = TypeVar("T")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from urllib.parse import parse_qsl
 
 import structlog
@@ -13,9 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_jax.serving.engine import Client
 from moe_jax.serving.errors import ServingError
-from moe_jax.serving.http.body import Disconnected
 from moe_jax.serving.http.client_address import presented_key, request_id, trace_of
 from moe_jax.serving.http.door import Door, retry_after
+from moe_jax.serving.http.request_body import Disconnected
 
 Parts = Sequence[bytes | memoryview]
 Pairs = list[tuple[bytes, bytes]]
@@ -41,8 +41,7 @@ class Exchange:
     def __init__(self, door: Door, scope: Scope) -> None:
         self.started = time.monotonic()
         self.door = door
-        # Names are lower-case already. A header that is given twice is refused by `duplicated`.
-        self.headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in scope["headers"]}
+        self.headers = _joined(scope["headers"])
         self.path: str = scope["path"]
         query = scope.get("query_string", b"")
         self.query = dict(parse_qsl(query.decode("latin-1"))) if query else {}
@@ -51,7 +50,11 @@ class Exchange:
         self.counted = False
         self.key = presented_key(self.headers.get("authorization"), self.headers.get("x-api-key"))
         self.request_id = request_id(self.headers.get("x-request-id"))
-        self.body_complete = scope["method"] in ("GET", "HEAD")
+        # A request has a body only if its framing says so (RFC 9112, 6.3).
+        self.body_complete = (
+            self.headers.get("content-length", "0") == "0"
+            and "transfer-encoding" not in self.headers
+        )
         self.status = 0
         self._client: Client | None = None
 
@@ -122,7 +125,25 @@ class Exchange:
             int(declared) <= self.door.body_limit  # fmt: skip
 
 
-_ONCE = (b"content-type", b"content-encoding", b"inference-header-content-length", b"authorization")
+def _joined(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Returns headers by lower-case name, the lines of one name joined by commas (RFC 9110, 5.3)."""
+    headers: dict[str, str] = {}
+    for name, value in pairs:
+        key, text = name.decode("latin-1"), value.decode("latin-1")
+        headers[key] = f"{headers[key]}, {text}" if key in headers else text
+    return headers
+
+
+# Headers that are no lists. A second line of one makes two readers disagree about the request.
+_ONCE = (
+    b"authorization",
+    b"content-encoding",
+    b"content-length",
+    b"content-type",
+    b"host",
+    b"inference-header-content-length",
+    b"x-api-key",
+)
 
 
 def _duplicated(scope: Scope) -> str | None:

@@ -19,7 +19,6 @@ from starlette.types import Receive, Scope, Send
 from moe_jax.serving.engine import Client, Result
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.answer import encode_response
-from moe_jax.serving.http.body import Body
 from moe_jax.serving.http.compression import (
     compress,
     decompress,
@@ -34,6 +33,7 @@ from moe_jax.serving.http.protocol import (
     decode_request,
     header_length,
 )
+from moe_jax.serving.http.request_body import Body
 from moe_jax.serving.http.strict_json import malformed, shown
 
 _MEDIA_TYPES = ("application/json", "application/octet-stream")
