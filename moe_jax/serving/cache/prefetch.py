@@ -11,8 +11,11 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 _OUTSTANDING = 64
 _DECIDE_AFTER = 50
@@ -128,7 +131,7 @@ class Prefetcher:
             self._todo.put_nowait(None)
 
 
-class HotInputs:
+class HotInputs(Generic[T]):
     """Inputs of the results that are asked for most, to compute them anew after a reload.
 
     Args:
@@ -139,9 +142,9 @@ class HotInputs:
         self._max = max_inputs, max_bytes
         self._lock = threading.Lock()
         self._hits: collections.OrderedDict[str, int] = collections.OrderedDict()
-        self._kept: dict[str, tuple[np.ndarray, object]] = {}
+        self._kept: dict[str, tuple[np.ndarray, T]] = {}
 
-    def hit(self, digest: str, x: np.ndarray, options: object) -> None:
+    def hit(self, digest: str, x: np.ndarray, options: T) -> None:
         """Counts a hit; from the second on the input is kept, if it is among the hottest."""
         with self._lock:
             hits = self._hits.pop(digest, 0) + 1
@@ -159,7 +162,7 @@ class HotInputs:
             if x.nbytes + sum(k.nbytes for k, _ in self._kept.values()) <= self._max[1]:
                 self._kept[digest] = (x.copy(), options)
 
-    def hottest(self) -> list[tuple[np.ndarray, object]]:
+    def hottest(self) -> list[tuple[np.ndarray, T]]:
         """Inputs with their options, hottest first."""
         with self._lock:
             order = sorted(self._kept, key=lambda d: -self._hits.get(d, 0))

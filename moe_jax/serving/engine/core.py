@@ -2,31 +2,32 @@
 
 The order of a request: shape and size, cache, values, a place on the device, circuit breaker, bucket,
 compiled function, check of the output, answer. Limits and blocks come before all of it, by ``admit``.
-Where the level refuses no values, they are checked while the device works (``engine.device``).
+Where the level rejects no values, they are checked while the device works (``engine.device``).
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_jax.config import Config
-from moe_jax.serving import admission, cache, metrics, resilience
-from moe_jax.serving.engine import answering, describing, opening, reloading
-from moe_jax.serving.engine.alerts import Alerts
-from moe_jax.serving.engine.buckets import compile_counter
-from moe_jax.serving.engine.device import Device
-from moe_jax.serving.engine.gate import Gate
-from moe_jax.serving.engine.logs import make_logger
-from moe_jax.serving.engine.recording import Recorder
-from moe_jax.serving.engine.requests import LOCAL, Client, Result, guide_result, routing_info
+from moe_jax.serving import admission, cache
+from moe_jax.serving.engine import inference, report
+from moe_jax.serving.engine.parts import build_parts
+from moe_jax.serving.engine.requests import (
+    LOCAL,
+    Client,
+    Query,
+    Result,
+    guide_result,
+    routing_info,
+)
+from moe_jax.serving.engine.results import Results
+from moe_jax.serving.engine.served import Served
 from moe_jax.serving.engine.snapshot import Snapshot
 from moe_jax.serving.errors import ServingError
-
-WATCHDOG_SECONDS = 120.0
 
 
 class RouterEngine:
@@ -36,12 +37,17 @@ class RouterEngine:
 
     Args:
         config: the configuration.
-        clock: seconds that never go back: of breaker, blocks, cache and windows. For tests.
+        clock: monotonic clock in seconds, injectable for tests.
         background: whether to return before the weights are loaded and compiled; ``readiness`` says
             ``warming`` until then, or ``params_missing`` if they cannot be loaded.
         host_fallback: whether a failing device is covered by the host's CPU; None is wherever that
             is another device.
         logger: a structlog logger; None writes JSON lines to standard error at ``log_level``.
+
+    Attributes:
+        parts: the parts that live as long as the engine.
+        results: the cached results.
+        served: the model.
 
     Raises:
         ConfigError, CheckpointError, ValueError: what is configured cannot be served.
@@ -57,89 +63,44 @@ class RouterEngine:
         logger: Any = None,
     ) -> None:
         self.config = config
-        self.clock = clock
-        self.started = clock()
-        self.log = make_logger(config.log_level, config.environment) if logger is None else logger
-        serving, security = config.serving, config.security
-        self.recorder = Recorder()
-        self.gate = Gate(
-            config, clock=clock, recorder=self.recorder, log=self.log, notify=self._notify
-        )
-        self.limits = admission.Limits(
-            width=config.router_config.input_dim,
-            max_batch_size=security.max_batch_size,
-            max_tensor_size=security.max_tensor_size,
-            max_tokens=self.level.tokens_per_minute,
-        )
-        self.breaker = resilience.CircuitBreaker(
-            resilience.BreakerPolicy(slow_seconds=serving.slow_call_seconds),
-            clock=clock,
-            on_transition=self._circuit_moved,
-        )
-        self.bulkhead = resilience.Bulkhead(workers=serving.max_inflight, queue=serving.max_queue)
-        self.device = Device(
-            bulkhead=self.bulkhead,
-            breaker=self.breaker,
-            static_top_k=serving.fallback_static_top_k,
-            observe=self.recorder.observe,
-            notify=self._notify,
-        )
-        self.system = metrics.SystemSampler()
-        self.alerts = Alerts(clock, self._notify)
-        self.load_error: str | None = None
-        self._config_hash = config.config_hash
-        self._snapshot: Snapshot | None = None
-        self._host_fallback = host_fallback
-        self._reloading = threading.Lock()
-        self._compiled_before = compile_counter().count
-        self._draining = False
-        self._closed = False
-        self.cache: cache.ResultCache | None = None
-        self._keyer = cache.Keyer(keyed=self.level.keyed_cache)
-        self._prefetcher: cache.Prefetcher | None = None
-        self._hot: cache.HotInputs | None = None
-        if config.performance.enable_caching:
-            opening.open_cache(self)
+        self.parts = parts = build_parts(config, clock=clock, logger=logger)
+        self.log, self.clock, self.access = parts.log, parts.clock, parts.access
+        self.device, self.breaker, self.bulkhead = parts.device, parts.breaker, parts.bulkhead
+        self.recorder, self.system = parts.recorder, parts.system
+        self.results = Results(parts)
+        self.served = Served(parts, host_fallback=host_fallback)
         if background:
-            threading.Thread(target=self._load_quietly, name="moe-load", daemon=True).start()
+            self.served.load_in_background()
         else:
-            opening.load(self)
-
-    # --- building
-
-    def _load_quietly(self) -> None:
-        try:
-            opening.load(self)
-        except Exception as error:
-            self.load_error = f"{type(error).__name__}: {error}"
-            self.log.error("load_failed", error=self.load_error)
+            self.served.load()
+        self.system.start(self.check_alerts)
 
     # --- who asks
 
     @property
     def level(self) -> admission.Level:
         """The security level in force."""
-        return self.gate.level
+        return self.parts.level
 
     def identify(
         self, *, api_key: str | None = None, peer: str = "unknown", forwarded_for: str | None = None
     ) -> Client:
-        """The client behind a remote request.
+        """Returns the client behind a remote request.
 
         Args:
-            api_key: what it presented, or None.
+            api_key: the key it presented, or None.
             peer: address of the connection.
             forwarded_for: the ``X-Forwarded-For`` header, believed from trusted proxies only.
 
         Raises:
-            ServingError: ``unauthorized``: a wrong key, or none where the level asks for one. It
-                counts as a violation of the address, which may be ``blocked`` for it.
+            ServingError: ``unauthorized``: the key is wrong, or missing although the level requires
+                one. It counts as a violation of the address, which may be ``blocked`` for it.
         """
-        return self.gate.identify(api_key, peer, forwarded_for)
+        return self.access.identify(api_key, peer, forwarded_for)
 
     def is_admin(self, bearer: str | None) -> bool:
-        """Whether this is the admin key; never where none is configured."""
-        return self.gate.is_admin(bearer)
+        """Returns whether this is the admin key; False if none is configured."""
+        return self.access.is_admin(bearer)
 
     def admit(self, client: Client, *, tokens: int = 0, requests: int = 1) -> None:
         """Counts a request, or its tokens once they are known, against the client's limits.
@@ -150,32 +111,26 @@ class RouterEngine:
         Raises:
             ServingError: ``blocked``, ``rate_limited`` (which is a violation) or ``draining``.
         """
-        self._check_open(client)
-        self.gate.admit(client, tokens=tokens, requests=requests)
+        try:
+            self.parts.lifecycle.check_open()
+        except ServingError as error:
+            raise self.access.refused(error, client) from None
+        self.access.admit(client, tokens=tokens, requests=requests)
 
     def violation(self, client: Client, kind: str) -> None:
         """Counts a request that a transport refused, by its error code: in metrics, and towards a
-        block where it is the client's fault.
+        block if it is the client's fault.
 
-        ``identify``, ``admit`` and ``infer`` count their own.
+        ``identify``, ``admit`` and ``infer`` count their own refusals.
         """
-        self.gate.violation(client, kind)
+        self.access.violation(client, kind)
 
-    def _check_open(self, client: Client) -> None:
-        if self._closed:
-            raise self.gate.refused(answering.shut(), client)
-
-    # --- answering
+    # --- answers
 
     @property
     def snapshot(self) -> Snapshot:
         """What is served now. Raises ServingError ``warming`` before there is anything."""
-        found = self._snapshot
-        if found is None:
-            raise ServingError(
-                "warming", "not ready yet: loading and compiling. Try again.", retry_after=1.0
-            )
-        return found
+        return self.served.snapshot
 
     def infer(
         self,
@@ -189,7 +144,7 @@ class RouterEngine:
         timeout_seconds: float | None = None,
         use_cache: bool = True,
     ) -> Result:
-        """Answers for hidden states.
+        """Returns the answer for hidden states.
 
         Args:
             model: ``router`` (decisions) or ``moe`` (the layer's output).
@@ -197,11 +152,11 @@ class RouterEngine:
             token_mask: bool[B, S], False for padding; None is no padding.
             return_router_logits: whether ``router_logits`` are among the arrays.
             client: who asks.
-            request_id: for logs and the answer; made up if None.
-            timeout_seconds: deadline; None is the configured one. Where it is None, no ``client`` is
-                named and the deadline is far off what lately ran, the work is done on the caller's own
-                thread, which saves a hand-over: should the device hang in that very call, the call
-                is held past its deadline. State a deadline to be let go at it.
+            request_id: for logs and the answer; None draws one.
+            timeout_seconds: deadline; None is the configured one. If it is None, no ``client`` is
+                named and recent work took far less than the deadline, the work is done on the
+                caller's thread, which saves a hand-over: should the device hang in that very call,
+                the caller waits past its deadline. State a deadline to be released at it.
             use_cache: whether a cached answer will do.
 
         Returns:
@@ -212,17 +167,28 @@ class RouterEngine:
         Raises:
             ServingError: see ``moe_jax.serving.errors.CODES``.
         """
-        return answering.answer(
-            self, model, hidden_states, token_mask, return_router_logits, client, request_id,
-            timeout_seconds, use_cache,
-        )[0]  # fmt: skip
+        query = Query(
+            model=model,
+            hidden_states=hidden_states,
+            token_mask=token_mask,
+            return_router_logits=return_router_logits,
+            client=client,
+            request_id=request_id,
+            timeout_seconds=timeout_seconds,
+            use_cache=use_cache,
+        )
+        return self._answer(query)[0]
+
+    def _answer(self, query: Query) -> tuple[Result, cache.Entry]:
+        return inference.answer(self.parts, self.results, self.served, query)
 
     def lookup(self, model: str, digest: str, *, client: Client = LOCAL) -> Result | None:
-        """The cached answer with this digest, or None: send the hidden states then.
+        """Returns the cached answer with this digest, or None: send the hidden states then.
 
-        ``digest`` is that of an earlier answer's ``info``. Under strict only its own client finds it.
+        ``digest`` is that of an earlier answer's ``info``. Under strict only the client that was
+        given the answer finds it.
         """
-        return answering.lookup(self, model, digest, client)
+        return inference.lookup(self.parts, self.results, self.served, model, digest, client)
 
     def route(
         self,
@@ -235,7 +201,7 @@ class RouterEngine:
         timeout_seconds: float | None = None,
         use_cache: bool = True,
     ) -> dict[str, Any]:
-        """The guide's ``route``: decisions for hidden states [B, S, D] as a dictionary.
+        """Returns the guide's dictionary of decisions for hidden states [B, S, D].
 
         Takes the options of ``infer``. Calls in process are not limited, unless they name a
         ``client``: its limits and blocks then hold as they do for remote requests.
@@ -244,10 +210,17 @@ class RouterEngine:
             shape = getattr(hidden_states, "shape", ())
             tokens = math.prod(int(s) for s in shape[:2]) if shape else 0
             self.admit(client, tokens=tokens)
-        result, entry = answering.answer(
-            self, "router", hidden_states, token_mask, return_router_logits, client, request_id,
-            timeout_seconds, use_cache,
-        )  # fmt: skip
+        query = Query(
+            model="router",
+            hidden_states=hidden_states,
+            token_mask=token_mask,
+            return_router_logits=return_router_logits,
+            client=client,
+            request_id=request_id,
+            timeout_seconds=timeout_seconds,
+            use_cache=use_cache,
+        )
+        result, entry = self._answer(query)
         info = entry.memo.get("routing_info")
         if info is None:
             router = self.snapshot.router
@@ -255,115 +228,115 @@ class RouterEngine:
             entry.memo["routing_info"] = info
         return guide_result(result, info, logits=return_router_logits)
 
-    def _notify(self, event: str, **facts: Any) -> None:
-        self.log.warning(event, **facts)
+    # --- state
 
-    def _circuit_moved(self, state: str) -> None:
-        self.recorder.circuit(state)
-        self.log.warning("circuit", state=state)
+    @property
+    def cache(self) -> cache.ResultCache | None:
+        """The results in memory, or None where caching is off."""
+        return self.results.cache
 
-    # --- state, see describing
+    @property
+    def load_error(self) -> str | None:
+        """Why the start failed, or None."""
+        return self.served.load_error
 
     @property
     def compilations(self) -> int:
         """XLA compilations in this process since this engine was built."""
-        return compile_counter().count - self._compiled_before
+        return self.parts.compilations
 
     def readiness(self) -> tuple[bool, list[str]]:
-        """Whether requests should be sent here, and if not why not: warming, params_missing,
-        draining, circuit_open, overloaded."""
-        reasons = []
-        if self._snapshot is None:
-            reasons.append("params_missing" if self.load_error else "warming")
-        if self._draining:
-            reasons.append("draining")
-        if self.breaker.state == "open" and not self.breaker.would_admit():
-            reasons.append("circuit_open")
-        if self.bulkhead.full:
-            reasons.append("overloaded")
-        return not reasons, reasons
+        """Returns whether requests should be sent to this engine, and if not, why not: warming,
+        params_missing, draining, circuit_open, overloaded."""
+        return report.readiness(self.parts, self.served)
 
     def live(self) -> bool:
-        """Whether restarting would not help: False for a device that is stuck or gone for good.
+        """Returns False if only a restart may help: the device is stuck, or fails for good.
 
         Overload and an open circuit are no reason to restart.
         """
-        limit = max(WATCHDOG_SECONDS, 2 * self.config.serving.request_timeout_seconds)
-        stuck = self.bulkhead.oldest_seconds() > limit
-        return not stuck and self.device.failing_seconds <= limit
+        return report.live(self.parts)
 
-    def describe(self, model: str) -> dict[str, Any]:
-        """Metadata of a model in the words of the Open Inference Protocol."""
+    def describe(self, model: str) -> Mapping[str, Any]:
+        """Returns a model's metadata in the words of the Open Inference Protocol.
+
+        The mapping is built once for each snapshot; do not change it.
+
+        Raises:
+            ServingError: ``not_found`` for a model that is not served; ``warming``.
+        """
         snapshot = self.snapshot
-        if model not in snapshot.models:
-            raise answering.no_model(model, snapshot)
-        return describing.metadata(snapshot, model)
+        snapshot.check_model(model)
+        return snapshot.metadata[model]
 
     def health_check(self) -> dict[str, Any]:
-        """The guide's health: status, uptime_seconds, components, configuration, memory, recent
-        performance, alerts. Changes no statistic."""
-        return describing.health(self)
+        """Returns the guide's health: status, uptime_seconds, components, configuration, memory,
+        recent performance, alerts. Changes no statistic."""
+        return report.health(self.parts, self.results, self.served)
 
     def check_alerts(self) -> list[dict[str, Any]]:
-        """The alerts that hold now. Run every few seconds, and by ``health_check``."""
-        return describing.check_alerts(self)
+        """Returns the active alerts. Runs every few seconds, and in ``health_check``."""
+        return report.check_alerts(self.parts)
 
     def get_metrics(self) -> dict[str, Any]:
-        """The guide's metrics: router_stats, cache_hit_ratio, latency percentiles, throughput ..."""
-        return describing.metrics_report(self)
+        """Returns the guide's metrics: router_stats, cache_hit_ratio, latency percentiles,
+        throughput and more."""
+        return report.metrics_report(self.parts, self.results)
 
     def metrics_text(self) -> bytes:
-        """The exposition for Prometheus."""
-        return describing.exposition(self)
+        """Returns the metrics in Prometheus' text format."""
+        return report.exposition(self.parts, self.results, self.served)
 
     def diagnostics(self) -> dict[str, Any]:
-        """Everything that support needs, without secrets and tensors: plain JSON values."""
-        return describing.diagnostics(self)
+        """Returns everything that support needs, without secrets and tensors: plain JSON values."""
+        return report.diagnostics(self.parts, self.results, self.served)
 
     def reload(self, checkpoint: str | None = None) -> dict[str, Any]:
-        """Swaps in another checkpoint between two requests.
+        """Replaces the served checkpoint by another one between two requests.
 
-        It is loaded, compiled and tried on a canary batch first. A bad one is refused and the old
-        one goes on serving.
+        The other one is loaded, compiled and tried on a canary batch first. If any of it fails, it is
+        refused and the old one goes on serving.
 
         Args:
             checkpoint: the folder; None is the configured one, read again.
 
         Returns:
-            version, previous, trained, source, seconds.
+            version, previous, trained, source, seconds, rewarmed.
 
         Raises:
             CheckpointError, ConfigError, ValueError: it cannot be used; see the message.
-            ServingError: ``internal``: it failed on the canary batch.
+            ServingError: ``internal``: the weights changed in memory.
         """
-        with self._reloading:
-            return reloading.reload(self, checkpoint)
+        replaced = self.served.reload(checkpoint)
+        self.results.clear()
+        rewarmed = inference.rewarm(self.parts, self.results, self.served)
+        return {**replaced, "rewarmed": rewarmed}
 
     # --- the end
 
     def begin_drain(self) -> None:
-        """Readiness says no from now on; requests are still answered."""
-        self._draining = True
+        """Makes readiness say no; requests are still answered."""
+        self.parts.lifecycle.draining = True
         self.log.info("draining", pending=self.bulkhead.pending, inflight=self.bulkhead.inflight)
 
     def shutdown(self, timeout_seconds: float | None = None) -> bool:
-        """Refuses new requests and waits for those under way; whether all ended. Safe to call twice.
+        """Refuses new requests and waits for those under way. May be called twice.
 
         Args:
             timeout_seconds: how long to wait; None is the request timeout.
+
+        Returns:
+            Whether all of them ended in time.
         """
-        if self._closed:
+        lifecycle = self.parts.lifecycle
+        if lifecycle.closed:
             return True
-        self._draining = True
-        self._closed = True
+        lifecycle.draining = lifecycle.closed = True
         if timeout_seconds is None:
             timeout_seconds = self.config.serving.request_timeout_seconds
         ended = self.bulkhead.close(timeout_seconds)
         self.system.stop()
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-        if self.cache is not None and self.cache.shared is not None:
-            self.cache.shared.close()
+        self.results.close()
         self.log.info("stopped", all_ended=ended)
         return ended
 

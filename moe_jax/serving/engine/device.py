@@ -16,7 +16,7 @@ import numpy as np
 
 from moe_jax.serving.admission import Checked
 from moe_jax.serving.cache import Entry
-from moe_jax.serving.engine.requests import expert_counts, read_only
+from moe_jax.serving.engine.requests import Order, expert_counts, read_only
 from moe_jax.serving.engine.snapshot import Snapshot
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.resilience import (
@@ -85,35 +85,6 @@ class Checking:
         return self._made
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Order:
-    """A request on its way to the device.
-
-    Attributes:
-        snapshot: what to run.
-        model: ``router`` or ``moe``.
-        shape: B, S.
-        checking: the values and their check.
-        logits: whether the router's logits are wanted.
-        deadline: when the caller stops waiting, on ``time.perf_counter``.
-        owner: the client that alone may see the result, or "".
-        here: whether the caller stated no deadline and may do the work on its own thread.
-    """
-
-    snapshot: Snapshot
-    model: str
-    shape: tuple[int, int]
-    checking: Checking
-    logits: bool
-    deadline: float
-    owner: str = ""
-    here: bool = False
-
-    @property
-    def checked(self) -> Checked:
-        return self.checking.result()
-
-
 class Device:
     """Answers orders.
 
@@ -149,23 +120,23 @@ class Device:
         first = self._first_failure
         return 0.0 if first is None else time.perf_counter() - first
 
-    def answer(self, order: Order, cached: Callable[[], Entry | None]) -> Entry:
+    def answer(self, order: Order, checking: Checking, cached: Callable[[], Entry | None]) -> Entry:
         """The answer, from the device or, where that fails, from the first fallback that has one.
 
         Raises:
             ServingError: queue full, deadline passed, or the device and every fallback failed.
         """
         try:
-            found, seconds = self._on_device(order)
+            found, seconds = self._on_device(order, checking)
         except ServingError as error:
             if error.code in _NO_FALLBACK:
                 raise
-            return self._fallback(order, cached, error)
+            return self._fallback(order, checking, cached, error)
         except Exception as error:
-            return self._fallback(order, cached, error)
-        return self._entry(order, found, seconds)
+            return self._fallback(order, checking, cached, error)
+        return self._entry(order, checking, found, seconds)
 
-    def _on_device(self, order: Order) -> tuple[dict[str, np.ndarray], float]:
+    def _on_device(self, order: Order, checking: Checking) -> tuple[dict[str, np.ndarray], float]:
         if not self.breaker.would_admit():  # no place in the queue for what would be refused
             self.breaker.acquire().cancel()
         ticket: list[Ticket] = []
@@ -177,7 +148,7 @@ class Device:
             start = time.perf_counter()
             try:
                 found = retry_once(
-                    lambda: self._checked_run(order),
+                    lambda: self._checked_run(order, checking),
                     seconds_left=lambda: order.deadline - time.perf_counter(),
                     on_retry=lambda error: self._notify("retry", error=_short(error)),
                 )
@@ -201,19 +172,18 @@ class Device:
                 "deadline_exceeded", "the deadline passed before the work began. Allow more time."
             )
         (found, seconds), queued = self.bulkhead.run(
-            work, timeout=left, on_abandon=abandoned, here=order.here
+            work, timeout=left, on_abandon=abandoned, here=order.may_run_inline
         )
         self._observe("moe_queue_duration_seconds", queued)
         self._observe("moe_route_duration_seconds", seconds)
         return found, seconds
 
-    def _checked_run(self, order: Order) -> dict[str, np.ndarray]:
-        checking = order.checking
+    def _checked_run(self, order: Order, checking: Checking) -> dict[str, np.ndarray]:
         used = checking.values
-        found = self._run(order, used)
+        found = self._run(order, checking)
         if checking.values is not used:  # the check put others in their place meanwhile
             used = checking.values
-            found = self._run(order, used)
+            found = self._run(order, checking)
         for name in ("expert_weights", "output"):
             if name in found and not math.isfinite(np.add.reduce(found[name], axis=None)):
                 bad = ~np.isfinite(found[name]).all(axis=-1)
@@ -225,16 +195,19 @@ class Device:
                     )
         return found
 
-    def _run(self, order: Order, values: Values) -> dict[str, np.ndarray]:
-        make = order.checking.make
-        found = self.run(order.snapshot, order.model, values, order.logits, make)
-        make()  # for a ``run`` that left it out
+    def _run(self, order: Order, checking: Checking) -> dict[str, np.ndarray]:
+        found = self.run(order.snapshot, order.model, checking.values, order.logits, checking.make)
+        checking.make()  # for a ``run`` that left it out
         return found
 
     # --- fallbacks
 
     def _fallback(
-        self, order: Order, cached: Callable[[], Entry | None], error: Exception
+        self,
+        order: Order,
+        checking: Checking,
+        cached: Callable[[], Entry | None],
+        error: Exception,
     ) -> Entry:
         if not isinstance(error, ServingError):
             self._notify("device_error", error=_short(error), transient=is_transient(error))
@@ -243,13 +216,13 @@ class Device:
             return self._fallen_back(entry, "cache", degraded=False)
         host = order.snapshot.host_models
         if host is not None and order.model in host:
-            entry = self._on_host(order)
+            entry = self._on_host(order, checking)
             if entry is not None:
                 return self._fallen_back(entry, "host", degraded=False)
         if self._static_top_k and order.model == "router":
-            found = static_top_k(order.snapshot, order.checked)
+            found = static_top_k(order.snapshot, checking.result())
             if found is not None:
-                entry = self._entry(order, found, 0.0)
+                entry = self._entry(order, checking, found, 0.0)
                 return self._fallen_back(entry, "static_top_k", degraded=True)
         if isinstance(error, ServingError):
             raise error
@@ -260,15 +233,16 @@ class Device:
             retry_after=1.0,
         ) from error
 
-    def _on_host(self, order: Order) -> Entry | None:
+    def _on_host(self, order: Order, checking: Checking) -> Entry | None:
         if not self._host.acquire(timeout=max(order.deadline - time.perf_counter(), 0.0)):
             return None
         try:
             start = time.perf_counter()
             assert order.snapshot.host_models is not None
             buckets = order.snapshot.host_models[order.model]
-            found = buckets.run(order.checked.x, order.checked.token_mask, logits=order.logits)
-            return self._entry(order, found, time.perf_counter() - start)
+            checked = checking.result()
+            found = buckets.run(checked.x, checked.token_mask, logits=order.logits)
+            return self._entry(order, checking, found, time.perf_counter() - start)
         except Exception as error:
             self._notify("host_fallback_failed", error=_short(error))
             return None
@@ -280,13 +254,15 @@ class Device:
         about = {**entry.about, "fallback": kind, "degraded": degraded}
         return dataclasses.replace(entry, about=about, cacheable=False)
 
-    def _entry(self, order: Order, found: dict[str, np.ndarray], seconds: float) -> Entry:
-        router = order.snapshot.router
+    def _entry(
+        self, order: Order, checking: Checking, found: dict[str, np.ndarray], seconds: float
+    ) -> Entry:
+        router, checked = order.snapshot.router, checking.result()
         load = expert_counts(found["expert_indices"], router.num_experts)
         used = found.get("num_experts_per_token")
         if used is None:
             used = (found["expert_indices"] >= 0).sum(axis=-1)
-        mask = order.checked.token_mask
+        mask = checked.token_mask
         real = used if mask is None else used[mask]
         histogram = np.bincount(real, minlength=router.max_k + 1)
         wanted = ROUTER_OUTPUTS if order.model == "router" else ("output",)
@@ -294,7 +270,6 @@ class Device:
             wanted = (*wanted, "router_logits")
         arrays = read_only({name: found[name] for name in wanted}, order.shape)
         arrays["_load"], arrays["_histogram"] = load, histogram
-        checked = order.checked
         return Entry(
             arrays=arrays,
             about={

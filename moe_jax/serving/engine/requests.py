@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it."""
+"""Requests to an engine and its results: plain values."""
 
 from __future__ import annotations
 
@@ -9,15 +9,75 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.serving.engine.snapshot import Snapshot
+
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """Who asks: ``id`` is a hash of the API key, else the peer's address; ``local`` in process."""
+    """A client. ``id`` is a hash of its API key, else its address; ``local`` for calls in process."""
 
     id: str
 
 
 LOCAL = Client("local")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Query:
+    """One request, as the caller wrote it. ``RouterEngine.infer`` describes the fields.
+
+    Attributes:
+        model: ``router`` or ``moe``.
+        hidden_states: [B, S, D], not yet checked.
+        token_mask: bool[B, S], not yet checked, or None.
+        return_router_logits: whether the answer holds the router's logits.
+        client: who asks.
+        request_id: for logs and the answer; None draws one.
+        timeout_seconds: deadline, counted from now; None is the configured one.
+        use_cache: whether a cached answer will do.
+    """
+
+    model: str
+    hidden_states: Any
+    token_mask: Any = None
+    return_router_logits: bool = False
+    client: Client = LOCAL
+    request_id: str | None = None
+    timeout_seconds: float | None = None
+    use_cache: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+    """A checked query, bound to the weights that answer it.
+
+    Attributes:
+        snapshot: what to run.
+        model: ``router`` or ``moe``; the snapshot has it.
+        x: hidden states [B, S, D], contiguous, of the dtype that was sent.
+        token_mask: bool[B, S], contiguous; None where every token counts.
+        logits: whether the router's logits are wanted.
+        client: who asks.
+        owner: id of the only client that may see the result, or "" for all.
+        deadline: when the caller stops waiting, on ``time.perf_counter``.
+        may_run_inline: whether the work may be done on the caller's thread, which then cannot
+            leave at its deadline.
+    """
+
+    snapshot: Snapshot
+    model: str
+    x: np.ndarray
+    token_mask: np.ndarray | None
+    logits: bool
+    client: Client
+    owner: str
+    deadline: float
+    may_run_inline: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B and S."""
+        return self.x.shape[0], self.x.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +95,7 @@ class Result:
 
 
 def read_only(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Arrays [T, ...] as read-only [B, S, ...]."""
+    """Returns arrays [T, ...] as read-only views [B, S, ...]."""
     out = {}
     for name, array in arrays.items():
         shaped = array.reshape(*shape, *array.shape[1:])
@@ -45,7 +105,7 @@ def read_only(arrays: dict[str, np.ndarray], shape: tuple[int, int]) -> dict[str
 
 
 def guide_result(result: Result, info: dict[str, Any], *, logits: bool) -> dict[str, Any]:
-    """The production guide's dictionary of ``route``, see PROMISES "Result of route"."""
+    """Returns the dictionary that the production guide promises for ``route``."""
     arrays = result.arrays
     out: dict[str, Any] = {
         "expert_indices": arrays["expert_indices"],
@@ -65,7 +125,7 @@ def guide_result(result: Result, info: dict[str, Any], *, logits: bool) -> dict[
 
 
 def routing_info(arrays: Mapping[str, np.ndarray], *, min_k: int, max_k: int) -> dict[str, Any]:
-    """The guide's ``routing_info``, from the arrays of an entry.
+    """Returns the guide's ``routing_info``, computed from the arrays of an entry.
 
     ``flop_reduction`` is the share of expert calls saved against ``flop_baseline``, every token at
     ``max_k``. Means and standard deviations are over real tokens.
@@ -75,7 +135,7 @@ def routing_info(arrays: Mapping[str, np.ndarray], *, min_k: int, max_k: int) ->
     )
     tokens = int(arrays["_histogram"].sum())
     # Where a rule may leave a real token empty, an empty one cannot be told from a masked one.
-    seen = scores if min_k == 0 or tokens == counts.size else scores[counts > 0]
+    scored = scores if min_k == 0 or tokens == counts.size else scores[counts > 0]
     used = int(np.add.reduce(load))
     most = tokens * max_k
     return {
@@ -84,25 +144,23 @@ def routing_info(arrays: Mapping[str, np.ndarray], *, min_k: int, max_k: int) ->
         "flop_reduction": 1.0 - used / most if most else 0.0,
         "flop_baseline": f"top_max={max_k}",
         "expert_utilization": [u / max(used, 1) for u in load.tolist()],
-        "complexity_stats": _spread(seen.reshape(-1) if seen.size else np.zeros(1, np.float32)),
+        "complexity_stats": _spread(scored.reshape(-1) if scored.size else np.zeros(1, np.float32)),
     }
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
-    """Mean, standard deviation, least and largest of f32[N].
-
-    By numpy's reductions themselves: its methods go through Python, which takes three times as long.
-    """
+    """Returns mean, standard deviation, minimum and maximum of f32[N]."""
+    # The reductions themselves: numpy's methods go through Python, which takes three times as long.
     mean = np.add.reduce(values) / np.float32(len(values))
-    away = values - mean
+    deviation = values - mean
     return {
         "mean": float(mean),
-        "std": math.sqrt(float(np.add.reduce(away * away)) / len(values)),
+        "std": math.sqrt(float(np.add.reduce(deviation * deviation)) / len(values)),
         "min": float(np.minimum.reduce(values)),
         "max": float(np.maximum.reduce(values)),
     }
 
 
 def expert_counts(indices: np.ndarray, num_experts: int) -> np.ndarray:
-    """int64[E]: how often each expert is used in indices i32[..., K], -1 being none."""
+    """Returns int64[E]: how often each expert occurs in indices i32[..., K]; -1 is no expert."""
     return np.bincount(indices.reshape(-1) + 1, minlength=num_experts + 1)[1:]

@@ -7,6 +7,8 @@ assignment, and no answer mixes two checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,6 +30,7 @@ from moe_jax.serving.engine.buckets import (
     bucket_sizes,
     slots_follow_logits,
 )
+from moe_jax.serving.errors import ServingError
 from moe_jax.types import Params
 
 # Estimators that look at more than the hidden states, which is all that a request brings.
@@ -86,15 +89,55 @@ class Snapshot:
 
     @property
     def router(self) -> Router:
+        """The rule."""
         return self.weights.router
 
     @property
     def trained(self) -> bool:
+        """Whether the weights come from a checkpoint."""
         return self.weights.trained
 
     @property
     def width(self) -> int:
+        """D, the width of the hidden states."""
         return self.models["router"].program.width
+
+    def check_model(self, model: str) -> None:
+        """Raises ServingError ``not_found`` unless this model is served."""
+        if model in self.models:
+            return
+        hint = (
+            "" if "moe" in self.models else " moe needs experts and MOE_SERVE_MOE other than off."
+        )
+        raise ServingError(
+            "not_found",
+            f"model: expected one of {', '.join(self.models)}, got {str(model)[:64]!r}.{hint}",
+        )
+
+    @functools.cached_property
+    def metadata(self) -> Mapping[str, Mapping[str, Any]]:
+        """Each model in the words of the Open Inference Protocol, built once; -1 is any size."""
+        return {model: self._described(model) for model in self.models}
+
+    def _described(self, model: str) -> dict[str, Any]:
+        router, width = self.router, self.width
+        if model == "moe":
+            outputs = [("output", "FP32", [-1, -1, width])]
+        else:
+            outputs = [
+                ("expert_indices", "INT32", [-1, -1, router.max_k]),
+                ("expert_weights", "FP32", [-1, -1, router.max_k]),
+                ("num_experts_per_token", "INT32", [-1, -1]),
+                ("complexity_scores", "FP32", [-1, -1]),
+                ("router_logits", "FP32", [-1, -1, router.num_experts]),
+            ]
+        return {
+            "name": model,
+            "versions": [self.version],
+            "platform": "jax",
+            "inputs": [{"name": "hidden_states", "datatype": "FP32", "shape": [-1, -1, width]}],
+            "outputs": [{"name": n, "datatype": d, "shape": s} for n, d, s in outputs],
+        }
 
     def served_as(self) -> dict[str, int]:
         """What the router is, in the words of ``router_config``."""

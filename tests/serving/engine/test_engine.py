@@ -420,7 +420,7 @@ def test_the_bundle_holds_no_secret_and_no_tensor(make_engine, states, log):  # 
     engine.infer("router", x, client=client)
     refusal(lambda: engine.identify(api_key="hunter9", peer="192.0.2.1"), "unauthorized")
     text = json.dumps(engine.diagnostics(), allow_nan=False)
-    for told in (text, log.text(), engine.metrics_text().decode(), repr(engine.gate.keys)):
+    for told in (text, log.text(), engine.metrics_text().decode(), repr(engine.access.keys)):
         assert "hunter" not in told
         assert "12345." not in told
     assert '"api_keys": true' in text

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.serving.engine import Client
-from moe_jax.serving.engine.core import WATCHDOG_SECONDS
+from moe_jax.serving.engine.report import WATCHDOG_SECONDS
 from moe_jax.serving.errors import ServingError
 from tests.serving.engine.deadlines import passing_at_work
 
@@ -221,7 +221,7 @@ def test_a_stuck_device_is_no_longer_live(drill, states):
 
 def test_a_fault_of_ours_is_a_500_that_tells_nothing(make_engine, states, log, monkeypatch):
     engine = make_engine()
-    monkeypatch.setattr("moe_jax.serving.engine.answering.check_values", lambda *a: 1 / 0)
+    monkeypatch.setattr("moe_jax.serving.engine.inference.check_values", lambda *a: 1 / 0)
     with pytest.raises(ServingError) as caught:
         engine.route(states(), request_id="r-1")
     assert (caught.value.code, caught.value.status) == ("internal", 500)
@@ -243,7 +243,7 @@ def test_first_fallback_a_cached_answer_of_the_same_version(drill, states):
     assert not info["degraded"]
     assert outcome(lambda: engine.route(states(seed=9), use_cache=False)) == "device_error"
     # an answer of other weights is none
-    engine._snapshot = dataclasses.replace(engine.snapshot, version="0" * 16)
+    engine.served.current = dataclasses.replace(engine.snapshot, version="0" * 16)
     assert outcome(lambda: engine.route(x, use_cache=False)) == "device_error"
     assert first["production_info"]["fallback_used"] is False
 
@@ -295,7 +295,7 @@ def test_identical_good_requests_are_never_blocked(make_engine, states):  # L02,
     client, x = Client("key-1"), states()
     for _ in range(200):
         engine.route(x, client=client)
-    assert engine.gate.blocks.blocked == 0
+    assert engine.access.blocks.blocked == 0
 
 
 def test_a_client_that_keeps_doing_wrong_is_blocked_for_a_while(make_engine, states, clock, log):

@@ -295,7 +295,7 @@ SHOWN = {
     "replicas": (3, logged, {}),
     "environment": ("production", untrained_level, {}),
     "cache_max_bytes": (1100, kept, {}),
-    "prefetch": (True, lambda engine, states: engine._hot is not None, {}),
+    "prefetch": (True, lambda engine, states: engine.results._hot is not None, {}),
     "trusted_proxies": ("10.0.0.0/8", forwarded, {}),
     "seed": (3, version, {}),
     "serve_moe": ("on", models, {"buckets": "16", "expert_hidden_dim": 24}),

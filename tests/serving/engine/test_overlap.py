@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_jax.serving.engine import answering
+from moe_jax.serving.engine import inference
 from moe_jax.serving.errors import ServingError
 
 
 @pytest.fixture
 def watched(make_engine, monkeypatch):
     """``watched(**settings)``: an engine and the list of what happens: run, check, ran."""
-    real = answering.check_values
+    real = inference.check_values
 
     def make(**settings):
         engine = make_engine(**{"enable_caching": False, **settings})
@@ -30,7 +30,7 @@ def watched(make_engine, monkeypatch):
             return real(*args)
 
         engine.device.run = watching
-        monkeypatch.setattr(answering, "check_values", checking)
+        monkeypatch.setattr(inference, "check_values", checking)
         return engine, events, routed
 
     return make
@@ -81,7 +81,7 @@ def test_what_the_check_puts_in_place_is_what_is_answered(watched, states, nonfi
 
 def test_a_fault_of_the_check_is_not_the_devices(watched, states, monkeypatch):
     engine, _, _ = watched()
-    monkeypatch.setattr(answering, "check_values", lambda *args: 1 / 0)
+    monkeypatch.setattr(inference, "check_values", lambda *args: 1 / 0)
     codes = []
     for _ in range(30):
         with pytest.raises(ServingError) as caught:

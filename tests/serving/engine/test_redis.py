@@ -94,7 +94,7 @@ def test_successors_are_fetched_from_redis_ahead(make_engine, states, server):  
             before = engine.cache.gain.saved
             engine.route(x)
             hits.append(engine.cache.gain.saved > before)
-            engine._prefetcher.settle()
+            engine.results.prefetcher.settle()
     counts = engine.get_metrics()["prefetch"]
     assert counts["useful"] >= 15, counts
     assert not counts["off"]

@@ -200,7 +200,7 @@ def test_while_it_warms_up_probes_are_answered_and_requests_told_to_come_back(mo
         loading.wait(60)
         raise ValueError("no such weights")
 
-    monkeypatch.setattr("moe_jax.serving.engine.opening.load_weights", load)
+    monkeypatch.setattr("moe_jax.serving.engine.served.load_weights", load)
     with RouterEngine(load_config(env={}, **SMALL), background=True) as engine:
         app = create_app(engine)
         assert asked(app, "GET", "/v2/health/live")[0] == 200

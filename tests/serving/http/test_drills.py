@@ -17,7 +17,7 @@ import pytest
 
 from moe_jax.config import load_config
 from moe_jax.serving.engine import RouterEngine
-from moe_jax.serving.engine.core import WATCHDOG_SECONDS
+from moe_jax.serving.engine.report import WATCHDOG_SECONDS
 from tests.serving.engine.conftest import Clock, Log
 from tests.serving.engine.deadlines import passing_at_work
 from tests.serving.engine.test_reload import write

@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_jax.config import Config
 from moe_jax.serving import admission
-from moe_jax.serving.engine.recording import Recorder
+from moe_jax.serving.engine.recorder import Recorder
 from moe_jax.serving.engine.requests import LOCAL, Client
 from moe_jax.serving.errors import CODES, ServingError
 
@@ -23,7 +23,7 @@ VIOLATIONS = (
 )
 
 
-class Gate:
+class AccessControl:
     """Level, limits, blocks and keys of one engine.
 
     Args:

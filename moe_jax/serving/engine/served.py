@@ -1,0 +1,240 @@
+"""The model that an engine serves: its start, its reloads, and the check that both must pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import moe_jax
+from moe_jax.checkpoint import CheckpointError
+from moe_jax.serving import admission, metrics
+from moe_jax.serving.engine.parts import Parts
+from moe_jax.serving.engine.snapshot import Snapshot, build_snapshot, load_weights, version_of
+from moe_jax.serving.errors import CODES, ServingError
+
+_CANARY_TOKENS = 64
+
+
+class Served:
+    """Holds the current snapshot, and replaces it between two requests.
+
+    Args:
+        parts: configuration, log, recorder and samplers are used.
+        host_fallback: whether a failing device is covered by the host's CPU; None is wherever that
+            is another device.
+
+    Attributes:
+        current: the snapshot that answers; None before the first one is ready.
+        limits: size limits of a request, with the width of what is served.
+        load_error: why the start failed, or None.
+    """
+
+    def __init__(self, parts: Parts, *, host_fallback: bool | None) -> None:
+        self.current: Snapshot | None = None
+        self.limits: admission.Limits = parts.limits
+        self.load_error: str | None = None
+        self._parts = parts
+        self._host_fallback = host_fallback
+        self._replacing = threading.Lock()
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is served now. Raises ServingError ``warming`` before there is anything."""
+        current = self.current
+        if current is None:
+            raise ServingError(
+                "warming", "not ready yet: loading and compiling. Try again.", retry_after=1.0
+            )
+        return current
+
+    # --- start
+
+    def load(self) -> None:
+        """Loads, compiles and checks what is configured, then serves it.
+
+        Raises:
+            ConfigError, CheckpointError, ValueError: what is configured cannot be served.
+        """
+        start = time.perf_counter()
+        parts = self._parts
+        snapshot = self._prepared(None)
+        if parts.config.performance.enable_monitoring:
+            experts = snapshot.router.num_experts
+            parts.recorder.open(
+                metrics.Exporter(
+                    num_experts=experts, codes=tuple(CODES), build=_build_of(snapshot)
+                ),
+                # A reload may bring another largest k, so there is room for any.
+                metrics.Traffic(num_experts=experts, max_k=experts, clock=parts.clock),
+            )
+        parts.system.sample()
+        self._serve(snapshot)
+        parts.log.info(
+            "engine_ready",
+            version=snapshot.version,
+            router=type(snapshot.router).__name__,
+            trained=snapshot.trained,
+            models=sorted(snapshot.models),
+            backend=jax.default_backend(),
+            seconds=round(time.perf_counter() - start, 3),
+        )
+        self._log_hints(snapshot)
+
+    def load_in_background(self) -> None:
+        """Starts ``load`` on a thread; ``load_error`` says why it failed."""
+        threading.Thread(target=self._load_quietly, name="moe-load", daemon=True).start()
+
+    def _load_quietly(self) -> None:
+        try:
+            self.load()
+        except Exception as error:
+            self.load_error = f"{type(error).__name__}: {error}"
+            self._parts.log.error("load_failed", error=self.load_error)
+
+    def _prepared(self, checkpoint: str | None) -> Snapshot:
+        """Returns a snapshot that is loaded, compiled and has passed the canary batch."""
+        config = self._parts.config
+        weights = load_weights(config, checkpoint)
+        snapshot = build_snapshot(config, weights, host_fallback=self._host_fallback)
+        if self.current is not None:
+            _check_compatible(self.current, snapshot)
+        snapshot.warm()
+        check_canary(snapshot)
+        return snapshot
+
+    def _serve(self, snapshot: Snapshot) -> None:
+        self.limits = dataclasses.replace(self.limits, width=snapshot.width)
+        self.current = snapshot
+
+    def _log_hints(self, snapshot: Snapshot) -> None:
+        """Logs where what is served differs from what the operator may expect."""
+        log, config = self._parts.log, self._parts.config
+        served = snapshot.served_as()
+        differing = {
+            name: value
+            for name, value in served.items()
+            if snapshot.trained and value != getattr(config.router_config, name)
+        }
+        if differing:
+            log.warning(
+                "configuration_superseded",
+                hint="the checkpoint's values of these settings of router_config are in force, not "
+                "the configured ones. Configure the checkpoint's values.",
+                served=differing,
+            )
+        if snapshot.trained and "moe" not in snapshot.models and config.serving.serve_moe != "off":
+            log.info(
+                "moe_not_served",
+                hint="the checkpoint has no experts, or its metadata does not say what they are: "
+                'experts={"activation": ..., "gated": ...}.',
+            )
+        if not snapshot.trained:
+            write = log.error if config.environment == "production" else log.warning
+            write(
+                "untrained_weights",
+                hint="serving random weights from a seed. Set MOE_CHECKPOINT to a folder that "
+                "moe-jax train or moe-jax calibrate wrote.",
+                seed=config.serving.seed,
+            )
+
+    # --- reload
+
+    def reload(self, checkpoint: str | None) -> dict[str, Any]:
+        """Replaces the snapshot by another checkpoint's, see ``RouterEngine.reload``."""
+        with self._replacing:
+            start = time.perf_counter()
+            old, log = self.snapshot, self._parts.log
+            try:
+                new = self._prepared(checkpoint)
+            except Exception as error:
+                log.error(
+                    "reload_refused",
+                    checkpoint=checkpoint,
+                    serving=old.version,
+                    error=f"{type(error).__name__}: {error}",
+                )
+                raise
+            self._serve(new)
+            self._parts.recorder.relabel(_build_of(new))
+            seconds = time.perf_counter() - start
+            log.info(
+                "reloaded",
+                version=new.version,
+                previous=old.version,
+                trained=new.trained,
+                seconds=round(seconds, 3),
+            )
+            return {
+                "version": new.version,
+                "previous": old.version,
+                "trained": new.trained,
+                "source": new.weights.source,
+                "seconds": seconds,
+            }
+
+
+def _build_of(snapshot: Snapshot) -> dict[str, str]:
+    """Returns the labels of ``moe_build_info``."""
+    return {
+        "version": moe_jax.__version__,
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "params": snapshot.version if snapshot.trained else f"untrained-{snapshot.version}",
+    }
+
+
+def _check_compatible(old: Snapshot, new: Snapshot) -> None:
+    """Raises CheckpointError if a client that the old snapshot answers would be refused by the new."""
+    # Nobody relies on seeded experts, so a checkpoint may replace them without having any.
+    before, after = sorted(old.models), sorted(new.models)
+    for name, expected, got in (
+        ("width (input_dim)", old.width, new.width),
+        ("num_experts", old.router.num_experts, new.router.num_experts),
+        ("models", before if old.trained else after, after),
+    ):
+        if expected != got:
+            raise CheckpointError(
+                f"reload: expected {name} {expected} as it is served now, got {got}. Start another "
+                "instance for it instead."
+            )
+
+
+def check_canary(snapshot: Snapshot) -> None:
+    """Routes a seeded batch and checks the answers, and that the weights are those that were loaded.
+
+    Raises:
+        CheckpointError: an answer is unsound.
+        ServingError: ``internal``: the weights changed in memory.
+    """
+    if version_of(snapshot.weights) != snapshot.version:
+        raise ServingError("internal", "the weights changed in memory while they were loaded.")
+    shape = (_CANARY_TOKENS, snapshot.width)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    router = snapshot.router
+    outputs = snapshot.models["router"].run(x, None, logits=True)
+    indices, weights = outputs["expert_indices"], outputs["expert_weights"]
+    counts = outputs["num_experts_per_token"]
+    problems = []
+    if not all(np.isfinite(outputs[name]).all() for name in ("expert_weights", "router_logits")):
+        problems.append("values that are not finite")
+    if ((indices < -1) | (indices >= router.num_experts)).any():
+        problems.append("experts that do not exist")
+    if (counts < router.min_k).any() or (counts > router.max_k).any():
+        problems.append(f"experts per token outside of {router.min_k} to {router.max_k}")
+    if not ((weights >= 0).all() and (weights[indices < 0] == 0).all()):
+        problems.append("weights that are negative or of no expert")
+    if (
+        "moe" in snapshot.models
+        and not np.isfinite(snapshot.models["moe"].run(x, None)["output"]).all()
+    ):
+        problems.append("outputs of experts that are not finite")
+    if problems:
+        raise CheckpointError(
+            f"weights from {snapshot.weights.source}: expected sound answers to a canary batch, got "
+            f"{'; '.join(problems)}. They are not served; calibrate or train again."
+        )
