@@ -131,7 +131,9 @@ def test_logs_carry_request_and_trace_ids_and_neither_keys_nor_tensors(service, 
         wrapper_class=structlog.make_filtering_bound_logger("debug"),
     )
     with monkeypatch.context() as patch:
-        patch.setattr(service.engine, "log", log)
+        engine = service.engine
+        patch.setattr(engine, "log", log)
+        patch.setattr(engine, "parts", dataclasses.replace(engine.parts, log=log))
         service.request(
             "POST", INFER, BODY,
             {"X-Request-Id": "seen", "traceparent": f"00-{trace}-{parent}-01",
