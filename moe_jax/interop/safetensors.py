@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
                 raise self._broken("a header that is not JSON") from None
         if not isinstance(header, dict):
             raise self._broken("a header that is not a JSON object")
-        header.pop("__metadata__", None)
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._start = 8 + length
         self._header = {n: self._entry(n, e, size - self._start) for n, e in header.items()}
         self._bytes: np.ndarray | None = None
@@ -148,3 +148,67 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._where[name]
+
+    def metadata_of(self, file: str) -> dict[str, str]:
+        """The metadata of one file, e.g. ``{"format": "pt"}``."""
+        return dict(self._file(file).metadata)
+
+
+def write_safetensors(
+    path: str | Path,
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    get: Callable[[str], np.ndarray],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file, a tensor at a time.
+
+    Args:
+        path: of the file.
+        tensors: name -> (dtype, shape).
+        get: a tensor by its name; called once for each, in the order of the file.
+        metadata: kept beside the tensors.
+
+    Raises:
+        ValueError: a dtype that the format does not have, or a tensor of another dtype or shape.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "one.safetensors"
+        >>> write_safetensors(path, {"a": (np.dtype("float32"), (2,))}, lambda name: np.ones(2, "f4"))
+        >>> SafetensorsFile(path)["a"].tolist()
+        [1.0, 1.0]
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    # Widest first, so that every tensor begins at a multiple of its item size.
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        if dtype not in names:
+            raise ValueError(f"{name!r}: expected a dtype of the format, got {dtype}. Convert it.")
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": names[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with Path(path).open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for name in order:
+            array = get(name)
+            if (array.dtype, array.shape) != tensors[name]:
+                raise ValueError(
+                    f"{name!r}: expected {tensors[name][0]}{list(tensors[name][1])}, got "
+                    f"{array.dtype}{list(array.shape)}."
+                )
+            file.write(np.ascontiguousarray(array).view(np.uint8).data)

@@ -1,0 +1,199 @@
+"""Attention of published models as pure functions: grouped queries, and DeepSeek's latent attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.models.decoder_config import DecoderConfig, LatentConfig, LayerConfig
+from moe_jax.models.rope import angles, rotate
+from moe_jax.types import Array, Params, pytree
+
+
+@pytree
+class TokenLayout:
+    """Where the tokens of one call stand in their sequences.
+
+    Slots are columns of the cache, or of ``input_ids`` where there is none; padding takes slots.
+    Positions count real tokens only.
+    """
+
+    positions: Array  # i32[B, S]
+    mask: Array  # bool[B, S]: False for padding
+    key_mask: Array  # bool[B, L]: which slots hold a real token, those of this call included
+    start: Array  # i32[]: slot of the first token of this call
+
+
+def project(params: Params, x: Array) -> Array:
+    """``x @ kernel + bias`` for x float[..., in], in the dtype of x, summed in float32."""
+    kernel = params["kernel"].astype(x.dtype)
+    out = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    if "bias" in params:
+        bias = params["bias"].astype(jnp.float32)
+        out = out + bias.reshape((1,) * (out.ndim - 1) + bias.shape)
+    return out.astype(x.dtype)
+
+
+def normalize(params: Params, x: Array, *, eps: float) -> Array:
+    """Root-mean-square norm of x float[..., n], or layer norm where ``params`` have a bias."""
+    wide = x.astype(jnp.float32)
+    lead = (1,) * (x.ndim - 1)
+    if "bias" in params:
+        wide = wide - wide.mean(axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps)
+    wide = wide * params["scale"].astype(jnp.float32).reshape(*lead, -1)
+    if "bias" in params:
+        wide = wide + params["bias"].astype(jnp.float32).reshape(*lead, -1)
+    return wide.astype(x.dtype)
+
+
+def visible(layout: TokenLayout, window: int | None) -> Array:
+    """bool[B, S, L]: which slots each token attends to: real ones, not after it, inside the window."""
+    queries = layout.start + jnp.arange(layout.mask.shape[1], dtype=jnp.int32)
+    keys = jnp.arange(layout.key_mask.shape[1], dtype=jnp.int32)
+    distance = queries[:, None] - keys[None, :]
+    allowed = distance >= 0
+    if window is not None:
+        allowed = allowed & (distance < window)
+    return allowed[None, :, :] & layout.key_mask[:, None, :]
+
+
+def softmax(logits: Array, allowed: Array, sinks: Array | None) -> Array:
+    """Attention probabilities f32[B, kv, group, S, L]; a row that sees nothing is uniform.
+
+    Args:
+        logits: f32[B, kv, group, S, L].
+        allowed: bool[B, S, L].
+        sinks: f32[kv, group], one more logit a head whose share goes to nothing, or None.
+    """
+    # A finite bound instead of -inf, so that rows of padding, which see nothing, hold no NaN.
+    logits = jnp.where(allowed[:, None, None, :, :], logits, jnp.finfo(jnp.float32).min)
+    if sinks is None:
+        return jax.nn.softmax(logits, axis=-1)
+    column = sinks.astype(jnp.float32)[None, :, :, None, None]
+    top = jnp.maximum(logits.max(axis=-1, keepdims=True), column)
+    weights = jnp.exp(logits - top)
+    return weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(column - top))
+
+
+def attend(
+    config: DecoderConfig,
+    layer: LayerConfig,
+    params: Params,
+    x: Array,
+    layout: TokenLayout,
+    cache: Params | None = None,
+) -> tuple[Array, Params | None]:
+    """Self-attention of x float[B, S, D].
+
+    Args:
+        config: sizes and variants (static).
+        layer: window and rotary positions (static).
+        params: projections ``{"kernel", "bias"}`` and norms ``{"scale"}`` by name, see
+            ``moe_jax.models.hub_layout``.
+        x: float[B, S, D].
+        layout: positions and padding.
+        cache: this layer's keys and values (see ``moe_jax.models.kv_cache``), or None.
+
+    Returns:
+        float[B, S, D], and the cache with this call's tokens written at ``layout.start``.
+    """
+    if config.latent is not None:
+        return _latent_attention(config, config.latent, layer, params, x, layout, cache)
+    batch, length, _ = x.shape
+    q, k, v = (project(params[name], x) for name in ("q", "k", "v"))
+    if config.qk_norm == "full":
+        q, k = _norm_qk(config, params, q, k)
+    if config.qkv_clip is not None:
+        q, k, v = (jnp.clip(t, -config.qkv_clip, config.qkv_clip) for t in (q, k, v))
+    q, k, v = (t.reshape(batch, length, -1, config.head_dim) for t in (q, k, v))
+    if config.qk_norm == "head" and not config.qk_norm_after_rope:
+        q, k = _norm_qk(config, params, q, k)
+    if layer.rope is not None:
+        cosine, sine = angles(layer.rope, layout.positions)
+        q = rotate(q, cosine, sine, interleaved=layer.rope.interleaved)
+        k = rotate(k, cosine, sine, interleaved=layer.rope.interleaved)
+    if config.qk_norm == "head" and config.qk_norm_after_rope:
+        q, k = _norm_qk(config, params, q, k)
+    if cache is not None:
+        # Keys are cached with their positions in them, so that a step rotates one key and not all.
+        cache = {"k": _write(cache["k"], k, layout.start), "v": _write(cache["v"], v, layout.start)}
+        k, v = cache["k"], cache["v"]
+    groups = q.reshape(batch, length, config.num_kv_heads, -1, config.head_dim)
+    logits = jnp.einsum("bskgd,blkd->bkgsl", groups, k, preferred_element_type=jnp.float32)
+    sinks = params["sinks"].reshape(config.num_kv_heads, -1) if config.sinks else None
+    weights = softmax(logits * config.softmax_scale, visible(layout, layer.window), sinks)
+    out = jnp.einsum(
+        "bkgsl,blkd->bskgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return project(params["o"], out.astype(x.dtype).reshape(batch, length, -1)), cache
+
+
+def _norm_qk(config: DecoderConfig, params: Params, q: Array, k: Array) -> tuple[Array, Array]:
+    q = normalize(params["q_norm"], q, eps=config.norm_eps)
+    return q, normalize(params["k_norm"], k, eps=config.norm_eps)
+
+
+def _write(held: Array, new: Array, start: Array) -> Array:
+    index: list[Any] = [jnp.zeros((), start.dtype)] * held.ndim
+    index[1] = start
+    return jax.lax.dynamic_update_slice(held, new.astype(held.dtype), index)
+
+
+def _latent_attention(
+    config: DecoderConfig,
+    latent: LatentConfig,
+    layer: LayerConfig,
+    params: Params,
+    x: Array,
+    layout: TokenLayout,
+    cache: Params | None,
+) -> tuple[Array, Params | None]:
+    """Multi-head latent attention (arXiv:2405.04434): the cache holds one short vector a token."""
+    batch, length, _ = x.shape
+    heads, nope = config.num_heads, latent.nope_dim
+    q = x
+    if latent.query_rank is not None:
+        q = normalize(params["q_a_norm"], project(params["q_a"], x), eps=latent.norm_eps)
+    q = project(params["q"], q).reshape(batch, length, heads, nope + latent.rope_dim)
+    q_nope, q_rope = q[..., :nope], q[..., nope:]
+    compressed = project(params["kv_a"], x)
+    kv = normalize(params["kv_a_norm"], compressed[..., : latent.rank], eps=latent.norm_eps)
+    k_rope = compressed[..., None, latent.rank :]  # one head, which all share
+    if layer.rope is not None:
+        cosine, sine = angles(layer.rope, layout.positions)
+        q_rope = rotate(q_rope, cosine, sine, interleaved=layer.rope.interleaved)
+        k_rope = rotate(k_rope, cosine, sine, interleaved=layer.rope.interleaved)
+    k_rope = k_rope[:, :, 0, :]
+    if cache is not None:
+        cache = {
+            "latent": _write(cache["latent"], kv, layout.start),
+            "k_rope": _write(cache["k_rope"], k_rope, layout.start),
+        }
+        kv, k_rope = cache["latent"], cache["k_rope"]
+    up = params["kv_b"]["kernel"].astype(x.dtype)
+    up = up.reshape(latent.rank, heads, nope + latent.value_dim)
+    key_up, value_up = up[..., :nope], up[..., nope:]
+    precise: Any = {"preferred_element_type": jnp.float32}
+    # A step of one token would expand the whole cache to keys and values. Moving the expansion to the
+    # query's and the output's side gives the same product from the short vectors alone.
+    absorbed = cache is not None and length == 1
+    if absorbed:
+        short = jnp.einsum("bshn,rhn->bshr", q_nope, key_up, **precise).astype(x.dtype)
+        logits = jnp.einsum("bshr,blr->bhsl", short, kv, **precise)
+    else:
+        keys = jnp.einsum("blr,rhn->blhn", kv, key_up, **precise).astype(x.dtype)
+        logits = jnp.einsum("bshn,blhn->bhsl", q_nope, keys, **precise)
+    logits = logits + jnp.einsum("bshd,bld->bhsl", q_rope, k_rope, **precise)
+    seen = visible(layout, layer.window)
+    weights = softmax(logits[:, :, None] * config.softmax_scale, seen, None)[:, :, 0]
+    weights = weights.astype(x.dtype)
+    if absorbed:
+        short = jnp.einsum("bhsl,blr->bshr", weights, kv, **precise).astype(x.dtype)
+        out = jnp.einsum("bshr,rhv->bshv", short, value_up, **precise)
+    else:
+        values = jnp.einsum("blr,rhv->blhv", kv, value_up, **precise).astype(x.dtype)
+        out = jnp.einsum("bhsl,blhv->bshv", weights, values, **precise)
+    return project(params["o"], out.astype(x.dtype).reshape(batch, length, -1)), cache

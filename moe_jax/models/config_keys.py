@@ -1,0 +1,223 @@
+"""A ``config.json`` that remembers which of its keys were understood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moe_jax.models.decoder_config import RopeConfig
+from moe_jax.models.rope import KINDS
+
+# Keys that change no number of a forward pass: training, generation, bookkeeping of other libraries.
+_HARMLESS = """
+_attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures
+attention_dropout attn_implementation auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens
+bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
+decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
+encoder_no_repeat_ngram_size eod_token_id eos_token_id ep_size exponential_decay_length_penalty
+finetuning_task forced_bos_token_id forced_eos_token_id head_dropout hidden_dropout id2label
+im_end_id im_start_id initializer_range is_decoder is_encoder_decoder label2id length_penalty
+max_length max_position_embeddings min_length model_type model_version no_repeat_ngram_size
+num_beam_groups num_beams num_mtp_layers num_nextn_predict_layers num_return_sequences
+output_attentions output_hidden_states output_router_logits output_scores pad_token_id prefix
+pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop
+return_dict return_dict_in_generate router_aux_loss_coef router_bias_update_speed
+router_z_loss_coef sep_token_id seq_aux suppress_tokens task_specific_params temperature
+tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+unk_token_id use_bfloat16 use_cache vocab_padding
+"""
+HARMLESS = frozenset(_HARMLESS.split())
+
+_ROPE = """
+rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings
+attention_factor beta_fast beta_slow mscale mscale_all_dim truncate low_freq_factor
+high_freq_factor short_factor long_factor short_mscale long_mscale finetuned
+"""
+_ROPE_KEYS = frozenset(_ROPE.split())
+
+
+class ConfigKeys:
+    """Reads a config by key and refuses what nobody read.
+
+    Args:
+        model_type: for messages.
+        config: ``config.json`` as a dict.
+        defaults: of the config class in transformers, for keys that the file leaves out.
+    """
+
+    def __init__(
+        self, model_type: str, config: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> None:
+        self.model_type = model_type
+        self._config = config
+        self._defaults = defaults
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key. Null means ``default``; a key that is left out means the default of
+        transformers, else ``default``."""
+        self._read.add(key)
+        value = self._config[key] if key in self._config else self._defaults.get(key)
+        return default if value is None else value
+
+    def default(self, key: str) -> Any:
+        """The default of transformers for a key, None where it has none."""
+        return self._defaults.get(key)
+
+    def number(self, key: str) -> int:
+        """A positive whole number.
+
+        Raises:
+            ValueError: it is missing or something else.
+        """
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(key, "a positive whole number", value)
+        return value
+
+    def fixed(self, key: str, values: tuple[Any, ...]) -> None:
+        """Refuses a value other than those that the decoder implements."""
+        value = self.get(key, values[0])
+        if value not in values:
+            listed = " or ".join(map(repr, values))
+            raise self.error(key, listed, value)
+
+    def error(self, key: str, wanted: str, value: Any) -> ValueError:
+        """The error for a value that the decoder does not implement."""
+        return ValueError(
+            f"config of {self.model_type!r}: expected {key} to be {wanted}, got {value!r}. The "
+            "model would give other numbers; nothing else is implemented."
+        )
+
+    def finish(self, understood: frozenset[str]) -> None:
+        """Refuses keys that were neither read, nor are harmless, nor in ``understood``.
+
+        A key whose value is null states nothing and passes.
+
+        Raises:
+            ValueError: the keys are named.
+        """
+        known = self._read | HARMLESS | understood
+        unknown = sorted(k for k, v in self._config.items() if k not in known and v is not None)
+        if unknown:
+            raise ValueError(
+                f"config of {self.model_type!r}: expected keys whose meaning is known, got "
+                f"{', '.join(unknown[:8])}. A key that is passed over could change the model's "
+                "numbers: remove it from config.json if it does not, else the model is not supported."
+            )
+
+
+def read_rope(
+    keys: ConfigKeys,
+    *,
+    head_dim: int,
+    interleaved: bool = False,
+    layer_type: str | None = None,
+    partial: float = 1.0,
+) -> tuple[RopeConfig | None, float]:
+    """The rotary positions of a config, and the factor that "mscale" puts on latent attention.
+
+    Reads ``rope_parameters`` (transformers 5; one for all layers or one a layer type) or
+    ``rope_scaling`` with ``rope_theta`` and ``partial_rotary_factor`` beside it.
+
+    Args:
+        keys: the config.
+        head_dim: of which ``partial_rotary_factor`` is rotated.
+        interleaved: how pairs are laid out.
+        layer_type: which entry to take where ``rope_parameters`` have one a layer type.
+        partial: ``partial_rotary_factor`` where the config states none.
+
+    Returns:
+        The positions, None where the config states that this layer type has none; and the factor on
+        the softmax scale.
+
+    Raises:
+        ValueError: a kind or a key that is not known.
+    """
+    theta = keys.get("rope_theta", keys.default("rope_theta") or 10_000.0)
+    partial = keys.get("partial_rotary_factor", partial)
+    scaling = keys.get("rope_scaling")
+    stated = scaling or keys.get("rope_parameters") or keys.default("rope_parameters") or {}
+    if not isinstance(stated, Mapping):
+        raise keys.error("rope_parameters", "an object", stated)
+    if layer_type in stated:
+        stated = stated[layer_type]
+        if stated is None:
+            return None, 1.0
+    unknown = sorted(set(stated) - _ROPE_KEYS)
+    if unknown:
+        where = "rope_scaling" if scaling else "rope_parameters"
+        raise keys.error(f"{where}.{unknown[0]}", "absent", stated[unknown[0]])
+    kind = stated.get("rope_type") or stated.get("type") or "default"
+    if kind not in KINDS:
+        raise keys.error("rope_type", f"one of {', '.join(KINDS)}", kind)
+    longest = keys.get("max_position_embeddings", 0)
+    original = (
+        keys.get("original_max_position_embeddings")
+        or stated.get("original_max_position_embeddings")
+        or longest
+    )
+    partial = stated.get("partial_rotary_factor", partial)
+    factor = stated.get("factor")
+    if factor is None:
+        if kind in ("linear", "dynamic", "llama3"):
+            raise keys.error("rope_parameters.factor", f"a number, as {kind!r} needs it", factor)
+        factor = longest / original if kind in ("yarn", "longrope") else 1.0
+    rope = RopeConfig(
+        dim=int(head_dim * partial),
+        theta=float(stated.get("rope_theta") or theta),
+        kind=kind,
+        interleaved=interleaved,
+        factor=float(factor),
+        original_length=original if kind in ("yarn", "llama3", "longrope") else 0,
+        max_length=longest if kind == "dynamic" else 0,
+        beta_fast=float(stated.get("beta_fast") or 32),
+        beta_slow=float(stated.get("beta_slow") or 1),
+        truncate=bool(stated.get("truncate", True)),
+        low_freq_factor=float(stated.get("low_freq_factor") or 1.0),
+        high_freq_factor=float(stated.get("high_freq_factor") or 1.0),
+        short_factors=tuple(map(float, stated["short_factor"])) if kind == "longrope" else (),
+        attention_factor=_attention_factor(keys, kind, stated, float(factor), original),
+    )
+    if rope.dim < 2 or rope.dim % 2 or rope.dim > head_dim:
+        raise keys.error(
+            "partial_rotary_factor", f"such that an even part of {head_dim} is rotated", partial
+        )
+    if kind == "longrope" and len(rope.short_factors) != rope.dim // 2:
+        raise keys.error(
+            "short_factor", f"a list of {rope.dim // 2} numbers", len(rope.short_factors)
+        )
+    everywhere = stated.get("mscale_all_dim") or 0
+    stretch = _magnitude(float(factor), everywhere) if kind != "default" and everywhere else 1.0
+    return rope, stretch * stretch
+
+
+def _magnitude(factor: float, multiplier: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+
+def _attention_factor(
+    keys: ConfigKeys, kind: str, stated: Mapping[str, Any], factor: float, original: int
+) -> float:
+    """What cosine and sine are multiplied by."""
+    given = stated.get("attention_factor")
+    if kind == "longrope":
+        if (
+            keys.model_type == "phimoe"
+        ):  # its own spelling, one for short and one for long sequences
+            given = stated.get("short_mscale")
+            if given is None:
+                raise keys.error("rope_parameters.short_mscale", "a number", given)
+        if given is None:
+            stretched = factor > 1
+            given = math.sqrt(1 + math.log(factor) / math.log(original)) if stretched else 1.0
+        return float(given)
+    if kind != "yarn":
+        return 1.0
+    if given is not None:
+        return float(given)
+    top, bottom = stated.get("mscale"), stated.get("mscale_all_dim")
+    if top and bottom:
+        return _magnitude(factor, top) / _magnitude(factor, bottom)
+    return _magnitude(factor)

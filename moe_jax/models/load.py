@@ -1,0 +1,177 @@
+"""Whole published models from a folder, at once or layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.interop import MoEBlock, moe_block_from_hf
+from moe_jax.interop.safetensors import SafetensorsFolder
+from moe_jax.models.architectures import architecture_of, decoder_config
+from moe_jax.models.causal_lm import CausalLM
+from moe_jax.models.decoder_config import DecoderConfig
+from moe_jax.models.hub_layout import (
+    LAYER,
+    HubSource,
+    TensorRecord,
+    check_unused,
+    end_entries,
+    layer_entries,
+    take,
+)
+from moe_jax.types import Params
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class HubFolder:
+    """A checkpoint folder, opened: its config is read, its tensors are not yet.
+
+    Args:
+        folder: holds ``config.json`` and ``model.safetensors``, or shards with their index.
+        dtype: of the parameters, ``"float32"`` or ``"bfloat16"``; None takes the one of the
+            checkpoint. Routers are float32 always.
+
+    Attributes:
+        config: the decoder.
+
+    Raises:
+        FileNotFoundError: no config, no safetensors, or a shard is missing; pickled weights are never
+            read.
+        ValueError: a model or a setting that is not implemented; see ``decoder_config``.
+    """
+
+    def __init__(self, folder: str | Path, *, dtype: Any = None) -> None:
+        self.folder = Path(folder)
+        self.raw = _read_config(self.folder)
+        self.config: DecoderConfig = decoder_config(self.raw)
+        self._block = architecture_of(self.raw).block + "."
+        self._tensors = SafetensorsFolder(self.folder)
+        self._by_layer: dict[int, dict[str, str]] = {}
+        self._ends: list[str] = []
+        for name in self._tensors:
+            match = LAYER.fullmatch(name)
+            if match is None:
+                self._ends.append(name)
+            # Layers beyond the last predict further tokens; transformers leaves them out too.
+            elif int(match[1]) < self.config.num_layers:
+                self._by_layer.setdefault(int(match[1]), {})[match[2]] = name
+        self.dtype = jnp.dtype(_dtype(self._stored() if dtype is None else dtype))
+
+    def _stored(self) -> str:
+        """bfloat16 where the checkpoint has it; anything else that is not quantised fits float32."""
+        name = "model.embed_tokens.weight"
+        stored = self._tensors[name].dtype.name if name in self._tensors else ""
+        return stored if stored in DTYPES else "float32"
+
+    def ends(self) -> Params:
+        """Embedding, last norm and head, in ``dtype``."""
+        where = f"{self.folder}"
+        entries = list(end_entries(self.config))
+        named = {n: self._tensors[n] for n in self._ends if n in {e.name for e in entries}}
+        tied = ["lm_head.weight"] if self.config.tied else []
+        check_unused([n for n in self._ends if n not in named and n not in tied], where=where)
+        return take(named, iter(entries), dtype=self.dtype, where=where)
+
+    def layer(self, number: int) -> Params:
+        """The parameters of one layer, its tensors and no others read from disk."""
+        where = f"{self.folder}, layer {number}"
+        names = self._by_layer.get(number, {})
+        layer = self.config.layers[number]
+        entries = list(layer_entries(self.config, layer))
+        wanted = {e.name for e in entries}
+        tensors = {short: self._tensors[full] for short, full in names.items() if short in wanted}
+        rest = {short: full for short, full in names.items() if short not in wanted}
+        inside = {s: f for s, f in rest.items() if layer.experts and s.startswith(self._block)}
+        check_unused([s for s in rest if s not in inside], where=where)
+        params = take(tensors, iter(entries), dtype=self.dtype, where=where)
+        if layer.experts:
+            if not inside:
+                raise ValueError(
+                    f"{where}: expected experts under {self._block!r}, got none. Check the config "
+                    "against the checkpoint."
+                )
+            block = {s: self._tensors[f] for s, f in inside.items()}
+            params["moe"] = _cast(moe_block_from_hf(self.raw, block, self._block), self.dtype)
+        return params
+
+    def source(self) -> HubSource:
+        """What ``save_model`` needs of this folder."""
+        own = [*self._ends, *(n for names in self._by_layer.values() for n in names.values())]
+        records = {n: self._record(n) for n in own}
+        files = sorted({record.file for record in records.values()})
+        index = self.folder / "model.safetensors.index.json"
+        return HubSource(
+            folder=str(self.folder),
+            config=(self.folder / "config.json").read_text("utf-8"),
+            index=index.read_text("utf-8") if index.is_file() else None,
+            block=self._block,
+            tensors=records,
+            metadata={file: self._tensors.metadata_of(file) for file in files},
+        )
+
+    def _record(self, name: str) -> TensorRecord:
+        tensor = self._tensors[name]  # a view: nothing is read
+        return TensorRecord(self._tensors.file_of(name), tensor.dtype, tuple(tensor.shape))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: expected the model's config, got no such file. Give the folder that holds "
+            "config.json and the weights."
+        )
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: expected JSON, got something else. Download it again.") from None
+    return config
+
+
+def _dtype(asked: Any) -> Any:
+    name = asked if isinstance(asked, str) else jnp.dtype(asked).name
+    if name not in DTYPES:
+        raise ValueError(
+            f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}. Choose the one to compute in."
+        )
+    return DTYPES[name]
+
+
+def _cast(block: MoEBlock, dtype: Any) -> MoEBlock:
+    """All but the router in ``dtype``."""
+    params = {
+        name: held if name == "router" else jax.tree.map(lambda a: a.astype(dtype), held)
+        for name, held in block.params.items()
+    }
+    return dataclasses.replace(block, params=params)
+
+
+def load_model(folder: str | Path, *, dtype: Any = None) -> CausalLM:
+    """A published Mixture-of-Experts model from a folder as the Hub has them.
+
+    Args:
+        folder: holds ``config.json`` and ``model.safetensors``, or shards with their index.
+        dtype: see ``HubFolder``.
+
+    Returns:
+        The model, all of it in memory; see ``stream_layers`` for models that do not fit.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``HubFolder``; or a tensor is missing, left over, of
+            another shape or quantised. It is named.
+
+    Example:
+        >>> model = load_model("tests/goldens/models/qwen3_moe")
+        >>> model.config.num_layers, model.config.moe_layers
+        (2, (1,))
+    """
+    opened = HubFolder(folder, dtype=dtype)
+    params = opened.ends()
+    params["layers"] = [opened.layer(i) for i in range(opened.config.num_layers)]
+    return CausalLM(opened.config, params, source=opened.source())

@@ -1,0 +1,209 @@
+"""A model back in the layout of the Hub: the same tensor names and shards, the same ``config.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.interop import router_from_hf
+from moe_jax.interop.families import BY_TYPE
+from moe_jax.interop.model_config import ALIASES
+from moe_jax.interop.names import canonical
+from moe_jax.interop.safetensors import write_safetensors
+from moe_jax.models.causal_lm import CausalLM
+from moe_jax.models.hub_layout import (
+    LAYER,
+    BlockTensors,
+    HubSource,
+    TensorRecord,
+    end_entries,
+    give,
+    layer_entries,
+)
+from moe_jax.types import Params
+
+# Files beside the weights that belong to the model: they are copied where the source still has them.
+_COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def save_model(model: CausalLM, folder: str | Path) -> Path:
+    """Writes a model as the checkpoint that it came from was laid out.
+
+    Tensors have the names, shapes and files of the checkpoint, and the dtype that they are held in.
+    ``config.json`` keeps its text; only its ``dtype`` changes, where the model has another. Tokenizer
+    and generation settings are copied from the folder that was loaded, where it still exists.
+    Layers that predict further tokens, which ``load_model`` leaves out, are not written.
+
+    Args:
+        model: from ``load_model``.
+        folder: where to write. It must not exist yet, or be empty.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder holds files.
+        ValueError: the model was not loaded from a folder, a block's sizes or its rule have changed,
+            or its parameters do not determine a tensor of the checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> from moe_jax.models import load_model
+        >>> model = load_model("tests/goldens/models/mixtral")
+        >>> path = save_model(model, Path(tempfile.mkdtemp()) / "mine")
+        >>> sorted(file.name for file in path.iterdir())
+        ['config.json', 'model.safetensors']
+    """
+    source = model.source
+    if not isinstance(source, HubSource):
+        raise ValueError(
+            "model: expected one from load_model, which knows the checkpoint's layout, got one without "
+            "it. Save its params with moe_jax.checkpoint instead."
+        )
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target}: expected a new or empty folder, got one with files. Choose another name."
+        )
+    get = _reader(model, source)
+    config = _config(source.config, model)
+    records = {
+        name: _as_held(name, record, model, source.block) for name, record in source.tensors.items()
+    }
+    # Written beside the target and renamed, so that no half-written model has its name.
+    part = target.parent / f".{target.name}.writing-{os.getpid()}"
+    part.mkdir(parents=True)
+    try:
+        for file in sorted({record.file for record in records.values()}):
+            inside = {n: (r.dtype, r.shape) for n, r in records.items() if r.file == file}
+            write_safetensors(
+                part / file,
+                inside,
+                lambda name: get(name).astype(records[name].dtype),
+                metadata=source.metadata[file],
+            )
+        if source.index is not None:
+            (part / "model.safetensors.index.json").write_text(_index(source.index, records))
+        (part / "config.json").write_text(config)
+        for name in _COMPANIONS:
+            if (Path(source.folder) / name).is_file():
+                shutil.copyfile(Path(source.folder) / name, part / name)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return target
+
+
+def _reader(model: CausalLM, source: HubSource) -> Callable[[str], np.ndarray]:
+    """A function from a tensor's name to the tensor, one layer's block on the host at a time."""
+    config = model.config
+    ends = {entry.name: entry for entry in end_entries(config)}
+    params = model.params()
+    if config.tied:  # some checkpoints keep the head too; it is the embedding
+        ends["lm_head.weight"] = ends["model.embed_tokens.weight"]
+    layers = [{e.name: e for e in layer_entries(config, layer)} for layer in config.layers]
+    interleaved = BY_TYPE[config.model_type].interleaved
+    block: dict[int, BlockTensors] = {}
+
+    def tensors_of(number: int, layer: Params) -> BlockTensors:
+        if number not in block:
+            block.clear()
+            prefix = f"model.layers.{number}.{source.block}"
+            shapes = {
+                name.removeprefix(prefix): record.shape
+                for name, record in source.tensors.items()
+                if name.startswith(prefix)
+            }
+            held = layer["moe"]
+            block[number] = BlockTensors(shapes, held.params, held.state, interleaved=interleaved)
+        return block[number]
+
+    def get(name: str) -> np.ndarray:
+        match = LAYER.fullmatch(name)
+        if match is None:
+            return give(params, ends[name])
+        number, short = int(match[1]), match[2]
+        layer = params["layers"][number]
+        if short in layers[number]:
+            return give(layer, layers[number][short])
+        return tensors_of(number, layer)[short.removeprefix(source.block)]
+
+    return get
+
+
+def _as_held(name: str, record: TensorRecord, model: CausalLM, block: str) -> TensorRecord:
+    """The record in the dtype to write: the model's, or float32 where the checkpoint keeps that.
+
+    Routers compute in float32 whatever the model's dtype is. Those that the checkpoint keeps in
+    bfloat16 go back to it together with the model, without loss unless they were trained.
+    """
+    match = LAYER.fullmatch(name)
+    meaning = canonical(match[2].removeprefix(block)) if match else None
+    of_router = (meaning or "").startswith(("router.", "expert_bias"))
+    dtype = jnp.promote_types(record.dtype, model.dtype) if of_router else model.dtype
+    return TensorRecord(record.file, np.dtype(dtype), record.shape)
+
+
+def _index(text: str, records: Mapping[str, TensorRecord]) -> str:
+    """The index of the shards, for the tensors that are written."""
+    index = json.loads(text)
+    total = sum(math.prod(r.shape) * r.dtype.itemsize for r in records.values())
+    weight_map = {name: records[name].file for name in index["weight_map"] if name in records}
+    metadata = index.get("metadata") or {}
+    if "total_size" in metadata:
+        metadata["total_size"] = total
+    return json.dumps({**index, "metadata": metadata, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _config(text: str, model: CausalLM) -> str:
+    """``config.json``; its text is kept where nothing changed.
+
+    Raises:
+        ValueError: a layer has a rule that the config has no words for.
+    """
+    config = json.loads(text)
+    changed = dict(config)
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            changed[key] = model.dtype.name
+    trained: Any = router_from_hf(config)
+    counts = set()
+    for number, block in model.blocks().items():
+        rule: Any = block.router
+        same = type(rule) is type(trained) and hasattr(rule, "k")
+        # A checkpoint that does not state its number of experts is read by its tensors.
+        alike = same and dataclasses.replace(
+            trained, k=rule.k, num_experts=rule.num_experts
+        ) == rule  # fmt: skip
+        if not alike:
+            raise ValueError(
+                f"layer {number}: expected the rule that the model was trained with, got "
+                f"{type(rule).__name__}. A config.json has no words for it: save the router with "
+                "moe_jax.checkpoint, and the model with its own rule."
+            )
+        counts.add(rule.k)
+    if len(counts) > 1:
+        raise ValueError(
+            f"blocks: expected one number of experts a token in all layers, got {sorted(counts)}. A "
+            "config.json has room for one: use the same in each layer."
+        )
+    for key in ALIASES["k"]:
+        if config.get(key) is not None and counts and config[key] != min(counts):
+            changed[key] = min(counts)
+    return text if changed == config else json.dumps(changed, indent=2) + "\n"

@@ -1,0 +1,232 @@
+"""What cannot be loaded or run is named, with what to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.interop.safetensors import SafetensorsFile, write_safetensors
+from moe_jax.models import (
+    Sampling,
+    decoder_config,
+    generate,
+    init_cache,
+    load_model,
+    save_model,
+    supported_decoders,
+)
+from moe_jax.routers import TopP
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+MODELS = GOLDENS / "models"
+
+pytestmark = pytest.mark.compile_cheaply
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(MODELS / "mixtral")
+
+
+def config_of(name: str, **changes) -> dict:
+    return json.loads((MODELS / name / "config.json").read_text()) | changes
+
+
+def copy(name: str, to: Path, **changes) -> Path:
+    shutil.copytree(MODELS / name, to)
+    (to / "config.json").write_text(json.dumps(config_of(name, **changes)))
+    return to
+
+
+def rewrite(folder: Path, change) -> None:
+    """The weights with ``change(name -> array)`` made to them."""
+    tensors = {n: np.array(t) for n, t in SafetensorsFile(folder / "model.safetensors").items()}
+    change(tensors)
+    specs = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+    write_safetensors(folder / "model.safetensors", specs, tensors.__getitem__)
+
+
+# --- configs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in MODELS.iterdir()))
+def test_a_key_that_nobody_reads_is_refused_by_name(name):
+    with pytest.raises(ValueError, match="attention_temperature"):
+        decoder_config(config_of(name, attention_temperature=2.0))
+    assert decoder_config(config_of(name, attention_temperature=None)) == decoder_config(
+        config_of(name)
+    ), "a key that is null states nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("mixtral", {"num_key_value_heads": 3}, "num_key_value_heads"),
+        ("mixtral", {"sliding_window": 0}, "sliding_window"),
+        ("mixtral", {"vocab_size": None}, "vocab_size"),
+        ("mixtral", {"hidden_act": "mish"}, "mish"),
+        ("mixtral", {"rope_parameters": {"rope_type": "spiral"}}, "spiral"),
+        ("mixtral", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
+        ("mixtral", {"rope_scaling": {"type": "yarn", "factor": 2.0, "wavelength": 3}}, "wavelength"),
+        ("mixtral", {"vision_config": {"depth": 2}}, "vision_config"),
+        ("mixtral", {"text_config": {"model_type": "mixtral"}}, "text_config"),
+        ("qwen2_moe", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank"),
+        ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor"),
+        ("phimoe", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_mscale"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_not_implemented_is_refused_by_name(name, changes, said):
+    with pytest.raises(ValueError, match=said):
+        decoder_config(config_of(name, **changes))
+
+
+def test_unknown_families_are_refused_and_the_nearest_named():
+    with pytest.raises(ValueError, match="qwen3_moe"):
+        decoder_config({"model_type": "qwen3_mo"})
+    # Experts are read by moe_jax.interop, attention is not: a hybrid of attention and state spaces.
+    with pytest.raises(ValueError, match="not its attention"):
+        decoder_config({"model_type": "jamba"})
+    with pytest.raises(ValueError, match="model_type"):
+        decoder_config({})
+    with pytest.raises(TypeError, match="dict"):
+        decoder_config("mixtral")  # pyright: ignore[reportArgumentType]
+    assert "jamba" not in supported_decoders()
+
+
+# --- folders ----------------------------------------------------------------------------------
+
+
+def test_a_folder_without_config_or_weights_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="JSON"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config_of("mixtral")))
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        load_model(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = tmp_path / "sharded"
+    shutil.copytree(GOLDENS / "hub" / "mixtral_sharded_bf16", folder)
+    shard = sorted(folder.glob("*-of-*.safetensors"))[-1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        load_model(folder)
+
+
+def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path):
+    folder = copy("mixtral", tmp_path / "a")
+    rewrite(folder, lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"))
+    with pytest.raises(ValueError, match=r"layer 1: expected a tensor 'self_attn\.k_proj\.weight'"):
+        load_model(folder)
+    folder = copy("mixtral", tmp_path / "b", num_key_value_heads=4)
+    with pytest.raises(ValueError, match=r"k_proj.*float\[32, 32\], got float32\[16, 32\]"):
+        load_model(folder)
+
+
+def test_tensors_that_the_config_does_not_state_are_refused(tmp_path):
+    folder = copy("mixtral", tmp_path / "a")
+    extra = "model.layers.0.self_attn.q_norm.weight"
+    rewrite(folder, lambda t: t.update({extra: np.ones(8, np.float32)}))
+    with pytest.raises(ValueError, match=r"self_attn\.q_norm\.weight"):
+        load_model(folder)
+    # A layer that the config calls dense, with experts in the file.
+    folder = copy("deepseek_v3", tmp_path / "b", first_k_dense_replace=2)
+    with pytest.raises(ValueError, match=r"layer 1.*mlp"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "tensor", ["self_attn.q_proj.weight", "block_sparse_moe.experts.0.w1.weight"]
+)
+def test_quantised_checkpoints_are_never_read_as_plain_numbers(tmp_path, tensor):
+    folder = copy("mixtral", tmp_path / "a")
+    name = f"model.layers.0.{tensor}"
+
+    def quantise(tensors):
+        tensors[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
+
+    rewrite(folder, quantise)
+    with pytest.raises(ValueError, match="quantised"):
+        load_model(folder)
+
+    def integers(tensors):
+        del tensors[f"{name}_scale_inv"]
+        tensors[name] = tensors[name].astype(np.int8)
+
+    if tensor.startswith("self_attn"):
+        rewrite(folder, integers)
+        with pytest.raises(ValueError, match=r"q_proj.*int8"):
+            load_model(folder)
+
+
+def test_an_unknown_dtype_is_named():
+    with pytest.raises(ValueError, match="float16"):
+        load_model(MODELS / "mixtral", dtype="float16")
+
+
+# --- calls ------------------------------------------------------------------------------------
+
+
+def test_ids_outside_the_vocabulary_are_named(model):
+    for bad in (-1, 96):
+        with pytest.raises(ValueError, match=rf"0 to 95, got {bad}"):
+            model(jnp.array([[1, bad]]))
+    with pytest.raises(TypeError, match="input_ids"):
+        model(jnp.array([[1.0]]))
+    with pytest.raises(ValueError, match="input_ids"):
+        model(jnp.array([1, 2]))
+
+
+def test_an_attention_mask_of_a_wrong_shape_is_named(model):
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \[1, 3\].*\[3\]"):
+        model(jnp.array([[1, 2, 3]]), jnp.ones(3, jnp.int32))
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(jnp.array([[1, 2, 3]]), [[1, 1, 1]])
+
+
+def test_more_tokens_than_a_cache_or_the_positions_hold_are_named(model):
+    cache = init_cache(model.config, 1, 2)
+    with pytest.raises(ValueError, match="at most 2 tokens"):
+        model.run(jnp.array([[1, 2, 3]]), cache=cache)
+    changes = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}
+    with pytest.raises(ValueError, match="at most 64 tokens, got 65"):
+        init_cache(decoder_config(config_of("mixtral", **changes)), 1, 65)
+
+
+def test_settings_of_generation_are_checked(model):
+    ids = jnp.array([[1, 2]])
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        generate(model, ids, max_new_tokens=0)
+    with pytest.raises(ValueError, match="key"):
+        generate(model, ids, max_new_tokens=1, sampling=Sampling(temperature=1.0))
+    with pytest.raises(ValueError, match="temperature"):
+        Sampling(temperature=float("nan"))
+    with pytest.raises(ValueError, match="top_p"):
+        Sampling(top_p=0.0)
+
+
+def test_a_model_that_the_hub_layout_cannot_hold_is_not_saved(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="files"):
+        save_model(model, tmp_path)
+    block = model.blocks()[0]
+    changed = load_model(MODELS / "mixtral")
+    rule = TopP(num_experts=4, p=0.5, max_k=2)
+    changed.set_block(0, dataclasses.replace(block, router=rule, state=rule.init_state()))
+    with pytest.raises(ValueError, match=r"layer 0.*TopP"):
+        save_model(changed, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="with experts"):
+        load_model(MODELS / "qwen3_moe").set_block(0, block)

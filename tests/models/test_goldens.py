@@ -1,0 +1,96 @@
+"""Whole models that transformers wrote: its logits, hidden states, padding and greedy tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.interop.safetensors import SafetensorsFolder
+from moe_jax.models import CausalLM, generate, load_model, save_model
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "models"
+FAMILIES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
+
+pytestmark = pytest.mark.compile_cheaply
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def golden(request) -> tuple[str, CausalLM, dict[str, np.ndarray]]:
+    folder = GOLDENS / request.param
+    with np.load(folder / "io.npz") as arrays:
+        return request.param, load_model(folder), dict(arrays)
+
+
+def test_logits_and_the_hidden_states_of_every_layer_are_those_of_transformers(golden):
+    _, model, io = golden
+    out = model.run(io["input_ids"], return_hidden=True)
+    np.testing.assert_allclose(out.logits, io["logits"], rtol=0, atol=1e-4)
+    assert len(out.hidden) == len(io["hidden"]) == model.config.num_layers + 1
+    np.testing.assert_allclose(np.stack(out.hidden), io["hidden"], rtol=0, atol=1e-4)
+
+
+def test_rows_padded_on_the_left_give_the_same_logits_at_real_tokens(golden):
+    _, model, io = golden
+    logits = model(io["padded_ids"], io["padded_mask"])
+    real = io["padded_mask"].astype(bool)
+    np.testing.assert_allclose(logits[real], io["padded_logits"][real], rtol=0, atol=1e-4)
+    assert np.isfinite(logits).all(), "padding holds no NaN that a sum could spread"
+
+
+def test_greedy_tokens_are_those_of_transformers_with_and_without_a_cache(golden):
+    _, model, io = golden
+    ids, greedy = io["input_ids"], io["greedy"]
+    n = greedy.shape[1]
+    np.testing.assert_array_equal(generate(model, ids, max_new_tokens=n), greedy)
+    # Attention is causal, so one call over prompt and answer gives the likeliest token after each
+    # prefix, as a call for each prefix would: no cache takes part.
+    logits = model(np.concatenate([ids, greedy[:, :-1]], axis=1))
+    np.testing.assert_array_equal(np.argmax(logits[:, -n:], axis=-1), greedy)
+
+
+def test_a_padded_prompt_goes_on_from_a_cache_as_it_would_without(golden):
+    _, model, io = golden
+    ids, mask = io["padded_ids"], io["padded_mask"]
+    made = generate(model, ids, mask, max_new_tokens=6)
+    longer = np.concatenate([ids, made[:, :-1]], axis=1)
+    seen = np.concatenate([mask, np.ones_like(made[:, :-1])], axis=1)
+    np.testing.assert_array_equal(np.argmax(model(longer, seen)[:, -6:], axis=-1), made)
+
+
+def test_a_saved_model_has_the_checkpoints_bits(golden, tmp_path):
+    name, model, _ = golden
+    folder = save_model(model, tmp_path / "saved")
+    assert (folder / "config.json").read_text() == (GOLDENS / name / "config.json").read_text()
+    theirs, mine = SafetensorsFolder(GOLDENS / name), SafetensorsFolder(folder)
+    assert set(theirs) == set(mine)
+    for tensor in theirs:
+        assert theirs[tensor].dtype == mine[tensor].dtype, tensor
+        np.testing.assert_array_equal(
+            np.ascontiguousarray(theirs[tensor]).view(np.uint8),
+            np.ascontiguousarray(mine[tensor]).view(np.uint8),
+            err_msg=tensor,
+        )
+    again = load_model(folder)
+    for left, right in zip(
+        jax.tree.leaves(model.params()), jax.tree.leaves(again.params()), strict=True
+    ):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_generation_without_a_cache_gives_the_same_tokens():
+    model = load_model(GOLDENS / "mixtral")
+    with np.load(GOLDENS / "mixtral" / "io.npz") as io:
+        made = generate(model, io["input_ids"], max_new_tokens=2, use_cache=False)
+        np.testing.assert_array_equal(made, io["greedy"][:, :2])
+
+
+def test_the_table_of_goldens_covers_the_families_it_promises():
+    types = {json.loads((GOLDENS / f / "config.json").read_text())["model_type"] for f in FAMILIES}
+    assert types >= {
+        "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3",
+        "glm4_moe", "granitemoe", "phimoe",
+    }  # fmt: skip
