@@ -3,7 +3,7 @@
 A checkpoint is one folder::
 
     PATH/
-      manifest.json      routers, config, metadata, the shape of every array, SHA-256 of every file
+      manifest.json      routers, layers, config, metadata, shapes of arrays, SHA-256 of every file
       arrays/params/     an orbax checkpoint each, readable by orbax alone:
       arrays/states/     a flat mapping from names such as "layer_0/kernel" to arrays
       arrays/extra-NAME/
@@ -14,12 +14,15 @@ manifest and is refused before a single array is read. Nothing is pickled. A pro
 while saving leaves a hidden ``.NAME.saving-*`` beside PATH, which may be deleted.
 """
 
+from moe_jax.checkpoint.layers import LayerSpec, StoredLayer
 from moe_jax.checkpoint.place import check_free
 from moe_jax.checkpoint.sealed import FORMAT, CheckpointError
 from moe_jax.checkpoint.store import (
     Checkpoint,
+    OpenCheckpoint,
     SaveHandle,
     load_metadata,
+    open_checkpoint,
     restore,
     save,
     save_async,
@@ -29,9 +32,13 @@ __all__ = [
     "FORMAT",
     "Checkpoint",
     "CheckpointError",
+    "LayerSpec",
+    "OpenCheckpoint",
     "SaveHandle",
+    "StoredLayer",
     "check_free",
     "load_metadata",
+    "open_checkpoint",
     "restore",
     "save",
     "save_async",

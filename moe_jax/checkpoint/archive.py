@@ -92,8 +92,8 @@ def export(
             f"{target}: expected a path that is free, got one that exists. Choose another: an "
             "export is a backup and is never replaced."
         )
-    about = checkpoints.load_metadata(source)
-    described = describe_checkpoint(source)  # reads and verifies every file
+    opened = checkpoints.open_checkpoint(source)  # reads and verifies every file
+    about, described = opened.about, describe_checkpoint(opened)
     if config is None:
         if about["config"] is None:
             raise ArchiveError(
@@ -101,7 +101,7 @@ def export(
                 "Pass the configuration that it is served with (--config FILE)."
             )
         config = Config.from_json(about["config"])
-    differing = _superseded(config, source, sorted(described["routers"]))
+    differing = _superseded(config, opened, sorted(described["routers"]))
     measured = None if baseline is None else _read_baseline(Path(baseline))
     thresholds = {name: router["fit"] for name, router in described["routers"].items()}
     beside = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex}")
@@ -144,7 +144,9 @@ def export(
     return {**manifest, "checksum": checksum_of(manifest)}
 
 
-def _superseded(config: Config, checkpoint: Path, routers: list[str]) -> dict[str, int]:
+def _superseded(
+    config: Config, opened: checkpoints.OpenCheckpoint, routers: list[str]
+) -> dict[str, int]:
     named = config.serving.checkpoint_router
     if named and named not in routers:
         raise ArchiveError(
@@ -152,7 +154,7 @@ def _superseded(config: Config, checkpoint: Path, routers: list[str]) -> dict[st
             "See moe-jax inspect."
         )
     try:
-        return superseded(config, checkpoint)
+        return superseded(config, opened)
     except ValueError:  # nothing that a service could serve; it is a backup all the same
         return {}
 

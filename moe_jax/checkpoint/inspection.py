@@ -13,7 +13,6 @@ import numpy as np
 
 from moe_jax import checkpoint as checkpoints
 from moe_jax.config import Config, build_router, load_config
-from moe_jax.lab.language_model import layer_params
 from moe_jax.routers import Router
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.routing.stats import routing_stats
@@ -124,24 +123,8 @@ def router_from_checkpoint(path: Path, name: str | None) -> RouterSource:
     Raises:
         ValueError: no such router, or the checkpoint has no parameters for it.
     """
-    saved = checkpoints.restore(path)
-    names = sorted(saved.routers)
-    if not names:
-        raise ValueError(f"{path}: expected a checkpoint with a router, got none. Inspect it.")
-    chosen = names[0] if name is None else name
-    if chosen not in saved.routers:
-        raise ValueError(
-            f"router: expected one of {', '.join(names)}, got {chosen!r}. See moe-jax inspect."
-        )
-    params = _language_model_params(saved, chosen) or _find_params(saved.params, chosen)
-    if params is None:
-        raise ValueError(
-            f"{path}: expected parameters of router {chosen!r}, got none under that name. "
-            "Save params as {name: {'kernel': ...}} or {name: {'router': {'kernel': ...}}}."
-        )
-    return RouterSource(
-        router=saved.routers[chosen], params=params, state=saved.states[chosen], trained=True
-    )
+    found = checkpoints.open_checkpoint(path).layer(name)
+    return RouterSource(router=found.router, params=found.params, state=found.state, trained=True)
 
 
 def router_sizes(router: Router, width: int) -> dict[str, int]:
@@ -160,7 +143,7 @@ def router_sizes(router: Router, width: int) -> dict[str, int]:
     }
 
 
-def superseded(config: Config, path: PathLike) -> dict[str, int]:
+def superseded(config: Config, opened: checkpoints.OpenCheckpoint) -> dict[str, int]:
     """The settings of ``router_config`` that a checkpoint contradicts, with the checkpoint's values.
 
     The service serves what the checkpoint is, and says which settings are not in force.
@@ -168,35 +151,10 @@ def superseded(config: Config, path: PathLike) -> dict[str, int]:
     Raises:
         ValueError: no such router (``checkpoint_router``), or no parameters for it.
     """
-    source = router_from_checkpoint(Path(path), config.serving.checkpoint_router or None)
-    sizes = router_sizes(source.router, int(source.params["kernel"].shape[0]))
-    told = config.router_config
-    return {name: value for name, value in sizes.items() if value != getattr(told, name)}
-
-
-def _language_model_params(saved: checkpoints.Checkpoint, name: str) -> Params | None:
-    """The router parameters of a checkpoint of ``moe_jax.lab.training``, whose layers are stacked."""
-    layer = name.rsplit("/", 1)[-1].removeprefix("layer_")
-    if "model" not in saved.metadata or not layer.isdigit():
-        return None
-    return layer_params(saved.params, int(layer))["moe"]["router"]
-
-
-def _find_params(params: Params, name: str) -> Params | None:
-    """The first mapping called ``name`` in the tree that holds a router's kernel."""
-    if not isinstance(params, dict):
-        return None
-    if name in params:
-        found = params[name]
-        while isinstance(found, dict):
-            if "kernel" in found:
-                return found
-            found = found.get("router", found.get("moe"))
-    for value in params.values():
-        deeper = _find_params(value, name)
-        if deeper is not None:
-            return deeper
-    return None
+    layer = opened.layer(config.serving.checkpoint_router or None)
+    sizes = router_sizes(layer.router, layer.width)
+    wanted = config.router_config
+    return {name: value for name, value in sizes.items() if value != getattr(wanted, name)}
 
 
 def route(source: RouterSource, x: np.ndarray) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -229,10 +187,11 @@ def route(source: RouterSource, x: np.ndarray) -> tuple[dict[str, Any], dict[str
     return report, arrays
 
 
-def describe_checkpoint(path: Path) -> dict[str, Any]:
+def describe_checkpoint(path: PathLike | checkpoints.OpenCheckpoint) -> dict[str, Any]:
     """What a checkpoint holds, after verifying all of it: plain JSON values."""
-    saved = checkpoints.restore(path)
-    about = checkpoints.load_metadata(path)
+    opened = path if isinstance(path, checkpoints.OpenCheckpoint) else None
+    opened = checkpoints.open_checkpoint(path) if opened is None else opened  # type: ignore[arg-type]
+    saved, about = opened.content, opened.about
     routers = {}
     for name, router in saved.routers.items():
         fit = getattr(saved.states[name], "fit", None)
@@ -243,7 +202,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
             "fit": None if fit is None else fit.describe(),
         }
     return {
-        "path": str(path),
+        "path": str(opened.path) if opened is path else str(path),
         "format": about["format"],
         "library_version": about["library_version"],
         "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(saved.params)),

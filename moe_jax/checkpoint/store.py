@@ -19,6 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from moe_jax.checkpoint.layers import (
+    LayerSpec,
+    StoredLayer,
+    check_specs,
+    locate_layers,
+    stored_layer,
+)
 from moe_jax.checkpoint.place import check_free
 from moe_jax.checkpoint.sealed import (
     FORMAT,
@@ -66,6 +73,8 @@ class Checkpoint:
             text keys, lists, tuples and None.
         routers: the rules by name, e.g. one a layer.
         states: the router states by the same names, each shaped like ``router.init_state()``.
+        layers: what the routers belong to: where in ``params`` their parameters are, and which
+            experts they feed. Routers that are left out are looked for by name when restored.
         config: the configuration that all this was made with.
         metadata: anything that JSON can hold: provenance, measurements, step counts.
         extra: further pytrees by name, e.g. ``{"optimizer": opt_state}``. They are restored only
@@ -84,6 +93,7 @@ class Checkpoint:
     params: Params = None
     routers: Mapping[str, Router] = dataclasses.field(default_factory=dict)
     states: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, LayerSpec] = dataclasses.field(default_factory=dict)
     config: Config | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -189,6 +199,7 @@ def _prepare(
                 f"states[{name!r}]: expected the arrays of {type(router).__name__}.init_state(), "
                 f"got {difference_between(wanted, found)}. Pass a state that this router made."
             )
+    check_specs(checkpoint.layers, checkpoint.routers, checkpoint.params)
     trees = {"params": checkpoint.params, "states": dict(checkpoint.states)}
     for name, tree in checkpoint.extra.items():
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name):
@@ -215,6 +226,7 @@ def _prepare(
         "library_version": _version(LIBRARY),
         "versions": {name: _version(name) for name in ("jax", "orbax-checkpoint", "numpy")},
         "routers": routers,
+        "layers": {name: spec.to_json() for name, spec in checkpoint.layers.items()},
         "config": None if checkpoint.config is None else checkpoint.config.to_json(),
         "metadata": as_json(checkpoint.metadata),
         "arrays": arrays,
@@ -303,7 +315,11 @@ def restore(path: PathLike, *, expected: Checkpoint | None = None) -> Checkpoint
         ...     restore(f"{folder}/one", expected=wish).extra["m"][0].tolist()
         [1.0, 1.0]
     """
-    folder = Path(path).resolve()
+    return _restore(Path(path).resolve(), expected)[0]
+
+
+def _restore(folder: Path, expected: Checkpoint | None) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint and its manifest; every file is read and verified once."""
     expected = Checkpoint() if expected is None else expected
     manifest = read_manifest(folder)
     verify_files(folder, manifest)
@@ -347,14 +363,93 @@ def restore(path: PathLike, *, expected: Checkpoint | None = None) -> Checkpoint
             f"{folder}: expected one checkpoint, got it replaced while it was read. "
             "Restore it again."
         )
-    return Checkpoint(
-        params=rebuilt_tree(folder, found["params"], arrays["params"], expected.params),
+    params = rebuilt_tree(folder, found["params"], arrays["params"], expected.params)
+    described = {name: LayerSpec.from_json(x) for name, x in manifest.get("layers", {}).items()}
+    located = locate_layers(
+        {name: router for name, router in routers.items() if name not in described},
+        params,
+        manifest["metadata"],
+    )
+    restored = Checkpoint(
+        params=params,
         routers=routers,
+        layers={**described, **located},
         states=shaped_like(templates, found["states"]),
         config=config,
         metadata=manifest["metadata"],
         extra={name: shaped_like(x, found[f"extra-{name}"]) for name, x in expected.extra.items()},
     )
+    return restored, manifest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class OpenCheckpoint:
+    """A checkpoint that was read and verified once, for everything that is asked of it.
+
+    Attributes:
+        path: its folder.
+        content: what ``restore`` returns.
+        about: what ``load_metadata`` returns.
+    """
+
+    path: Path
+    content: Checkpoint
+    about: Mapping[str, Any]
+
+    def layer(self, name: str | None = None) -> StoredLayer:
+        """The router of this name with its parameters and experts; None is the first by name.
+
+        Raises:
+            ValueError: no such router, or the checkpoint has no parameters for it.
+        """
+        names = sorted(self.content.routers)
+        if not names:
+            raise ValueError(
+                f"{self.path}: expected a checkpoint with a router, got none. Inspect it."
+            )
+        chosen = names[0] if name is None else name
+        if chosen not in self.content.routers:
+            raise ValueError(
+                f"router: expected one of {', '.join(names)}, got {chosen!r}. See moe-jax inspect."
+            )
+        spec = self.content.layers.get(chosen)
+        if spec is None:
+            raise ValueError(
+                f"{self.path}: expected parameters of router {chosen!r}, got none under that name. "
+                "Save params as {name: {'kernel': ...}} or {name: {'router': {'kernel': ...}}}, or "
+                "say where they are: Checkpoint(layers={name: LayerSpec(...)})."
+            )
+        return stored_layer(
+            chosen,
+            self.content.routers[chosen],
+            self.content.states[chosen],
+            self.content.params,
+            spec,
+        )
+
+
+def open_checkpoint(path: PathLike) -> OpenCheckpoint:
+    """Reads and verifies a checkpoint once, for callers that ask several things of it.
+
+    Raises:
+        CheckpointError: as ``restore``.
+
+    Example:
+        >>> import tempfile
+        >>> from moe_jax.routers import TopK
+        >>> router = TopK(num_experts=4, k=2)
+        >>> content = Checkpoint(
+        ...     params={"block": router.init(jax.random.key(0), 16)},
+        ...     routers={"block": router}, states={"block": router.init_state()},
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     opened = open_checkpoint(save(f"{folder}/one", content))
+        >>> opened.layer("block").width
+        16
+    """
+    folder = Path(path).resolve()
+    content, manifest = _restore(folder, None)
+    return OpenCheckpoint(path=folder, content=content, about=_about(manifest))
 
 
 def load_metadata(path: PathLike) -> dict[str, Any]:
@@ -362,8 +457,9 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
 
     Returns:
         ``format``, ``library_version``, ``versions``, ``routers`` (name to ``router`` JSON and
-        ``fingerprint``), ``config`` (JSON or None), ``metadata`` as it was saved, ``arrays``
-        (``params``, ``states``, ``extra-NAME`` to leaf name to e.g. ``float32[3, 4]``),
+        ``fingerprint``), ``layers`` (name to ``LayerSpec`` JSON), ``config`` (JSON or None),
+        ``metadata`` as it was saved, ``arrays`` (``params``, ``states``, ``extra-NAME`` to leaf
+        name to e.g. ``float32[3, 4]``),
         ``num_bytes`` on disk, and ``checksum``, 64 hex digits over all of it, arrays included:
         it names this checkpoint and no other.
 
@@ -379,10 +475,14 @@ def load_metadata(path: PathLike) -> dict[str, Any]:
         >>> told["metadata"], told["arrays"]["params"]
         ({'a': 1}, {'w': 'float32[3]'})
     """
-    manifest = read_manifest(Path(path).resolve())
+    return _about(read_manifest(Path(path).resolve()))
+
+
+def _about(manifest: dict[str, Any]) -> dict[str, Any]:
     words = ("format", "library_version", "versions", "routers", "config", "metadata")
     return {
         **{word: manifest[word] for word in words},
+        "layers": manifest.get("layers", {}),
         "arrays": {item: leaf_table(entry) for item, entry in manifest["arrays"].items()},
         "checksum": checksum_of(manifest),
         "num_bytes": sum(entry["size"] for entry in manifest["files"].values()),

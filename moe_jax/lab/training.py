@@ -395,8 +395,23 @@ def save_model(
             routers[_layer_name(name, i)] = rule
             states[_layer_name(name, i)] = value
     metadata = {**model.metadata, "model": model.config.to_json(), "variants": [*(variants or {})]}
+    layers = {
+        _layer_name(name, i): checkpoint.LayerSpec(
+            router=("layers", "moe", "router"),
+            layer=("layers", "moe"),
+            experts=model.config.experts,
+            index=i,
+        )
+        for name in ("", *(variants or {}))
+        for i in range(model.config.num_moe_layers)
+    }
     content = checkpoint.Checkpoint(
-        params=model.params, routers=routers, states=states, metadata=metadata, extra=extra or {}
+        params=model.params,
+        routers=routers,
+        states=states,
+        layers=layers,
+        metadata=metadata,
+        extra=extra or {},
     )
     return checkpoint.save(path, content, overwrite=overwrite)
 

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax import checkpoint as checkpoints
-from moe_jax.checkpoint.inspection import router_from_checkpoint, router_sizes
+from moe_jax.checkpoint import open_checkpoint
+from moe_jax.checkpoint.inspection import router_sizes
 from moe_jax.config import Config, ConfigError, build_router
 from moe_jax.experts import FeedForward
-from moe_jax.lab.language_model import LMConfig, layer_params
 from moe_jax.layer import init_moe_layer
 from moe_jax.routers import DynamicK, ExpertChoiceRouter, Router
 from moe_jax.routing import budget
@@ -268,42 +267,22 @@ def _summing_to_one(router: Router) -> Router:
 
 
 def _from_checkpoint(config: Config, folder: str) -> Weights:
-    name = config.serving.checkpoint_router or None
-    found = router_from_checkpoint(folder, name)  # type: ignore[arg-type]  # a str is a path here
-    layer, experts = None, None
-    if config.serving.serve_moe != "off":
-        layer, experts = _experts_of(folder, name)
-    if config.serving.serve_moe == "on" and layer is None:
+    found = open_checkpoint(folder).layer(config.serving.checkpoint_router or None)
+    served = config.serving.serve_moe != "off" and found.layer is not None
+    if config.serving.serve_moe == "on" and not served:
         raise ConfigError(
             f"serve_moe: expected a checkpoint with experts, got {folder} without any that this "
             "service can read. Set MOE_SERVE_MOE=auto, or save them with moe-jax train."
         )
     return Weights(
-        router=found.router, params=found.params, state=found.state, experts=experts,
-        layer=None if layer is None else {**layer, "router": found.params},
-        trained=True, source=folder,
-    )  # fmt: skip
-
-
-def _experts_of(
-    folder: str, name: str | None
-) -> tuple[dict[str, Params] | None, FeedForward | None]:
-    """Parameters of ``moe_layer`` and its expert, where a checkpoint says what they are.
-
-    ``moe-jax train`` and ``calibrate`` do by ``metadata["model"]``; others may by
-    ``metadata["experts"]`` = {"activation": ..., "gated": ...} and ``params[name]["experts"]``.
-    """
-    saved = checkpoints.restore(folder)
-    chosen = sorted(saved.routers)[0] if name is None else name
-    if "model" in saved.metadata:
-        model = LMConfig.from_json(saved.metadata["model"])
-        number = int(chosen.rsplit("/", 1)[-1].removeprefix("layer_"))
-        return layer_params(saved.params, number)["moe"], model.experts
-    told = saved.metadata.get("experts")
-    tree = saved.params.get(chosen, saved.params) if isinstance(saved.params, dict) else None
-    if not isinstance(told, dict) or not isinstance(tree, dict) or "experts" not in tree:
-        return None, None
-    return tree, FeedForward(**told)
+        router=found.router,
+        params=found.params,
+        state=found.state,
+        experts=found.experts if served else None,
+        layer=found.layer if served else None,
+        trained=True,
+        source=folder,
+    )
 
 
 def _check_servable(router: Router) -> None:

@@ -1,0 +1,260 @@
+"""What the routers of a checkpoint belong to: where their parameters are, and which experts run.
+
+A checkpoint stores one ``LayerSpec`` for each router that somebody described. ``locate_layers``
+finds the rest: checkpoints of version 0.1 hold no specs, and a tree of the usual names needs none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from moe_jax.checkpoint.sealed import CheckpointError
+from moe_jax.experts import FeedForward
+from moe_jax.routers import Router
+from moe_jax.types import Params
+
+Keys = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """Where a router's parameters are in the tree of a checkpoint, and which experts it feeds.
+
+    Args:
+        router: keys from the root of ``params`` to the router's parameters.
+        layer: keys to the parameters of ``moe_layer`` (``experts``, and ``shared`` if there is a
+            shared expert). None where the checkpoint holds no experts for this router.
+        experts: what one expert computes. None where ``layer`` is None.
+        index: position along the leading axis of every array at these keys, for layers that are
+            stacked. None where the arrays belong to this layer alone.
+
+    Example:
+        >>> spec = LayerSpec(router=("moe", "router"), layer=("moe",), experts=FeedForward())
+        >>> LayerSpec.from_json(spec.to_json()) == spec
+        True
+    """
+
+    router: Keys
+    layer: Keys | None = None
+    experts: FeedForward | None = None
+    index: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as plain JSON values."""
+        return {
+            "router": list(self.router),
+            "layer": None if self.layer is None else list(self.layer),
+            "experts": None if self.experts is None else dataclasses.asdict(self.experts),
+            "index": self.index,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> LayerSpec:
+        """The inverse of ``to_json``."""
+        layer, experts = data["layer"], data["experts"]
+        return LayerSpec(
+            router=tuple(data["router"]),
+            layer=None if layer is None else tuple(layer),
+            experts=None if experts is None else FeedForward(**experts),
+            index=data["index"],
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StoredLayer:
+    """A router with everything it needs to run.
+
+    Attributes:
+        name: the router's name in the checkpoint.
+        router: the rule.
+        state: its state.
+        params: its parameters; ``kernel`` is f32[D, E].
+        layer: parameters of ``moe_layer``, with ``params`` under ``router``; None without experts.
+        experts: what one expert computes; None without experts.
+    """
+
+    name: str
+    router: Router
+    state: Any
+    params: Params
+    layer: dict[str, Params] | None
+    experts: FeedForward | None
+
+    @property
+    def width(self) -> int:
+        """D, the width of the hidden states that the router takes."""
+        return int(self.params["kernel"].shape[0])
+
+
+def stored_layer(
+    name: str, router: Router, state: Any, params: Params, spec: LayerSpec
+) -> StoredLayer:
+    """Takes the arrays that a spec points at out of ``params``, the tree of the checkpoint.
+
+    Raises:
+        CheckpointError: the tree has nothing at these keys.
+    """
+    own = _take(name, params, spec.router, spec.index)
+    layer = None
+    if spec.layer is not None and spec.experts is not None:
+        layer = {**_take(name, params, spec.layer, spec.index), "router": own}
+    return StoredLayer(
+        name=name,
+        router=router,
+        state=state,
+        params=own,
+        layer=layer,
+        experts=None if layer is None else spec.experts,
+    )
+
+
+def check_specs(
+    layers: Mapping[str, LayerSpec], routers: Mapping[str, Router], params: Any
+) -> None:
+    """Raises CheckpointError for a spec without its router, or one that points at nothing.
+
+    ``params`` may hold arrays or their shapes.
+    """
+    for name, spec in layers.items():
+        if name not in routers:
+            raise CheckpointError(
+                f"layers: expected names of routers ({', '.join(routers) or 'none'}), got {name!r}. "
+                "Give the layer the name of its router."
+            )
+        if (spec.layer is None) != (spec.experts is None):
+            raise CheckpointError(
+                f"layers[{name!r}]: expected both of layer and experts or neither, got "
+                f"layer={spec.layer}, experts={spec.experts}. The keys say where the parameters "
+                "are, the FeedForward what they compute."
+            )
+        router = _node(name, params, spec.router)
+        if "kernel" not in router:
+            raise CheckpointError(
+                f"layers[{name!r}]: expected a router's parameters at {_path(spec.router)}, got "
+                f"{', '.join(map(str, router)) or 'nothing'}. Point at the mapping that has 'kernel'."
+            )
+        trees = [router]
+        if spec.layer is not None:
+            trees.append(_node(name, params, spec.layer))
+            if "experts" not in trees[-1]:
+                raise CheckpointError(
+                    f"layers[{name!r}]: expected the parameters of moe_layer at {_path(spec.layer)}, "
+                    f"got {', '.join(map(str, trees[-1])) or 'nothing'}. Point at the mapping that "
+                    "has 'experts'."
+                )
+        if spec.index is not None:
+            sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(trees)}
+            if len(sizes) != 1 or not spec.index < (*next(iter(sizes)), 0)[0]:
+                raise CheckpointError(
+                    f"layers[{name!r}]: expected arrays with a leading axis above index {spec.index}, "
+                    f"got leading axes {sorted(sizes)}. Leave index out where layers are not stacked."
+                )
+
+
+def locate_layers(
+    routers: Mapping[str, Router], params: Any, metadata: Mapping[str, Any]
+) -> dict[str, LayerSpec]:
+    """A spec for every router whose parameters can be recognised by their names.
+
+    In this order: the stacked layers of the language model of ``moe-jax train`` as version 0.1
+    saved it, then the first mapping called like the router that holds a ``kernel``.
+    """
+    specs = {}
+    for name in routers:
+        spec = _stacked_spec(name, params, metadata) or _named_spec(name, params, metadata)
+        if spec is not None:
+            specs[name] = spec
+    return specs
+
+
+def _stacked_spec(name: str, params: Any, metadata: Mapping[str, Any]) -> LayerSpec | None:
+    """The spec of ``layer_3`` or ``VARIANT/layer_3`` in ``params["layers"]["moe"]``.
+
+    Version 0.1 marked these checkpoints by ``metadata["model"]`` alone. Their experts are always
+    squared ReLUs, which is not in the metadata.
+    """
+    number = name.rsplit("/", 1)[-1].removeprefix("layer_")
+    if "model" not in metadata or not number.isdigit():
+        return None
+    try:
+        kernel = params["layers"]["moe"]["router"]["kernel"]
+        has_experts = "experts" in params["layers"]["moe"]
+    except (KeyError, TypeError, IndexError):
+        return None
+    if not has_experts or not int(number) < kernel.shape[0]:
+        return None
+    return LayerSpec(
+        router=("layers", "moe", "router"),
+        layer=("layers", "moe"),
+        experts=FeedForward(activation="relu2"),
+        index=int(number),
+    )
+
+
+def _named_spec(name: str, params: Any, metadata: Mapping[str, Any]) -> LayerSpec | None:
+    """The spec of a router whose parameters are under its own name.
+
+    Experts are served where version 0.1 was told what they compute, by ``metadata["experts"]``,
+    and ``params[name]`` (or ``params`` itself) has them under ``experts``.
+    """
+    keys = _find_kernel(params, name)
+    if keys is None:
+        return None
+    settings = metadata.get("experts")
+    layer: Keys = (name,) if name in params else ()
+    tree = params.get(name, params)
+    if not isinstance(settings, dict) or not isinstance(tree, dict) or "experts" not in tree:
+        return LayerSpec(router=keys)
+    try:
+        experts = FeedForward(**settings)
+    except (TypeError, ValueError):  # metadata is free: "experts" may mean something else in it
+        return LayerSpec(router=keys)
+    return LayerSpec(router=keys, layer=layer, experts=experts)
+
+
+def _find_kernel(params: Any, name: str) -> Keys | None:
+    """Keys of the first mapping called ``name`` that holds a ``kernel``, in it or in its router."""
+    if not isinstance(params, dict):
+        return None
+    if name in params:
+        keys, node = (name,), params[name]
+        while isinstance(node, dict):
+            if "kernel" in node:
+                return keys
+            step = "router" if "router" in node else "moe"
+            keys, node = (*keys, step), node.get(step)
+    for key, value in params.items():
+        deeper = _find_kernel(value, name)
+        if deeper is not None:
+            return (key, *deeper)
+    return None
+
+
+def _node(name: str, params: Any, keys: Keys) -> Any:
+    node = params
+    for key in keys:
+        if not isinstance(node, Mapping) or key not in node:
+            raise CheckpointError(
+                f"layers[{name!r}]: expected params to have {_path(keys)}, got nothing at {key!r}. "
+                "Give the keys from the root of params, in order."
+            )
+        node = node[key]
+    if not isinstance(node, Mapping):
+        raise CheckpointError(
+            f"layers[{name!r}]: expected a mapping at {_path(keys)}, got a {type(node).__name__}. "
+            "Point at the mapping that holds the arrays."
+        )
+    return node
+
+
+def _take(name: str, params: Any, keys: Keys, index: int | None) -> dict[str, Any]:
+    node = dict(_node(name, params, keys))
+    return node if index is None else jax.tree.map(lambda leaf: leaf[index], node)
+
+
+def _path(keys: Keys) -> str:
+    return "params" + "".join(f"[{key!r}]" for key in keys)
