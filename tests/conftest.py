@@ -16,7 +16,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # Make golden files with torch and transformers, which are no dependencies; they are no tests.
-collect_ignore = ["goldens/generate_hf.py", "goldens/generate_hub.py"]
+collect_ignore = [
+    "goldens/generate_hf.py",
+    "goldens/generate_hub.py",
+    "goldens/written_by_0_1/generate.py",
+]
 
 
 def pytest_configure(config: pytest.Config) -> None:
