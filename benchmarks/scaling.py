@@ -59,9 +59,15 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
         def forward(params: Any, x: Any, factor=factor, parallel=parallel) -> Any:
             state = router.init_state()
             return sharded_moe_layer(
-                router, ffn, params, state, x,
-                mesh=mesh, parallel=parallel, capacity_factor=factor,
-            )[0]  # fmt: skip
+                router,
+                ffn,
+                params,
+                state,
+                x,
+                mesh=mesh,
+                parallel=parallel,
+                options=moe_jax.LayerOptions(capacity_factor=factor),
+            )[0]
 
         def loss(params: Any, x: Any, forward=forward) -> Any:
             return jnp.square(forward(params, x)).sum()

@@ -68,9 +68,13 @@ class MoELayer(nn.Module):
             h, _ = _stacked(DenseLayer, c.moe_every - 1, "dense")(c, name="dense")(h, None)
         h, x = pure.attention_part(c, _attention_params(self, c), h)
         experts = moe_linen.MoE(
-            c.router(), d_model=c.d_model, d_ff=c.d_ff, expert_fn=c.experts,
-            call={"implementation": c.implementation}, name="moe",
-        )  # fmt: skip
+            c.router(),
+            d_model=c.d_model,
+            d_ff=c.d_ff,
+            expert_fn=c.experts,
+            implementation=c.implementation,
+            name="moe",
+        )
         y, aux = experts(x, token_mask=mask, return_aux=True)
         return h + y, (aux, x.reshape(-1, c.d_model))
 

@@ -5,7 +5,7 @@ Every routing rule produces one ``Routing``; every way of running experts consum
 """
 
 from moe_jax.experts import FeedForward, explain_choice, run_experts
-from moe_jax.layer import LayerAux, init_moe_layer, moe_layer
+from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer, moe_layer
 from moe_jax.routers import (
     DynamicK,
     ExpertChoiceRouter,
@@ -49,6 +49,7 @@ __all__ = [
     "FeedForward",
     "Gate",
     "LayerAux",
+    "LayerOptions",
     "LossWeights",
     "MinP",
     "RandomSkip",

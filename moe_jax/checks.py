@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 _KINDS = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool_}
 
@@ -17,6 +19,15 @@ def describe_array(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype}{list(value.shape)}"
     return f"a {type(value).__name__}"
+
+
+def describe_value(value: Any) -> str:
+    """The value as a message shows it: short values themselves, arrays by dtype and shape."""
+    if value is None or isinstance(value, str | numbers.Number):
+        return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return describe_array(value)
 
 
 def check_array(
@@ -59,6 +70,91 @@ def check_array(
         raise ValueError(told) from error
     if 0 in value.shape:
         raise ValueError(f"{told} (an axis is empty: there must be at least one of each.)")
+
+
+def check_hidden_states(x: Any) -> None:
+    """Raises unless ``x`` is an array float[..., D] with at least the axis D.
+
+    Raises:
+        TypeError: ``x`` is not an array, or not of a float dtype.
+        ValueError: ``x`` is a scalar.
+    """
+    if not hasattr(x, "ndim") or x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+        check_array("x", x, "T D", fix="Pass hidden states [..., d_model].")
+
+
+def flat_token_mask(token_mask: Any, lead: tuple[int, ...]) -> Any:
+    """bool[T] from the mask of hidden states with the leading axes ``lead``; None stays None.
+
+    Raises:
+        TypeError: the mask is not an array, or not of dtype bool.
+        ValueError: the mask has other axes than ``lead``.
+
+    Example:
+        >>> flat_token_mask(jnp.ones((2, 3), bool), (2, 3)).shape
+        (6,)
+    """
+    if token_mask is None:
+        return None
+    message = (
+        f"token_mask: expected bool{list(lead)} like the leading axes of x, got "
+        f"{describe_array(token_mask)}. Pass one flag a token: True for real tokens, False for "
+        "padding."
+    )
+    if not hasattr(token_mask, "shape") or token_mask.dtype != jnp.bool_:
+        raise TypeError(message)
+    if token_mask.shape != lead:
+        raise ValueError(message)
+    return token_mask.reshape(-1)
+
+
+def check_key(key: Any) -> None:
+    """Raises TypeError unless ``key`` is None or one JAX key, typed or raw.
+
+    Example:
+        >>> check_key(jax.random.key(0))
+    """
+    if key is None:
+        return
+    if hasattr(key, "shape") and hasattr(key, "dtype"):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            fits = key.shape == ()
+        else:  # raw keys have two words with threefry, four with rbg
+            fits = key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
+        if fits:
+            return
+    raise TypeError(
+        f"key: expected one JAX key or None, got {describe_array(key)}. Pass jax.random.key(0) or a "
+        "part of jax.random.split; None switches randomness off."
+    )
+
+
+def check_instance(name: str, value: Any, kind: type, *, fix: str) -> None:
+    """Raises TypeError unless ``value`` is an instance of ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {describe_value(value)}. {fix}")
+
+
+def check_count(name: str, value: Any, *, least: int = 1, fix: str) -> None:
+    """Raises TypeError unless ``value`` is an integer, ValueError unless it is at least ``least``.
+
+    Example:
+        >>> check_count("groups", 2, fix="Pass the number of groups.")
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"{name}: expected an integer of at least {least}, got {describe_value(value)}. {fix}"
+        )
+    if value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}. {fix}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"{name}: expected True or False, got {describe_value(value)}. Pass a Python bool."
+        )
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_array
-from moe_jax.experts import ExpertFn, FeedForward, choose, run_experts
+from moe_jax.checks import (
+    check_array,
+    check_choice,
+    check_count,
+    check_flag,
+    check_hidden_states,
+    check_instance,
+    check_key,
+    describe_value,
+    flat_token_mask,
+)
+from moe_jax.experts import (
+    ExpertFn,
+    FeedForward,
+    check_implementation,
+    check_params,
+    run_experts,
+)
 from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.experts.expert_parallel import bias_once, run_parallel
 from moe_jax.routers import Router
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.dispatch import (
+    PRIORITIES,
     expert_capacity,
     kept_weights,
     plan_dispatch,
@@ -21,7 +43,80 @@ from moe_jax.routing.dispatch import (
     to_assignments,
 )
 from moe_jax.routing.stats import global_stats, routing_stats
-from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
+from moe_jax.types import (
+    Array,
+    DispatchPlan,
+    ExpertChoice,
+    Params,
+    Routing,
+    RoutingStats,
+    pytree,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """How a layer runs its experts, as a static value: hashable, compared by value.
+
+    Args:
+        capacity_factor: None drops nothing; else an expert takes at most
+            ``ceil(capacity_factor * T * K / E)`` rows, see ``expert_capacity``.
+        max_rows: row budget R of the whole batch (of each group, or of each device), see
+            ``plan_dispatch``; None is no budget.
+        priority: which assignments are dropped first, see ``plan_dispatch``.
+        renormalize_kept: whether a token's kept weights are scaled up to what its weights added up
+            to before anything was dropped, see ``kept_weights``.
+        implementation: None lets the library choose; a name of ``moe_jax.experts.IMPLEMENTATIONS``,
+            or a tuple of names in order of preference.
+        groups: number of equal, consecutive token groups. Capacity and row budget apply within
+            each group, which reproduces what that many devices would drop.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type, or out of its range.
+
+    Example:
+        >>> LayerOptions(capacity_factor=1.25, implementation="capacity").priority
+        'score'
+    """
+
+    capacity_factor: float | None = None
+    max_rows: int | None = None
+    priority: str = "score"
+    renormalize_kept: bool = False
+    implementation: str | tuple[str, ...] | None = None
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        factor = self.capacity_factor
+        if factor is not None:
+            if isinstance(factor, bool) or not isinstance(factor, numbers.Real):
+                raise TypeError(
+                    "capacity_factor: expected a positive number or None, got "
+                    f"{describe_value(factor)}. Pass a Python number such as 1.25; None drops nothing."
+                )
+            if not 0 < factor < math.inf:
+                raise ValueError(
+                    "capacity_factor: expected a positive finite number or None, got "
+                    f"{factor}. 1.25 is usual; None drops nothing."
+                )
+        if self.max_rows is not None:
+            check_count("max_rows", self.max_rows, fix="None is no row budget.")
+        check_choice("priority", self.priority, PRIORITIES)
+        check_flag("renormalize_kept", self.renormalize_kept)
+        check_implementation(self.implementation)
+        check_count("groups", self.groups, fix="1 plans for the whole batch at once.")
+
+    def capacity(self, routing: Routing | ExpertChoice) -> int | None:
+        """Rows C that one expert takes from one group of ``routing``; None without a bound."""
+        if self.capacity_factor is None:
+            return None
+        if isinstance(routing, Routing):
+            tokens, k = routing.expert_indices.shape
+        else:
+            tokens, k = routing.num_tokens, routing.num_experts
+        return expert_capacity(
+            tokens // self.groups, routing.num_experts, k, float(self.capacity_factor)
+        )
 
 
 @pytree
@@ -41,17 +136,38 @@ def init_moe_layer(
     d_ff: int,
     shared_d_ff: int = 0,
 ) -> dict[str, Params]:
-    """Parameters for ``moe_layer``: ``{"router": ..., "experts": ...}`` and ``"shared"`` if any.
+    """Returns parameters for ``moe_layer``: ``router``, ``experts``, and ``shared`` if any.
 
     Args:
         router: the rule.
-        experts: the expert; for a function of your own, build its parameters yourself, with a
+        experts: the expert. For a function of your own, build its parameters yourself, with a
             leading expert axis.
         key: randomness.
         d_model: D.
         d_ff: F.
-        shared_d_ff: width of the shared expert that every token uses; 0 is none.
+        shared_d_ff: width of the shared expert that every token uses; 0 adds none.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, or a width below 1.
+
+    Example:
+        >>> import moe_jax
+        >>> router = moe_jax.TopK(num_experts=4, k=2)
+        >>> params = init_moe_layer(router, FeedForward(), jax.random.key(0), d_model=8, d_ff=16)
+        >>> sorted(params), params["experts"]["up"].shape
+        (['experts', 'router'], (4, 8, 16))
     """
+    check_instance("router", router, Router, fix="Pass a rule such as TopK(num_experts=8, k=2).")
+    check_instance(
+        "experts", experts, FeedForward,
+        fix="Build the parameters of an expert function of your own yourself: a leading axis E.",
+    )  # fmt: skip
+    if key is None:
+        raise TypeError("key: expected one JAX key, got None. Pass jax.random.key(0).")
+    check_key(key)
+    check_count("d_model", d_model, fix="Pass the width of x.")
+    check_count("d_ff", d_ff, fix="Pass the width of the experts' hidden layer.")
+    check_count("shared_d_ff", shared_d_ff, least=0, fix="0 adds no shared expert.")
     router_key, expert_key, shared_key = jax.random.split(key, 3)
     params: dict[str, Params] = {
         "router": router.init(router_key, d_model),
@@ -69,25 +185,20 @@ def moe_layer(
     router: Router,
     expert_fn: ExpertFn,
     params: dict[str, Params],
-    state,
+    state: Any,
     x: Array,
     *,
     key: Array | None = None,
     token_mask: Array | None = None,
     context: Context | None = None,
-    capacity_factor: float | None = None,
-    max_rows: int | None = None,
-    priority: str = "score",
-    renormalize_kept: bool = False,
-    implementation: str | tuple[str, ...] | None = None,
-    groups: int = 1,
+    options: LayerOptions = LayerOptions(),
     parallel: ExpertParallel | None = None,
 ) -> tuple[Array, LayerAux]:
-    """A Mixture-of-Experts layer.
+    """Computes a Mixture-of-Experts layer.
 
     Args:
         router: the rule (static).
-        expert_fn: one expert, ``(params, rows [M, D]) -> [M, D]`` (static).
+        expert_fn: one expert, ``(params, rows [M, D]) -> [M, D_out]`` (static).
         params: ``router``: the router's; ``experts``: with a leading axis E; optionally ``shared``:
             one more expert that every token uses, and ``shared_gate`` f32[D, 1], whose sigmoid then
             weighs it (as in Qwen2-MoE).
@@ -96,23 +207,17 @@ def moe_layer(
         key: randomness for the gate's noise; None means none.
         token_mask: bool[...], False for padding: it uses no expert and its output is zero.
         context: per-token extras for difficulty estimators, flattened to T already.
-        capacity_factor: None is dropless; else experts take ``capacity_factor * T * K / E`` rows.
-        max_rows: row budget R, see ``plan_dispatch``.
-        priority: who is dropped, see ``plan_dispatch``.
-        renormalize_kept: scale a token's kept weights up to what they were before drops.
-        implementation: see ``moe_jax.experts``.
-        groups: hold capacity and row budget in each of so many equal runs of tokens, as so many
-            devices would (``plan_in_groups``), and let the rule observe each by itself.
+        options: capacity, row budget, implementation (static).
         parallel: inside your own ``shard_map``: the axes over which tokens and experts are split.
             x is then this device's share, ``params["experts"]`` this device's experts, and the
             statistics are those of the whole batch.
             ``moe_jax.parallel.sharding.sharded_moe_layer`` does it from outside.
 
     Returns:
-        y like x, and ``LayerAux``. Sums are taken in float32.
+        y float[..., D_out] in the dtype of x, and ``LayerAux``. Sums are taken in float32.
 
     Raises:
-        ValueError, TypeError: an input of the wrong rank, width or dtype; see the message.
+        ValueError, TypeError: an input of the wrong kind, rank, width or dtype; see the message.
 
     Example:
         >>> import moe_jax
@@ -122,24 +227,25 @@ def moe_layer(
         >>> y.shape, float(aux.stats.mean_experts_per_token)
         ((2, 3, 8), 2.0)
     """
-    if not hasattr(x, "ndim") or x.ndim < 1:
-        check_array("x", x, "T D", fix="Pass hidden states [..., d_model].")
+    _check_layer(router, expert_fn, params, options, parallel)
+    check_hidden_states(x)
+    check_key(key)
     lead, width = x.shape[:-1], x.shape[-1]
     flat = x.reshape(math.prod(lead), width)
-    mask = None if token_mask is None else _flat_mask(token_mask, lead)
+    mask = flat_token_mask(token_mask, lead)
     if mask is not None:  # whatever padding holds, NaN included, goes no further than here
         flat = jnp.where(mask[:, None], flat, jnp.zeros((), flat.dtype))
     routing = router(params["router"], state, flat, key=key, token_mask=mask, context=context)
-    capacity = None
-    if capacity_factor is not None:
-        each = flat.shape[0] // groups
-        capacity = expert_capacity(each, router.num_experts, router.max_k, capacity_factor)
     y, stats = run_routing(
-        expert_fn, params["experts"], flat, routing,
-        capacity=capacity, max_rows=max_rows, priority=priority,
-        renormalize_kept=renormalize_kept, implementation=implementation,
-        observed=_observed(router, state, routing, groups), groups=groups, parallel=parallel,
-    )  # fmt: skip
+        expert_fn,
+        params["experts"],
+        flat,
+        routing,
+        options=options,
+        observe=functools.partial(router.observe, state),
+        parallel=parallel,
+    )
+    y = add_residual(y, routing, flat)
     if "shared" in params:
         y = y + _shared(expert_fn, params, flat, mask, parallel)
     return y.astype(x.dtype).reshape(*lead, -1), LayerAux(routing=routing, stats=stats)
@@ -151,76 +257,115 @@ def run_routing(
     x: Array,
     routing: Routing | ExpertChoice,
     *,
-    capacity: int | None = None,
-    max_rows: int | None = None,
-    priority: str = "score",
-    renormalize_kept: bool = False,
-    implementation: str | tuple[str, ...] | None = None,
-    observed: Array | None = None,
-    groups: int = 1,
+    options: LayerOptions = LayerOptions(),
+    observe: Callable[[Any], Array] | None = None,
     parallel: ExpertParallel | None = None,
+    weight_on_input: bool = False,
 ) -> tuple[Array, RoutingStats]:
-    """The second half of ``moe_layer``: what follows a routing decision, whoever made it.
+    """Runs the experts that a routing chose: the second half of ``moe_layer``.
 
     Args:
         expert_fn: one expert (static).
         params: expert parameters with a leading axis E.
         x: float[T, D], the tokens that were routed.
         routing: the decision.
-        capacity, max_rows, priority: see ``plan_dispatch``.
-        renormalize_kept: see ``kept_weights``.
-        implementation: see ``moe_jax.experts``.
-        observed: f32[E] from ``router.observe``, for the statistics.
-        groups, parallel: see ``moe_layer``; the bounds are then those of one group, or device.
+        options: capacity, row budget, implementation (static).
+        observe: ``router.observe`` with its state bound, for the statistics; None reports zeros.
+        parallel: see ``moe_layer``; ``options`` then bound one device.
+        weight_on_input: combine weights multiply an expert's input instead of its output (Llama 4).
 
     Returns:
-        f32[T, D_out], the sum of weighted expert outputs and of the residual, and statistics.
+        f32[T, D_out], the sum of weighted expert outputs, and statistics. What zero-computation
+        experts return comes on top: see ``add_residual``.
+
+    Raises:
+        ValueError, TypeError: shapes disagree, the parameters are not those of ``expert_fn``, or
+            ``options`` do not fit the batch.
     """
-    bounds = {"capacity": capacity, "max_rows": max_rows, "priority": priority}
     assignments = to_assignments(routing)
-    if groups == 1:
-        plan = plan_dispatch(assignments, **bounds)
-    else:
-        plan = plan_in_groups(assignments, groups, **bounds)
-    weights = kept_weights(plan, renormalize=renormalize_kept)
-    if parallel is None:
-        chosen = choose(plan, implementation, expert_fn=expert_fn)
-        y = run_experts(expert_fn, params, x, plan, weights, implementation=chosen.name)
-        name, executed = chosen.name, chosen.slots_executed(plan)
-    else:
-        y, executed = run_parallel(
-            expert_fn, params, x, plan, weights, parallel, implementation=implementation
-        )
-        name = "expert_parallel"
-    if isinstance(routing, Routing):
-        y = y + routing.residual_weight[:, None] * x.astype(jnp.float32)
+    tokens = assignments.num_tokens
+    check_array(
+        "x", x, "T D", sizes={"T": tokens},
+        fix="Pass the tokens that were routed, flattened to [tokens, width].",
+    )  # fmt: skip
+    plan_batch = plan_dispatch
+    if options.groups > 1:
+        plan_batch = functools.partial(plan_in_groups, groups=options.groups)
+    plan = plan_batch(
+        assignments,
+        capacity=options.capacity(routing),
+        max_rows=options.max_rows,
+        priority=options.priority,
+    )
+    weights = kept_weights(plan, renormalize=options.renormalize_kept)
+    # With weights on the input the experts see a token per slot; statistics stay those of ``plan``.
+    work = x, plan, weights
+    if weight_on_input:
+        work = _weighted_rows(*work)
+    run = run_experts if parallel is None else functools.partial(run_parallel, parallel=parallel)
+    ran = run(expert_fn, params, *work, implementation=options.implementation)
+    y = ran.y
+    if weight_on_input:
+        y = y.reshape(tokens, -1, y.shape[-1]).sum(axis=1)
     stats = routing_stats(
         routing,
         plan,
-        slots_executed=executed,
-        observed=observed,
-        implementation=name,
+        slots_executed=ran.slots_executed,
+        observed=None if observe is None else _observed(observe, routing, options.groups),
+        implementation=ran.implementation,
     )
     return y, stats if parallel is None else global_stats(stats, parallel.token_axes)
 
 
-def _observed(router: Router, state, routing: Routing | ExpertChoice, groups: int) -> Array:
+def add_residual(y: Array, routing: Routing | ExpertChoice, x: Array) -> Array:
+    """Adds to y f32[T, D] the share of x [T, D] that zero-computation experts return.
+
+    Costs nothing without such experts.
+
+    Raises:
+        ValueError: the experts' output has another width than x.
+    """
+    if isinstance(routing, ExpertChoice) or routing.residual_weight is None:
+        return y
+    if y.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"expert_fn: expected an output of width {x.shape[-1]} like x, got {y.shape[-1]}. The "
+            "rule has experts that return x itself, which can only be added to an equal width."
+        )
+    return y + routing.residual_weight[:, None] * x.astype(jnp.float32)
+
+
+def _weighted_rows(
+    x: Array, plan: DispatchPlan, weights: Array
+) -> tuple[Array, DispatchPlan, Array]:
+    """One token for every slot, its row scaled by the slot's weight; every kept weight is then 1."""
+    a = plan.assignments
+    slots = a.slots_per_token
+    if not slots:
+        raise ValueError(
+            "weight_on_input: expected token choice, got expert choice. Weigh the outputs instead."
+        )
+    scaled = x.astype(jnp.float32)[:, None, :] * weights.reshape(-1, slots)[:, :, None]
+    n = a.num_tokens * slots
+    single = dataclasses.replace(
+        a,
+        token_indices=jnp.arange(n, dtype=jnp.int32),
+        weights=a.valid.astype(jnp.float32),
+        num_tokens=n,
+        slots_per_token=1,
+    )
+    plan = dataclasses.replace(plan, assignments=single)
+    return scaled.astype(x.dtype).reshape(n, -1), plan, kept_weights(plan)
+
+
+def _observed(observe: Callable[[Any], Array], routing: Any, groups: int) -> Array:
     """What the rule observes, in each group by itself and averaged by tokens, as devices do it."""
     if groups == 1:
-        return router.observe(state, routing)
+        return observe(routing)
     split = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), routing)
     tokens = split.token_mask.sum(axis=1, dtype=jnp.float32)
-    seen = jax.vmap(lambda part: router.observe(state, part))(split)
+    seen = jax.vmap(observe)(split)
     return (seen * tokens[:, None]).sum(axis=0) / jnp.maximum(tokens.sum(), 1.0)
-
-
-def _flat_mask(token_mask: Array, lead: tuple[int, ...]) -> Array:
-    if token_mask.shape != lead:
-        raise ValueError(
-            f"token_mask: expected bool{list(lead)} like the leading axes of x, got "
-            f"{token_mask.dtype}{list(token_mask.shape)}. Pass one flag a token."
-        )
-    return token_mask.reshape(-1)
 
 
 def _shared(
@@ -230,6 +375,7 @@ def _shared(
     mask: Array | None,
     parallel: ExpertParallel | None,
 ) -> Array:
+    check_params(expert_fn, params["shared"], d_model=x.shape[1], name="shared params")
     shared, axis = params["shared"], None if parallel is None else parallel.model_axis
     if axis is not None:
         shared = bias_once(shared, axis)
@@ -237,6 +383,42 @@ def _shared(
     if axis is not None:
         out = jax.lax.psum(out, axis)
     if "shared_gate" in params:
-        gate = params["shared_gate"].astype(jnp.float32)
-        out = out * jax.nn.sigmoid(x.astype(jnp.float32) @ gate)
+        gate = params["shared_gate"]
+        check_array(
+            "shared_gate", gate, "D 1", sizes={"D": x.shape[1], "1": 1},
+            fix="Pass one column, whose sigmoid weighs the shared expert.",
+        )  # fmt: skip
+        out = out * jax.nn.sigmoid(x.astype(jnp.float32) @ gate.astype(jnp.float32))
     return out if mask is None else jnp.where(mask[:, None], out, 0.0)
+
+
+_PARTS = ("router", "experts", "shared", "shared_gate")
+
+
+def _check_layer(router: Any, expert_fn: Any, params: Any, options: Any, parallel: Any) -> None:
+    check_instance("router", router, Router, fix="Pass a rule such as TopK(num_experts=8, k=2).")
+    if isinstance(expert_fn, type) or not callable(expert_fn):
+        raise TypeError(
+            "expert_fn: expected a function (params, rows [M, D]) -> [M, D_out], got "
+            f"{describe_value(expert_fn)}. Pass FeedForward() or a function of your own."
+        )
+    check_instance(
+        "options", options, LayerOptions, fix="Write options=LayerOptions(capacity_factor=1.25)."
+    )
+    if parallel is not None:
+        check_instance("parallel", parallel, ExpertParallel, fix="See sharding.parallel_of(mesh).")
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params: expected a dict with 'router' and 'experts', got {describe_value(params)}. "
+            "Pass what init_moe_layer returned."
+        )
+    missing = [name for name in _PARTS[:2] if name not in params]
+    if "shared_gate" in params and "shared" not in params:
+        missing.append("shared")
+    unknown = sorted(str(name) for name in params if name not in _PARTS)
+    if missing or unknown:
+        raise ValueError(
+            f"params: expected router, experts and optionally shared, shared_gate, got "
+            f"{', '.join(map(str, params)) or 'none'}. "
+            + (f"Add {', '.join(missing)}." if missing else f"Remove {', '.join(unknown)}.")
+        )

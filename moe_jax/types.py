@@ -68,10 +68,11 @@ class Routing:
 
     expert_indices: Array  # i32[T, K]
     combine_weights: Array  # f32[T, K]
-    residual_weight: Array  # f32[T]: how much of x itself zero-computation experts return
     router_logits: Array  # f32[T, E]
     router_probs: Array  # f32[T, E]: rows sum to 1
     token_mask: Array  # bool[T]: True for real tokens, False for padding
+    # f32[T]: the share of x itself that zero-computation experts return; None without such experts.
+    residual_weight: Array | None = None
     num_experts: int = static()
 
     @property
@@ -112,11 +113,6 @@ class ExpertChoice:
     def num_experts_per_token(self) -> Array:
         """i32[T]: how many experts took each token."""
         return self.expert_mask.sum(axis=-1, dtype=jnp.int32)
-
-    @property
-    def residual_weight(self) -> Array:
-        """f32[T]: zero, as no expert here returns its input."""
-        return jnp.zeros((self.num_tokens,), jnp.float32)
 
 
 @pytree

@@ -19,6 +19,7 @@ from moe_jax import (
     ExpertThreshold,
     FeedForward,
     Gate,
+    LayerOptions,
     LossWeights,
     MinP,
     RandomSkip,
@@ -60,7 +61,9 @@ def layer_params() -> Params:
 def layer(x: Any = X, router: Any = ROUTER, params: Params = None, **kwargs: Any) -> Any:
     made = layer_params()
     params = made if params is None else params(made)
-    return moe_layer(router, FFN, params, router.init_state(), x, **kwargs)
+    named = {f.name for f in dataclasses.fields(LayerOptions)}
+    options = LayerOptions(**{n: kwargs.pop(n) for n in named & set(kwargs)})
+    return moe_layer(router, FFN, params, router.init_state(), x, options=options, **kwargs)
 
 
 @functools.cache

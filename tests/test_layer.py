@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax import FeedForward, TopK, TopP, init_moe_layer
+from moe_jax import FeedForward, LayerOptions, TopK, TopP, init_moe_layer
 from moe_jax.experts import IMPLEMENTATIONS
 from moe_jax.routers import ExpertChoiceRouter, Router, Traits
 from moe_jax.routing.gate import Gate
@@ -27,7 +27,7 @@ FFN = FeedForward(activation="silu", gated=True)
 @functools.partial(
     jax.jit,
     static_argnums=(0, 1),
-    static_argnames=("capacity_factor", "renormalize_kept", "implementation"),
+    static_argnames="options",
 )
 def moe_layer(*args, **kwargs):
     return moe_jax.moe_layer(*args, **kwargs)
@@ -193,14 +193,15 @@ def test_capacity_drops_and_renormalises_on_request():
     router = TopK(num_experts=E, k=2, scoring=Scoring(norm="sum"))
     params, state = make(router)
     x = jnp.concatenate([draw(8), draw(8)[:1] + 0.01 * draw(8)])  # eight of a kind
-    y, aux = moe_layer(router, FFN, params, state, x, capacity_factor=0.75)
+    y, aux = moe_layer(router, FFN, params, state, x, options=LayerOptions(capacity_factor=0.75))
     assert 0 < float(aux.stats.dropped_fraction) < 1
     full, full_aux = moe_layer(router, FFN, params, state, x)
     assert float(full_aux.stats.dropped_fraction) == 0
     assert not np.allclose(y, full)
     renormed, _ = moe_layer(
-        router, FFN, params, state, x, capacity_factor=0.75, renormalize_kept=True
-    )
+        router, FFN, params, state, x,
+        options=LayerOptions(capacity_factor=0.75, renormalize_kept=True),
+    )  # fmt: skip
     rows = 6  # ceil(.75 * 16 * 2 / 4)
     assert float(aux.stats.slots_used) <= rows * E
     # A token that lost its second expert: its first, at weight 1 instead of w1.
@@ -214,7 +215,8 @@ def test_capacity_drops_and_renormalises_on_request():
 def test_huge_capacity_is_dropless():
     router = TopK(num_experts=E, k=2)
     params, state = make(router)
-    y, aux = moe_layer(router, FFN, params, state, draw(12), capacity_factor=float(E))
+    roomy = LayerOptions(capacity_factor=float(E))
+    y, aux = moe_layer(router, FFN, params, state, draw(12), options=roomy)
     want, _ = moe_layer(router, FFN, params, state, draw(12))
     assert float(aux.stats.dropped_fraction) == 0
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-6)
@@ -225,7 +227,9 @@ def test_every_implementation_gives_the_layers_answer(name):
     assert name in IMPLEMENTATIONS
     router = TopP(num_experts=E)
     params, state = make(router)
-    y, aux = moe_layer(router, FFN, params, state, draw(12), implementation=name)
+    y, aux = moe_layer(
+        router, FFN, params, state, draw(12), options=LayerOptions(implementation=name)
+    )
     np.testing.assert_allclose(y, dense(params, aux, draw(12)), rtol=1e-4, atol=1e-5)
 
 
@@ -266,7 +270,9 @@ def test_stats_are_a_few_hundred_bytes_however_many_tokens():
     )
     x = jax.ShapeDtypeStruct((4096, D), jnp.float32)
     _, aux = jax.eval_shape(
-        lambda p, s, x: moe_layer(router, FFN, p, s, x, implementation="dense"),
+        lambda p, s, x: moe_layer(
+            router, FFN, p, s, x, options=LayerOptions(implementation="dense")
+        ),
         params, router.init_state(), x,
     )  # fmt: skip
     assert sum(4 * leaf.size for leaf in jax.tree.leaves(aux.stats)) < 1000

@@ -43,8 +43,8 @@ def experts_step(
 
     def step(params: Params, x: Array, routing: Routing) -> Array:
         plan = plan_dispatch(to_assignments(routing), capacity=capacity, max_rows=max_rows)
-        y = run_experts(ffn, params, x, plan, kept_weights(plan), implementation=implementation)
-        return y.astype(x.dtype)
+        ran = run_experts(ffn, params, x, plan, kept_weights(plan), implementation=implementation)
+        return ran.y.astype(x.dtype)
 
     return step
 

@@ -51,7 +51,6 @@ def sample_routing(
     return Routing(
         expert_indices=jnp.asarray(indices, jnp.int32),
         combine_weights=jnp.asarray(weights, jnp.float32),
-        residual_weight=jnp.zeros((tokens,), jnp.float32),
         router_logits=jnp.zeros((tokens, experts), jnp.float32),
         router_probs=jnp.full((tokens, experts), 1.0 / experts, jnp.float32),
         token_mask=jnp.ones((tokens,), bool),

@@ -6,14 +6,16 @@ first that does not refuse. A new implementation is one file and one line in ``_
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
-from moe_jax.checks import check_array
+from moe_jax.checks import check_array, describe_value
 from moe_jax.experts.active import ACTIVE
-from moe_jax.experts.base import Implementation, num_experts_of
+from moe_jax.experts.base import ExpertsOutput, Implementation, num_experts_of
 from moe_jax.experts.capacity import CAPACITY
 from moe_jax.experts.dense import DENSE
-from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
+from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
 from moe_jax.experts.ragged import RAGGED
 from moe_jax.experts.tiered import TIERED
 from moe_jax.types import Array, DispatchPlan, Params
@@ -25,8 +27,11 @@ __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
     "ExpertFn",
+    "ExpertsOutput",
     "FeedForward",
     "Implementation",
+    "check_implementation",
+    "check_params",
     "choose",
     "explain_choice",
     "run_experts",
@@ -44,22 +49,21 @@ def explain_choice(
 
     A single name is chosen whatever it says, since the caller asked for it.
     """
-    backend = backend or jax.default_backend()
+    check_implementation(implementation)
     if isinstance(implementation, str):
-        _known((implementation,))
         return [(implementation, "chosen")]
+    backend = backend or jax.default_backend()
     names = tuple(IMPLEMENTATIONS) if implementation is None else implementation
-    _known(names)
-    told: list[tuple[str, str]] = []
+    reasons: list[tuple[str, str]] = []
     chosen = False
     for name in names:
         reason = IMPLEMENTATIONS[name].refuse(expert_fn, plan, backend)
         if reason is None and not chosen:
-            told.append((name, "chosen"))
+            reasons.append((name, "chosen"))
             chosen = True
         else:
-            told.append((name, reason or "not needed: an earlier one was chosen"))
-    return told
+            reasons.append((name, reason or "not needed: an earlier one was chosen"))
+    return reasons
 
 
 def choose(
@@ -74,20 +78,34 @@ def choose(
     Raises:
         ValueError: an unknown name, or every candidate refused; the reasons are in the message.
     """
-    told = explain_choice(plan, implementation, expert_fn=expert_fn, backend=backend)
-    for name, reason in told:
+    candidates = explain_choice(plan, implementation, expert_fn=expert_fn, backend=backend)
+    for name, reason in candidates:
         if reason == "chosen":
             return IMPLEMENTATIONS[name]
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in told)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in candidates)
     raise ValueError(
-        f"implementation: expected one that runs here, got {implementation!r} ({reasons}). "
+        f"implementation: expected one that can run, got {implementation!r} ({reasons}). "
         "Name a single one to insist on it."
     )
 
 
-def _known(names: tuple[str, ...]) -> None:
+def check_implementation(implementation: Any) -> None:
+    """Raises unless ``implementation`` is None, a known name, or a tuple of known names.
+
+    Raises:
+        TypeError: anything else than None, text and a tuple of text.
+        ValueError: an unknown name, or no name at all.
+    """
+    if implementation is None:
+        return
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names):
+        raise TypeError(
+            "implementation: expected None, a name or a tuple of names, got "
+            f"{describe_value(implementation)}. The names are {', '.join(IMPLEMENTATIONS)}."
+        )
     unknown = [n for n in names if n not in IMPLEMENTATIONS]
-    if unknown:
+    if unknown or not names:
         raise ValueError(
             f"implementation: expected names among {sorted(IMPLEMENTATIONS)}, got {unknown}. "
             "None lets the library choose."
@@ -102,7 +120,7 @@ def run_experts(
     weights: Array,
     *,
     implementation: str | tuple[str, ...] | None = None,
-) -> Array:
+) -> ExpertsOutput:
     """Runs the plan: ``y[t] = sum of weights[n] * expert(x[t])`` over the kept assignments of t.
 
     Args:
@@ -114,10 +132,22 @@ def run_experts(
         implementation: None, a name, or names in order of preference.
 
     Returns:
-        f32[T, D_out].
+        y f32[T, D_out], the rows that were computed, and the name of what computed them.
 
     Raises:
-        ValueError: shapes disagree with the plan, or no implementation fits.
+        ValueError: shapes disagree with the plan, the parameters are not those of ``expert_fn``, or
+            no implementation fits.
+
+    Example:
+        >>> import jax.numpy as jnp, moe_jax
+        >>> ffn, router = FeedForward(), moe_jax.TopK(num_experts=4, k=2)
+        >>> x = jnp.ones((3, 8))
+        >>> routing = router(router.init(jax.random.key(0), 8), router.init_state(), x)
+        >>> plan = moe_jax.plan_dispatch(moe_jax.to_assignments(routing))
+        >>> params = ffn.init(jax.random.key(1), num_experts=4, d_model=8, d_ff=16)
+        >>> out = run_experts(ffn, params, x, plan, moe_jax.kept_weights(plan), implementation="dense")
+        >>> out.y.shape, float(out.slots_executed), out.implementation
+        ((3, 8), 12.0, 'dense')
     """
     a = plan.assignments
     check_array(
@@ -129,5 +159,10 @@ def run_experts(
             f"expert params: expected a leading axis of E={a.num_experts}, "
             f"got {num_experts_of(params)}. Initialise as many experts as the router has."
         )
+    check_params(expert_fn, params, d_model=x.shape[1], num_experts=a.num_experts)
     chosen = choose(plan, implementation, expert_fn=expert_fn)
-    return chosen.run(expert_fn, params, x, plan, weights)
+    return ExpertsOutput(
+        y=chosen.run(expert_fn, params, x, plan, weights),
+        slots_executed=chosen.slots_executed(plan),
+        implementation=chosen.name,
+    )

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.experts.base import Implementation, one_expert, vary_like
-from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
+from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
 from moe_jax.experts.tiered import (
     Sizes,
     backward,
@@ -105,6 +105,7 @@ _stream.defvjp(_fwd, _bwd)
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    check_params(expert_fn, params, d_model=x.shape[1], num_experts=plan.assignments.num_experts)
     if isinstance(expert_fn, FeedForward) and jax.default_backend() == "cpu":
         return _stream(expert_fn, params, x, weights, plan)
     return run_sizes(expert_fn, _ONE_ROW, params, x, weights, plan)

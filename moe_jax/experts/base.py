@@ -10,9 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.experts.feed_forward import ExpertFn
-from moe_jax.types import Array, DispatchPlan, Params
+from moe_jax.types import Array, DispatchPlan, Params, pytree, static
 
 _T = TypeVar("_T")
+
+
+@pytree
+class ExpertsOutput:
+    """What ``run_experts`` did."""
+
+    y: Array  # f32[T, D_out]: the weighted sum over each token's experts
+    slots_executed: Array  # f32[]: rows pushed through experts, padding included
+    implementation: str = static()  # what ran
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

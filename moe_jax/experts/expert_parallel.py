@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts import choose, run_experts
-from moe_jax.experts.base import num_experts_of, vary_like, vary_over
+from moe_jax.experts import run_experts
+from moe_jax.experts.base import ExpertsOutput, num_experts_of, vary_like, vary_over
 from moe_jax.experts.exchange import (
     ExpertParallel,
     How,
@@ -62,7 +62,7 @@ def run_parallel(
     parallel: ExpertParallel,
     *,
     implementation: str | tuple[str, ...] | None = None,
-) -> tuple[Array, Array]:
+) -> ExpertsOutput:
     """``run_experts`` where the experts are spread over devices. Inside ``shard_map`` only.
 
     Args:
@@ -75,7 +75,7 @@ def run_parallel(
         implementation: what runs the experts that are here, see ``moe_jax.experts``.
 
     Returns:
-        f32[T, D_out], and f32[]: rows that this device's experts computed, padding included.
+        y f32[T, D_out], and the rows that this device's experts computed, padding included.
 
     Raises:
         ValueError: the experts do not fit the axes, or experts of one's own with a model axis.
@@ -96,9 +96,8 @@ def run_parallel(
         params = bias_once(params, parallel.model_axis)
     params, x, weights, plan = vary_over((params, x, weights, plan), parallel.axes)
     if devices == 1:
-        chosen = choose(plan, implementation, expert_fn=expert_fn)
-        y = run_experts(expert_fn, params, x, plan, weights, implementation=chosen.name)
-        executed = vary_like(chosen.slots_executed(plan), x)
+        ran = run_experts(expert_fn, params, x, plan, weights, implementation=implementation)
+        y, executed = ran.y, vary_like(ran.slots_executed, x)
     else:
         sizes, bounded = send_sizes(
             tokens=plan.assignments.num_tokens,
@@ -115,7 +114,7 @@ def run_parallel(
     if parallel.model_axis is not None:
         y = jax.lax.psum(y, parallel.model_axis)
         executed = jax.lax.pmean(executed, parallel.model_axis)
-    return y, executed
+    return ExpertsOutput(y=y, slots_executed=executed, implementation="expert_parallel")
 
 
 def bias_once(params: Params, model_axis: str) -> Params:
@@ -132,11 +131,13 @@ def bias_once(params: Params, model_axis: str) -> Params:
 # --- forward and backward -------------------------------------------------------------------
 
 
-def _experts(how: How, params: Params, plan: DispatchPlan, rows: Array) -> Array:
-    """The experts that are here on the rows [M, D] that arrived, in the rows' own dtype."""
-    weights = kept_weights(plan)
-    y = run_experts(how.expert_fn, params, rows, plan, weights, implementation=how.implementation)
-    return y.astype(rows.dtype)
+def _experts(how: How, params: Params, plan: DispatchPlan, rows: Array) -> tuple[Array, Array]:
+    """This device's experts on the rows [M, D] that arrived: outputs in the dtype of the rows, and
+    f32[], the rows computed."""
+    ran = run_experts(
+        how.expert_fn, params, rows, plan, kept_weights(plan), implementation=how.implementation
+    )
+    return ran.y.astype(rows.dtype), ran.slots_executed
 
 
 class _Kept(NamedTuple):
@@ -163,11 +164,10 @@ def _forward(
         counts, rows = send(how, tier, make, sent)
         rows = rows.reshape(how.devices * size, -1)
         here = received(counts, size)
-        made = _experts(how, params, here, rows)
+        made, executed = _experts(how, params, here, rows)
         sizes = Sizes(sent.sum(axis=1), counts.sum(axis=1))
         back = send_back(how, tier, made.reshape(how.devices, size, -1), sizes)
-        chosen = choose(here, how.implementation, expert_fn=how.expert_fn)
-        executed = vary_like(chosen.slots_executed(here), x)
+        executed = vary_like(executed, x)
         if carry is None:
             return take_home(plan, ways, start, back, None), executed, _Kept(rows, counts)
         outputs, total = carry
@@ -228,7 +228,7 @@ def _bwd(how, residuals, cotangents):
             known = Sizes(ours.sum(axis=1), counts.sum(axis=1))
             drows = send(how, tier, make, None, known)[1].reshape(how.devices * size, -1)
         here = received(counts, size)
-        _, pull = jax.vjp(lambda p, r: _experts(how, p, here, r), params, rows)
+        _, pull = jax.vjp(lambda p, r: _experts(how, p, here, r)[0], params, rows)
         dparams, dback = pull(drows)
         sizes = Sizes(ours.sum(axis=1), counts.sum(axis=1))
         home = send_back(how, tier, dback.reshape(how.devices, size, -1), sizes)

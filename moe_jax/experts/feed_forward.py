@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_choice
+from moe_jax.checks import check_choice, check_flag, describe_array, describe_value
 from moe_jax.types import Array, Params
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -22,10 +22,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class ExpertFn(Protocol):
-    """What an expert is to this library: a pure function of one expert's parameters and its rows.
+    """A pure function of one expert's parameters and its rows: ``[M, D] -> [M, D_out]``.
 
     It is vmapped over the leading expert axis of every parameter, so it must treat rows one by one
     (no statistics across rows) and may not depend on how many rows there are.
+
+    An expert that has a method ``param_axes(params) -> {name: axes}``, such as ``FeedForward``, has
+    its parameters checked by ``check_params`` before anything runs.
     """
 
     def __call__(self, params: Params, rows: Array, /) -> Array: ...
@@ -59,6 +62,13 @@ class FeedForward:
 
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
+        check_flag("gated", self.gated)
+        check_flag("use_bias", self.use_bias)
+
+    def param_axes(self, params: Params, /) -> dict[str, str]:
+        """The axes of each parameter of one expert, by name: what ``check_params`` expects."""
+        del params  # the flags alone decide
+        return feed_forward_axes(gated=self.gated, use_bias=self.use_bias)
 
     def init(self, key: Array, *, num_experts: int, d_model: int, d_ff: int) -> Params:
         """Parameters of all experts, float32, with a leading expert axis.
@@ -78,6 +88,7 @@ class FeedForward:
 
     def __call__(self, params: Params, rows: Array, /) -> Array:
         """``rows [M, D] -> [M, D]`` in the dtype of ``rows``, with one expert's parameters."""
+        check_params(self, params, d_model=rows.shape[-1], name="params")
         act = ACTIVATIONS[self.activation]
         hidden = _project(params, "up", rows)
         if self.gated:
@@ -96,3 +107,86 @@ def _project(params: Params, name: str, rows: Array) -> Array:
     out = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
     bias = params.get(f"{name}_bias")
     return out if bias is None else out + bias.astype(jnp.float32)[None, :]
+
+
+def feed_forward_axes(*, gated: bool, use_bias: bool) -> dict[str, str]:
+    """The parameters of one feed-forward expert by name, with a letter for each axis.
+
+    Example:
+        >>> feed_forward_axes(gated=False, use_bias=True)
+        {'up': 'D F', 'up_bias': 'F', 'down': 'F D', 'down_bias': 'D'}
+    """
+    axes = {}
+    for name in ("gate", "up", "down") if gated else ("up", "down"):
+        axes[name] = "F D" if name == "down" else "D F"
+        if use_bias:
+            axes[f"{name}_bias"] = axes[name][-1]
+    return axes
+
+
+def check_params(
+    expert_fn: ExpertFn,
+    params: Params,
+    *,
+    d_model: int,
+    num_experts: int | None = None,
+    name: str = "expert params",
+) -> None:
+    """Raises unless ``params`` are those that ``expert_fn`` reads: same names, ranks and widths.
+
+    Static, so it costs nothing in a compiled program. A parameter that the expert would ignore is as
+    wrong as a missing one: a gate that is dropped without a word changes every output. Experts
+    without a method ``param_axes`` (functions of a user's own) are not checked.
+
+    Args:
+        expert_fn: one expert.
+        params: its parameters.
+        d_model: D, the width of its rows.
+        num_experts: E, where the parameters have a leading expert axis.
+        name: what the message calls the parameters.
+
+    Raises:
+        TypeError: ``params`` is not a mapping, or holds something that is not an array.
+        ValueError: a parameter is missing, unknown or of another shape; all are named.
+
+    Example:
+        >>> ffn = FeedForward(gated=True)
+        >>> params = ffn.init(jax.random.key(0), num_experts=4, d_model=8, d_ff=16)
+        >>> check_params(ffn, params, d_model=8, num_experts=4)
+    """
+    param_axes = getattr(expert_fn, "param_axes", None)
+    if param_axes is None:
+        return
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"{name}: expected a dict of arrays for {expert_fn}, got {describe_value(params)}. Pass "
+            "what its init returned."
+        )
+    axes: dict[str, str] = param_axes(params)
+    if set(params) != set(axes):
+        missing = ", ".join(sorted(set(axes) - set(params)))
+        unknown = ", ".join(sorted(str(n) for n in set(params) - set(axes)))
+        raise ValueError(
+            f"{name}: expected {', '.join(axes)} for {expert_fn}, got {', '.join(map(str, params))}"
+            f"{f'; missing: {missing}' if missing else ''}"
+            f"{f'; not used: {unknown}' if unknown else ''}. Make its flags and the parameters agree."
+        )
+    sizes = {"D": d_model}
+    for key in axes:
+        if not hasattr(params[key], "shape"):
+            raise TypeError(
+                f"{name}: expected {key} to be an array, got {describe_value(params[key])}. Unbox or "
+                "convert it first."
+            )
+    # The parameters themselves say what F is; all must say the same.
+    lead = () if num_experts is None else (num_experts,)
+    inner = params["up"].shape
+    sizes["F"] = inner[-1] if inner else 0
+    for key, letters in axes.items():
+        wanted = (*lead, *(sizes[a] for a in letters.split()))
+        if params[key].shape != wanted or 0 in wanted:
+            shown = [f"E={n}" for n in lead] + [f"{a}={sizes[a]}" for a in letters.split()]
+            raise ValueError(
+                f"{name}: expected {key} [{', '.join(shown)}], got {describe_array(params[key])}. D "
+                "is the width of x, F that of up."
+            )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.experts.base import Implementation
-from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward
+from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
 from moe_jax.routing.dispatch import combine
 from moe_jax.types import Array, DispatchPlan, Params
 
@@ -38,6 +38,7 @@ def run_with(
             "A ragged product runs no other expert; use implementation='tiered'."
         )
     a = plan.assignments
+    check_params(expert_fn, params, d_model=x.shape[1], num_experts=a.num_experts)
     n = plan.order[: plan.num_rows]
     live = (jnp.arange(plan.num_rows) < plan.group_sizes.sum())[:, None]
     experts = jnp.minimum(a.expert_indices[n], a.num_experts - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_array
-from moe_jax.experts import ExpertFn, choose, run_experts
+from moe_jax.checks import check_hidden_states, flat_token_mask
+from moe_jax.experts import ExpertFn
 from moe_jax.interop import router_settings
 from moe_jax.interop.expert_functions import rms_norm
 from moe_jax.interop.families import Family, read
@@ -34,12 +35,10 @@ from moe_jax.interop.tensors import (
     shared_params,
     shared_stack,
 )
-from moe_jax.layer import LayerAux
+from moe_jax.layer import LayerAux, LayerOptions, add_residual, run_routing
 from moe_jax.routers import Router
 from moe_jax.routing.difficulty import Context
-from moe_jax.routing.dispatch import kept_weights, plan_dispatch, to_assignments
-from moe_jax.routing.stats import routing_stats
-from moe_jax.types import Array, Params, Routing, RoutingStats, pytree, static
+from moe_jax.types import Array, Params, Routing, pytree, static
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,11 +146,19 @@ class MoEBlock:
         flat = x.reshape(-1, x.shape[-1])
         mask = routing.token_mask[:, None]
         rows = jnp.where(mask, flat, jnp.zeros((), x.dtype))
-        y, stats = self._experts(params, rows, routing, implementation)
+        y, stats = run_routing(
+            self.expert_fn,
+            params["experts"],
+            self._latent(params["latent"], rows) if "latent" in params else rows,
+            routing,
+            options=LayerOptions(implementation=implementation),
+            observe=functools.partial(self.router.observe, self.state),
+            weight_on_input=self.options.weight_on_input,
+        )
         y = y * self.options.output_scale
         if "latent" in params:
             y = _affine(params["latent"], "out", y)
-        y = y + routing.residual_weight[:, None] * rows.astype(jnp.float32)
+        y = add_residual(y, routing, rows)
         if "shared" in params:
             shared = self._shared(params, rows, routing)
             if "shared_gate" in params:
@@ -166,15 +173,8 @@ class MoEBlock:
         return (y, LayerAux(routing=routing, stats=stats)) if return_aux else y
 
     def _route(self, params, x, key, token_mask, context) -> Routing:
-        if not hasattr(x, "ndim") or x.ndim < 1:
-            check_array("x", x, "T D", fix="Pass hidden states [..., d_model].")
-        if token_mask is not None:
-            if token_mask.shape != x.shape[:-1]:
-                raise ValueError(
-                    f"token_mask: expected bool{list(x.shape[:-1])} like the leading axes of x, got "
-                    f"{token_mask.dtype}{list(token_mask.shape)}. Pass one flag a token."
-                )
-            token_mask = token_mask.reshape(-1)
+        check_hidden_states(x)
+        token_mask = flat_token_mask(token_mask, x.shape[:-1])
         router = self.router
         if self.options.per_sequence:
             assert isinstance(router, CapacityTopK)
@@ -186,38 +186,6 @@ class MoEBlock:
         )
         assert isinstance(routing, Routing)
         return routing
-
-    def _experts(
-        self, params, rows: Array, routing: Routing, implementation
-    ) -> tuple[Array, RoutingStats]:
-        if "latent" in params:
-            rows = self._latent(params["latent"], rows)
-        assignments = to_assignments(routing)
-        if self.options.weight_on_input:
-            # Every slot becomes a token of its own, scaled before the expert sees it.
-            tokens, k = routing.expert_indices.shape
-            scaled = rows.astype(jnp.float32)[:, None, :] * routing.combine_weights[:, :, None]
-            rows = scaled.astype(rows.dtype).reshape(tokens * k, -1)
-            assignments = dataclasses.replace(
-                assignments,
-                token_indices=jnp.arange(tokens * k, dtype=jnp.int32),
-                weights=assignments.valid.astype(jnp.float32),
-                num_tokens=tokens * k,
-                slots_per_token=1,
-            )
-        plan = plan_dispatch(assignments)
-        chosen = choose(plan, implementation, expert_fn=self.expert_fn)
-        y = run_experts(
-            self.expert_fn, params["experts"], rows, plan, kept_weights(plan),
-            implementation=chosen.name,
-        )  # fmt: skip
-        if self.options.weight_on_input:
-            y = y.reshape(*routing.expert_indices.shape, -1).sum(axis=1)
-        stats = routing_stats(
-            routing, plan, slots_executed=chosen.slots_executed(plan),
-            observed=self.router.observe(self.state, routing), implementation=chosen.name,
-        )  # fmt: skip
-        return y, stats
 
     def _shared(self, params, rows: Array, routing: Routing) -> Array:
         if not isinstance(self.router, JointShared):

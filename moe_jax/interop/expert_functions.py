@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts import ACTIVATIONS, ExpertFn, FeedForward
+from moe_jax.experts import ACTIVATIONS, ExpertFn, FeedForward, check_params
+from moe_jax.experts.feed_forward import feed_forward_axes
 from moe_jax.types import Array, Params
 
 # ACT2FN of transformers, as far as MoE configs use it.
@@ -59,8 +60,14 @@ class GatedExpert:
     up_softcap: float | None = None
     post_norm_eps: float | None = None
 
+    def param_axes(self, params: Params, /) -> dict[str, str]:
+        """The axes of each parameter of one expert; with a bias for all projections, or for none."""
+        axes = feed_forward_axes(gated=True, use_bias=any(n.endswith("_bias") for n in params))
+        return axes if self.post_norm_eps is None else {**axes, "post_norm": "D"}
+
     def __call__(self, params: Params, rows: Array, /) -> Array:
         """``rows [M, D] -> [M, D]`` in the dtype of ``rows``, with one expert's parameters."""
+        check_params(self, params, d_model=rows.shape[-1], name="params")
         gate, up = _project(params, "gate", rows), _project(params, "up", rows)
         if self.gate_softcap is not None and self.up_softcap is not None:
             hidden = _softcap(gate, self.gate_softcap) * jax.nn.sigmoid(gate)

@@ -28,7 +28,7 @@ from moe_jax.checkpoint import check_free
 from moe_jax.lab.data import Blocks, Corpus, cut_blocks, load_corpus
 from moe_jax.lab.language_model import LMConfig, embed, layer_params, router_input
 from moe_jax.lab.training import Model, PathLike, load_model, save_model, track
-from moe_jax.layer import run_routing
+from moe_jax.layer import LayerOptions, add_residual, run_routing
 from moe_jax.routers import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, TopP
 from moe_jax.routing.budget import check_target, mean_k_after
 from moe_jax.types import Array, Params, Routing, pytree
@@ -173,9 +173,13 @@ def mix(
     """What ``moe_layer`` does after routing. Apart from it, so that all rules share one compile."""
     flat = x.reshape(-1, config.d_model)
     y, stats = run_routing(
-        config.experts, layer["moe"]["experts"], flat, routing,
-        implementation=config.implementation,
-    )  # fmt: skip
+        config.experts,
+        layer["moe"]["experts"],
+        flat,
+        routing,
+        options=LayerOptions(implementation=config.implementation),
+    )
+    y = add_residual(y, routing, flat)
     seen = Seen(
         counts=routing.num_experts_per_token.reshape(x.shape[:-1]),
         histogram=stats.experts_per_token_histogram * stats.token_count,

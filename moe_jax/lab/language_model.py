@@ -26,7 +26,7 @@ import numpy as np
 
 from moe_jax.experts import FeedForward
 from moe_jax.lab.data import VOCAB_SIZE
-from moe_jax.layer import LayerAux, init_moe_layer
+from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer
 from moe_jax.parallel.sharding import Mesh, layer_over
 from moe_jax.routers import Router, TopK
 from moe_jax.routing.losses import LossWeights, aux_loss
@@ -297,9 +297,14 @@ def block(
     """
     h, x = router_input(config, layer, h)
     y, aux = layer_over(mesh)(
-        router, config.experts, layer["moe"], state, x,
-        token_mask=mask, implementation=config.implementation,
-    )  # fmt: skip
+        router,
+        config.experts,
+        layer["moe"],
+        state,
+        x,
+        token_mask=mask,
+        options=LayerOptions(implementation=config.implementation),
+    )
     return h + y, aux, x.reshape(-1, config.d_model)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from moe_jax.experts import ExpertFn, FeedForward
-from moe_jax.layer import LayerAux
+from moe_jax.layer import LayerAux, LayerOptions
 from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,
@@ -21,7 +22,6 @@ from moe_jax.nn.setup import (
     routing_of,
     stats_of,
 )
-from moe_jax.parallel.sharding import layer_over
 from moe_jax.routers import Router as Rule
 from moe_jax.routing.difficulty import Context, Estimator
 from moe_jax.routing.gate import Gate
@@ -84,28 +84,48 @@ class Router(nn.Module):
         _write(self, self.router, aux)
 
 
-class MoE(nn.Module):
-    """A Mixture-of-Experts layer. Arguments as in ``moe_jax.nn.nnx.MoE``; ``call`` holds the further
-    keyword arguments of ``moe_layer`` as a dict.
+class _MoELayer(nn.Module, kw_only=True):
+    """What ``MoE`` and ``DynamicMoE`` share; they differ in how they name their rule."""
 
-    Example:
-        >>> import jax.numpy as jnp, moe_jax
-        >>> layer = MoE(moe_jax.TopK(num_experts=4, k=2), d_model=8, d_ff=16)
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3, 8)))
-        >>> layer.apply(variables, jnp.ones((2, 3, 8))).shape
-        (2, 3, 8)
-    """
-
-    router: Rule
     d_model: int
     d_ff: int | None = None
-    expert_fn: ExpertFn = FeedForward()
     expert_init: ExpertInit | None = None
     shared_d_ff: int = 0
-    call: Any = None
+    mesh: Mesh | None = None
+    capacity_factor: float | None = None
+    max_rows: int | None = None
+    priority: str = "score"
+    renormalize_kept: bool = False
+    implementation: str | tuple[str, ...] | None = None
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.spec()  # a wrong value is refused when the module is made, not at its first call
 
     def rule(self) -> Rule:
-        return self.router
+        """The routing rule."""
+        raise NotImplementedError
+
+    def spec(self) -> LayerSpec:
+        """Everything static about the layer."""
+        return LayerSpec(
+            router=self.rule(),
+            expert_fn=self.expert_fn,  # pyright: ignore[reportAttributeAccessIssue]
+            d_model=self.d_model,
+            d_ff=self.d_ff,
+            shared_d_ff=self.shared_d_ff,
+            expert_init=self.expert_init,
+            options=LayerOptions(
+                capacity_factor=self.capacity_factor,
+                max_rows=self.max_rows,
+                priority=self.priority,
+                renormalize_kept=self.renormalize_kept,
+                implementation=self.implementation,
+                groups=self.groups,
+            ),
+            mesh=self.mesh,
+        )
 
     @nn.compact
     def __call__(
@@ -117,18 +137,26 @@ class MoE(nn.Module):
         context: Context | None = None,
         return_aux: bool = False,
     ) -> Any:
-        """y float[..., D] from x float[..., D]; with ``return_aux``, also the ``LayerAux``."""
-        return _apply(
-            self, self.rule(), x,
-            key=key, token_mask=token_mask, context=context, return_aux=return_aux,
-        )  # fmt: skip
+        """y float[..., D] from x float[..., D]; with ``return_aux``, also the ``LayerAux``.
+
+        Reads the router's state and never writes it: see ``update_router``.
+        """
+        spec = self.spec()
+        # One key makes all parts, as in init_moe_layer. Linen also calls these functions, abstractly,
+        # when it only checks the shapes of parameters that it was given; any key does then.
+        rng = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
+        names = jax.eval_shape(spec.init, rng)
+        params = {
+            name: self.param(name, lambda _, n=name: _boxed(spec.init(rng)[n], n)) for name in names
+        }
+        state = self.variable(STATE, "state", spec.router.init_state).value
+        y, aux = spec.run(params, state, x, key=key, token_mask=token_mask, context=context)
+        return (y, aux) if return_aux else y
 
     def regularization(
         self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
     ) -> Array:
-        """f32[]: what the rule's authors add to the training loss, of this layer's parameters in their
-        boxes or out of them: ``apply(variables, aux, method="regularization")``, inside the function
-        that is differentiated. ``ReLURouter`` and ``TopAny`` need it; it is 0 for most rules."""
+        """f32[]: what the rule's authors add to the training loss, as ``Router.regularization``."""
         return _regularization(self, self.rule(), aux, axis_name)
 
     def update_router(self, aux: LayerAux | RoutingStats) -> None:
@@ -137,7 +165,25 @@ class MoE(nn.Module):
         _write(self, self.rule(), aux)
 
 
-class DynamicMoE(nn.Module):
+class MoE(_MoELayer):
+    """A Mixture-of-Experts layer, with the arguments of ``moe_jax.nn.nnx.MoE``.
+
+    Example:
+        >>> import jax.numpy as jnp, moe_jax
+        >>> layer = MoE(moe_jax.TopK(num_experts=4, k=2), d_model=8, d_ff=16)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3, 8)))
+        >>> layer.apply(variables, jnp.ones((2, 3, 8))).shape
+        (2, 3, 8)
+    """
+
+    router: Rule
+    expert_fn: ExpertFn = FeedForward()
+
+    def rule(self) -> Rule:
+        return self.router
+
+
+class DynamicMoE(_MoELayer):
     """``MoE`` with ``DynamicK`` in the production guide's words, as ``moe_jax.nn.nnx.DynamicMoE``.
 
     Example:
@@ -152,74 +198,21 @@ class DynamicMoE(nn.Module):
     expert_fn: ExpertFn = FeedForward()
     min_experts: int = 1
     max_experts: int = 4
-    d_model: int = 0
-    d_ff: int | None = None
     difficulty: str | Estimator = "router_entropy"
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
     balance_rate: float = 0.0
-    expert_init: ExpertInit | None = None
-    shared_d_ff: int = 0
-    call: Any = None
 
     def rule(self) -> Rule:
         return dynamic_router(
-            self.num_experts, self.min_experts, self.max_experts,
-            difficulty=self.difficulty, gate=self.gate, scoring=self.scoring,
+            self.num_experts,
+            self.min_experts,
+            self.max_experts,
+            difficulty=self.difficulty,
+            gate=self.gate,
+            scoring=self.scoring,
             balance_rate=self.balance_rate,
-        )  # fmt: skip
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-        return_aux: bool = False,
-    ) -> Any:
-        """y float[..., D] from x float[..., D]; with ``return_aux``, also the ``LayerAux``."""
-        return _apply(
-            self, self.rule(), x,
-            key=key, token_mask=token_mask, context=context, return_aux=return_aux,
-        )  # fmt: skip
-
-    def regularization(
-        self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
-    ) -> Array:
-        """As ``MoE.regularization``."""
-        return _regularization(self, self.rule(), aux, axis_name)
-
-    def update_router(self, aux: LayerAux | RoutingStats) -> None:
-        """As ``MoE.update_router``."""
-        _write(self, self.rule(), aux)
-
-
-def _apply(
-    module: MoE | DynamicMoE, rule: Rule, x: Array, *, return_aux: bool, **kwargs: Any
-) -> Any:
-    call = dict(module.call or {})
-    spec = LayerSpec(
-        router=rule,
-        expert_fn=module.expert_fn,
-        d_model=module.d_model or x.shape[-1],
-        d_ff=module.d_ff,
-        shared_d_ff=module.shared_d_ff,
-        expert_init=module.expert_init,
-        call=tuple(sorted(call.items())),
-    )
-    # One key makes all parts, as in init_moe_layer. Linen also calls these functions, abstractly, when
-    # it only checks the shapes of parameters that it was given; any key does then.
-    key = module.make_rng("params") if module.is_initializing() else jax.random.key(0)
-    names = jax.eval_shape(spec.init, key)
-    params = {
-        name: module.param(name, lambda _, n=name: _boxed(spec.init(key)[n], n)) for name in names
-    }
-    state = module.variable(STATE, "state", rule.init_state).value
-    layer = layer_over(call.pop("mesh", None))
-    y, aux = layer(rule, spec.expert_fn, params, state, x, **kwargs, **call)
-    return (y, aux) if return_aux else y
+        )
 
 
 def _write(module: nn.Module, rule: Rule, aux: LayerAux | RoutingStats) -> None:

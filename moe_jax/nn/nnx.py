@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux
@@ -12,12 +13,12 @@ from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,
     dynamic_router,
+    layer_options,
     logical_axes,
     routing_of,
     stats_of,
     tokens_of,
 )
-from moe_jax.parallel.sharding import layer_over
 from moe_jax.routers import Router as Rule
 from moe_jax.routing.difficulty import Context, Estimator
 from moe_jax.routing.gate import Gate
@@ -120,9 +121,13 @@ class MoE(nnx.Module):
         rngs: ``params`` makes the initial parameters; or give
         params: arrays to hold instead, as ``moe_layer`` takes them.
         state: the router's state to hold; None is a new one.
-        **call: capacity_factor, max_rows, priority, renormalize_kept, implementation: as in
-            ``moe_layer``; ``mesh`` spreads tokens and experts over its devices, see
+        mesh: spreads tokens and experts over its devices, see
             ``moe_jax.parallel.sharding.sharded_moe_layer``.
+        **options: the fields of ``moe_jax.LayerOptions``: capacity_factor, max_rows, priority,
+            renormalize_kept, implementation, groups.
+
+    Raises:
+        TypeError, ValueError: an unknown option, or a value that does not fit; it is named.
 
     Example:
         >>> import jax.numpy as jnp, moe_jax
@@ -143,7 +148,8 @@ class MoE(nnx.Module):
         rngs: nnx.Rngs | None = None,
         params: dict[str, Params] | None = None,
         state: Any = None,
-        **call: Any,
+        mesh: Mesh | None = None,
+        **options: Any,
     ) -> None:
         self.spec = LayerSpec(
             router=router,
@@ -152,7 +158,8 @@ class MoE(nnx.Module):
             d_ff=d_ff,
             shared_d_ff=shared_d_ff,
             expert_init=expert_init,
-            call=tuple(sorted(call.items())),
+            options=layer_options(type(self).__name__, options),
+            mesh=mesh,
         )
         if params is None:
             if rngs is None:
@@ -186,11 +193,14 @@ class MoE(nnx.Module):
 
         Reads the router's state and never writes it: see ``update_router``.
         """
-        options = dict(self.spec.call)
-        y, aux = layer_over(options.pop("mesh", None))(
-            self.spec.router, self.spec.expert_fn, self.params(), self.router_state.get_value(), x,
-            key=key, token_mask=token_mask, context=context, **options,
-        )  # fmt: skip
+        y, aux = self.spec.run(
+            self.params(),
+            self.router_state.get_value(),
+            x,
+            key=key,
+            token_mask=token_mask,
+            context=context,
+        )
         return (y, aux) if return_aux else y
 
     def regularization(
@@ -256,7 +266,12 @@ class DynamicMoE(MoE):
         **others: Any,
     ) -> None:
         router = dynamic_router(
-            num_experts, min_experts, max_experts,
-            difficulty=difficulty, gate=gate, scoring=scoring, balance_rate=balance_rate,
-        )  # fmt: skip
+            num_experts,
+            min_experts,
+            max_experts,
+            difficulty=difficulty,
+            gate=gate,
+            scoring=scoring,
+            balance_rate=balance_rate,
+        )
         super().__init__(router, expert_fn=expert_fn, **others)

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from moe_jax.checks import describe_array
+from moe_jax.checks import check_count, check_hidden_states, check_instance, flat_token_mask
 from moe_jax.experts import ExpertFn, FeedForward
-from moe_jax.layer import LayerAux, init_moe_layer
-from moe_jax.parallel.sharding import logical_axes
+from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer
+from moe_jax.parallel.sharding import layer_over, logical_axes
 from moe_jax.routers import DynamicK, Router
 from moe_jax.routing.difficulty import Estimator
 from moe_jax.routing.gate import Gate
@@ -23,6 +24,7 @@ __all__ = [
     "ExpertInit",
     "LayerSpec",
     "dynamic_router",
+    "layer_options",
     "logical_axes",
     "routing_of",
     "stats_of",
@@ -32,27 +34,36 @@ __all__ = [
 ExpertInit = Callable[[Array, int], Params]
 
 
-def tokens_of(x: Array, options: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
-    """Hidden states [..., D], as the layer itself takes them, as tokens [T, D]; the mask likewise.
+def tokens_of(x: Array, arguments: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+    """Returns hidden states [..., D] as tokens [T, D], and the arguments with their mask as bool[T].
 
     Raises:
-        TypeError: x is not an array.
+        TypeError: x or the mask is not an array of the right dtype.
         ValueError: the mask has other leading axes than x.
     """
-    if not hasattr(x, "shape") or not x.shape:
+    check_hidden_states(x)
+    mask = flat_token_mask(arguments.get("token_mask"), x.shape[:-1])
+    return x.reshape(-1, x.shape[-1]), {**arguments, "token_mask": mask}
+
+
+def layer_options(owner: str, options: dict[str, Any]) -> LayerOptions:
+    """Returns ``LayerOptions`` from keyword arguments of a module.
+
+    Raises:
+        TypeError: a name that is no option; all options are listed.
+
+    Example:
+        >>> layer_options("MoE", {"capacity_factor": 1.25}).capacity_factor
+        1.25
+    """
+    names = [f.name for f in dataclasses.fields(LayerOptions)]
+    unknown = [name for name in options if name not in names]
+    if unknown:
         raise TypeError(
-            f"x: expected an array float[..., d_model], got {describe_array(x)}. Pass the hidden "
-            "states that the layer takes."
+            f"{owner}: expected options among {', '.join(names)}, got {', '.join(unknown)}. The "
+            "expert is expert_fn, its width d_ff; correct the name or leave it out."
         )
-    mask = options.get("token_mask")
-    if mask is not None:
-        if mask.shape != x.shape[:-1]:
-            raise ValueError(
-                f"token_mask: expected bool{list(x.shape[:-1])} like the leading axes of x, got "
-                f"{describe_array(mask)}. Pass one flag a token."
-            )
-        options = {**options, "token_mask": mask.reshape(-1)}
-    return x.reshape(-1, x.shape[-1]), options
+    return LayerOptions(**options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +78,9 @@ class LayerSpec:
         shared_d_ff: width of a shared expert; 0 is none. For ``FeedForward``.
         expert_init: ``(key, num_experts) -> params`` with a leading expert axis, for a function of
             your own.
-        call: further keyword arguments of ``moe_layer`` (capacity_factor, max_rows, priority,
-            renormalize_kept, implementation), as sorted pairs.
+        options: capacity, row budget, implementation.
+        mesh: the devices that tokens and experts are spread over, see
+            ``moe_jax.parallel.sharding.sharded_moe_layer``; None is one device.
     """
 
     router: Router
@@ -77,9 +89,26 @@ class LayerSpec:
     d_ff: int | None = None
     shared_d_ff: int = 0
     expert_init: ExpertInit | None = None
-    call: tuple[tuple[str, Any], ...] = ()
+    options: LayerOptions = LayerOptions()
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
+        check_instance(
+            "router", self.router, Router, fix="Pass a rule, e.g. TopK(num_experts=8, k=2)."
+        )
+        if isinstance(self.expert_fn, type) or not callable(self.expert_fn):
+            raise TypeError(
+                f"expert_fn: expected a function (params, rows) -> rows, got {self.expert_fn!r}. Pass "
+                "FeedForward() or a function of your own."
+            )
+        if self.mesh is not None:
+            check_instance(
+                "mesh", self.mesh, Mesh, fix="Pass moe_jax.parallel.sharding.make_mesh()."
+            )
+        check_count("d_model", self.d_model, fix="Pass the width of x.")
+        if self.d_ff is not None:
+            check_count("d_ff", self.d_ff, fix="Pass the width of the experts' hidden layer.")
+        check_count("shared_d_ff", self.shared_d_ff, least=0, fix="0 adds no shared expert.")
         own = self.expert_init is not None
         if isinstance(self.expert_fn, FeedForward) and not own:
             if self.d_ff is None:
@@ -104,14 +133,27 @@ class LayerSpec:
             assert isinstance(self.expert_fn, FeedForward)
             assert self.d_ff is not None
             return init_moe_layer(
-                self.router, self.expert_fn, key,
-                d_model=self.d_model, d_ff=self.d_ff, shared_d_ff=self.shared_d_ff,
-            )  # fmt: skip
+                self.router,
+                self.expert_fn,
+                key,
+                d_model=self.d_model,
+                d_ff=self.d_ff,
+                shared_d_ff=self.shared_d_ff,
+            )
         router_key, expert_key = jax.random.split(key)
         return {
             "router": self.router.init(router_key, self.d_model),
             "experts": self.expert_init(expert_key, self.router.num_experts),
         }
+
+    def run(
+        self, params: dict[str, Params], state: Any, x: Array, **arguments: Any
+    ) -> tuple[Array, LayerAux]:
+        """``moe_layer``, over the devices of the mesh if there is one."""
+        layer = layer_over(self.mesh)
+        return layer(
+            self.router, self.expert_fn, params, state, x, options=self.options, **arguments
+        )
 
     def flops_per_row(self) -> float:
         """Operations of one routed expert on one token; of a user's own expert, as XLA counts it."""

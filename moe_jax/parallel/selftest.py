@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.experts import IMPLEMENTATIONS, FeedForward, run_experts
-from moe_jax.layer import init_moe_layer, moe_layer
+from moe_jax.layer import LayerOptions, init_moe_layer, moe_layer
 from moe_jax.parallel.collectives import collectives_of
 from moe_jax.parallel.sharding import (
     P,
@@ -109,7 +109,7 @@ def _one_layer() -> tuple[Any, Any, Any]:
 @functools.partial(jax.jit, static_argnums=0)
 def _value_and_gradients(name: str, params: Any, x: Any, weights: Any, plan: Any) -> Any:
     def f(params: Any, x: Any, weights: Any) -> Any:
-        return run_experts(_FFN, params, x, plan, weights, implementation=name)
+        return run_experts(_FFN, params, x, plan, weights, implementation=name).y
 
     y, pull = jax.vjp(f, params, x, weights)
     return y, pull(jnp.cos(y))
@@ -190,9 +190,11 @@ def _many(devices: list[Any]) -> Iterator[Check]:
 def _same_on_many(mesh: Any, router: Router, factor: float | None, n: int) -> tuple[bool, str]:
     params = init_moe_layer(router, _FFN, jax.random.key(0), d_model=_D, d_ff=_F)
     x = jax.random.normal(jax.random.key(1), (8 * n, _D))
-    one = functools.partial(moe_layer, capacity_factor=factor, groups=n, implementation="dense")
+    options = LayerOptions(capacity_factor=factor)
+    grouped = dataclasses.replace(options, groups=n, implementation="dense")
+    one = functools.partial(moe_layer, options=grouped)
     wanted = jax.jit(functools.partial(_step, one, router))(params, x)
-    layer = functools.partial(sharded_moe_layer, mesh=mesh, capacity_factor=factor)
+    layer = functools.partial(sharded_moe_layer, mesh=mesh, options=options)
     specs, rows = param_specs(params, mesh), token_spec(mesh)
     run = jit_sharded(
         functools.partial(_step, layer, router), mesh, in_specs=(specs, rows),
@@ -211,9 +213,8 @@ def _messages(mesh: Any, n: int, factor: float | None, gradient: bool) -> tuple[
 
     def forward(params: Any, x: Any) -> Any:
         state = router.init_state()
-        return sharded_moe_layer(router, _FFN, params, state, x, mesh=mesh, capacity_factor=factor)[
-            0
-        ]
+        options = LayerOptions(capacity_factor=factor)
+        return sharded_moe_layer(router, _FFN, params, state, x, mesh=mesh, options=options)[0]
 
     f, out = forward, rows
     if gradient:

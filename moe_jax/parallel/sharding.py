@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from moe_jax.experts import ExpertFn
 from moe_jax.experts.exchange import ExpertParallel
-from moe_jax.layer import LayerAux, moe_layer
+from moe_jax.layer import LayerAux, LayerOptions, moe_layer
 from moe_jax.routers import ExpertChoiceRouter, Router
 from moe_jax.routing.difficulty import Context
 from moe_jax.types import Array, Params
@@ -306,7 +306,7 @@ def sharded_moe_layer(
     key: Array | None = None,
     token_mask: Array | None = None,
     context: Context | None = None,
-    **call: Any,
+    options: LayerOptions = LayerOptions(),
 ) -> tuple[Array, LayerAux]:
     """``moe_layer`` over the devices of a mesh: the same answer, losses, gradients and statistics.
 
@@ -326,7 +326,7 @@ def sharded_moe_layer(
         mesh: None is the one that ``jax.set_mesh`` set.
         parallel: None is ``parallel_of(mesh)``.
         key: randomness of the gate's noise, another on every device (so not that of one device).
-        **call: the other options of ``moe_layer``; ``max_rows`` is the row budget of each device.
+        options: as in ``moe_layer``; ``max_rows`` is the row budget of each device.
 
     Raises:
         ValueError: there is no mesh, experts do not fit it, or a rule that looks at the whole batch.
@@ -368,9 +368,17 @@ def sharded_moe_layer(
         if key is not None and tokens:
             key = jax.random.fold_in(key, jax.lax.axis_index(tokens))
         return moe_layer(
-            router, expert_fn, params, state, x,
-            key=key, token_mask=mask, context=context, parallel=parallel, **call,
-        )  # fmt: skip
+            router,
+            expert_fn,
+            params,
+            state,
+            x,
+            key=key,
+            token_mask=mask,
+            context=context,
+            options=options,
+            parallel=parallel,
+        )
 
     rows = P(tokens or None)
     specs = (param_specs(params, where), P(), rows, P(), rows, rows)

@@ -103,7 +103,6 @@ def build_routing(
     return Routing(
         expert_indices=jnp.where(used, indices, experts),
         combine_weights=jnp.where(used, weights, 0.0),
-        residual_weight=jnp.zeros((tokens,), jnp.float32),
         router_logits=logits,
         router_probs=probs,
         token_mask=token_mask,

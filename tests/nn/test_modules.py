@@ -291,9 +291,7 @@ def test_experts_of_ones_own():
     layer = moe_nnx.MoE(
         rule, d_model=D, expert_fn=expert, expert_init=init, rngs=nnx.Rngs(0), capacity_factor=1.0
     )
-    twin = moe_linen.MoE(
-        rule, d_model=D, expert_fn=expert, expert_init=init, call={"capacity_factor": 1.0}
-    )
+    twin = moe_linen.MoE(rule, d_model=D, expert_fn=expert, expert_init=init, capacity_factor=1.0)
     own = {
         "params": layer.params(),
         "router_state": {"state": layer.router_state.get_value()},

@@ -38,6 +38,7 @@ RULES = {
     ),
 }
 LOSSES = LossWeights(load_balancing=0.1, router_z=0.1)
+DENSE = moe_jax.LayerOptions(implementation="dense")
 ALL_LOSSES = LossWeights(load_balancing=0.1, router_z=0.1, entropy=0.1, importance=0.1)
 
 
@@ -68,10 +69,11 @@ def batch(tokens=T):
     return x, np.arange(tokens) % 11 != 3  # some padding, spread over the devices
 
 
-def objective(layer, router, params, x, mask, **call):
+def objective(layer, router, params, x, mask, **options):
     """A loss that every output enters, the auxiliary losses, and what the controller makes of it."""
     state = state_of(router)
-    y, aux = layer(router, FFN, params, state, x, token_mask=mask, **call)
+    options = moe_jax.LayerOptions(**options)
+    y, aux = layer(router, FFN, params, state, x, token_mask=mask, options=options)
     wave = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
     auxiliary, terms = aux_loss(aux.routing, LOSSES)
     loss = (y * wave).sum() / T + auxiliary
@@ -80,13 +82,13 @@ def objective(layer, router, params, x, mask, **call):
     }  # fmt: skip
 
 
-def everything(layer, router, params, x, mask, **call):
-    f = functools.partial(objective, layer, router, **call)
+def everything(layer, router, params, x, mask, **options):
+    f = functools.partial(objective, layer, router, **options)
     (loss, parts), grads = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(params, x, mask)
     return {"loss": loss, "gradient": grads, **parts}
 
 
-def sharded(router, params, mesh, parallel=None, tokens=T, **call):
+def sharded(router, params, mesh, parallel=None, tokens=T, **options):
     x, mask = batch(tokens)
     parallel = sharding.parallel_of(mesh) if parallel is None else parallel
     devices = int(np.prod([mesh.shape[a] for a in parallel.expert_axes], dtype=int))
@@ -96,7 +98,7 @@ def sharded(router, params, mesh, parallel=None, tokens=T, **call):
         experts = jax.device_get(sharding.pad_experts(experts, devices))
     padded = {**params, "experts": experts}
     layer = functools.partial(sharding.sharded_moe_layer, mesh=mesh, parallel=parallel)
-    found = jax.jit(functools.partial(everything, layer, router, **call))(
+    found = jax.jit(functools.partial(everything, layer, router, **options))(
         sharding.shard(padded, mesh), x, mask
     )
     found = jax.device_get(found)
@@ -105,9 +107,9 @@ def sharded(router, params, mesh, parallel=None, tokens=T, **call):
     return {**found, "gradient": ({**grads, "experts": real}, dx)}
 
 
-def alone(router, params, tokens=T, **call):
+def alone(router, params, tokens=T, **options):
     x, mask = batch(tokens)
-    run = jax.jit(functools.partial(everything, moe_jax.moe_layer, router, **call))
+    run = jax.jit(functools.partial(everything, moe_jax.moe_layer, router, **options))
     return jax.device_get(run(params, x, mask))
 
 
@@ -234,7 +236,7 @@ def accumulated(router, params, wanted):
     def total(layer, params):
         def part(params, x, mask):
             y, aux = layer(
-                router, FFN, params, router.init_state(), x, token_mask=mask, implementation="dense"
+                router, FFN, params, router.init_state(), x, token_mask=mask, options=DENSE
             )
             return jnp.square(y).sum() / T + aux_loss(aux.routing, LOSSES)[0], aux.stats
 
@@ -278,7 +280,7 @@ def own_shard_map(router, params):
         def inside(params, x, mask):
             y, aux = moe_jax.moe_layer(
                 router, FFN, params, router.init_state(), x,
-                token_mask=mask, parallel=parallel, implementation="dense",
+                token_mask=mask, parallel=parallel, options=DENSE,
             )  # fmt: skip
             loss, _ = aux_loss(aux.routing, ALL_LOSSES, axis_name=parallel.token_axes)
             return y, loss, router.update(router.init_state(), aux.stats)
@@ -288,7 +290,7 @@ def own_shard_map(router, params):
 
     def reference(params, x, mask):
         y, aux = moe_jax.moe_layer(
-            router, FFN, params, router.init_state(), x, token_mask=mask, implementation="dense"
+            router, FFN, params, router.init_state(), x, token_mask=mask, options=DENSE
         )
         loss, _ = aux_loss(aux.routing, ALL_LOSSES)
         return jnp.square(y).mean() + loss, (y, loss, router.update(router.init_state(), aux.stats))
@@ -299,7 +301,7 @@ def own_shard_map(router, params):
         )
         y, _ = jax.jit(
             lambda p, x: sharding.sharded_moe_layer(
-                router, FFN, p, router.init_state(), x, token_mask=mask, implementation="dense"
+                router, FFN, p, router.init_state(), x, token_mask=mask, options=DENSE
             )
         )(sharding.shard(params, mesh), x)
     wanted = jax.jit(jax.value_and_grad(reference, has_aux=True))(params, x, mask)
@@ -345,7 +347,7 @@ def noise():
     run = jax.jit(
         lambda p, x, key: (
             sharding.sharded_moe_layer(
-                router, FFN, p, router.init_state(), x, mesh=mesh, key=key, implementation="dense"
+                router, FFN, p, router.init_state(), x, mesh=mesh, key=key, options=DENSE
             )[1].routing.router_logits
         )
     )
@@ -368,7 +370,7 @@ def compiled(mesh, factor, *, gradient, tokens=512, width=D, d_ff=F, experts=16,
     def forward(params, x):
         return sharding.sharded_moe_layer(
             router, FFN, params, router.init_state(), x,
-            mesh=mesh, parallel=parallel, capacity_factor=factor,
+            mesh=mesh, parallel=parallel, options=moe_jax.LayerOptions(capacity_factor=factor),
         )[0]  # fmt: skip
 
     f, out = forward, rows

@@ -34,7 +34,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 @functools.partial(
     jax.jit,
     static_argnums=(0, 1),
-    static_argnames=("capacity_factor", "renormalize_kept", "implementation"),
+    static_argnames="options",
 )
 def moe_layer(*args, **kwargs):
     return moe_jax.moe_layer(*args, **kwargs)
@@ -87,7 +87,8 @@ def test_top_p_equals_dynamic_moe(p):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(y, golden["y"], rtol=1e-4, atol=1e-5)
     for name in sorted({"capacity", "dense"} & set(IMPLEMENTATIONS)):
-        y, _ = moe_layer(router, ffn, params, router.init_state(), x, implementation=name)
+        options = moe_jax.LayerOptions(implementation=name)
+        y, _ = moe_layer(router, ffn, params, router.init_state(), x, options=options)
         np.testing.assert_allclose(y, golden["y"], rtol=1e-4, atol=1e-5)
 
 

@@ -35,7 +35,6 @@ def routing_of(used, *, logits=None, mask=None, probs=None) -> Routing:
     return Routing(
         expert_indices=jnp.asarray(indices, jnp.int32),
         combine_weights=jnp.asarray(indices < experts, jnp.float32),
-        residual_weight=jnp.zeros((tokens,), jnp.float32),
         router_logits=logits,
         router_probs=jax.nn.softmax(logits, axis=-1) if probs is None else probs,
         token_mask=jnp.ones((tokens,), bool) if mask is None else jnp.asarray(mask),
@@ -180,7 +179,6 @@ def test_padding_counts_in_nothing(term):
         clean,
         expert_indices=jnp.concatenate([clean.expert_indices, jnp.full((4, 4), 4, jnp.int32)]),
         combine_weights=jnp.concatenate([clean.combine_weights, jnp.zeros((4, 4), jnp.float32)]),
-        residual_weight=jnp.zeros((12,), jnp.float32),
         router_logits=jnp.concatenate([clean.router_logits, pad]),
         router_probs=jnp.concatenate([clean.router_probs, pad]),
         token_mask=mask,
