@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import check_hidden_states, flat_token_mask
-from moe_jax.experts import ExpertFn
+from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.interop import router_settings
 from moe_jax.interop.expert_functions import rms_norm
 from moe_jax.interop.families import Family, read
@@ -283,12 +283,13 @@ def moe_block_from_hf(
     unused = ("router.bias",) if isinstance(router, ZeroExperts) else ()
     found.finish(allowed=unused)
     expert_fn = family.expert(c)
+    shared_fn = expert_fn if family.shared_expert is None else family.shared_expert(c)
     return MoEBlock(
         params=jax.tree.map(jnp.asarray, params),
         state=jax.tree.map(jnp.asarray, state),
         router=router,
-        expert_fn=expert_fn,
-        shared_fn=expert_fn if family.shared_expert is None else family.shared_expert(c),
+        expert_fn=_with_biases_of(params["experts"], expert_fn),
+        shared_fn=_with_biases_of(params.get("shared", {}), shared_fn),
         options=BlockOptions(
             output_scale=float(family.output_scale(c)),
             average_shared=_averages(c),
@@ -297,6 +298,13 @@ def moe_block_from_hf(
             per_sequence=family.per_sequence,
         ),
     )
+
+
+def _with_biases_of(params: Params, expert_fn: ExpertFn) -> ExpertFn:
+    """The expert with biases where the checkpoint has them: few configurations say so."""
+    if not isinstance(expert_fn, FeedForward):
+        return expert_fn
+    return dataclasses.replace(expert_fn, use_bias=any(n.endswith("_bias") for n in params))
 
 
 def _router_params(found: Tensors, router: Router, family: Family, width: int | None) -> Params:
