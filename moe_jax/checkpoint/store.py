@@ -494,9 +494,6 @@ def _restore_routers(
 ) -> dict[str, Router]:
     routers = {}
     for name, entry in manifest["routers"].items():
-        kind = entry["router"].get("kind") if isinstance(entry["router"], dict) else None
-        if kind not in Router.kinds:  # of one published model, perhaps: few checkpoints need those
-            import moe_jax.interop.rules  # noqa: F401
         try:
             router = routers[name] = router_from_json(entry["router"])
         except (TypeError, ValueError) as error:

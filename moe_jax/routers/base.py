@@ -1,12 +1,10 @@
-"""What every rule is: a frozen value with pure functions."""
+"""What every rule is: a frozen value with pure functions; and the frame of token-choice rules."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -14,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.routing.budget import Fit, record_fit
+from moe_jax.checks import check_k
+from moe_jax.routers import registry
+from moe_jax.routing.budget import Fit, check_target, record_fit
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.losses import Axes
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import top_slots
+from moe_jax.routing.selection import build_routing, compact, top_slots
 from moe_jax.types import (
     Array,
     ExpertChoice,
@@ -51,7 +51,7 @@ class Traits:
 
 
 def _of_statistics(update: Callable[..., Any]) -> Callable[..., Any]:
-    """A rule's ``update`` that refuses anything but statistics, say all that a layer reports."""
+    """Wraps a rule's ``update`` so that it refuses anything that is not ``RoutingStats``."""
 
     @functools.wraps(update)
     def checked(self: Router, state: Any, stats: RoutingStats) -> Any:
@@ -66,35 +66,64 @@ def _of_statistics(update: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Router(abc.ABC):
-    """An abstract rule. A concrete one is a frozen dataclass in a file of its own, and final.
+    """The contract of a routing rule.
 
-    Being a frozen dataclass makes it hashable, equal by value and writable as JSON by its fields, so an
-    equal router rebuilt elsewhere hits the same ``jit`` cache entry. Printed, it shows the fields that
-    differ from their defaults. Fields are Python
-    values (static); what calibration or a controller changes is in the state (arrays).
+    A rule is a frozen dataclass in a file of its own: hashable, equal by value and writable as JSON by
+    its fields, so an equal router rebuilt elsewhere hits the same ``jit`` cache entry. Printed, it
+    shows the fields that differ from their defaults. Fields are Python values (static); what
+    calibration or a controller changes is in the state (arrays).
+
+    Classes are abstract or final. A contract that rules share lists ``abc.ABC`` among its bases, as
+    ``TokenChoice`` does; every other class is a rule, must be complete, and has no subclasses.
+
+    Raises:
+        TypeError: when a class is defined that inherits from a rule, or a rule that lacks a method.
     """
 
     num_experts: int
     min_k: int  # fewest experts a real token uses
     max_k: int  # K: most experts one token may use
     gate: Gate
-    kinds: ClassVar[dict[str, type[Router]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__bases__ != (Router,):
-            raise TypeError(
-                f"{cls.__name__}: expected a direct subclass of Router, got bases {cls.__bases__}. "
-                "Rules are final: compose Gate, Scoring and the functions in selection instead."
-            )
-        cls.__repr__ = Router.__repr__  # a dataclass keeps one that is there
         if "update" in vars(cls):
             cls.update = _of_statistics(cls.update)
-        # The last definition wins, so that a notebook cell may be run again.
-        Router.kinds[cls.__name__] = cls
+        if abc.ABC in cls.__bases__:
+            return
+        for base in cls.__mro__[1:]:
+            if issubclass(base, Router) and abc.ABC not in base.__bases__:
+                raise TypeError(
+                    f"{cls.__name__}: expected a direct subclass of Router or TokenChoice, got one of "
+                    f"the rule {base.__name__}. Rules are final: compose Gate, Scoring and the "
+                    "functions in selection instead."
+                )
+        # Only now does the class exist in full; ABCMeta would complain at the first instance.
+        missing = sorted(
+            name
+            for name in dir(cls)
+            if getattr(getattr(cls, name, None), "__isabstractmethod__", False)
+        )
+        if missing:
+            raise TypeError(
+                f"{cls.__name__}: expected a complete rule, got none of {', '.join(missing)}. Define "
+                "it, or add abc.ABC to the bases of a contract that rules share."
+            )
+        cls.__repr__ = Router.__repr__  # the dataclass decorator keeps a __repr__ that exists
+        registry.register_rule(cls)
+
+    def __post_init__(self) -> None:
+        """Checks what all rules share. ``max_k=None`` becomes E.
+
+        A rule with further checks calls ``super().__post_init__()`` first.
+        """
+        if self.max_k is None:
+            object.__setattr__(self, "max_k", self.num_experts)
+        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        self.gate.check(num_experts=self.num_experts, k=self.min_k)
 
     def __repr__(self) -> str:
-        return short_repr(self)
+        return registry.short_repr(self)
 
     # --- what a rule says of itself
 
@@ -162,7 +191,7 @@ class Router(abc.ABC):
         """The state after a training batch with these statistics. By default the same state.
 
         Raises:
-            TypeError: ``stats`` is no ``RoutingStats``.
+            TypeError: ``stats`` is not ``RoutingStats``.
         """
         return state
 
@@ -178,59 +207,43 @@ class Router(abc.ABC):
     ) -> Any:
         """Calibrates the state so that tokens like x [T, D] use ``target_mean_k`` experts on average.
 
-        Host-side, once. Provenance is recorded in ``state.fit``.
+        Runs on the host, once. Provenance is recorded in ``state.fit``.
 
         Raises:
             TypeError: the rule has no budget to calibrate.
             ValueError: the target is out of reach, or x holds NaN or inf.
         """
-        fitted = sorted(name for name, rule in Router.kinds.items() if rule.fit is not Router.fit)
         raise TypeError(
             f"fit: expected a rule with a budget to calibrate, got {type(self).__name__}, whose "
-            f"budget is {self.traits.budget!r}. Use one of {', '.join(fitted)}."
+            f"budget is {self.traits.budget!r}. Use one of {', '.join(_calibrated_rules())}."
         )
 
     # --- the router as data
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with ``kind`` and every field.
+        """Returns a JSON object with ``kind`` and every field.
 
         Raises:
-            TypeError: a field is a function (say an unregistered estimator).
+            TypeError: a field is a function, such as an estimator that is not registered.
         """
-        return {"kind": type(self).__name__, **_to_json(self)}
+        return registry.to_json(self)
 
     def fingerprint(self) -> str:
-        """32 hex digits over the kind and every field that differs from its default.
+        """Returns 32 hex digits over the kind and every field that differs from its default.
 
         Equal configurations have equal fingerprints, and a field that a later version adds, at its
         default, changes none.
         """
-        self.to_json()  # raises where a field is a function
-        return hashlib.sha256(_identity(self).encode()).hexdigest()[:32]
-
-
-def short_repr(value: Any) -> str:
-    """A frozen dataclass with only the fields that differ from their defaults; values inside alike.
-
-    Example:
-        >>> short_repr(Scoring(norm="sum"))
-        "Scoring(norm='sum')"
-    """
-    shown = []
-    for f in dataclasses.fields(value):
-        v = getattr(value, f.name)
-        if v == f.default:
-            continue
-        shown.append(f"{f.name}={short_repr(v) if dataclasses.is_dataclass(v) else repr(v)}")
-    return f"{type(value).__name__}({', '.join(shown)})"
+        return registry.fingerprint(self)
 
 
 def router_from_json(data: dict[str, Any]) -> Router:
-    """The router that ``to_json`` described.
+    """Returns the router that ``to_json`` described.
+
+    Rules of single models (``moe_jax.interop.rules``) are imported when they are needed.
 
     Raises:
-        ValueError: an unknown kind or field, or a missing one; known ones are listed.
+        ValueError: an unknown kind or field, or a missing field. The message lists the known ones.
 
     Example:
         >>> import moe_jax
@@ -238,88 +251,7 @@ def router_from_json(data: dict[str, Any]) -> Router:
         >>> router_from_json(router.to_json()) == router
         True
     """
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"router: expected a JSON object with 'kind', got a {type(data).__name__}. "
-            "Pass what to_json returned."
-        )
-    fields = dict(data)
-    kind = fields.pop("kind", None)
-    if kind not in Router.kinds:
-        raise ValueError(
-            f"router kind: expected one of {', '.join(sorted(Router.kinds))}, got {kind!r}. "
-            "Import the module that defines it first: your own, or moe_jax.interop.rules for the "
-            "rules of single models."
-        )
-    return _from_json(Router.kinds[kind], fields)
-
-
-def _to_json(value: Any) -> dict[str, Any]:
-    out = {}
-    for f in dataclasses.fields(value):
-        v = getattr(value, f.name)
-        if dataclasses.is_dataclass(v):
-            v = _to_json(v)
-        elif callable(v):
-            raise TypeError(
-                f"{f.name}: expected a value that JSON can hold, got the function {v!r}. "
-                "Register it (moe_jax.routing.difficulty.register_estimator) and refer to it by name."
-            )
-        elif isinstance(v, tuple):
-            v = list(v)
-        out[f.name] = v
-    return out
-
-
-def _identity(router: Router) -> str:
-    """The router as text that is the same in every process; functions by their name."""
-
-    def changed(value: Any) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for f in dataclasses.fields(value):
-            v = getattr(value, f.name)
-            if v == f.default:
-                continue
-            if dataclasses.is_dataclass(v):
-                v = changed(v)
-            elif callable(v):
-                v = f"{v.__module__}.{getattr(v, '__qualname__', type(v).__qualname__)}"
-            out[f.name] = v
-        return out
-
-    return json.dumps({"kind": type(router).__name__, **changed(router)}, sort_keys=True)
-
-
-_NESTED: dict[str, type] = {"gate": Gate, "scoring": Scoring}
-
-
-def _from_json(cls: type, data: dict[str, Any]) -> Any:
-    names = [f.name for f in dataclasses.fields(cls)]
-    unknown = sorted(set(data) - set(names))
-    if unknown:
-        raise ValueError(
-            f"{cls.__name__}: expected fields among {', '.join(names)}, got {', '.join(unknown)}. "
-            "Remove them, or use the version of the library that wrote them."
-        )
-    values = {}
-    for name, v in data.items():
-        if isinstance(v, dict) != (name in _NESTED):
-            wanted = "an object" if name in _NESTED else "a plain value"
-            raise ValueError(
-                f"{cls.__name__}.{name}: expected {wanted}, got {v!r}. Write it as to_json does."
-            )
-        if isinstance(v, dict):
-            v = _from_json(_NESTED[name], v)
-        elif isinstance(v, list):
-            v = tuple(v)
-        values[name] = v
-    try:
-        return cls(**values)
-    except TypeError as error:  # a field without default is missing
-        raise ValueError(
-            f"{cls.__name__}: expected the fields that to_json writes, got {sorted(values)}: "
-            f"{str(error).rstrip('.')}. Add what is missing, or correct its type."
-        ) from None
+    return registry.from_json(data)
 
 
 @pytree
@@ -329,38 +261,218 @@ class Slots:
     logits: Array  # f32[T, E]
     probs: Array  # f32[T, E]
     indices: Array  # i32[T, K], best first
+    selection: Array  # f32[T, K]: selection scores at the slots
     scores: Array  # f32[T, K]: scores at the slots, which weights are made of
     slot_probs: Array  # f32[T, K]: probs at the slots
+    available: Array  # bool[T, K]: False where no expert was left, so the slot holds a disabled one
 
 
-def score_slots(
-    gate: Gate,
-    scoring: Scoring,
-    params: Params,
-    x: Array,
-    *,
-    max_k: int,
-    expert_bias: Array,
-    key: Array | None,
-    token_mask: Array | None,
-) -> Slots:
-    """The part that all token-choice rules share: logits, scores, the ``max_k`` best experts."""
-    logits = gate(params, x, key=key, token_mask=token_mask)
-    scores = scoring.scores(logits)
-    probs = scoring.probs(scores)
-    selection = gate.exclude(scoring.selection_scores(logits, scores, expert_bias))
-    indices, _ = top_slots(selection, max_k)
-    return Slots(
-        logits=logits,
-        probs=probs,
-        indices=indices,
-        scores=jnp.take_along_axis(scores, indices, axis=-1),
-        slot_probs=jnp.take_along_axis(probs, indices, axis=-1),
-    )
+class TokenChoice(Router, abc.ABC):
+    """The frame of rules in which a token chooses experts: score, exclude, select, build.
+
+    A rule gives ``select`` and, if it learns, ``calibrate``, ``observe`` and ``update``. ``__call__``
+    and ``fit`` are the same for all. What a few rules replace are the steps before: ``logits``,
+    ``selection_scores`` and ``probs``; and ``build`` after them. Disabled experts are excluded between
+    these steps, for every rule alike.
+    """
+
+    scoring: Scoring
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scoring.check(
+            num_experts=self.num_experts,
+            max_k=self.max_k,
+            min_k=self.min_k,
+            disabled=self.gate.disabled_experts,
+        )
+
+    # --- what a rule gives
+
+    @abc.abstractmethod
+    def select(
+        self, params: Params, state: Any, slots: Slots, x: Array, context: Context
+    ) -> tuple[Array, Array]:
+        """Decides which slots each token uses, and their weights.
+
+        Args:
+            params: the router's parameters.
+            state: the router's state.
+            slots: the ``max_k`` best experts of each token, best first.
+            x: float[T, D].
+            context: what the caller passed, or an empty dict.
+
+        Returns:
+            keep: bool[T, K], a prefix of the slots unless ``keeps_prefix`` is False.
+            weights: f32[T, K], for example ``self.weights(slots, keep)``; read where ``keep`` holds.
+        """
+
+    def calibrate(
+        self,
+        params: Params,
+        state: Any,
+        slots: Slots,
+        x: Array,
+        context: Context,
+        *,
+        real: np.ndarray,
+        target_mean_k: float,
+    ) -> Any:
+        """Returns the state under which these tokens use ``target_mean_k`` experts on average.
+
+        Runs on the host, inside ``fit``, which has checked the target and the tokens and records
+        provenance afterwards. A rule without a budget leaves this method out.
+
+        Args:
+            params, slots, x, context: as in ``select``.
+            state: the state to start from.
+            real: bool[T], False for padding.
+            target_mean_k: strictly between ``min_k`` and ``max_k``.
+        """
+        raise NotImplementedError
+
+    keeps_prefix: ClassVar[bool] = True  # False: kept slots are moved to the front
+
+    # --- the steps of the frame, in order
+
+    def logits(
+        self,
+        params: Params,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Array:
+        """f32[T, E] of x float[T, D]: the gate's, unless a rule has its own map."""
+        return self.gate(params, x, key=key, token_mask=token_mask)
+
+    def selection_scores(
+        self, params: Params, state: Any, logits: Array, scores: Array, context: Context
+    ) -> Array:
+        """f32[T, E]: what experts are compared by, before exclusion and groups.
+
+        By default the scores plus ``state.expert_bias``, if the state has one.
+        """
+        bias = getattr(state, "expert_bias", None)
+        if bias is None:
+            bias = jnp.zeros((logits.shape[1],), jnp.float32)
+        return self.scoring.selection_scores(logits, scores, bias)
+
+    def probs(self, logits: Array, scores: Array) -> Array:
+        """f32[T, E], rows summing to 1: what losses and statistics read."""
+        return self.scoring.probs(logits, scores)
+
+    def score(
+        self,
+        params: Params,
+        state: Any,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Slots:
+        """Scores x float[T, D] and sorts the ``max_k`` best experts of each token that are enabled."""
+        context = context or {}
+        logits = self.logits(params, x, key=key, token_mask=token_mask, context=context)
+        scores = self.scoring.scores(logits)
+        probs = self.probs(logits, scores)
+        selection = self.selection_scores(params, state, logits, scores, context)
+        selection = self.exclude_and_limit(selection)
+        indices, best = top_slots(selection, self.max_k)
+        return Slots(
+            logits=logits,
+            probs=probs,
+            indices=indices,
+            selection=best,
+            scores=jnp.take_along_axis(scores, indices, axis=-1),
+            slot_probs=jnp.take_along_axis(probs, indices, axis=-1),
+            available=best > -jnp.inf,
+        )
+
+    def exclude_and_limit(self, selection: Array) -> Array:
+        """f32[T, E]: selection scores with -inf for disabled experts, limited to the best groups."""
+        # Before the groups, so that a disabled expert gives its group no worth; and after them, as
+        # group_fill="zero" would lift it above enabled experts with negative scores.
+        selection = self.gate.exclude(selection)
+        if self.scoring.num_groups == 1:
+            return selection
+        return self.gate.exclude(self.scoring.limit_groups(selection))
+
+    def weights(self, slots: Slots, keep: Array) -> Array:
+        """f32[T, K]: combine weights of the slots in ``keep`` bool[T, K], as ``scoring`` says."""
+        return self.scoring.weights(slots.scores, keep & slots.available, min_k=self.min_k)
+
+    def build(self, slots: Slots, keep: Array, weights: Array, token_mask: Array | None) -> Routing:
+        """The routing of what was selected."""
+        indices = slots.indices
+        if not self.keeps_prefix:
+            keep, indices, weights = compact(keep, indices, weights)
+        return build_routing(
+            logits=slots.logits,
+            probs=slots.probs,
+            indices=indices,
+            weights=weights,
+            keep=keep,
+            token_mask=token_mask,
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        state: Any,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        slots = self.score(params, state, x, key=key, token_mask=token_mask, context=context)
+        keep, weights = self.select(params, state, slots, x, context or {})
+        return self.build(slots, keep & slots.available, weights, token_mask)
+
+    def fit(
+        self,
+        params: Params,
+        state: Any,
+        x: Array,
+        *,
+        target_mean_k: float,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Any:
+        if not _calibrates(type(self)):
+            return super().fit(params, state, x, target_mean_k=target_mean_k)
+        check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
+        real = real_tokens(token_mask, x)
+        slots = self.score(params, state, x, token_mask=token_mask, context=context)
+        state = self.calibrate(
+            params, state, slots, x, context or {}, real=real, target_mean_k=target_mean_k
+        )
+        return finish_fit(
+            self,
+            params,
+            state,
+            x,
+            target_mean_k=target_mean_k,
+            token_mask=token_mask,
+            context=context,
+        )
+
+
+def _calibrates(rule: type[Router]) -> bool:
+    if issubclass(rule, TokenChoice):
+        return rule.calibrate is not TokenChoice.calibrate
+    return rule.fit is not Router.fit
+
+
+def _calibrated_rules() -> list[str]:
+    return sorted(name for name, rule in registry.registered_rules().items() if _calibrates(rule))
 
 
 def real_tokens(token_mask: Array | None, x: Array) -> np.ndarray:
-    """Host-side bool[T]; refuses calibration data without a finite real token."""
+    """Returns bool[T] on the host; refuses calibration data without a finite real token."""
     mask = np.ones(x.shape[0], bool) if token_mask is None else np.asarray(token_mask)
     rows = np.asarray(x).astype(np.float32)[mask]
     if not mask.any():
@@ -395,7 +507,10 @@ def finish_fit(
     counts = np.asarray(routing.num_experts_per_token)[mask]
     fit: Fit = record_fit(
         data=np.asarray(x)[mask],
-        router_parts=(_identity(router), *[np.asarray(p) for p in jax.tree.leaves(params)]),
+        router_parts=(
+            registry.identity(router),
+            *[np.asarray(p) for p in jax.tree.leaves(params)],
+        ),
         target_mean_k=target_mean_k,
         counts=counts,
         max_k=router.max_k,

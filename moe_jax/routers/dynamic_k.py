@@ -7,15 +7,15 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_at_least_0, check_k
-from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
+from moe_jax.checks import check_at_least_0
+from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import loss_free_bias
 from moe_jax.routing.difficulty import Context, Estimator, raw_difficulty, resolve_estimator
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, first_k
-from moe_jax.types import Array, Params, Routing, RoutingStats, pytree
+from moe_jax.routing.selection import first_k
+from moe_jax.types import Array, Params, RoutingStats, pytree
 
 
 @pytree
@@ -27,7 +27,7 @@ class DynamicKState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DynamicK(Router):
+class DynamicK(TokenChoice):
     """Each token uses between ``min_k`` and ``max_k`` experts, as its difficulty says.
 
     A raw score from ``difficulty`` is mapped to [0, 1] by the quantiles seen at calibration, and k is
@@ -65,9 +65,8 @@ class DynamicK(Router):
     balance_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        super().__post_init__()
         check_at_least_0("balance_rate", self.balance_rate)
-        self.scoring.check(num_experts=self.num_experts, max_k=self.max_k)
         resolve_estimator(self.difficulty)
 
     @property
@@ -87,31 +86,11 @@ class DynamicK(Router):
             fit=budget.unfitted(self.max_k),
         )
 
-    def __call__(
-        self,
-        params: Params,
-        state: DynamicKState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        slots = score_slots(
-            self.gate, self.scoring, params, x,
-            max_k=self.max_k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
-        )  # fmt: skip
+    def select(self, params, state: DynamicKState, slots, x, context):
         raw = self._raw(x, slots.logits, context)
         counts = budget.raw_to_k(raw, state.knots, state.thresholds, min_k=self.min_k)
         keep = first_k(counts, self.max_k)
-        return build_routing(
-            logits=slots.logits,
-            probs=slots.probs,
-            indices=slots.indices,
-            weights=self.scoring.weights(slots.scores, keep, min_k=self.min_k),
-            keep=keep,
-            token_mask=token_mask,
-        )
+        return keep, self.weights(slots, keep)
 
     def difficulty_of(
         self,
@@ -137,26 +116,11 @@ class DynamicK(Router):
         )  # fmt: skip
         return dataclasses.replace(state, expert_bias=bias)
 
-    def fit(
-        self,
-        params: Params,
-        state: DynamicKState,
-        x: Array,
-        *,
-        target_mean_k: float,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> DynamicKState:
-        budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
-        mask = real_tokens(token_mask, x)
-        raw = np.asarray(self._raw(x, self.gate(params, x), context))[mask]
+    def calibrate(self, params, state: DynamicKState, slots, x, context, *, real, target_mean_k):
+        raw = np.asarray(self._raw(x, slots.logits, context))[real]
         knots = budget.fit_knots(raw)
         level = np.asarray(budget.calibrated_difficulty(jnp.asarray(raw), knots))
         thresholds = budget.fit_thresholds(
             level, min_k=self.min_k, max_k=self.max_k, target_mean_k=target_mean_k
         )
-        state = dataclasses.replace(state, knots=knots, thresholds=jnp.asarray(thresholds))
-        return finish_fit(
-            self, params, state, x,
-            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
-        )  # fmt: skip
+        return dataclasses.replace(state, knots=knots, thresholds=jnp.asarray(thresholds))

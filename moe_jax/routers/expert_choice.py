@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_k, check_number
+from moe_jax.checks import check_number
 from moe_jax.routers.base import Router, Traits
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.dispatch import expert_capacity
@@ -48,7 +48,7 @@ class ExpertChoiceRouter(Router):
     scoring: Scoring = Scoring()
 
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=0, max_k=self.num_experts)
+        super().__post_init__()
         check_number("mean_k", self.mean_k)
         if not 0 < self.mean_k <= self.num_experts:
             raise ValueError(
@@ -93,7 +93,7 @@ class ExpertChoiceRouter(Router):
         weights = jax.nn.sigmoid(scores) if self.scoring.post == "sigmoid" else scores
         return choose_tokens(
             logits=logits,
-            probs=self.scoring.probs(scores),
+            probs=self.scoring.probs(logits, scores),
             scores=self.gate.exclude(weights * jnp.float32(self.scoring.scale)),
             capacity=expert_capacity(x.shape[0], self.num_experts, self.mean_k, 1.0),
             token_mask=token_mask,

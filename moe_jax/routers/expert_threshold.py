@@ -8,15 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_k, check_number
-from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens
+from moe_jax.checks import check_number
+from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import ema_quantile
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, clip_counts, top_slots
-from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
+from moe_jax.routing.selection import clip_counts
+from moe_jax.types import Array, ExpertChoice, Routing, RoutingStats, pytree
 
 
 @pytree
@@ -26,7 +25,7 @@ class ExpertThresholdState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertThreshold(Router):
+class ExpertThreshold(TokenChoice):
     """Expert e is used iff ``score[t, e] > cutoffs[e]``; the weight is the score.
 
     Expert Threshold routing (arXiv:2603.11535): each cutoff follows the (1 - target_k / E)
@@ -56,15 +55,19 @@ class ExpertThreshold(Router):
     num_experts: int
     target_k: float
     min_k: int = 1
-    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
+    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E
     decay: float = 0.99
     gate: Gate = Gate()
     scoring: Scoring = Scoring(score="sigmoid")
 
     def __post_init__(self) -> None:
-        if self.max_k is None:
-            object.__setattr__(self, "max_k", self.num_experts)
-        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        if self.scoring.num_groups != 1 or self.scoring.select_by != "score":
+            raise ValueError(
+                "scoring: expected ungrouped selection by score, got "
+                f"num_groups={self.scoring.num_groups}, select_by={self.scoring.select_by!r}. "
+                "Cutoffs take the place of groups and biases."
+            )
+        super().__post_init__()
         check_number("target_k", self.target_k)
         check_number("decay", self.decay)
         if not 0 < self.target_k <= self.num_experts:
@@ -74,12 +77,6 @@ class ExpertThreshold(Router):
             )
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: expected 0 <= decay < 1, got {self.decay}. 0.99 is usual.")
-        if self.scoring.num_groups != 1 or self.scoring.select_by != "score":
-            raise ValueError(
-                "scoring: expected ungrouped selection by score, got "
-                f"num_groups={self.scoring.num_groups}, select_by={self.scoring.select_by!r}. "
-                "Cutoffs take the place of groups and biases."
-            )
 
     @property
     def traits(self) -> Traits:
@@ -98,30 +95,12 @@ class ExpertThreshold(Router):
             fit=budget.unfitted(self.max_k),
         )
 
-    def __call__(
-        self,
-        params: Params,
-        state: ExpertThresholdState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        logits = self.gate(params, x, key=key, token_mask=token_mask)
-        scores = self.scoring.scores(logits)
-        margins = scores - jax.lax.stop_gradient(state.cutoffs)[None, :]
-        indices, best = top_slots(self.gate.exclude(margins), self.max_k)
-        keep = clip_counts(best > 0, min_k=self.min_k)
-        slot_scores = jnp.take_along_axis(scores, indices, axis=-1)
-        return build_routing(
-            logits=logits,
-            probs=self.scoring.probs(scores),
-            indices=indices,
-            weights=self.scoring.weights(slot_scores, keep, min_k=self.min_k),
-            keep=keep,
-            token_mask=token_mask,
-        )
+    def selection_scores(self, params, state: ExpertThresholdState, logits, scores, context):
+        return scores - jax.lax.stop_gradient(state.cutoffs)[None, :]
+
+    def select(self, params, state: ExpertThresholdState, slots, x, context):
+        keep = clip_counts(slots.selection > 0, min_k=self.min_k)
+        return keep, self.weights(slots, keep)
 
     def observe(self, state: ExpertThresholdState, routing: Routing | ExpertChoice) -> Array:
         scores = jax.lax.stop_gradient(self.scoring.scores(routing.router_logits))
@@ -134,21 +113,11 @@ class ExpertThreshold(Router):
         cutoffs = jnp.where(stats.token_count > 0, cutoffs, state.cutoffs)
         return dataclasses.replace(state, cutoffs=cutoffs)
 
-    def fit(
-        self,
-        params: Params,
-        state: ExpertThresholdState,
-        x: Array,
-        *,
-        target_mean_k: float,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> ExpertThresholdState:
-        budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
-        mask = real_tokens(token_mask, x)
-        scores = np.asarray(self.scoring.scores(self.gate(params, x)))[mask]
+    def calibrate(
+        self, params, state: ExpertThresholdState, slots, x, context, *, real, target_mean_k
+    ):
+        scores = np.asarray(self.scoring.scores(slots.logits))[real]
 
-        # min_k and max_k clip the counts, so the rate that reaches the target is not target / E.
         def cutoffs(rate: float) -> np.ndarray:
             return np.quantile(scores, 1.0 - rate, axis=0).astype(np.float32)
 
@@ -156,9 +125,6 @@ class ExpertThreshold(Router):
             counts = (scores > cutoffs(rate)[None, :]).sum(axis=1)
             return float(np.clip(counts, self.min_k, self.max_k).mean())
 
+        # min_k and max_k clip the counts, so the rate that reaches the target is not target / E.
         rate = budget.bisect(mean_k, target_mean_k, low=0.0, high=1.0, steps=30)
-        state = dataclasses.replace(state, cutoffs=jnp.asarray(cutoffs(rate)))
-        return finish_fit(
-            self, params, state, x,
-            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
-        )  # fmt: skip
+        return dataclasses.replace(state, cutoffs=jnp.asarray(cutoffs(rate)))

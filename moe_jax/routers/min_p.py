@@ -7,14 +7,13 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_k, check_number
-from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
+from moe_jax.checks import check_number
+from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, clip_counts, min_p_keep
-from moe_jax.types import Array, Params, Routing, pytree
+from moe_jax.routing.selection import clip_counts, min_p_keep
+from moe_jax.types import Array, pytree
 
 
 @pytree
@@ -25,7 +24,7 @@ class MinPState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MinP(Router):
+class MinP(TokenChoice):
     """Experts with ``p_e >= ratio * p_max``, between ``min_k`` and ``max_k`` of them.
 
     Known from sampling; asked for as a routing rule in llama.cpp issue 4470. With ``max_k=2`` and a
@@ -50,15 +49,12 @@ class MinP(Router):
     num_experts: int
     ratio: float = 0.5
     min_k: int = 1
-    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
+    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
 
     def __post_init__(self) -> None:
-        if self.max_k is None:
-            object.__setattr__(self, "max_k", self.num_experts)
-        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
-        self.scoring.check(num_experts=self.num_experts, max_k=self.max_k)
+        super().__post_init__()
         check_number("ratio", self.ratio)
         if not 0 <= self.ratio <= 1:
             raise ValueError(f"ratio: expected 0 <= ratio <= 1, got {self.ratio}. Try 0.5.")
@@ -80,52 +76,13 @@ class MinP(Router):
             fit=budget.unfitted(self.max_k),
         )
 
-    def __call__(
-        self,
-        params: Params,
-        state: MinPState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        slots = score_slots(
-            self.gate, self.scoring, params, x,
-            max_k=self.max_k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
-        )  # fmt: skip
+    def select(self, params, state: MinPState, slots, x, context):
         keep = clip_counts(min_p_keep(slots.slot_probs, state.ratio), min_k=self.min_k)
-        return build_routing(
-            logits=slots.logits,
-            probs=slots.probs,
-            indices=slots.indices,
-            weights=self.scoring.weights(slots.scores, keep, min_k=self.min_k),
-            keep=keep,
-            token_mask=token_mask,
-        )
+        return keep, self.weights(slots, keep)
 
-    def fit(
-        self,
-        params: Params,
-        state: MinPState,
-        x: Array,
-        *,
-        target_mean_k: float,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> MinPState:
-        budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
-        mask = real_tokens(token_mask, x)
-        slots = score_slots(
-            self.gate, self.scoring, params, x,
-            max_k=self.max_k, expert_bias=state.expert_bias, key=None, token_mask=token_mask,
-        )  # fmt: skip
-        probs = np.asarray(slots.slot_probs)[mask]
+    def calibrate(self, params, state: MinPState, slots, x, context, *, real, target_mean_k):
+        probs = np.asarray(slots.slot_probs)[real]
         # A prefix ends at the first slot below the ratio, so a slot counts with the least before it.
         shares = np.minimum.accumulate(probs / probs[:, :1], axis=1)[:, self.min_k :]
         cut = budget.fit_cut(-shares, (target_mean_k - self.min_k) * len(shares))
-        state = dataclasses.replace(state, ratio=jnp.asarray(-cut, jnp.float32))
-        return finish_fit(
-            self, params, state, x,
-            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
-        )  # fmt: skip
+        return dataclasses.replace(state, ratio=jnp.asarray(-cut, jnp.float32))

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import check_choice, check_k, check_number
-from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
+from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, first_k
-from moe_jax.types import Array, Params, Routing, pytree
+from moe_jax.routing.selection import first_k
+from moe_jax.types import Array, pytree
 
 
 @pytree
@@ -27,7 +26,7 @@ class RandomSkipState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomSkip(Router):
+class RandomSkip(TokenChoice):
     """Fixed k with experts dropped by chance, to the same mean as a rule under test.
 
     ``drop="lowest"`` is the static mix: a random share of the tokens uses one expert fewer, and loses
@@ -59,7 +58,8 @@ class RandomSkip(Router):
 
     def __post_init__(self) -> None:
         check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
-        self.scoring.check(num_experts=self.num_experts, max_k=self.k)
+        super().__post_init__()
+        self.gate.check(num_experts=self.num_experts, k=self.k)
         check_choice("drop", self.drop, ("lowest", "random"))
         check_number("mean_k", self.mean_k)
         if not 1 <= self.mean_k <= self.k:
@@ -89,65 +89,30 @@ class RandomSkip(Router):
             fit=budget.unfitted(self.k),
         )
 
-    def __call__(
-        self,
-        params: Params,
-        state: RandomSkipState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        slots = score_slots(
-            self.gate, self.scoring, params, x,
-            max_k=self.k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
-        )  # fmt: skip
+    @property
+    def keeps_prefix(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.drop == "lowest"
+
+    def select(self, params, state: RandomSkipState, slots, x, context):
         chance = _chance(slots.logits, 1 + self.k)
         low = jnp.floor(state.mean_k)
         one_more = (chance[:, 0] < state.mean_k - low).astype(jnp.int32)
         counts = low.astype(jnp.int32) + one_more
-        indices, scores = slots.indices, slots.scores
-        if self.drop == "random":
-            shuffled = jnp.argsort(chance[:, 1:], axis=-1)
-            # The survivors are the first `counts` of a random order, put back into ranked order.
-            rank = jnp.argsort(shuffled, axis=-1)
-            place = jnp.argsort(rank >= counts[:, None], axis=-1, stable=True)
-            indices = jnp.take_along_axis(indices, place, axis=-1)
-            scores = jnp.take_along_axis(scores, place, axis=-1)
-        keep = first_k(counts, self.k)
-        return build_routing(
-            logits=slots.logits,
-            probs=slots.probs,
-            indices=indices,
-            weights=self.scoring.weights(scores, keep, min_k=1),
-            keep=keep,
-            token_mask=token_mask,
-        )
+        if self.drop == "lowest":
+            keep = first_k(counts, self.k)
+        else:  # the first `counts` slots of a random order
+            rank = jnp.argsort(jnp.argsort(chance[:, 1:], axis=-1), axis=-1)
+            keep = rank < counts[:, None]
+        return keep, self.weights(slots, keep)
 
-    def fit(
-        self,
-        params: Params,
-        state: RandomSkipState,
-        x: Array,
-        *,
-        target_mean_k: float,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> RandomSkipState:
-        budget.check_target(target_mean_k, min_k=1, max_k=self.k)
-        mask = real_tokens(token_mask, x)
+    def calibrate(self, params, state: RandomSkipState, slots, x, context, *, real, target_mean_k):
         # Equal tokens draw equal chances, so the share below a number is not quite that number.
-        chance = np.asarray(_chance(self.gate(params, x), 1))[mask, 0]
+        chance = np.asarray(_chance(slots.logits, 1))[real, 0]
         low = math.floor(target_mean_k)
         share = target_mean_k - low
         if share:
             share = min(max(budget.fit_cut(chance, share * chance.size), 0.0), 1.0 - 2**-20)
-        state = dataclasses.replace(state, mean_k=jnp.asarray(low + share, jnp.float32))
-        return finish_fit(
-            self, params, state, x,
-            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
-        )  # fmt: skip
+        return dataclasses.replace(state, mean_k=jnp.asarray(low + share, jnp.float32))
 
 
 def _chance(logits: Array, numbers: int) -> Array:

@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_k, check_number
-from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
+from moe_jax.checks import check_number
+from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import multiplicative_controller
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.losses import Axes, relu_l1_loss
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
 
 
@@ -28,7 +26,7 @@ class ReLUState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReLURouter(Router):
+class ReLURouter(TokenChoice):
     """Expert e is used iff ``relu(logit[t, e]) > 0``, with that value as its weight.
 
     ReMoE (Wang et al. 2024, arXiv:2412.14711): routing without a jump, since a weight is 0 where an
@@ -78,7 +76,7 @@ class ReLURouter(Router):
 
     num_experts: int
     target_k: float
-    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
+    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E
     l1_coefficient: float = 1e-8
     step: float = 1.2
     max_l1_coefficient: float = 10.0
@@ -86,9 +84,16 @@ class ReLURouter(Router):
     scoring: Scoring = Scoring(score="relu")
 
     def __post_init__(self) -> None:
-        if self.max_k is None:
-            object.__setattr__(self, "max_k", self.num_experts)
-        check_k(num_experts=self.num_experts, min_k=0, max_k=self.max_k)
+        if (
+            self.scoring.score != "relu"
+            or self.scoring.num_groups != 1
+            or self.scoring.post != "none"
+        ):
+            raise ValueError(
+                "scoring: expected ungrouped ReLU scores as they are, got "
+                f"{self.scoring}. Use Scoring(score='relu'), with a scale if need be."
+            )
+        super().__post_init__()
         for name in ("target_k", "step", "l1_coefficient", "max_l1_coefficient"):
             check_number(name, getattr(self, name))
         if not 0 < self.target_k < self.max_k:
@@ -105,15 +110,6 @@ class ReLURouter(Router):
             raise ValueError(
                 "max_l1_coefficient: expected a finite number of at least l1_coefficient="
                 f"{self.l1_coefficient}, got {self.max_l1_coefficient}. 10 is usual."
-            )
-        if (
-            self.scoring.score != "relu"
-            or self.scoring.num_groups != 1
-            or self.scoring.post != "none"
-        ):
-            raise ValueError(
-                "scoring: expected ungrouped ReLU scores as they are, got "
-                f"{self.scoring}. Use Scoring(score='relu'), with a scale if need be."
             )
 
     @property
@@ -133,29 +129,12 @@ class ReLURouter(Router):
             fit=budget.unfitted(self.max_k),
         )
 
-    def __call__(
-        self,
-        params: Params,
-        state: ReLUState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        slots = score_slots(
-            self.gate, self.scoring, params, x, max_k=self.max_k, key=key, token_mask=token_mask,
-            expert_bias=jnp.zeros((self.num_experts,), jnp.float32),
-        )  # fmt: skip
+    def probs(self, logits: Array, scores: Array) -> Array:
+        return jax.nn.softmax(logits, axis=-1)
+
+    def select(self, params, state: ReLUState, slots, x, context):
         keep = slots.scores > jax.lax.stop_gradient(state.cutoff)
-        return build_routing(
-            logits=slots.logits,
-            probs=jax.nn.softmax(slots.logits, axis=-1),
-            indices=slots.indices,
-            weights=self.scoring.weights(slots.scores, keep, min_k=0),
-            keep=keep,
-            token_mask=token_mask,
-        )
+        return keep, self.weights(slots, keep)
 
     def regularization(
         self,
@@ -181,29 +160,13 @@ class ReLURouter(Router):
         coefficient = jnp.where(stats.token_count > 0, coefficient, state.l1_coefficient)
         return dataclasses.replace(state, l1_coefficient=coefficient)
 
-    def fit(
-        self,
-        params: Params,
-        state: ReLUState,
-        x: Array,
-        *,
-        target_mean_k: float,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> ReLUState:
-        budget.check_target(target_mean_k, min_k=0, max_k=self.max_k)
-        mask = real_tokens(token_mask, x)
-        scores = np.asarray(self.scoring.scores(self.gate(params, x)))[mask]
-        best = -np.sort(-scores, axis=1)[:, : self.max_k]
-        own = float((best > 0).sum(axis=1).mean())
-        if target_mean_k > own:
+    def calibrate(self, params, state: ReLUState, slots, x, context, *, real, target_mean_k):
+        best = np.asarray(slots.scores)[real]
+        most = float((best > 0).sum(axis=1).mean())
+        if target_mean_k > most:
             raise ValueError(
-                f"target_mean_k: expected at most {own:.3f}, which is what these tokens use without "
+                f"target_mean_k: expected at most {most:.3f}, which is what these tokens use without "
                 f"a cutoff, got {target_mean_k}. More than that only training can give."
             )
         cutoff = max(0.0, -budget.fit_cut(-best, target_mean_k * len(best)))
-        state = dataclasses.replace(state, cutoff=jnp.asarray(cutoff, jnp.float32))
-        return finish_fit(
-            self, params, state, x,
-            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
-        )  # fmt: skip
+        return dataclasses.replace(state, cutoff=jnp.asarray(cutoff, jnp.float32))

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_array, check_at_least_0, check_k, check_number
-from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens
+from moe_jax.checks import check_array, check_at_least_0, check_number
+from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.losses import Axes, mean_over_tokens
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, clip_counts, top_slots
+from moe_jax.routing.selection import clip_counts
 from moe_jax.types import Array, ExpertChoice, Params, Routing, pytree
 
-_SIGMOID = Scoring(score="sigmoid")
 _TINY = 1e-12  # lengths below it count as it, as in the authors' normalisation
 
 
@@ -29,7 +28,7 @@ class TopAnyState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopAny(Router):
+class TopAny(TokenChoice):
     """Expert e is used iff ``sigmoid(scale * cos(x, w_e)) > sigmoid(scale * threshold_e)``.
 
     The top-any gate of DynMoE (Guo et al. 2024, arXiv:2405.14297). ``w_e`` is column e of the kernel,
@@ -72,16 +71,15 @@ class TopAny(Router):
 
     num_experts: int
     min_k: int = 1
-    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
+    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E
     scale: float = 1.0
     diversity: float = 1e-2
     efficiency: float = 0.0
     gate: Gate = Gate()
+    scoring: ClassVar[Scoring] = Scoring(score="sigmoid")  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
-        if self.max_k is None:
-            object.__setattr__(self, "max_k", self.num_experts)
-        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
+        super().__post_init__()
         if self.min_k > 1:
             raise ValueError(
                 f"min_k: expected 0 or 1, got {self.min_k}. Top-any falls back on one expert."
@@ -108,37 +106,37 @@ class TopAny(Router):
     def init_state(self) -> TopAnyState:
         return TopAnyState(offset=jnp.zeros((), jnp.float32), fit=budget.unfitted(self.max_k))
 
-    def __call__(
-        self,
-        params: Params,
-        state: TopAnyState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        logits = self._logits(params, x, key=key, token_mask=token_mask)
-        scores = _SIGMOID.scores(logits)
-        offset = jax.lax.stop_gradient(state.offset)
-        margins = scores - self._threshold_scores(params["thresholds"], offset)[None, :]
-        passes = margins > 0
+    def logits(self, params, x: Array, *, key=None, token_mask=None, context=None) -> Array:
+        """f32[T, E]: scaled cosines."""
+        check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
+        if token_mask is not None:
+            check_array(
+                "token_mask",
+                token_mask,
+                "T",
+                kind="bool",
+                sizes={"T": x.shape[0]},
+                fix="Pass bool[T], True for real tokens, flattened like x.",
+            )
+            x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
+        x = _unit(x.astype(jnp.float32), axis=1)
+        kernel = self.scale * _unit(params["kernel"].astype(jnp.float32), axis=0)
+        return self.gate({**params, "kernel": kernel}, x, key=key, token_mask=token_mask)
+
+    def selection_scores(self, params, state: TopAnyState, logits, scores, context) -> Array:
         # Those that pass come first, best score first; after them the fallback's order.
-        selection = self.gate.exclude(jnp.where(passes, scores, scores - 2.0))
-        indices, _ = top_slots(selection, self.max_k)
-        passes = jnp.take_along_axis(passes, indices, axis=-1)
-        keep = clip_counts(passes, min_k=self.min_k)
-        margin = jnp.where(passes, jnp.take_along_axis(margins, indices, axis=-1), 0.0)
+        return jnp.where(self._margins(params, state, scores) > 0, scores, scores - 2.0)
+
+    def select(self, params, state: TopAnyState, slots, x, context):
+        scores = self.scoring.scores(slots.logits)
+        margins = self._margins(params, state, scores)
+        margin = jnp.take_along_axis(margins, slots.indices, axis=-1)
+        passes = margin > 0
+        keep = clip_counts(passes, min_k=self.min_k) & slots.available
+        margin = jnp.where(passes, margin, 0.0)
         gates = 1.0 + (margin - jax.lax.stop_gradient(margin))
         count = jnp.maximum(keep.sum(axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
-        return build_routing(
-            logits=logits,
-            probs=_SIGMOID.probs(scores),
-            indices=indices,
-            weights=gates / count,
-            keep=keep,
-            token_mask=token_mask,
-        )
+        return keep, gates / count
 
     def regularization(
         self,
@@ -161,19 +159,8 @@ class TopAny(Router):
             loss = loss + self.efficiency * mean_over_tokens(gates, routing, axis_name)
         return loss
 
-    def fit(
-        self,
-        params: Params,
-        state: TopAnyState,
-        x: Array,
-        *,
-        target_mean_k: float,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> TopAnyState:
-        budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
-        mask = real_tokens(token_mask, x)
-        scores = np.asarray(_SIGMOID.scores(self._logits(params, x)))[mask]
+    def calibrate(self, params, state: TopAnyState, slots, x, context, *, real, target_mean_k):
+        scores = np.asarray(self.scoring.scores(slots.logits))[real]
 
         def mean_k(offset: float) -> float:
             least = self._threshold_scores(params["thresholds"], jnp.float32(offset))
@@ -182,26 +169,12 @@ class TopAny(Router):
 
         reach = 1.0 + float(np.abs(np.asarray(params["thresholds"])).max())
         offset = budget.bisect(mean_k, target_mean_k, low=-reach, high=reach, steps=30)
-        state = dataclasses.replace(state, offset=jnp.asarray(offset, jnp.float32))
-        return finish_fit(
-            self, params, state, x,
-            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
-        )  # fmt: skip
+        return dataclasses.replace(state, offset=jnp.asarray(offset, jnp.float32))
 
-    def _logits(
-        self, params: Params, x: Array, *, key: Array | None = None, token_mask: Array | None = None
-    ) -> Array:
-        """f32[T, E]: scaled cosines."""
-        check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
-        if token_mask is not None:
-            check_array(
-                "token_mask", token_mask, "T", kind="bool", sizes={"T": x.shape[0]},
-                fix="Pass bool[T], True for real tokens, flattened like x.",
-            )  # fmt: skip
-            x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
-        x = _unit(x.astype(jnp.float32), axis=1)
-        kernel = self.scale * _unit(params["kernel"].astype(jnp.float32), axis=0)
-        return self.gate({**params, "kernel": kernel}, x, key=key, token_mask=token_mask)
+    def _margins(self, params: Params, state: TopAnyState, scores: Array) -> Array:
+        """f32[T, E]: by how much each score passes the score of the expert's threshold."""
+        offset = jax.lax.stop_gradient(state.offset)
+        return scores - self._threshold_scores(params["thresholds"], offset)[None, :]
 
     def _threshold_scores(self, thresholds: Array, offset: Array) -> Array:
         return jax.nn.sigmoid(self.scale * (thresholds.astype(jnp.float32) + offset))

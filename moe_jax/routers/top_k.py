@@ -7,13 +7,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_at_least_0, check_choice, check_k
-from moe_jax.routers.base import Router, Traits, score_slots
+from moe_jax.checks import check_at_least_0, check_choice
+from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing.balancing import balancing_bias, loss_free_bias, quantile_bias
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
 
 BALANCES = ("sign", "quantile")
@@ -25,7 +23,7 @@ class TopKState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopK(Router):
+class TopK(TokenChoice):
     """Top-k routing (Shazeer et al. 2017, arXiv:1701.06538) with every published variation.
 
     Softmax or sigmoid scores, softmax before or after selection, renormalised or not, expert
@@ -62,8 +60,7 @@ class TopK(Router):
     balance: str = "sign"
 
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
-        self.scoring.check(num_experts=self.num_experts, max_k=self.k)
+        super().__post_init__()
         check_choice("balance", self.balance, BALANCES)
         check_at_least_0("balance_rate", self.balance_rate)
         if self.balance == "quantile":
@@ -90,12 +87,19 @@ class TopK(Router):
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
+        off = self.gate.disabled_experts
+        if not off:
+            return self.k
+        # A token's groups may hold fewer enabled experts than k.
+        return min(self.k, self.scoring.least_reach(num_experts=self.num_experts, disabled=off))
 
     @property
     def traits(self) -> Traits:
         return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="exact"
+            causal=True,
+            batch_invariant=True,
+            may_leave_token_empty=False,
+            budget="exact" if self.min_k == self.k else "none",
         )
 
     def init(self, key: Array, d_model: int) -> Params:
@@ -107,32 +111,12 @@ class TopK(Router):
     def init_state(self) -> TopKState:
         return TopKState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
 
-    def __call__(
-        self,
-        params: Params,
-        state: TopKState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        slots = score_slots(
-            self.gate, self.scoring, params, x,
-            max_k=self.k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
-        )  # fmt: skip
+    def select(self, params, state: TopKState, slots, x, context):
         keep = jnp.ones(slots.indices.shape, bool)
-        weights = self.scoring.weights(slots.scores, keep, min_k=self.k)
+        weights = self.weights(slots, keep)
         if self.use_expert_scale:
             weights = weights * params["expert_scale"].astype(jnp.float32)[slots.indices]
-        return build_routing(
-            logits=slots.logits,
-            probs=slots.probs,
-            indices=slots.indices,
-            weights=weights,
-            keep=keep,
-            token_mask=token_mask,
-        )
+        return keep, weights
 
     def observe(self, state: TopKState, routing: Routing | ExpertChoice) -> Array:
         if self.balance != "quantile" or not self.balance_rate:

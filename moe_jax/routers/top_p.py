@@ -7,15 +7,14 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_k, check_number
-from moe_jax.routers.base import Router, Traits, finish_fit, real_tokens, score_slots
+from moe_jax.checks import check_number
+from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import pi_controller
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, clip_counts, top_p_keep
-from moe_jax.types import Array, Params, Routing, RoutingStats, pytree
+from moe_jax.routing.selection import clip_counts, top_p_keep
+from moe_jax.types import Array, RoutingStats, pytree
 
 
 @pytree
@@ -28,7 +27,7 @@ class TopPState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopP(Router):
+class TopP(TokenChoice):
     """The shortest prefix of the sorted probabilities whose sum exceeds p (strictly).
 
     Huang et al. 2024, arXiv:2403.07652: weights are the raw probabilities, not renormalised. With
@@ -57,7 +56,7 @@ class TopP(Router):
     num_experts: int
     p: float = 0.4
     min_k: int = 1
-    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E below
+    max_k: int = None  # pyright: ignore[reportAssignmentType]  # None becomes E
     target_mean_k: float | None = None
     kp: float = 0.02
     ki: float = 0.002
@@ -65,10 +64,7 @@ class TopP(Router):
     scoring: Scoring = Scoring()
 
     def __post_init__(self) -> None:
-        if self.max_k is None:
-            object.__setattr__(self, "max_k", self.num_experts)
-        check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
-        self.scoring.check(num_experts=self.num_experts, max_k=self.max_k)
+        super().__post_init__()
         check_number("p", self.p)
         if not 0 <= self.p <= 1:
             raise ValueError(f"p: expected 0 <= p <= 1, got {self.p}. 0.4 is usual.")
@@ -89,34 +85,14 @@ class TopP(Router):
         return TopPState(
             expert_bias=jnp.zeros((self.num_experts,), jnp.float32),
             p=p,
-            anchor=p,
+            anchor=jnp.copy(p),  # two arrays, so that a step may donate the state
             integral=jnp.zeros((), jnp.float32),
             fit=budget.unfitted(self.max_k),
         )
 
-    def __call__(
-        self,
-        params: Params,
-        state: TopPState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        slots = score_slots(
-            self.gate, self.scoring, params, x,
-            max_k=self.max_k, expert_bias=state.expert_bias, key=key, token_mask=token_mask,
-        )  # fmt: skip
+    def select(self, params, state: TopPState, slots, x, context):
         keep = clip_counts(top_p_keep(slots.slot_probs, state.p), min_k=self.min_k)
-        return build_routing(
-            logits=slots.logits,
-            probs=slots.probs,
-            indices=slots.indices,
-            weights=self.scoring.weights(slots.scores, keep, min_k=self.min_k),
-            keep=keep,
-            token_mask=token_mask,
-        )
+        return keep, self.weights(slots, keep)
 
     def update(self, state: TopPState, stats: RoutingStats) -> TopPState:
         if self.target_mean_k is None:
@@ -139,28 +115,11 @@ class TopP(Router):
             integral=jnp.where(seen, integral, state.integral),
         )
 
-    def fit(
-        self,
-        params: Params,
-        state: TopPState,
-        x: Array,
-        *,
-        target_mean_k: float,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> TopPState:
-        budget.check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
-        mask = real_tokens(token_mask, x)
-        slots = score_slots(
-            self.gate, self.scoring, params, x,
-            max_k=self.max_k, expert_bias=state.expert_bias, key=None, token_mask=token_mask,
-        )  # fmt: skip
-        probs = np.asarray(slots.slot_probs)[mask]
+    def calibrate(self, params, state: TopPState, slots, x, context, *, real, target_mean_k):
+        probs = np.asarray(slots.slot_probs)[real]
         before = np.asarray(jnp.cumsum(probs, axis=-1) - probs)[:, self.min_k :]
         cut = budget.fit_cut(before, (target_mean_k - self.min_k) * len(before))
         p = jnp.asarray(cut, jnp.float32)
-        state = dataclasses.replace(state, p=p, anchor=p, integral=jnp.zeros((), jnp.float32))
-        return finish_fit(
-            self, params, state, x,
-            target_mean_k=target_mean_k, token_mask=token_mask, context=context,
-        )  # fmt: skip
+        return dataclasses.replace(
+            state, p=p, anchor=jnp.copy(p), integral=jnp.zeros((), jnp.float32)
+        )

@@ -30,7 +30,8 @@ class Gate:
         noise: standard deviation of normal noise on the logits when a key is given; multiples of
             1/E are usual (V-MoE, arXiv:2106.05974, section 2.2).
         disabled_experts: experts that are never selected: their logit is the lowest float32, and
-            rules pass what they select by through ``exclude``.
+            what rules select by passes through ``exclude``. A token whose expert groups hold fewer
+            than k enabled experts uses those alone.
 
     Example:
         >>> gate = Gate()
@@ -60,6 +61,16 @@ class Gate:
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(
                 f"softcap: expected a positive number or None, got {self.softcap}. None is no cap."
+            )
+
+    def check(self, *, num_experts: int, k: int) -> None:
+        """Raises ValueError unless the experts left enabled are at least ``k``, and at least one."""
+        check_expert_index("disabled_experts", self.disabled_experts, num_experts)
+        enabled = num_experts - len(set(self.disabled_experts))
+        if k > enabled:
+            raise ValueError(
+                f"k: expected at most {enabled}, the number of experts left without disabled_experts="
+                f"{self.disabled_experts}, got {k}. Lower k or min_k, or disable fewer experts."
             )
 
     def init(self, key: Array, *, d_model: int, num_experts: int) -> Params:

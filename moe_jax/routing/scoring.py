@@ -79,8 +79,14 @@ class Scoring:
                 f"{self.top_groups}. Both 1 is no grouping."
             )
 
-    def check(self, *, num_experts: int, max_k: int) -> None:
-        """Raises ValueError unless the groups divide E and hold at least max_k experts."""
+    def check(
+        self, *, num_experts: int, max_k: int, min_k: int = 0, disabled: tuple[int, ...] = ()
+    ) -> None:
+        """Raises ValueError unless the groups divide E and can hold the experts that k asks for.
+
+        ``max_k`` experts must fit into ``top_groups`` groups, and ``min_k`` must be within reach of
+        some choice of groups once the experts in ``disabled`` are gone.
+        """
         if num_experts % self.num_groups:
             raise ValueError(
                 f"num_groups: expected a divisor of num_experts={num_experts}, got "
@@ -92,6 +98,27 @@ class Scoring:
                 f"k: expected at most {reach} experts, which is what top_groups={self.top_groups} "
                 f"of {self.num_groups} groups hold, got {max_k}. Raise top_groups or lower k."
             )
+        most = sum(self._enabled_in_groups(num_experts, disabled)[-self.top_groups :])
+        if self.group_fill == "lowest" and min_k > most:
+            raise ValueError(
+                f"k: expected at most {most} experts, which is what top_groups={self.top_groups} of "
+                f"{self.num_groups} groups hold without disabled_experts={disabled}, got {min_k}. "
+                "Raise top_groups, lower k, or disable fewer experts."
+            )
+
+    def least_reach(self, *, num_experts: int, disabled: tuple[int, ...] = ()) -> int:
+        """Returns the fewest enabled experts that the groups of one token can hold.
+
+        Groups whose experts are all disabled are taken only where nothing else is left.
+        """
+        enabled = self._enabled_in_groups(num_experts, disabled)
+        return sum(enabled if self.group_fill == "zero" else enabled[: self.top_groups])
+
+    def _enabled_in_groups(self, num_experts: int, disabled: tuple[int, ...]) -> list[int]:
+        """Enabled experts of each group that has any, ascending."""
+        size = num_experts // self.num_groups
+        off = [sum(e // size == g for e in set(disabled)) for g in range(self.num_groups)]
+        return sorted(size - n for n in off if n < size)
 
     @property
     def renormalizes(self) -> bool:
@@ -112,16 +139,24 @@ class Scoring:
             return jax.nn.relu(logits)
         return logits
 
-    def probs(self, scores: Array) -> Array:
+    def probs(self, logits: Array, scores: Array) -> Array:
         """f32[T, E], rows summing to 1: what losses, statistics, top-p and min-p read.
 
         Softmax scores are one already; identity scores pass through softmax; the others are divided
         by their sum (as DeepSeek-V3 does for its balance loss, arXiv:2412.19437 eq. 19).
+
+        Args:
+            logits: f32[T, E].
+            scores: f32[T, E], what ``scores`` returned for these logits.
         """
         if self.score == "softmax":
             return scores
         if self.score == "identity":
             return jax.nn.softmax(scores, axis=-1)
+        if self.score in ("sigmoid", "sqrtsoftplus"):
+            # s / sum(s) = softmax(log s). The scores themselves underflow to 0 from a logit of about
+            # -87 down, where their ratios, and the gradient that could bring them back, still exist.
+            return jax.nn.softmax(self._log_scores(logits), axis=-1)
         # By the largest first: the gradient of a quotient squares its divisor, and the square of a
         # sum of tiny scores (sigmoid of -50) is 0 in float32.
         most = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
@@ -130,14 +165,33 @@ class Scoring:
         total = jnp.where(some, shares.sum(axis=-1, keepdims=True), 1.0)
         return jnp.where(some, shares / total, 1.0 / scores.shape[-1])
 
+    def _log_scores(self, logits: Array) -> Array:
+        """f32[T, E]: log of sigmoid or sqrtsoftplus scores, also where these underflow."""
+        if self.score == "sigmoid":
+            return jax.nn.log_sigmoid(logits)
+        # softplus(z) = exp(z) (1 - exp(z) / 2 + ...), so its log is z to float32 below -17. The clamp
+        # keeps the branch that is not taken finite, whose gradient would else be 0 / 0.
+        low = logits < -17.0
+        log_softplus = jnp.log(jax.nn.softplus(jnp.where(low, 0.0, logits)))
+        return 0.5 * jnp.where(low, logits, log_softplus)
+
     def selection_scores(self, logits: Array, scores: Array, expert_bias: Array) -> Array:
-        """f32[T, E]: what experts are compared by. No gradient flows through the bias."""
+        """f32[T, E]: what experts are compared by, before groups limit the choice.
+
+        No gradient flows through the bias.
+        """
         base = logits if self.select_by == "logit" else scores
-        chosen_by = base + jax.lax.stop_gradient(expert_bias)[None, :]
+        return base + jax.lax.stop_gradient(expert_bias)[None, :]
+
+    def limit_groups(self, selection: Array) -> Array:
+        """f32[T, E]: selection scores with the experts outside a token's best groups filled.
+
+        Exclude disabled experts (-inf) before: they count for nothing in the worth of their group.
+        """
         if self.num_groups == 1:
-            return chosen_by
+            return selection
         return group_limit(
-            chosen_by,
+            selection,
             groups=self.num_groups,
             top_groups=self.top_groups,
             reduce=self.group_score,

@@ -21,9 +21,11 @@ def top_slots(selection_scores: Array, max_k: int) -> tuple[Array, Array]:
     """The ``max_k`` best experts of each token: (indices i32[T, K], their scores f32[T, K]).
 
     Best first; ties go to the lowest expert index. NaN scores sort first in ``lax.top_k``, so they
-    are treated as lowest instead: a poisoned logit must not win.
+    are treated as the lowest finite score instead: a poisoned logit must not win, except against
+    -inf, which marks experts that may not be chosen at all.
     """
-    clean = jnp.where(jnp.isnan(selection_scores), -jnp.inf, selection_scores)
+    lowest = jnp.finfo(selection_scores.dtype).min
+    clean = jnp.where(jnp.isnan(selection_scores), lowest, selection_scores)
     values, indices = jax.lax.top_k(jax.lax.stop_gradient(clean), max_k)
     return indices.astype(jnp.int32), values
 
@@ -64,17 +66,27 @@ def group_limit(
     """f32[T, E] with the scores outside each token's best groups replaced by ``fill``.
 
     Groups are ``groups`` equal blocks of neighbouring experts. A group is worth the sum of its two
-    best scores (DeepSeek-V3, arXiv:2412.19437 section 2.1.2) or its best one (DeepSeek-V2).
+    best scores (DeepSeek-V3, arXiv:2412.19437 section 2.1.2) or its best one (DeepSeek-V2). Experts
+    at -inf (disabled ones) are worth nothing to their group; a group of such experts alone is chosen
+    last.
     """
     tokens, experts = selection_scores.shape
     blocks = selection_scores.reshape(tokens, groups, experts // groups)
     if reduce == "max":
         worth = blocks.max(axis=-1)
     else:
-        worth = jax.lax.top_k(blocks, min(2, experts // groups))[0].sum(axis=-1)
+        two = jax.lax.top_k(blocks, min(2, experts // groups))[0]
+        # -inf in the sum would make a group with one enabled expert as bad as one without any.
+        worth = two[..., 0] + jnp.where(two[..., 1:] == -jnp.inf, 0.0, two[..., 1:]).sum(axis=-1)
     _, best = jax.lax.top_k(worth, top_groups)
     inside = (best[:, :, None] == jnp.arange(groups)[None, None, :]).any(axis=1)
     return jnp.where(inside[:, :, None], blocks, fill).reshape(tokens, experts)
+
+
+def compact(keep: Array, *slots: Array) -> tuple[Array, ...]:
+    """Moves kept slots to the front, in their order: (keep, slots...), each [T, K]."""
+    place = jnp.argsort(~keep, axis=-1, stable=True)
+    return tuple(jnp.take_along_axis(a, place, axis=-1) for a in (keep, *slots))
 
 
 def build_routing(

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.interop import moe_block_from_hf, router_from_hf, supported_model_types
 from moe_jax.interop.families import FAMILIES, REFUSED
-from moe_jax.routers import Router
+from moe_jax.routers.registry import rule_class
 
 pytestmark = pytest.mark.compile_cheaply
 
@@ -56,7 +56,7 @@ def test_defaults_give_a_router_or_name_the_missing_key(model_type):
     router = router_from_hf(config)
     assert router.num_experts >= router.max_k >= 1
     assert hash(router) == hash(router_from_hf(config))
-    assert Router.kinds[type(router).__name__] is type(router)
+    assert rule_class(type(router).__name__) is type(router)
 
 
 @pytest.mark.parametrize(

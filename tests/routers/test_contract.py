@@ -32,14 +32,15 @@ from moe_jax.routers import (
     Traits,
     router_from_json,
 )
-from moe_jax.routers.base import score_slots
+from moe_jax.routers.base import TokenChoice
+from moe_jax.routers.registry import register_rule, registered_rules, rule_class
 from moe_jax.routing.budget import fit_knots
 from moe_jax.routing.difficulty import ESTIMATORS, raw_difficulty, register_estimator
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.losses import LossWeights, aux_loss
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, first_k
+from moe_jax.routing.selection import first_k
 from moe_jax.routing.stats import routing_stats
 from moe_jax.types import ExpertChoice, Routing, pytree
 
@@ -58,7 +59,7 @@ class NoState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OneIfSure(Router):
+class OneIfSure(TokenChoice):
     """One expert where its probability is above one half, else two."""
 
     num_experts: int
@@ -74,17 +75,9 @@ class OneIfSure(Router):
     def init_state(self) -> NoState:
         return NoState()
 
-    def __call__(self, params, state, x, *, key=None, token_mask=None, context=None) -> Routing:
-        slots = score_slots(
-            self.gate, self.scoring, params, x, max_k=2, key=key, token_mask=token_mask,
-            expert_bias=jnp.zeros((self.num_experts,), jnp.float32),
-        )  # fmt: skip
+    def select(self, params, state, slots, x, context):
         sure = slots.slot_probs[:, 0] > 0.5
-        keep = first_k(jnp.where(sure, 1, 2), 2)
-        return build_routing(
-            logits=slots.logits, probs=slots.probs, indices=slots.indices,
-            weights=slots.scores, keep=keep, token_mask=token_mask,
-        )  # fmt: skip
+        return first_k(jnp.where(sure, 1, 2), 2), slots.scores
 
 
 # --- the table of rules ---------------------------------------------------------------------
@@ -171,7 +164,8 @@ CASES: dict[str, Router] = {
 
 
 def test_every_shipped_rule_is_in_the_table():
-    shipped = {cls for cls in Router.kinds.values() if cls.__module__.startswith("moe_jax.routers")}
+    rules = registered_rules().values()
+    shipped = {cls for cls in rules if cls.__module__.startswith("moe_jax.routers")}
     assert shipped, "the registry of rules is empty"
     missing = shipped - {type(router) for router in CASES.values()}
     assert not missing, f"add a line to CASES for {missing}"
@@ -625,7 +619,7 @@ def test_probabilities_of_tiny_scores_have_finite_gradients(score):
     near = 1e-25 if score == "relu" else -60.0
     logits = near * jnp.array([[1.0, 1.01, 0.99]])
     pull = jnp.array([[1.0, 2.0, 3.0]])
-    value, grads = jax.value_and_grad(lambda z: (scoring.probs(scoring.scores(z)) * pull).sum())(
+    value, grads = jax.value_and_grad(lambda z: (scoring.probs(z, scoring.scores(z)) * pull).sum())(
         logits
     )
     assert 1.0 < value < 3.0
@@ -763,24 +757,31 @@ def test_rules_are_frozen(case: Case):
 
 
 def test_a_rule_cannot_inherit_from_a_rule():
-    kinds = dict(Router.kinds)
+    rules = registered_rules()
     with pytest.raises(TypeError, match=r"expected a direct subclass of Router.*compose"):
         type("MyTopK", (TopK,), {})
-    assert Router.kinds == kinds
+    assert registered_rules() == rules
+
+
+def test_a_rule_that_lacks_a_method_is_refused_by_its_name():
+    rules = registered_rules()
+    with pytest.raises(TypeError, match=r"Half: expected a complete rule, got none of .*select"):
+        type("Half", (TokenChoice,), {"init_state": lambda self: None})
+    assert registered_rules() == rules
 
 
 def test_a_new_rule_is_only_a_class():
-    assert Router.kinds["OneIfSure"] is OneIfSure
+    assert rule_class("OneIfSure") is OneIfSure
     assert router_from_json(CASES["defined in this file"].to_json()) == OneIfSure(num_experts=E)
 
 
 def test_the_last_definition_of_a_rule_wins():
     """A notebook cell may be run again."""
-    again = type("OneIfSure", (Router,), dict(OneIfSure.__dict__, __module__=__name__))
+    again = type("OneIfSure", (TokenChoice,), dict(OneIfSure.__dict__, __module__=__name__))
     try:
-        assert Router.kinds["OneIfSure"] is again
+        assert rule_class("OneIfSure") is again
     finally:
-        Router.kinds["OneIfSure"] = OneIfSure
+        register_rule(OneIfSure)
 
 
 def test_fixed_and_dynamic_rules_choose_differently():

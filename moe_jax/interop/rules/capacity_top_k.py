@@ -8,12 +8,12 @@ import math
 import jax.numpy as jnp
 
 from moe_jax.checks import check_k
-from moe_jax.interop.rules.common import NoState, compact
+from moe_jax.interop.rules.common import NoState
 from moe_jax.routers.base import Router, Traits
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, top_slots
+from moe_jax.routing.selection import build_routing, compact, top_slots
 from moe_jax.types import Array, Params, Routing
 
 
@@ -98,7 +98,8 @@ class CapacityTopK(Router):
         logits = self.gate(params, x, key=key, token_mask=token_mask)
         scores = self.scoring.scores(logits)
         bias = jnp.zeros((self.num_experts,), jnp.float32)
-        indices, _ = top_slots(self.scoring.selection_scores(logits, scores, bias), self.k)
+        selection = self.scoring.selection_scores(logits, scores, bias)
+        indices, _ = top_slots(self.scoring.limit_groups(selection), self.k)
         slot_scores = jnp.take_along_axis(scores, indices, axis=-1)
         asked = jnp.ones(indices.shape, bool)
         if token_mask is not None:
@@ -110,7 +111,7 @@ class CapacityTopK(Router):
         )
         keep, indices, weights = compact(keep, indices, weights)
         return build_routing(
-            logits=logits, probs=self.scoring.probs(scores), indices=indices, weights=weights,
+            logits=logits, probs=self.scoring.probs(logits, scores), indices=indices, weights=weights,
             keep=keep, token_mask=token_mask,
         )  # fmt: skip
 

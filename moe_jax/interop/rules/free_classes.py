@@ -9,12 +9,11 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_array, check_k
 from moe_jax.interop.expert_functions import rms_norm
-from moe_jax.interop.rules.common import compact
 from moe_jax.routers.base import Router, Traits
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, top_slots
+from moe_jax.routing.selection import build_routing, compact, top_slots
 from moe_jax.types import Array, Params, Routing, pytree
 
 
@@ -33,13 +32,14 @@ def _with_free_classes(
     divided by their sum. With ``identity`` the weight of free classes goes to ``residual_weight``.
     """
     scores = scoring.scores(logits)
-    indices, _ = top_slots(scoring.selection_scores(logits, scores, bias), k)
+    selection = scoring.limit_groups(scoring.selection_scores(logits, scores, bias))
+    indices, _ = top_slots(selection, k)
     slot_scores = jnp.take_along_axis(scores, indices, axis=-1)
     weights = scoring.weights(slot_scores, jnp.ones(indices.shape, bool), min_k=k)
     keep = indices < experts
     residual = jnp.where(keep, 0.0, weights).sum(axis=-1)
     keep, indices, weights = compact(keep, indices, weights)
-    probs = scoring.probs(scores)[:, :experts]
+    probs = scoring.probs(logits, scores)[:, :experts]
     routing = build_routing(
         logits=logits[:, :experts],
         probs=probs / jnp.maximum(probs.sum(axis=-1, keepdims=True), 1e-30),

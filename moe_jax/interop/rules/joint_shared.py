@@ -95,7 +95,7 @@ class JointShared(Router):
         indices, _ = top_slots(scores + state.expert_bias[None, :], self.k)
         return build_routing(
             logits=logits[:, : self.num_experts],
-            probs=Scoring(score="sigmoid").probs(scores),
+            probs=Scoring(score="sigmoid").probs(logits[:, : self.num_experts], scores),
             indices=indices,
             weights=self._joint(params, logits, indices)[:, : self.k],
             keep=jnp.ones(indices.shape, bool),

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.checks import check_k
-from moe_jax.interop.rules.common import NoState, compact
+from moe_jax.interop.rules.common import NoState
 from moe_jax.routers.base import Router, Traits
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, top_slots
+from moe_jax.routing.selection import build_routing, compact, top_slots
 from moe_jax.types import Array, Params, Routing
 
 # Divides by at least the float32 epsilon, as the authors' code does.

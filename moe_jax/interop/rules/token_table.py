@@ -100,7 +100,7 @@ class TokenTable(Router):
         slot_scores = jnp.take_along_axis(slot_scores, best, axis=-1)
         keep = jnp.ones(indices.shape, bool)
         return build_routing(
-            logits=logits, probs=self.scoring.probs(scores), indices=indices,
+            logits=logits, probs=self.scoring.probs(logits, scores), indices=indices,
             weights=self.scoring.weights(slot_scores, keep, min_k=self.k),
             keep=keep, token_mask=token_mask,
         )  # fmt: skip
