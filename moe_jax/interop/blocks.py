@@ -15,8 +15,10 @@ from moe_jax.checks import check_hidden_states, flat_token_mask
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.interop import router_settings
 from moe_jax.interop.expert_functions import rms_norm
-from moe_jax.interop.families import Family, read
+from moe_jax.interop.families import Family, build_router, read
 from moe_jax.interop.model_config import HFConfig
+from moe_jax.interop.quantization import dequantize
+from moe_jax.interop.routing_keys import check_expert_keys, check_router_keys
 from moe_jax.interop.rules import (
     CapacityTopK,
     DepthRouter,
@@ -237,6 +239,10 @@ def moe_block_from_hf(
     what = f"{c.model_type!r} block"
     if c.model_type.startswith("ernie4_5_vl"):
         tensors, prefix = _text_experts(tensors, prefix), ""
+    inside = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+    if inside:
+        inside = dequantize(inside, config, what=what, prefix=prefix)
+        tensors = {prefix + n: t for n, t in inside.items()}
     found = Tensors(tensors, prefix=prefix, what=what)
     if "router.kernel" in found and c.key_of("num_experts") is None:
         # A config that is silent on the number of experts is no reason to mistrust the tensors.
@@ -250,8 +256,9 @@ def moe_block_from_hf(
     if hashed:
         c = c.with_value("vocab_size", found.shape("router.table")[0])
         router = router_settings.hash_router(c)
+        check_router_keys(family, c, router)
     else:
-        router = family.router(c)
+        router = build_router(family, c)
     width = c.get("hidden_size") if c.key_of("hidden_size") else None
     params: dict[str, Params] = {"router": _router_params(found, router, family, width)}
     width = params["router"]["down" if isinstance(router, DepthRouter) else "kernel"].shape[0]
@@ -278,12 +285,14 @@ def moe_block_from_hf(
     for name in ("output_norm", "output_bias"):
         if name in family.extras:
             params[name] = found.take(name, (width,), "D")
-    state = _state(found, router, family, hashed=hashed)
+    state = _state(found, router, family, c, hashed=hashed)
     # transformers allocates this bias and never adds it.
     unused = ("router.bias",) if isinstance(router, ZeroExperts) else ()
     found.finish(allowed=unused)
     expert_fn = family.expert(c)
     shared_fn = expert_fn if family.shared_expert is None else family.shared_expert(c)
+    average_shared = _averages(c)
+    check_expert_keys(family, c, expert_fn)
     return MoEBlock(
         params=jax.tree.map(jnp.asarray, params),
         state=jax.tree.map(jnp.asarray, state),
@@ -292,7 +301,7 @@ def moe_block_from_hf(
         shared_fn=_with_biases_of(params.get("shared", {}), shared_fn),
         options=BlockOptions(
             output_scale=float(family.output_scale(c)),
-            average_shared=_averages(c),
+            average_shared=average_shared,
             weight_on_input=family.weight_on_input,
             norm_eps=_norm_eps(c) if {"latent", "output_norm"} & set(params) else 0.0,
             per_sequence=family.per_sequence,
@@ -354,13 +363,17 @@ def _latent_params(found: Tensors, family: Family, width: int) -> Params:
     return params
 
 
-def _state(found: Tensors, router: Router, family: Family, *, hashed: bool) -> Any:
+def _state(found: Tensors, router: Router, family: Family, c: HFConfig, *, hashed: bool) -> Any:
     if hashed:
         assert isinstance(router, TokenTable)
         shape = (router.vocab_size, router.k)
         return TableState(table=jnp.asarray(found.take("router.table", shape, "V K"), jnp.int32))
     state = router.init_state()
-    if family.bias == "none" or (family.bias == "optional" and "expert_bias" not in found):
+    has_bias = family.bias == "required"
+    if family.bias == "optional":
+        stated = c.key_of("selection_bias") is not None
+        has_bias = c.get("selection_bias") if stated else "expert_bias" in found
+    if not has_bias:
         return state
     size = state.expert_bias.shape[0]
     if "expert_bias" in found and len(found.shape("expert_bias")) == 2:  # Ernie keeps [1, E]

@@ -12,6 +12,7 @@ from moe_jax.interop.blocks import MoEBlock, moe_block_from_hf
 from moe_jax.interop.families import Family, read
 from moe_jax.interop.model_config import NESTED
 from moe_jax.interop.names import canonical
+from moe_jax.interop.quantization import part_of
 from moe_jax.interop.safetensors import SafetensorsFolder
 
 _LAYER = re.compile(r"^(?:(.*?)\.)?(layers|blocks|block|h)\.(\d+)\.(.+)$")
@@ -20,21 +21,22 @@ _PER_LAYER = ("num_experts", "moe_topk", "swiglu_limits", "swiglu_limits_shared"
 
 
 def load_hf_block(folder: str | Path, layer: int, *, prefix: str | None = None) -> MoEBlock:
-    """The MoE block of one layer of a checkpoint, its tensors and no others read from disk.
+    """Loads the MoE block of one layer of a checkpoint; no other tensors are read from disk.
 
     Args:
         folder: holds ``config.json`` and ``model.safetensors`` or shards with their index.
         layer: number of the decoder layer.
         prefix: what the names of the block's tensors begin with, e.g. ``"model.layers.3.mlp."``;
-            by default it is found by the layer's number.
+            by default it follows from the layer's number.
 
     Returns:
         The block, as from ``moe_block_from_hf``.
 
     Raises:
-        FileNotFoundError: no config or no safetensors; pickled weights are never read.
-        ValueError: the layer is dense or not there, its block is not to be told from others, or
-            anything that ``moe_block_from_hf`` refuses.
+        FileNotFoundError: no config, no safetensors, or a missing shard; pickled weights are never
+            read.
+        ValueError: the layer is dense or does not exist, several blocks of it have experts, index
+            and shards disagree, or anything that ``moe_block_from_hf`` refuses.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -44,8 +46,10 @@ def load_hf_block(folder: str | Path, layer: int, *, prefix: str | None = None) 
         )
     try:
         config = json.loads(path.read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: expected JSON, got something else. Download it again.") from None
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{path}: expected a JSON object, got a {type(config).__name__}.")
     config = _of_layer(config, layer)
     family, _ = read(config)
     tensors = SafetensorsFolder(folder)
@@ -53,8 +57,30 @@ def load_hf_block(folder: str | Path, layer: int, *, prefix: str | None = None) 
         names = _block_names(tensors, layer, family, where=str(folder))
     else:
         names = {n: n[len(prefix) :] for n in tensors if n.startswith(prefix)}
+        if not names:
+            raise ValueError(
+                f"{folder}: expected tensors under the prefix {prefix!r}, got none; the names begin "
+                f"with {sorted(tensors)[:4]}."
+            )
+    _check_listed(tensors, names, where=str(folder))
     # A dict of views: what is not touched is never read.
     return moe_block_from_hf(config, {short: tensors[full] for full, short in names.items()})
+
+
+def _check_listed(tensors: SafetensorsFolder, names: Mapping[str, str], *, where: str) -> None:
+    """Refuses a shard that holds a tensor of the block which the index does not list."""
+    prefixes = {full[: len(full) - len(short)] for full, short in names.items()}
+    missing = [
+        name
+        for name in tensors.unlisted(names)
+        for prefix in prefixes
+        if name.startswith(prefix) and _meaning(name[len(prefix) :]) is not None
+    ]
+    if missing:
+        raise ValueError(
+            f"{where}: expected every tensor of the block in the index, got {missing[0]!r} in a shard "
+            "alone. Index and shards are of different checkpoints: download both again."
+        )
 
 
 def _of_layer(config: Mapping[str, Any], layer: int) -> dict[str, Any]:
@@ -77,14 +103,14 @@ def _expert_prefix(rest: str) -> str | None:
     """``"mlp."`` for ``"mlp.experts.0.w1.weight"``; None if the name is not an expert's."""
     parts = rest.split(".")
     for i in range(len(parts)):
-        meaning = canonical(".".join(parts[i:]))
+        meaning = _meaning(".".join(parts[i:]))
         if meaning and meaning.startswith("experts."):
             return "".join(f"{p}." for p in parts[:i])
     return None
 
 
 def _block_names(names: Iterable[str], layer: int, family: Family, *, where: str) -> dict[str, str]:
-    """Full name -> name inside the block."""
+    """The tensors of the layer's block: full name -> name inside the block."""
     inside: dict[str, dict[str, str]] = {}  # stack of layers -> rest of name -> full name
     blocks: set[tuple[str, str]] = set()
     with_experts: set[int] = set()
@@ -105,30 +131,47 @@ def _block_names(names: Iterable[str], layer: int, family: Family, *, where: str
             blocks.add((stack, expert))
     blocks = {(s, p.removesuffix("text_moe.").removesuffix("vision_moe.")) for s, p in blocks}
     if not blocks:
-        there = ", ".join(map(str, sorted(with_experts)[:12])) or "none"
+        listed = ", ".join(map(str, sorted(with_experts)[:12])) or "none"
         raise ValueError(
-            f"{where}: expected experts in layer {layer}, got none: it is dense or not there. Layers "
-            f"with experts: {there}."
+            f"{where}: expected experts in layer {layer}, got none: it is dense or does not exist. "
+            f"Layers with experts: {listed}."
         )
     if len(blocks) > 1:
-        told = ", ".join(sorted(f"{s.removeprefix('None.')}.{layer}.{p}" for s, p in blocks))
+        listed = ", ".join(sorted(f"{s.removeprefix('None.')}.{layer}.{p}" for s, p in blocks))
         raise ValueError(
-            f"{where}: expected one block of experts in layer {layer}, got {told}. Say which with "
+            f"{where}: expected one block of experts in layer {layer}, got {listed}. Say which with "
             "prefix=."
         )
     stack, sub = blocks.pop()
+    # Where the experts sit in the layer itself, so do attention and norms: then only names inside a
+    # module of the block are the block's, with whatever else those modules hold (scales, say).
+    modules = {rest.split(".")[0] for rest in inside[stack] if _is_routing(rest)}
     out = {}
     for rest, full in inside[stack].items():
         if sub and rest.startswith(sub):
             out[full] = rest[len(sub) :]
-        elif _beside(rest, family, alone=not sub):
+        elif _beside(rest, family, alone=not sub) or (not sub and rest.split(".")[0] in modules):
             out[full] = rest
     return out
 
 
+def _meaning(rest: str) -> str | None:
+    """What a tensor is, or what the weight is that it is a part of if it is quantised."""
+    meaning = canonical(rest)
+    if meaning is None and (part := part_of(rest)):
+        stem, _ = part
+        meaning = canonical(f"{stem}.weight") or canonical(stem)
+    return meaning
+
+
+def _is_routing(rest: str) -> bool:
+    meaning = _meaning(rest)
+    return meaning is not None and meaning.startswith(("experts.", "router."))
+
+
 def _beside(rest: str, family: Family, *, alone: bool) -> bool:
     """Whether a tensor of the layer, kept outside the experts' module, is part of the block."""
-    meaning = canonical(rest)
+    meaning = _meaning(rest)
     if meaning is None:
         return False
     if meaning.startswith("shared"):

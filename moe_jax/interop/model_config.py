@@ -8,33 +8,140 @@ on the Hub; nothing here imports transformers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+# Meaning -> the keys that state it. A meaning that is not listed is stated by the key of that name.
 ALIASES: dict[str, tuple[str, ...]] = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "k": (
-        "num_experts_per_tok", "num_experts_per_token", "experts_per_token",
-        "moe_k", "moe_topk", "moe_top_k", "top_k_experts",
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "experts_per_token",
+        "moe_k",
+        "moe_topk",
+        "moe_top_k",
+        "top_k_experts",
+        "num_selected_experts",
+        "moe_router_topk",
     ),
-    "norm": ("norm_topk_prob", "moe_renormalize"),
+    "score": (
+        "scoring_func",
+        "score_function",
+        "score_func",
+        "moe_router_activation_func",
+        "moe_router_activation",
+        "moe_router_score_function",
+        "expert_selection_fn",
+    ),
+    "norm": ("norm_topk_prob", "moe_renormalize", "norm_expert_weight", "route_norm"),
     "scale": (
-        "routed_scaling_factor", "route_scale", "router_scaling_factor",
-        "moe_router_scaling_factor", "moe_routed_scaling_factor",
+        "routed_scaling_factor",
+        "route_scale",
+        "router_scaling_factor",
+        "moe_router_scaling_factor",
+        "moe_routed_scaling_factor",
+        "moe_router_topk_scaling_factor",
     ),
-    "groups": ("n_group", "num_expert_group"),
-    "top_groups": ("topk_group",),
-    "shared": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+    "groups": ("n_group", "num_expert_group", "num_expert_groups", "moe_router_num_groups"),
+    "top_groups": ("topk_group", "num_limited_groups", "moe_router_group_topk"),
+    "selection_bias": (
+        "use_expert_bias",
+        "use_routing_bias",
+        "use_moe_router_bias",
+        "moe_router_enable_expert_bias",
+        "moe_use_aux_free",
+    ),
+    "softcap": ("moe_router_logit_softcapping", "router_logit_softcapping"),
+    "weight_on_input": ("moe_apply_router_weight_on_input", "apply_router_weight_on_input"),
+    "shared": (
+        "n_shared_experts",
+        "num_shared_experts",
+        "moe_num_shared_experts",
+        "num_shared_expert",
+    ),
     "activation": (
-        "mlp_hidden_act", "hidden_act", "hidden_activation", "activation_function", "dense_act_fn",
+        "mlp_hidden_act",
+        "hidden_act",
+        "hidden_activation",
+        "activation_function",
+        "dense_act_fn",
+        "ffn_act_fn",
     ),
     "hidden_size": ("hidden_size", "d_model"),
     "norm_eps": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
     "jitter": ("router_jitter_noise", "moe_jitter_eps"),
     "zero_experts": ("zero_expert_num",),
-}  # fmt: skip
+}
 
 NESTED = ("text_config", "language_config", "llm_config", "thinker_config", "ffn_config")
+
+
+# --- what a value must be ---------------------------------------------------------------------
+
+
+def _is_whole(value: Any, *, least: int) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float, np.number))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What values of a setting are: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+_COUNT = _Kind("a whole number of at least 1", lambda v: _is_whole(v, least=1))
+_COUNT_OR_ZERO = _Kind("a whole number of at least 0", lambda v: _is_whole(v, least=0))
+_NUMBER = _Kind("a finite number", _is_number)
+_NOT_NEGATIVE = _Kind("a number of at least 0", lambda v: _is_number(v) and v >= 0)
+_POSITIVE = _Kind("a number above 0", lambda v: _is_number(v) and v > 0)
+_FLAG = _Kind("true or false", lambda v: isinstance(v, bool))
+_NAME = _Kind("a name", lambda v: isinstance(v, str) and bool(v))
+
+_KINDS: dict[str, _Kind] = {
+    **dict.fromkeys(("num_experts", "k", "hidden_size", "router_hidden_size"), _COUNT),
+    **dict.fromkeys(("groups", "top_groups", "vocab_size", "expert_capacity"), _COUNT),
+    **dict.fromkeys(("shared", "zero_experts"), _COUNT_OR_ZERO),
+    **dict.fromkeys(("norm", "selection_bias", "weight_on_input", "router_bias"), _FLAG),
+    **dict.fromkeys(("shared_expert_sink", "batch_prioritized_routing"), _FLAG),
+    "normalize_router_prob_before_dropping": _FLAG,
+    **dict.fromkeys(("scale", "output_multiplier", "swiglu_alpha"), _NUMBER),
+    "moe_eval_capacity_token_fraction": _NUMBER,  # -1 is "by capacity" in NLLB
+    **dict.fromkeys(("norm_eps", "post_norm_eps", "jitter", "input_jitter_noise"), _NOT_NEGATIVE),
+    **dict.fromkeys(("moe_norm_min", "softcap", "moe_token_dropout"), _NOT_NEGATIVE),
+    **dict.fromkeys(("swiglu_limits", "swiglu_limits_shared"), _NOT_NEGATIVE),  # 0 is no limit
+    **dict.fromkeys(("mlp_gate_softcap", "mlp_up_softcap", "swiglu_limit"), _POSITIVE),
+    "moe_normalize_expert_weights": _POSITIVE,
+    **dict.fromkeys(("activation", "score", "topk_method", "second_expert_policy"), _NAME),
+    "shared_expert_combination_strategy": _NAME,
+}
+
+
+def in_words(value: Any) -> str:
+    """A config value for messages, as JSON spells it, with text marked as text.
+
+    Example:
+        >>> in_words("false"), in_words(False), in_words(2)
+        ("the text 'false'", 'false', '2')
+    """
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +152,14 @@ class HFConfig:
         model_type: as the table of families spells it.
         stated: the keys of the config, nested text config merged over the outer one.
         defaults: by meaning (see ``ALIASES``) or by key, used where the config is silent.
+        read: the keys that were asked for so far. What a family reads is recorded instead of
+            declared, so that the two cannot differ (see ``routing_keys``).
     """
 
     model_type: str
     stated: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    read: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     def key_of(self, meaning: str) -> str | None:
         """The key under which the config states ``meaning``, if it does."""
@@ -62,14 +172,26 @@ class HFConfig:
         """The stated value, else the default.
 
         Raises:
-            ValueError: neither is there, or two names of the same thing disagree.
+            ValueError: neither is there, two names of the same thing disagree, or the value is not
+                of the kind that the setting has (text where a flag belongs, say).
         """
         keys = ALIASES.get(meaning, (meaning,))
-        stated = {key: self._plain(key) for key in keys if self.stated.get(key) is not None}
+        self.read.update(keys)
+        stated = {key: self.value(key) for key in keys if self.stated.get(key) is not None}
+        for key in keys:
+            kind = _KINDS.get(meaning)
+            # An explicit null is silence, except for a flag: null is false in Python, and a default
+            # of true would contradict it.
+            null_flag = kind is _FLAG and key in self.stated and self.stated[key] is None
+            if null_flag or (kind and key in stated and not kind.holds(stated[key])):
+                raise ValueError(
+                    f"config of {self.model_type!r}, {key}: expected {kind.words if kind else ''}, got "
+                    f"{in_words(self.stated[key])}. Correct config.json."
+                )
         if len(set(map(repr, stated.values()))) > 1:
-            told = ", ".join(f"{k}={v!r}" for k, v in stated.items())
+            listed = ", ".join(f"{k}={v!r}" for k, v in stated.items())
             raise ValueError(
-                f"config of {self.model_type!r}: expected one value for {meaning}, got {told}. "
+                f"config of {self.model_type!r}: expected one value for {meaning}, got {listed}. "
                 "Remove the stale key."
             )
         if stated:
@@ -81,17 +203,25 @@ class HFConfig:
             )
         return self.defaults[meaning]
 
-    def _plain(self, key: str) -> Any:
-        """Per-layer and per-modality lists become one number where that is unambiguous."""
+    def value(self, key: str) -> Any:
+        """The stated value of ``key``; a list of one value a layer or modality becomes that value.
+
+        Raises:
+            ValueError: the list has several values, or none.
+        """
         value = self.stated[key]
+        if key == "ffn_act_fn" and isinstance(value, Mapping):  # DBRX: {"name": "silu"}
+            return value.get("name")
         if not isinstance(value, (list, tuple)):
             return value
-        if not value or (len(set(value)) > 1 and not self.model_type.startswith("ernie4_5_vl")):
+        # Ernie VL lists text first, then vision.
+        several = len(set(map(repr, value))) > 1
+        if not value or (several and not self.model_type.startswith("ernie4_5_vl")):
             raise ValueError(
                 f"config of {self.model_type!r}: expected one value for {key}, got {value}, one a "
                 "layer. Put in the value of the layer that you load."
             )
-        return value[0]  # Ernie VL: text first, then vision
+        return value[0]
 
     def with_value(self, key: str, value: Any) -> HFConfig:
         """The same config with ``key`` stated."""
@@ -99,6 +229,7 @@ class HFConfig:
 
 
 def normal_name(model_type: str) -> str:
+    """The model type as the table of families spells it."""
     return model_type.replace("-", "_").lower()
 
 
@@ -120,7 +251,7 @@ def flatten(config: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, d
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise ValueError(
             "config: expected a 'model_type' key as in config.json, got keys "
-            f"{sorted(config)[:12]}. Pass the whole config.json as a dict."
+            f"{sorted(map(str, config))[:12]}. Pass the whole config.json as a dict."
         )
     model_type = normal_name(config["model_type"])
     flat = dict(config)
@@ -131,7 +262,8 @@ def flatten(config: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, d
             break
         inner = nested[0]
         flat.update({k: v for k, v in inner.items() if v is not None})
-        kind = normal_name(inner.get("model_type") or "")
+        kind = inner.get("model_type")
+        kind = normal_name(kind) if isinstance(kind, str) else ""
         if kind in known:
             model_type = kind
     return model_type, flat

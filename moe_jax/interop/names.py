@@ -110,10 +110,6 @@ SPELLINGS: dict[str, str] = {
     "depth.kernel": "gate.router_mlp.out_proj.weight",
 }
 
-QUANTISED = re.compile(
-    r".*(weight_scale_inv|weight_scale|_scale_inv|_blocks|_scales|qweight|qzeros)"
-)
-
 
 def canonical(name: str) -> str | None:
     """What a tensor is, or None if no family has such a name.

@@ -96,12 +96,12 @@ def privacy_filter(c: HFConfig) -> Router:
 
 
 def cohere2(c: HFConfig) -> Router:
-    kind = c.get("expert_selection_fn")
-    if kind == "softmax":
+    kind, norm_of_sigmoid = c.get("score"), norm(c, "sum")
+    if kind == "softmax":  # sums to 1 with and without a norm
         return logits_softmax(c)
     if kind == "sigmoid":
-        return top_k(c, score="identity", post="sigmoid", norm=norm(c, "sum"))
-    raise unsupported(c, "expert_selection_fn", kind, "'softmax' or 'sigmoid'")
+        return top_k(c, score="identity", post="sigmoid", norm=norm_of_sigmoid)
+    raise unsupported(c, c.key_of("score") or "expert_selection_fn", kind, "'softmax' or 'sigmoid'")
 
 
 def llama4(c: HFConfig) -> Router:
@@ -163,9 +163,7 @@ def lfm2(c: HFConfig) -> Router:
 
 
 def laguna(c: HFConfig) -> Router:
-    if c.stated.get("moe_apply_router_weight_on_input"):
-        raise unsupported(c, "moe_apply_router_weight_on_input", True, "false")
-    cap = c.get("moe_router_logit_softcapping")
+    cap = c.get("softcap")
     return top_k(c, gate=Gate(softcap=cap if cap > 0 else None), score="sigmoid", norm="sum")
 
 
@@ -178,9 +176,11 @@ def muse_spark(c: HFConfig) -> Router:
 
 def scored(c: HFConfig) -> Scoring:
     """DeepSeek-V4 and Inkling 2: the score's name is in the config."""
-    score = c.get("scoring_func")
+    score = c.get("score")
     if score not in ("sigmoid", "sqrtsoftplus"):
-        raise unsupported(c, "scoring_func", score, "'sigmoid' or 'sqrtsoftplus'")
+        raise unsupported(
+            c, c.key_of("score") or "scoring_func", score, "'sigmoid' or 'sqrtsoftplus'"
+        )
     return Scoring(score=score, norm="sum_eps", scale=c.get("scale"))
 
 

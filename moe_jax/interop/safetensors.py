@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,17 +19,43 @@ import numpy as np
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in {
-        "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16,
-        "F8_E4M3": jnp.float8_e4m3fn, "F8_E5M2": jnp.float8_e5m2,
-        "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-        "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": jnp.bfloat16,
+        "F8_E4M3": jnp.float8_e4m3fn,
+        "F8_E5M2": jnp.float8_e5m2,
+        "F8_E8M0": jnp.float8_e8m0fnu,
+        "C64": np.complex64,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
     }.items()
-}  # fmt: skip
+}
 _LARGEST_HEADER = 100_000_000
+_INDEX = "model.safetensors.index.json"
+
+
+class _Entry(NamedTuple):
+    """Where a tensor lies in the bytes after the header."""
+
+    dtype: str  # as the file spells it; it may be one that numpy does not have
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 class SafetensorsFile(Mapping[str, np.ndarray]):
     """One file as a mapping from name to array; arrays are read-only views of the mapped file.
+
+    A tensor of a dtype that this library does not read (packed 4-bit floats, say) does not hinder the
+    others: taking it raises ValueError.
 
     Raises:
         FileNotFoundError: no such file.
@@ -45,25 +71,46 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
             if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
                 raise self._broken(f"a header of {length} bytes in a file of {size}")
             try:
-                header = json.loads(file.read(length))
-            except ValueError:
-                raise self._broken("a header that is not JSON") from None
+                header = json.loads(file.read(length), object_pairs_hook=_without_repeats)
+            except (ValueError, RecursionError):
+                raise self._broken("a header that is not JSON, or names a tensor twice") from None
         if not isinstance(header, dict):
             raise self._broken("a header that is not a JSON object")
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._start = 8 + length
         self._header = {n: self._entry(n, e, size - self._start) for n, e in header.items()}
+        self._check_overlaps()
         self._bytes: np.ndarray | None = None
 
-    def _entry(self, name: str, entry: Any, room: int) -> tuple[np.dtype, tuple[int, ...], int]:
+    def _entry(self, name: str, entry: Any, room: int) -> _Entry:
         try:
-            dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
+            dtype, shape, (begin, end) = (
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"],
+            )
+            whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            if not (isinstance(dtype, str) and dtype and whole):
+                raise TypeError
         except (KeyError, TypeError, ValueError):
             raise self._broken(f"an unreadable entry for {name!r}: {entry}") from None
-        if not (0 <= begin <= end <= room) or end - begin != math.prod(shape) * dtype.itemsize:
-            raise self._broken(f"{name!r} at bytes {begin} to {end} of {room} for shape {shape}")
-        return dtype, shape, begin
+        # How many bytes a number of an unknown dtype takes is unknown too.
+        itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else None
+        fits = itemsize is None or end - begin == math.prod(shape) * itemsize
+        if not (begin <= end <= room and fits):
+            raise self._broken(
+                f"{name!r} at bytes {begin} to {end} of {room} for {dtype}{list(shape)}"
+            )
+        return _Entry(dtype, shape, begin, end)
+
+    def _check_overlaps(self) -> None:
+        before, last = 0, ""
+        for name, entry in sorted(self._header.items(), key=lambda item: item[1].begin):
+            if entry.begin == entry.end:
+                continue
+            if entry.begin < before:
+                raise self._broken(f"{last!r} and {name!r} in the same bytes")
+            before, last = entry.end, name
 
     def _broken(self, what: str) -> ValueError:
         return ValueError(
@@ -71,14 +118,26 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._header[name][1]
+        """The shape of a tensor, from the header alone."""
+        return self._header[name].shape
 
     def __getitem__(self, name: str) -> np.ndarray:
-        dtype, shape, begin = self._header[name]
+        entry = self._header[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(
+                f"{self.path}: expected {name!r} in one of the dtypes {', '.join(DTYPES)}, got "
+                f"{entry.dtype}. Take a checkpoint without this quantisation, or dequantise it with "
+                "the tool that made it."
+            )
+        if entry.begin == entry.end:  # a file without numbers cannot be mapped
+            return _read_only(np.empty(entry.shape, DTYPES[entry.dtype]))
         if self._bytes is None:
             self._bytes = np.memmap(self.path, np.uint8, mode="r", offset=self._start)
-        size = math.prod(shape) * dtype.itemsize
-        return self._bytes[begin : begin + size].view(dtype).reshape(shape).view(np.ndarray)
+        numbers = self._bytes[entry.begin : entry.end].view(DTYPES[entry.dtype])
+        return numbers.reshape(entry.shape).view(np.ndarray)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._header
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._header)
@@ -87,18 +146,32 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         return len(self._header)
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return out
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
 class SafetensorsFolder(Mapping[str, np.ndarray]):
     """All tensors of a checkpoint folder, from one file or from shards with an index.
 
+    A shard is opened when its first tensor is taken, so shards that are not needed may be missing.
+
     Raises:
-        FileNotFoundError: no safetensors in the folder, or a shard is missing.
-        ValueError: the index or a file is broken.
+        FileNotFoundError: no safetensors in the folder, or the shard of a tensor is missing.
+        ValueError: the index or a file is broken, or they disagree.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._open: dict[str, SafetensorsFile] = {}
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / _INDEX
         files = sorted(p.name for p in self.folder.glob("*.safetensors"))
         if index.is_file():
             self._where = self._read_index(index)
@@ -114,20 +187,22 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
                 else " Give the folder that holds config.json and the weights."
             )
             raise FileNotFoundError(
-                f"{self.folder}: expected model.safetensors or model.safetensors.index.json, got "
-                f"{files or 'neither'}.{hint}"
+                f"{self.folder}: expected model.safetensors or {_INDEX}, got {files or 'neither'}."
+                f"{hint}"
             )
 
     def _read_index(self, path: Path) -> dict[str, str]:
         try:
             weight_map = json.loads(path.read_text("utf-8"))["weight_map"]
-            where = {str(n): str(f) for n, f in weight_map.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            where = dict(weight_map.items())
+            if not all(isinstance(file, str) for file in where.values()):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(
-                f"{path}: expected a JSON object with a 'weight_map', got something else. "
-                "Download it again."
+                f"{path}: expected a JSON object with a 'weight_map' from tensor to file, got "
+                "something else. Download it again."
             ) from None
-        outside = [f for f in where.values() if Path(f).name != f]
+        outside = [f for f in where.values() if Path(f).name != f or not f]
         if outside:
             raise ValueError(
                 f"{path}: expected names of files in this folder, got {outside[0]!r}. The index is "
@@ -137,11 +212,36 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
     def _file(self, name: str) -> SafetensorsFile:
         if name not in self._open:
-            self._open[name] = SafetensorsFile(self.folder / name)
+            try:
+                self._open[name] = SafetensorsFile(self.folder / name)
+            except FileNotFoundError:
+                raise FileNotFoundError(
+                    f"{self.folder}: expected the shard {name!r}, which {_INDEX} names, got no such "
+                    "file. Download it into the folder."
+                ) from None
         return self._open[name]
 
+    def unlisted(self, names: Iterable[str]) -> list[str]:
+        """Tensors that the shards of ``names`` hold and the index does not list, sorted.
+
+        Raises:
+            FileNotFoundError, ValueError: a shard is missing or broken.
+        """
+        shards = {self._where[name] for name in names}
+        return sorted({n for shard in shards for n in self._file(shard) if n not in self._where})
+
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._file(self._where[name])[name]
+        shard = self._where[name]
+        file = self._file(shard)
+        if name not in file:
+            raise ValueError(
+                f"{self.folder}: expected {name!r} in the shard {shard!r}, as {_INDEX} says, got a "
+                f"shard without it. Index and shards are of different checkpoints: download both again."
+            )
+        return file[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

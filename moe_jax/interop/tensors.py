@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import describe_array
-from moe_jax.interop.names import QUANTISED, SPELLINGS, canonical
+from moe_jax.interop.names import SPELLINGS, canonical
 from moe_jax.types import Params
 
 Tensor = Any  # np.ndarray (memory-mapped or not) or jax.Array, tracers included
@@ -61,18 +61,13 @@ class Tensors:
                     f"{what}: expected one tensor for {meaning}, got {self._found[meaning][0]!r} and "
                     f"{name!r}. Keep one."
                 )
+            _check_numbers(f"{what}, {prefix + name!r}", meaning, tensor)
             self._found[meaning] = (name, tensor)
-        quantised = [n for n in unknown if QUANTISED.fullmatch(n)]
-        if quantised:
-            raise ValueError(
-                f"{what}: expected plain weights, got a quantised checkpoint ({quantised[0]!r}). "
-                "Dequantise it first, for example by loading and saving it in bfloat16."
-            )
         if unknown:
             raise ValueError(
                 f"{what}: expected the tensors of a Mixture-of-Experts block under {prefix!r}, got "
-                f"also {', '.join(map(repr, sorted(unknown)[:6]))}. Narrow the prefix or leave "
-                "them out."
+                f"also {', '.join(map(repr, sorted(unknown)[:6]))}. Give the prefix of the block's own "
+                "module; a tensor of the block that is not understood cannot be ignored."
             )
 
     def __contains__(self, meaning: str) -> bool:
@@ -126,6 +121,20 @@ class Tensors:
         names = sorted(name for name, _ in self._found.values())
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return ", ".join(names[:8]) + more
+
+
+def _check_numbers(where: str, meaning: str, tensor: Tensor) -> None:
+    """Refuses numbers that stand for others: int8, float8 and the like without their scales."""
+    name = np.dtype(tensor.dtype).name
+    if meaning == "router.table":
+        if not name.startswith(("int", "uint")):
+            raise ValueError(f"{where}: expected whole numbers, expert ids, got {name}.")
+    elif name not in ("float64", "float32", "float16", "bfloat16"):
+        raise ValueError(
+            f"{where}: expected plain weights (float32, bfloat16, float16), got "
+            f"{describe_array(tensor)} without the scales that such a quantised tensor needs. Take "
+            "the scales along, or the checkpoint that it was made from."
+        )
 
 
 # Host arrays stay on the host until a block is whole (views of the file, as far as that goes); what is

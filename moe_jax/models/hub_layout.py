@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.interop.names import QUANTISED, canonical
+from moe_jax.interop.names import canonical
+from moe_jax.interop.quantization import part_of
 from moe_jax.interop.tensors import Tensor
 from moe_jax.models.decoder_config import DecoderConfig, LayerConfig
 from moe_jax.types import Params
@@ -215,7 +216,7 @@ def check_unused(names: list[str], *, where: str) -> None:
     left = [n for n in names if not n.endswith("rotary_emb.inv_freq")]
     if not left:
         return
-    quantised = [n for n in left if QUANTISED.fullmatch(n)]
+    quantised = [n for n in left if part_of(n)]
     if quantised:
         raise ValueError(
             f"{where}: expected plain weights, got a quantised checkpoint ({quantised[0]!r}). "

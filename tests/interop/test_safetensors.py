@@ -19,7 +19,13 @@ from moe_jax.interop import load_hf_block, moe_block_from_hf
 from moe_jax.interop.safetensors import SafetensorsFile, SafetensorsFolder
 
 RNG = np.random.default_rng(0)
-NAMES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "F16": np.float16}
+NAMES = {
+    "F32": np.float32,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+}
 
 
 def write(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -87,17 +93,117 @@ def test_nothing_is_read_before_it_is_used(tmp_path):
         ("header too long", lambda b: struct.pack("<Q", 10**12) + b[8:]),
         ("header is not JSON", lambda b: b[:8] + b"x" * (len(b) - 8)),
         ("header is a list", lambda b: struct.pack("<Q", 2) + b"[]"),
-        ("unknown dtype", lambda b: b.replace(b'"F32"', b'"F33"')),
+        ("dtype is a number", lambda b: b.replace(b'"F32"', b"12345")),
+        ("shape of fractions", lambda b: b.replace(b"[2, 3]", b"[6.0 ]")),
+        ("a name twice", lambda b: b.replace(b'"bb"', b'"a" ')),
+        ("two tensors in the same bytes", lambda b: b.replace(b"[24, 48]", b"[20, 44]")),
+        ("too deep", lambda b: struct.pack("<Q", 200_000) + b"[" * 200_000 + b[8:]),
         ("negative offset", lambda b: b.replace(b"[0, 24]", b"[-4,20]")),
-        ("shape and bytes disagree", lambda b: b.replace(b"[2, 3]", b"[2, 2]")),
+        ("shape and bytes disagree", lambda b: b.replace(b"[2, 3]", b"[2, 2]", 1)),
     ],
 )
 def test_broken_files_are_refused(tmp_path, name, spoil):
     path = tmp_path / "f.safetensors"
-    write(path, {"a": some(2, 3)})
+    write(path, {"a": some(2, 3), "bb": some(2, 3)})
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(ValueError, match="expected a whole safetensors file, got"):
         SafetensorsFile(path)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F8_E8M0", "F6_E2M3", "F8_E4M3FNUZ", "NEW"])
+def test_a_dtype_of_another_tensor_does_not_matter(tmp_path, dtype):
+    """A packed dtype in one layer hinders neither the file nor the block of another layer."""
+    checkpoint(tmp_path, "mixtral", shards=1)
+    path = tmp_path / "model.safetensors"
+    size = struct.unpack("<Q", path.read_bytes()[:8])[0]
+    header = json.loads(path.read_bytes()[8 : 8 + size])
+    numbers = path.read_bytes()[8 + size :]
+    name, end = "model.layers.0.mlp.experts.0.w1.weight", len(numbers)
+    header[name] = {"dtype": dtype, "shape": [4, 2], "data_offsets": [end, end + 8]}
+    head = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head + numbers + bytes(8))
+    file = SafetensorsFile(path)
+    assert name in file
+    assert file.shape(name) == (4, 2)
+    assert load_hf_block(tmp_path, 1).router.num_experts == E
+    if dtype == "F8_E8M0":  # bytes with a meaning: a scale, but no weight
+        assert file[name].dtype == ml_dtypes.float8_e8m0fnu
+    else:
+        with pytest.raises(
+            ValueError, match=rf"expected '{name}' in one of the dtypes.*got {dtype}"
+        ):
+            file[name]
+        with pytest.raises(ValueError, match=rf"got {dtype}"):
+            load_hf_block(tmp_path, 0)
+
+
+def test_a_file_of_empty_tensors_alone(tmp_path):
+    write(tmp_path / "f.safetensors", {"a": some(0, 4), "b": some(0)})
+    assert {n: t.shape for n, t in SafetensorsFile(tmp_path / "f.safetensors").items()} == {
+        "a": (0, 4),
+        "b": (0,),
+    }
+
+
+def _index(folder: Path) -> tuple[Path, dict]:
+    path = folder / "model.safetensors.index.json"
+    return path, json.loads(path.read_text())
+
+
+def test_an_index_and_shards_that_disagree(tmp_path):
+    checkpoint(tmp_path, "mixtral", shards=3)
+    path, index = _index(tmp_path)
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    right = index["weight_map"][name]
+    wrong = next(f for f in index["weight_map"].values() if f != right)
+    # The index names another shard, then none.
+    index["weight_map"][name] = wrong
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"expected '{name}' in the shard '{wrong}'.*without it"):
+        load_hf_block(tmp_path, 1)
+    del index["weight_map"][name]
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"every tensor of the block in the index, got '{name}'"):
+        load_hf_block(tmp_path, 1)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    checkpoint(tmp_path, "mixtral", shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard 'model-00002-of-00003.*Download it"):
+        load_hf_block(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": null}}',
+        '{"weight_map": {"a": 3}}',
+        "x",
+    ],
+)
+def test_a_broken_index_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"index\.json: expected a JSON object with a 'weight_map'"
+    ):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "x", "[" * 100_000])
+def test_a_broken_config_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: expected"):
+        load_hf_block(tmp_path, 0)
+
+
+def test_a_prefix_that_no_tensor_has(tmp_path):
+    checkpoint(tmp_path, "mixtral", shards=1)
+    with pytest.raises(ValueError, match=r"under the prefix 'model\.layers\.7\.', got none"):
+        load_hf_block(tmp_path, 7, prefix="model.layers.7.")
 
 
 def test_an_index_may_not_leave_its_folder(tmp_path):
