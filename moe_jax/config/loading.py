@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config.checks import ConfigError, ConfigFileError, bad_value, choices_of, unknown_name
+from moe_jax.config.checks import (
+    ConfigError,
+    ConfigFileError,
+    choices_of,
+    unknown_name,
+)
 from moe_jax.config.settings import SETTINGS, Config, build_config, from_nested
 
 ENV_PREFIX = "MOE_"
@@ -45,16 +50,26 @@ def load_config(
     given: dict[str, tuple[Any, str]] = {}
     if base is not None:
         given |= from_nested(base.to_json(), " in the preset", problems)
+    unreadable: ConfigError | None = None
     if file is not None:
         path = Path(file)
-        given |= from_nested(_read_json(path), f" in {path}", problems)
+        try:
+            given |= from_nested(_read_json(path), f" in {path}", problems)
+        except ConfigError as error:  # one problem of perhaps several: the others are named with it
+            unreadable = error
+            problems.append(str(error))
     given |= _from_environment(_process_environment() if env is None else env, problems)
     for name, value in overrides.items():
         if name not in SETTINGS:
             problems.append(unknown_name(f"argument {name}", name, SETTINGS, "Remove it."))
         elif value is not None:
             given[name] = (value, f"argument {name}")
-    return build_config(given, problems)
+    try:
+        return build_config(given, problems, complete=unreadable is None)
+    except ConfigError as error:
+        if isinstance(unreadable, ConfigFileError):
+            raise ConfigFileError(str(error)) from unreadable
+        raise
 
 
 def _process_environment() -> Mapping[str, str]:
@@ -70,25 +85,24 @@ def _from_environment(env: Mapping[str, str], problems: list[str]) -> dict[str, 
             problems.append(unknown_name(variable, variable, variables, "Unset it.", ENV_PREFIX))
             continue
         name = variables[variable]
-        _, field = SETTINGS[name]
-        try:
-            given[name] = (_parse(field, env[variable]), variable)
-        except ValueError:  # never of a secret: any text is one
-            problems.append(bad_value(variable, env[variable], field))
+        given[name] = (_parse(SETTINGS[name][1], env[variable]), variable)
     return given
 
 
 def _parse(field: dataclasses.Field[Any], text: str) -> Any:
-    """The text of a variable as the type of the field. Raises ValueError where it is not one."""
+    """The text of a variable as the type of the field; as it is, to be refused, where it is none."""
     word = text.strip()
     if isinstance(field.default, bool):
         if word.lower() in ("true", "1", "yes", "on"):
             return True
-        if word.lower() in ("false", "0", "no", "off"):
-            return False
-        raise ValueError
+        return False if word.lower() in ("false", "0", "no", "off") else text
     if isinstance(field.default, int | float):
-        return type(field.default)(word)
+        try:
+            return type(field.default)(word)
+        except ValueError:
+            return text
+    if field.metadata["text"] is not None:
+        return word or text  # blanks are kept: they are refused, and must not mean "not set"
     # "debug" and "Strict" are clear enough when typed into a shell.
     return next((c for c in choices_of(field) if c.lower() == word.lower()), word)
 
@@ -128,6 +142,10 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(
             f"{path}: expected JSON, got {error.msg} at line {error.lineno} column {error.colno}. "
             "Correct that line."
+        ) from error
+    except ValueError as error:  # a whole number of more digits than Python reads
+        raise ConfigError(
+            f"{path}: expected JSON, got a number that is too long ({error}). Correct the number."
         ) from error
     except RecursionError as error:
         raise ConfigError(

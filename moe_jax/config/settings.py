@@ -9,12 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.config.checks import (
+    BUCKETS,
     EXPERT_COUNTS,
+    HOST,
+    KEY,
+    KEYS,
+    LINE,
+    NETWORKS,
+    REDIS_URL,
     ConfigError,
     check_fields,
     checked,
     experts_problem,
-    serving_problems,
     setting,
     shown,
     split_words,
@@ -31,7 +37,8 @@ class RouterConfig:
         num_experts: E.
         min_experts: fewest experts a token uses.
         max_experts: most experts a token uses, at most ``num_experts``.
-        complexity_estimator: how difficulty is told; the guide's word or any registered estimator.
+        complexity_estimator: how a token's difficulty is computed; the guide's word or any
+            registered estimator.
         routing_strategy: ``top_k`` (difficulty decides how many) or ``threshold`` (each expert
             has its own calibrated threshold).
         load_balancing: whether ``update`` evens out the experts' load while training.
@@ -44,8 +51,8 @@ class RouterConfig:
 
     input_dim: int = setting(768, "Give the width of the hidden states.", low=1, high=2**20)
     num_experts: int = setting(8, "Give the number of experts.", low=1, high=2**16)
-    min_experts: int = setting(1, "A token uses at least this many experts.", low=1)
-    max_experts: int = setting(4, "A token uses at most this many experts.", low=1)
+    min_experts: int = setting(1, "A token uses at least this many experts.", low=1, high=2**16)
+    max_experts: int = setting(4, "A token uses at most this many experts.", low=1, high=2**16)
     complexity_estimator: str = setting(
         "gradient_norm",
         "Choose one of these, or register your own with moe_jax.routing.difficulty.register_estimator.",
@@ -113,7 +120,10 @@ class SecurityConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ServingConfig:
-    """How the service runs. The last three are secrets: only the environment and arguments set them.
+    """How the service runs.
+
+    The last three settings are secrets: they come from the environment or from arguments, never
+    from a file.
 
     Args:
         host: address to listen on.
@@ -126,7 +136,7 @@ class ServingConfig:
         max_magnitude: largest absolute value that is not suspicious.
         rate_limit_requests: requests a client may make in a minute; 0 is what the level says.
         rate_limit_tokens: tokens a client may send in a minute; 0 is what the level says.
-        replicas: how many instances share the load, for honest limits.
+        replicas: number of replicas; used to warn when rate limits are not shared.
         cache_max_bytes: most bytes of results in the cache.
         prefetch: whether results are fetched ahead and hot keys re-warmed after a reload.
         trusted_proxies: networks whose X-Forwarded-For is believed, e.g. ``10.0.0.0/8,::1``.
@@ -144,7 +154,11 @@ class ServingConfig:
         redis_url: secret, as it may hold a password; shares limits and cached results.
     """
 
-    host: str = setting("127.0.0.1", "Give an address, 0.0.0.0 for all.", text=True)
+    host: str = setting(
+        "127.0.0.1",
+        "Give an address without brackets, such as 192.0.2.7 or ::1; 0.0.0.0 is all of them.",
+        text=HOST,
+    )
     port: int = setting(8000, "Give a port; 0 takes a free one.", low=0, high=65535)
     request_timeout_seconds: float = setting(
         30.0, "Give the deadline in seconds.", low=0.001, high=3600.0
@@ -167,25 +181,33 @@ class ServingConfig:
         256 * 2**20, "To have no cache set enable_caching to false.", low=1, high=2**48
     )
     prefetch: bool = setting(False, "Switch prefetching on or off.")
-    trusted_proxies: str = setting("", "Give networks separated by commas.", text=True)
-    checkpoint: str = setting("", "Give a checkpoint folder, or leave it empty.", text=True)
-    checkpoint_router: str = setting("", "See moe-jax inspect for the names.", text=True)
+    trusted_proxies: str = setting(
+        "", "Give 10.0.0.0/8 or 192.0.2.7,::1, or leave it empty.", text=NETWORKS
+    )
+    checkpoint: str = setting("", "Give a checkpoint folder, or leave it empty.", text=LINE)
+    checkpoint_router: str = setting("", "See moe-jax inspect for the names.", text=LINE)
     seed: int = setting(0, "Any whole number.", low=0, high=2**31 - 1)
     serve_moe: str = setting("auto", "Choose one of these.", choices=("auto", "on", "off"))
     expert_hidden_dim: int = setting(
         0, "Width of untrained experts; 0 is twice input_dim.", low=0, high=2**20
     )
-    buckets: str = setting("", "Give token counts separated by commas.", text=True)
+    buckets: str = setting(
+        "", "Give token counts such as 64,512,1024, or leave it empty.", text=BUCKETS
+    )
     fallback_static_top_k: bool = setting(False, "Switch the degraded fallback on or off.")
     slow_call_seconds: float = setting(5.0, "Seconds of device work.", low=0.001, high=3600)
-    api_keys: str = setting("", "Give keys separated by commas.", secret=True)
-    admin_key: str = setting("", "Give a long random text.", secret=True)
-    redis_url: str = setting("", "Give redis://host:port/0, or leave it empty.", secret=True)
+    api_keys: str = setting(
+        "", "Leave it empty for a service without keys.", text=KEYS, secret=True
+    )
+    admin_key: str = setting(
+        "", "Give a long random text, or leave it empty.", text=KEY, secret=True
+    )
+    redis_url: str = setting(
+        "", "Give one of these, or leave it empty.", text=REDIS_URL, secret=True
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "serving.")
-        for problem in serving_problems(self.buckets, self.trusted_proxies):
-            raise ConfigError(problem)
 
     @property
     def bucket_sizes(self) -> tuple[int, ...]:
@@ -199,6 +221,7 @@ class ServingConfig:
 
     @property
     def api_key_list(self) -> tuple[str, ...]:
+        """``api_keys`` one by one."""
         return tuple(split_words(self.api_keys))
 
 
@@ -234,9 +257,10 @@ class Config:
         "development", "Choose one of these.", choices=("development", "staging", "production")
     )
     log_level: str = setting(
-        "INFO", "Choose one of these.",
+        "INFO",
+        "Choose one of these.",
         choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         for name, section in _SECTIONS.items():
@@ -321,23 +345,32 @@ def from_nested(data: Any, where: str, problems: list[str]) -> dict[str, tuple[A
     return given
 
 
-def build_config(given: Mapping[str, tuple[Any, str]], problems: list[str]) -> Config:
-    """Checks every value under the name that its author knows it by, then builds the tree."""
+def build_config(
+    given: Mapping[str, tuple[Any, str]], problems: list[str], *, complete: bool = True
+) -> Config:
+    """Checks every value under the name that its author gave it, then builds the tree.
+
+    Args:
+        given: settings by name, each a value and its origin.
+        problems: what is wrong already, one sentence each.
+        complete: whether ``given`` holds all that was meant; without, a missing value is not
+            compared with others.
+
+    Raises:
+        ConfigError: every problem, one per line.
+    """
     values: dict[str, Any] = {}
     for name, (value, origin) in given.items():
         try:
             values[name] = checked(SETTINGS[name][1], value, origin)
         except ConfigError as error:
             problems.append(str(error))
-    if not problems:
+    # Values that are bad by themselves contradict nothing; the others are still compared.
+    if complete and all(name in values or name not in given for name in EXPERT_COUNTS):
         counts = {name: values.get(name, SETTINGS[name][1].default) for name in EXPERT_COUNTS}
         low, high, most = counts.values()
         if not low <= high <= most:
             problems.append(experts_problem(counts, {n: o for n, (_, o) in given.items()}))
-        problems += serving_problems(
-            values.get("buckets", ""), values.get("trusted_proxies", ""),
-            *(given[n][1] if n in given else n for n in ("buckets", "trusted_proxies")),
-        )  # fmt: skip
     if problems:
         raise ConfigError("\n".join(problems))
     parts: dict[str, Any] = {name: value for name, value in values.items() if name in _TOP_LEVEL}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from moe_jax.config import (
     PRESETS,
     Config,
     ConfigError,
+    ConfigFileError,
     PerformanceConfig,
     RouterConfig,
     SecurityConfig,
@@ -25,6 +27,7 @@ from moe_jax.config import (
 )
 from moe_jax.config import checks as checks_module
 from moe_jax.config import loading as loading_module
+from moe_jax.config.settings import SECRETS, SETTINGS
 from moe_jax.routers import DynamicK, ExpertThreshold
 from moe_jax.routing.difficulty import ESTIMATORS, register_estimator
 from moe_jax.types import RoutingStats
@@ -255,10 +258,181 @@ def test_the_process_environment_is_read_only_when_asked(monkeypatch):
     ],
 )
 def test_a_bad_variable_names_itself_the_value_and_what_is_allowed(variable, text, parts):
-    told = problem(load_config, env={variable: text})
-    assert told.startswith(variable + ": expected ")
+    message = problem(load_config, env={variable: text})
+    assert message.startswith(variable + ": expected ")
     for part in parts:
-        assert part in told, told
+        assert part in message, message
+
+
+# Every setting that is no choice of words: bad texts, and how the message states what is allowed.
+# Blanks, "x" and values on either side of each range are added to numbers by the test.
+TEXTS = {
+    "host": (
+        "an IP address or a host name",
+        ["", " ", "999.1.1.1", "1.2.3", "[::1]", "::zz", "a b", "http://x", "a..b", "-a", "a:80"],
+    ),
+    "trusted_proxies": (
+        "addresses or networks separated by commas",
+        [",", " ", ",,", "everyone", "10.0.0.0/33", "10.0.0.0/8,x", "10.0.0.0/8;::1", "[::1]"],
+    ),
+    "buckets": (
+        "up to 32 whole numbers from 1 to 16777216",
+        [
+            ",",
+            " ",
+            "0",
+            "-1",
+            "64;512",
+            "1.5",
+            "64,x",
+            "16777217",
+            "1_000",
+            "٣",
+            ",".join("9" * 33),
+        ],
+    ),
+    "checkpoint": ("a line of text", [" ", "a\nb", "\x00", "x" * 4097]),
+    "checkpoint_router": ("a line of text", [" ", "a\nb", "\x1b[0m", "x" * 4097]),
+    "api_keys": (
+        "keys of printable ASCII without blanks",
+        [",", ",,", " ", "hunter2,hunter 3", "hunter2é", "hunter2\n,b", "hunter2" * 1000],
+    ),
+    "admin_key": (
+        "a key of printable ASCII without blanks",
+        [" ", "hunter 2", "hunter2é", "hunter2\x7f", "hunter2" * 1000],
+    ),
+    "redis_url": (
+        "redis://host:port/0, rediss://host:port/0 or unix://path",
+        [
+            " ",
+            "http://x",
+            "localhost:6379",
+            "hunter2@localhost",
+            "redis://",
+            "redis://:hunter2@",
+            "redis://user:hunter2@host:70000",
+            "redis://:hunter2",
+            "redis://user:hunter2@host:1/name",
+            "amqp://user:hunter2@host:1/0?password=hunter2",
+            "unix://",
+            "redis://[::1",
+        ],
+    ),
+}
+
+
+def bad_values(name: str) -> list[tuple[str, str]]:
+    """(text of a variable, what the message says is allowed) for every kind of bad value."""
+    field = SETTINGS[name][1]
+    if name in TEXTS:
+        allowed, texts = TEXTS[name]
+        return [(text, allowed) for text in texts]
+    if isinstance(field.default, bool):
+        return [(text, "true or false") for text in ("", " ", "2", "maybe", "None")]
+    if isinstance(field.default, str):
+        return [(text, "one of ") for text in ("", " ", "x", "true", "standard,strict")]
+    low, high = field.metadata["low"], field.metadata["high"]
+    kind = "a whole number" if isinstance(field.default, int) else "a number"
+    ends = [low - 1] if math.isinf(high) else [low - 1, high * 2 + 1]
+    words = ["", " ", "x", "1,5", "1 2", "nan", "-inf", "0x10", *map(str, ends)]
+    if isinstance(field.default, int):
+        words += ["1.5", "1e3", "9" * 5000]
+    return [(text, f"{kind} ") for text in words]
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_every_bad_value_names_its_variable_and_what_is_allowed(name):
+    """S13: none is accepted, none ends in a raw error, and no secret is repeated."""
+    variable = "MOE_" + name.upper()
+    secret = SETTINGS[name][1].metadata["secret"]
+    for text, allowed in bad_values(name):
+        message = problem(load_config, env={variable: text})
+        assert message.startswith(f"{variable}: expected {allowed}"), message
+        assert len(message.splitlines()) == 1
+        assert len(message) < 500
+        assert message.endswith(".")
+        if secret:
+            assert "hunter" not in message, message
+
+
+# A secret in a file is refused whatever its value.
+@pytest.mark.parametrize("name", sorted(SETTINGS.keys() - SECRETS))
+def test_every_bad_value_of_a_file_names_its_key(tmp_path, name):
+    section, field = SETTINGS[name]
+    values: list[object] = [None, [], {}, [1]]
+    if isinstance(field.default, str):
+        values += [True, 1, *(text for text, _ in bad_values(name))]
+    elif isinstance(field.default, bool):
+        values += ["true", 1, 0.0]
+    else:
+        values += ["1", True, float("nan"), float("inf"), -(10**400), 10**400]
+    for value in values:
+        data = {section: {name: value}} if section else {name: value}
+        message = problem(load_config, write(tmp_path, data), env={})
+        key = f"{section}.{name}" if section else name
+        assert message.startswith(f"{key} in {tmp_path / 'config.json'}: expected "), message
+        with pytest.raises(ConfigError, match=name):
+            load_config(env={}, **{name: value if value is not None else []})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "shown"),
+    [
+        ("MOE_REDIS_URL", "http://x", "got http://x. "),
+        ("MOE_REDIS_URL", "amqp://user:hunter2@host:1/0", "got amqp://host:1. "),
+        ("MOE_HOST", "999.1.1.1", 'got "999.1.1.1". '),
+        ("MOE_API_KEYS", ",,", "got no key between the commas. "),
+        ("MOE_API_KEYS", "a,b c", "got key 2 of 2 with a blank or another character. "),
+        ("MOE_TRUSTED_PROXIES", "10.0.0.0/8,x", 'got "x". '),
+        ("MOE_BUCKETS", ",", "got no number between the commas. "),
+    ],
+)
+def test_a_bad_text_is_shown_as_far_as_it_is_no_secret(variable, value, shown):
+    assert shown in problem(load_config, env={variable: value})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MOE_HOST", "router.example.org."),
+        ("MOE_HOST", "::"),
+        ("MOE_HOST", "my_host-1"),
+        ("MOE_API_KEYS", "a, b,"),
+        ("MOE_API_KEYS", ""),
+        ("MOE_ADMIN_KEY", "!~a,b"),
+        ("MOE_REDIS_URL", "rediss://user:p%40ss@redis.example.org:6380/3?ssl_cert_reqs=none"),
+        ("MOE_REDIS_URL", "redis://[::1]:6379"),
+        ("MOE_REDIS_URL", "unix:///run/redis.sock?db=1"),
+        ("MOE_TRUSTED_PROXIES", "::ffff:10.0.0.1, 10.1.2.3/8"),
+    ],
+)
+def test_what_an_operator_may_well_write_is_accepted(variable, value):
+    config = load_config(env={variable: value})
+    assert getattr(config.serving, variable.removeprefix("MOE_").lower()) == value
+
+
+def test_two_contradictions_and_a_bad_value_are_named_together(tmp_path):
+    """Issue 17.7: a bad value does not hide that others contradict each other."""
+    env = {"MOE_MIN_EXPERTS": "5", "MOE_BUCKETS": "x", "MOE_PORT": "y", "MOE_HOST": "1.2.3"}
+    lines = problem(load_config, env=env).splitlines()
+    names = sorted(line.split(":")[0] for line in lines)
+    assert names == ["MOE_BUCKETS", "MOE_HOST", "MOE_PORT", "router_config"]
+    # A value that is bad by itself is not compared, and neither is what a file would have said.
+    lines = problem(load_config, env={"MOE_MIN_EXPERTS": "5", "MOE_MAX_EXPERTS": "z"}).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["MOE_MAX_EXPERTS"]
+    for content, kind in (("{", ConfigError), (None, ConfigFileError)):
+        file = tmp_path / f"{kind.__name__}.json"
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(kind) as caught:
+            load_config(file, env={"MOE_MIN_EXPERTS": "5", "MOE_PORT": "y"})
+        names = [line.split(":")[0] for line in str(caught.value).splitlines()]
+        assert names == [str(file), "MOE_PORT"]
+
+
+def test_a_file_with_a_number_of_thousands_of_digits_is_refused_in_a_sentence(tmp_path):
+    file = write(tmp_path, '{"serving": {"port": ' + "9" * 5000 + "}}")
+    assert "a number that is too long" in problem(load_config, file, env={})
 
 
 @pytest.mark.parametrize(
