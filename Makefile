@@ -1,13 +1,13 @@
-# Two commands matter: `make demo` and `make test`. Both make .venv from python3 and need nothing else.
+# Two commands matter: `make demo` and `make test`. Both create .venv from python3 and need nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 TESTS ?= tests moe_jax
 NEWER ?= $(shell .ci/newer-python)
-# A hiccup of the network should not end a build: pip is more patient than by itself, and runs twice.
+# Networks fail for a moment: pip retries for longer than its default, and runs a second time.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 --timeout 60
-AGAIN = { echo "Not installed. Once more in 20 seconds."; sleep 20; $(1); }
+AGAIN = { echo "The installation failed. It runs again in 20 seconds."; sleep 20; $(1); }
 
 .PHONY: help demo demo-quick test lint format check test-newer clean \
   verify-image verify-monitoring verify-rollout verify-soak
@@ -28,28 +28,28 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 	$(PIP_INSTALL) -e '.[dev]' || $(call AGAIN,$(PIP_INSTALL) -e '.[dev]')
 	@touch $@ $(VENV)/.installed
 
-demo: $(VENV)/.installed  ## train, calibrate, save, restore and evaluate on real text; pictures in runs/demo
+demo: $(VENV)/.installed  ## train, calibrate, save, restore and evaluate on real text; figures in runs/demo
 	$(BIN)/moe-jax demo --out runs/demo
 
-demo-quick: $(VENV)/.installed  ## the same in about a minute, with a smaller model
+demo-quick: $(VENV)/.installed  ## the same with a smaller model, in about a minute
 	$(BIN)/moe-jax demo --quick --out runs/demo-quick
 
-test: $(VENV)/.installed-dev  ## the tests, doctests included
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --doctest-modules $(TESTS)
+test: $(VENV)/.installed-dev  ## the tests, doctests included; prints the slowest 25
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=25 --doctest-modules $(TESTS)
 
 lint: $(VENV)/.installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-format: $(VENV)/.installed-dev  ## put the code into shape
+format: $(VENV)/.installed-dev  ## format the code and apply the linter's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: lint test  ## everything that CI runs
+check: lint test  ## lint, then the tests
 
-test-newer:  ## the tests on the newest Python here, or on NEWER=/path/to/python3.13
-	@test -n "$(NEWER)" || { echo "no Python newer than 3.11 found, say which: make test-newer NEWER=/path/to/python3.13"; exit 2; }
+test-newer:  ## the tests on the newest Python of this machine, or on NEWER=/path/to/python3.13
+	@test -n "$(NEWER)" || { echo "no Python newer than 3.11 found. Name one: make test-newer NEWER=/path/to/python3.13"; exit 2; }
 	$(MAKE) test PYTHON=$(NEWER) VENV=.venv-newer TESTS="$(TESTS)"
 
 verify-image: $(VENV)/.installed-dev  ## build and run the image without Docker (root; installs buildah, runc, debootstrap)

@@ -13,6 +13,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests.parallel import measurement
+
 ROOT = Path(__file__).parents[1]
 
 # Make golden files with torch and transformers, which are no dependencies; they are no tests.
@@ -48,11 +50,38 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_CheapDoctests(), "cheap-doctests")
     # Neither a case nor the making of cases has a time: a cold, busy machine compiles in between.
     hypothesis.settings.register_profile(
-        "ci", deadline=None, max_examples=20, derandomize=True, database=None,
+        "ci",
+        deadline=None,
+        max_examples=20,
+        derandomize=True,
+        database=None,
         suppress_health_check=[hypothesis.HealthCheck.too_slow],
-    )  # fmt: skip
+    )
     hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests that judge the measurement on eight devices last: it needs minutes."""
+    items.sort(key=_waits_for_eight_devices)
+
+
+def _waits_for_eight_devices(item: pytest.Item) -> bool:
+    return "measured" in getattr(item, "fixturenames", ())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices_ahead(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """The first worker starts that measurement beside the other tests."""
+    first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    if not first or not any(map(_waits_for_eight_devices, request.session.items)):
+        yield
+        return
+    thread = measurement.start(tmp_path_factory.getbasetemp())
+    yield
+    thread.join()  # another worker may wait for the result
 
 
 class _CheapDoctests:

@@ -1,30 +1,18 @@
 """Eight devices give one device's answer, with the messages that theory asks for and no more.
 
-Everything is measured once, by eight_devices.py in a process of its own; the tests here judge it.
+eight_devices.py measures everything once, in a separate process that runs beside the other tests
+(measurement.py); the tests of this file judge the result.
 """
 
 from __future__ import annotations
 
-import fcntl
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import jax
 import pytest
 
 from moe_jax.parallel.planning import exchange_cost
+from tests.parallel import measurement
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-# Less time in LLVM; the programs' structure, messages and arithmetic are the same.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
 TOLERANCE = 1e-5
 MATRIX = [
     f"{rule}, {word}, {mesh}"
@@ -39,32 +27,7 @@ MATRIX = [
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the first worker measures, the others wait for it
-        folder = folder.parent
-    place = folder / "eight_devices.json"
-    with open(folder / "eight_devices.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not place.exists():
-            place.write_text(measure())
-    return json.loads(place.read_text())
-
-
-def measure() -> str:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": FLAGS,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "eight_devices.py")],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return measurement.measured(tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize("case", MATRIX)
