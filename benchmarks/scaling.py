@@ -40,7 +40,7 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
         shard,
         sharded_moe_layer,
         token_spec,
-    )  # fmt: skip
+    )
 
     mesh = make_mesh(expert=devices)
     router, ffn = moe_jax.TopK(num_experts=2 * devices, k=K), moe_jax.FeedForward()
@@ -92,9 +92,15 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
         }
         if devices > 1:
             cost = exchange_cost(
-                tokens=TOKENS, num_experts=2 * devices, k=K, d_model=D, devices=devices,
-                itemsize=4, capacity_factor=factor, send_shares=shares,
-            )  # fmt: skip
+                tokens=TOKENS,
+                num_experts=2 * devices,
+                k=K,
+                d_model=D,
+                devices=devices,
+                itemsize=4,
+                capacity_factor=factor,
+                send_shares=shares,
+            )
             sent = [t["all-to-all"].num_bytes for t in (ahead, both)]
             entry["hlo_bytes"] = [sent[0], sent[1] - sent[0]]
             entry["model_bytes"] = [cost.forward_bytes, cost.backward_bytes]
@@ -133,9 +139,15 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for count in options.devices:
         command = [
-            sys.executable, __file__, "--one", str(count), "--timed-up-to",
-            str(options.timed_up_to), "--rounds", str(options.rounds),
-        ]  # fmt: skip
+            sys.executable,
+            __file__,
+            "--one",
+            str(count),
+            "--timed-up-to",
+            str(options.timed_up_to),
+            "--rounds",
+            str(options.rounds),
+        ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rows += json.loads(done.stdout)
         for row in rows[-len(CASES) :]:

@@ -72,7 +72,11 @@ class MoELayer(nn.Module):
             d_model=c.d_model,
             d_ff=c.d_ff,
             expert_fn=c.experts,
+<<<<<<< HEAD
             implementation=c.implementation,
+=======
+            call={"implementation": c.implementation},
+>>>>>>> ca30443 (deploy/verify shares its command, its programs and its load; the cost of tokens has a name of its own)
             name="moe",
         )
         y, aux = experts(x, token_mask=mask, return_aux=True)
@@ -139,9 +143,20 @@ def step(
 
 
 EXAMPLE = LMConfig(
-    num_layers=2, moe_every=2, d_model=32, num_heads=2, num_experts=4, k=2, d_ff=32, length=32,
-    batch_size=4, balance_rate=1e-3, learning_rate=1e-2, router_rate=0.5, expert_decay=0.0,
-)  # fmt: skip
+    num_layers=2,
+    moe_every=2,
+    d_model=32,
+    num_heads=2,
+    num_experts=4,
+    k=2,
+    d_ff=32,
+    length=32,
+    batch_size=4,
+    balance_rate=1e-3,
+    learning_rate=1e-2,
+    router_rate=0.5,
+    expert_decay=0.0,
+)
 
 
 def main(config: LMConfig = EXAMPLE, steps: int = 20) -> None:

@@ -15,10 +15,8 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -27,23 +25,15 @@ from typing import Any
 
 import numpy as np
 
-from deploy.verify.processes import (
-    ROOT,
-    DidNotRun,
-    Process,
-    Report,
-    free_port,
-    get,
-    need,
-    until,
-)
+from deploy.verify.check import DidNotRun, Report, run
+from deploy.verify.processes import ROOT, Process, free_port, get, need, until
 
 IMAGE, BASE = "localhost/dynamic-moe-router:verify", "localhost/base:bookworm"
 TWO_GIB = 2 * 2**30
 
 
-def run(*words: str, seconds: float = 1200.0, cwd: Path | None = None) -> str:
-    """A command's standard output. Raises DidNotRun with the end of what it said."""
+def output(*words: str, seconds: float = 1200.0, cwd: Path | None = None) -> str:
+    """Runs a command and returns its standard output. Raises DidNotRun with the end of its output."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, cwd=cwd)
     if done.returncode:
         said = (done.stderr + done.stdout).strip()[-1500:]
@@ -52,37 +42,44 @@ def run(*words: str, seconds: float = 1200.0, cwd: Path | None = None) -> str:
 
 
 class Store:
-    """buildah with a storage of its own, so that nothing of the machine's is touched."""
+    """buildah with a separate storage, so that images of the machine stay as they are."""
 
     def __init__(self, folder: Path) -> None:
         self._words = [
-            need("buildah", "buildah"), "--root", str(folder / "store"),
-            "--runroot", str(folder / "run"), "--storage-driver", "vfs",
-        ]  # fmt: skip
+            need("buildah", "buildah"),
+            f"--root={folder / 'store'}",
+            f"--runroot={folder / 'run'}",
+            "--storage-driver=vfs",
+        ]
 
     def __call__(self, *words: str) -> str:
-        return run(*self._words, *words)
+        """Runs a buildah command and returns its output."""
+        return output(*self._words, *words)
 
 
 def make_base(store: Store, work: Path, report: Report) -> None:
+    """Makes the base image from Debian bookworm; a kept folder saves the download."""
     root = work / "base"
     if not (root / "usr/bin/python3").exists():
         report.say("base: debootstrap bookworm")
         packages = "ca-certificates,python3,python3-venv"
-        run(
-            need("debootstrap", "debootstrap"), "--variant=minbase", f"--include={packages}",
-            "bookworm", str(root),
-        )  # fmt: skip
+        output(
+            need("debootstrap", "debootstrap"),
+            "--variant=minbase",
+            f"--include={packages}",
+            "bookworm",
+            str(root),
+        )
     container = store("from", "scratch")
     mounted = store("mount", container)
-    run("cp", "-a", f"{root}/.", mounted)
+    output("cp", "-a", f"{root}/.", mounted)
     store("umount", container)
     store("commit", "-q", container, BASE)
     store("rm", container)
 
 
 def make_context(work: Path, report: Report) -> Path:
-    """What docker would send: the files that .dockerignore lets through, and the wheels."""
+    """Copies what docker would send: the files that .dockerignore admits, and the wheels."""
     context = work / "context"
     shutil.rmtree(context, ignore_errors=True)
     context.mkdir(parents=True)
@@ -94,11 +91,19 @@ def make_context(work: Path, report: Report) -> Path:
     wheels = work / "wheels"
     if not wheels.exists():
         report.say("wheels: pip download by the lock file's digests")
-        run(
-            sys.executable, "-m", "pip", "download", "--quiet", "--require-hashes", "--no-deps",
-            "--only-binary=:all:", "--python-version", "3.11", "--dest", f"{wheels}.part",
-            "-r", str(ROOT / "deploy/docker/requirements.lock"),
-        )  # fmt: skip
+        output(
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--require-hashes",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--python-version=3.11",
+            f"--dest={wheels}.part",
+            f"--requirement={ROOT / 'deploy/docker/requirements.lock'}",
+        )
         os.rename(f"{wheels}.part", wheels)
     shutil.copytree(wheels, context / "deploy/docker/wheels", copy_function=os.link)
     return context
@@ -108,10 +113,16 @@ def build(store: Store, context: Path, report: Report) -> dict[str, Any]:
     """Builds the image and returns its configuration."""
     start = time.monotonic()
     said = store(
-        "build-using-dockerfile", "--isolation", "chroot", "--format", "docker",
-        "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", "PIP_NO_INDEX=1",
-        "-f", "deploy/docker/Dockerfile.production", "-t", IMAGE, str(context),
-    )  # fmt: skip
+        "build-using-dockerfile",
+        "--isolation=chroot",
+        "--format=docker",
+        f"--build-arg=BASE_IMAGE={BASE}",
+        "--build-arg=PIP_NO_INDEX=1",
+        "--file=deploy/docker/Dockerfile.production",
+        "-t",
+        IMAGE,
+        str(context),
+    )
     warmed = [line for line in said.splitlines() if "compile cache" in line]
     report.hold(True, "the image builds without a network", f"{time.monotonic() - start:.0f} s")
     report.hold(bool(warmed), "the compile cache is warmed", warmed[0] if warmed else "")
@@ -119,6 +130,7 @@ def build(store: Store, context: Path, report: Report) -> dict[str, Any]:
 
 
 def check_config(config: dict[str, Any], report: Report) -> None:
+    """Holds user, port, health check and stop signal of the image's configuration."""
     report.hold(config["User"] == "10001:10001", "it runs as 10001", config["User"])
     report.hold("8000/tcp" in config["ExposedPorts"], "port 8000 is exposed")
     report.hold(bool(config.get("Healthcheck", {}).get("Test")), "it has a health check")
@@ -126,30 +138,40 @@ def check_config(config: dict[str, Any], report: Report) -> None:
 
 
 class Container:
-    """The image under runc, on the machine's own loopback."""
+    """The image under runc, on the machine's loopback."""
 
     def __init__(
-        self, name: str, rootfs: str, config: dict[str, Any], work: Path, *,
-        env: dict[str, str], mounts: dict[str, Path],
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        rootfs: str,
+        config: dict[str, Any],
+        work: Path,
+        *,
+        env: dict[str, str],
+        mounts: dict[str, Path],
+    ) -> None:
         self._runc = [need("runc", "runc"), "--root", str(work / "runc")]
         self.name, self.port = f"moe-verify-{os.getpid()}-{name}", free_port()
         bundle = work / f"bundle-{name}"
         bundle.mkdir()
-        given = dict(pair.split("=", 1) for pair in config["Env"])
-        given |= {"MOE_HOST": "127.0.0.1", "MOE_PORT": str(self.port), **env}
+        environment = dict(pair.split("=", 1) for pair in config["Env"])
+        environment |= {"MOE_HOST": "127.0.0.1", "MOE_PORT": str(self.port), **env}
         spec = json.loads(SPEC)
         spec["process"]["args"] = [*config["Entrypoint"], *config["Cmd"]]
-        spec["process"]["env"] = [f"{name}={value}" for name, value in given.items()]
+        spec["process"]["env"] = [f"{name}={value}" for name, value in environment.items()]
         spec["process"]["cwd"] = config["WorkingDir"]
         spec["root"] = {"path": rootfs, "readonly": True}
         spec["linux"]["resources"] = {"memory": {"limit": TWO_GIB}}
         spec["linux"]["cgroupsPath"] = f"/{self.name}"
         spec["mounts"] += [
-            {"destination": inside, "source": str(outside), "type": "bind",
-             "options": ["bind", "ro"]}
+            {
+                "destination": inside,
+                "source": str(outside),
+                "type": "bind",
+                "options": ["bind", "ro"],
+            }
             for inside, outside in mounts.items()
-        ]  # fmt: skip
+        ]
         (bundle / "config.json").write_text(json.dumps(spec))
         self.process = Process(
             [*self._runc, "run", "--bundle", str(bundle), self.name], work / f"{name}.log"
@@ -157,24 +179,29 @@ class Container:
         self.started = time.monotonic()
 
     def ready(self, seconds: float = 240.0) -> bool:
+        """Waits until the service is ready; False where it ends or takes longer."""
         url = f"http://127.0.0.1:{self.port}/v2/health/ready"
         return until(lambda: get(url)[0] == 200, seconds, alive=self.process)
 
     def run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """A command inside, as the container's own user."""
+        """Runs a command inside, as the container's user."""
         return subprocess.run(
             [*self._runc, "exec", "--user", "10001:10001", self.name, *words],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     def json(self, path: str) -> Any:
+        """Returns the JSON that the service answers at a path."""
         return json.loads(get(f"http://127.0.0.1:{self.port}{path}")[1])
 
     def pid(self) -> int:
-        return int(json.loads(run(*self._runc, "state", self.name))["pid"])
+        """Returns the process id of the service, as the machine sees it."""
+        return int(json.loads(output(*self._runc, "state", self.name))["pid"])
 
     def memory(self) -> tuple[int, int]:
-        """Limit and peak in bytes, of cgroup v2 or v1."""
+        """Returns limit and peak of memory in bytes, from cgroup v2 or v1."""
         for line in Path(f"/proc/{self.pid()}/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "memory":
@@ -189,23 +216,25 @@ class Container:
         return 0, 0
 
     def terminate(self) -> bool:
-        """Sends SIGTERM; False where there is nothing to send it to."""
+        """Sends SIGTERM; False where the container does not run."""
         try:
-            run(*self._runc, "kill", self.name, "TERM")
+            output(*self._runc, "kill", self.name, "TERM")
         except DidNotRun:
             return False
         return True
 
     def remove(self) -> None:
+        """Kills the container where it still runs, and deletes it."""
         with contextlib.suppress(DidNotRun, subprocess.TimeoutExpired):
             if self.process.ended() is None:
-                run(*self._runc, "kill", self.name, "KILL")
+                output(*self._runc, "kill", self.name, "KILL")
                 self.process.wait(10)
         with contextlib.suppress(DidNotRun):
-            run(*self._runc, "delete", "--force", self.name)
+            output(*self._runc, "delete", "--force", self.name)
 
 
-# The runtime specification's parts that docker would fill in too. Capabilities are left out: none.
+# The parts of the runtime specification that docker fills in as well. No capability is listed, so the
+# process has none.
 SPEC = """{
   "ociVersion": "1.0.2",
   "process": {
@@ -227,6 +256,7 @@ SPEC = """{
 
 @contextlib.contextmanager
 def mounted(store: Store) -> Iterator[str]:
+    """Mounts the image's files and yields their folder."""
     container = store("from", "--pull-never", IMAGE)
     try:
         yield store("mount", container)
@@ -236,7 +266,7 @@ def mounted(store: Store) -> Iterator[str]:
 
 
 def check_default(container: Container, report: Report) -> None:
-    """The image as it is: confined, warmed, healthy."""
+    """Holds that the image without changes is confined, warmed and healthy."""
     if not report.hold(container.ready(), "it becomes ready with the configuration inside"):
         report.say(container.process.tail(40))
         return
@@ -263,13 +293,13 @@ def check_default(container: Container, report: Report) -> None:
 
 
 def check_configured(container: Container, report: Report) -> None:
-    """The image with a mounted configuration and variables, and a real client."""
+    """Holds that a mounted configuration and variables act, and that a client library is answered."""
     if not report.hold(container.ready(), "it becomes ready with a mounted configuration"):
         report.say(container.process.tail(40))
         return
-    told = container.json("/health")["configuration"]["router_config"]
-    report.hold(told["num_experts"] == 16, "the mounted file is honoured", "num_experts=16")
-    report.hold(told["max_experts"] == 2, "the environment wins over it", "max_experts=2")
+    settings = container.json("/health")["configuration"]["router_config"]
+    report.hold(settings["num_experts"] == 16, "the mounted file is honoured", "num_experts=16")
+    report.hold(settings["max_experts"] == 2, "the environment wins over it", "max_experts=2")
     environ = Path(f"/proc/{container.pid()}/environ").read_text().split("\0")
     report.hold("PJRT_NPROC=1" in environ, "threads follow CPU_REQUEST", "PJRT_NPROC=1")
     try:
@@ -279,10 +309,10 @@ def check_configured(container: Container, report: Report) -> None:
         return
     client = triton.InferenceServerClient(f"127.0.0.1:{container.port}")
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 16, told["input_dim"]), dtype=np.float32)
-    given = triton.InferInput("hidden_states", list(x.shape), "FP32")
-    given.set_data_from_numpy(x)
-    answer = client.infer("router", [given])
+    x = rng.standard_normal((2, 16, settings["input_dim"]), dtype=np.float32)
+    tensor = triton.InferInput("hidden_states", list(x.shape), "FP32")
+    tensor.set_data_from_numpy(x)
+    answer = client.infer("router", [tensor])
     counts = answer.as_numpy("num_experts_per_token")
     indices = answer.as_numpy("expert_indices")
     client.close()
@@ -295,7 +325,7 @@ def check_configured(container: Container, report: Report) -> None:
 
 
 def check_drain(container: Container, report: Report) -> None:
-    """SIGTERM: not ready at once, answers meanwhile, exits with 0."""
+    """Holds that SIGTERM ends readiness at once, loses no request, and ends with exit code 0."""
     url = f"http://127.0.0.1:{container.port}"
     answers: list[int] = []
     stop = threading.Event()
@@ -325,7 +355,10 @@ def check_drain(container: Container, report: Report) -> None:
     report.hold(code == 0, "it exits with 0", f"exit code {code}")
 
 
-def verify(work: Path, report: Report) -> None:
+def verify(work: Path, report: Report, options: argparse.Namespace) -> None:
+    """The image, built and run without a Docker daemon."""
+    for stale in [*work.glob("bundle-*"), *work.glob("*.log")]:
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     if os.geteuid() != 0:
         raise DidNotRun("debootstrap, buildah's chroot and runc's limits need root")
     store = Store(work)
@@ -345,9 +378,11 @@ def verify(work: Path, report: Report) -> None:
         finally:
             plain.remove()
         given = {
-            "MOE_MAX_EXPERTS": "2", "MOE_ENVIRONMENT": "production", "MOE_DRAIN_SECONDS": "2",
+            "MOE_MAX_EXPERTS": "2",
+            "MOE_ENVIRONMENT": "production",
+            "MOE_DRAIN_SECONDS": "2",
             "CPU_REQUEST": "1",
-        }  # fmt: skip
+        }
         second = Container(
             "configured", rootfs, config, work, env=given, mounts={"/app/config": folder}
         )
@@ -359,25 +394,8 @@ def verify(work: Path, report: Report) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--work", type=Path, help="folder for base, wheels and images")
-    parser.add_argument("--keep", action="store_true", help="keep it, for a faster second run")
-    words = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    report = Report("verify-image")
-    work = words.work or Path(tempfile.mkdtemp(prefix="verify-image-"))
-    work.mkdir(parents=True, exist_ok=True)
-    for stale in [*work.glob("bundle-*"), *work.glob("*.log")]:
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    try:
-        verify(work, report)
-    except DidNotRun as error:
-        report.say(f"verify-image DID NOT RUN: {error}")
-        return 2
-    finally:
-        if not words.keep:
-            shutil.rmtree(work, ignore_errors=True)
-    return report.finish()
+    """Runs the check as a command."""
+    return run("verify-image", verify)
 
 
 if __name__ == "__main__":

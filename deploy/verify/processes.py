@@ -1,11 +1,10 @@
-"""Real programs for the checks: found or installed from Debian, started on loopback, stopped by id."""
+"""Real programs for the checks: located or installed from Debian, run on loopback, stopped by id."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -14,69 +13,32 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from deploy.verify.check import DidNotRun, Report
 
 ROOT = Path(__file__).parents[2]
 
 
-class DidNotRun(Exception):
-    """A tool that a check needs is not here and cannot be installed."""
-
-
-@dataclasses.dataclass
-class Report:
-    """What was shown, what failed, what was skipped and why; printed as it comes."""
-
-    title: str
-    failed: list[str] = dataclasses.field(default_factory=list)
-    skipped: list[str] = dataclasses.field(default_factory=list)
-    passed: int = 0
-
-    def hold(self, true: Any, what: str, detail: str = "") -> bool:
-        """Notes that something holds, or that it does not."""
-        if true:
-            self.passed += 1
-        else:
-            self.failed.append(what)
-        self.say(f"{'ok  ' if true else 'FAIL'} {what}{': ' + detail if detail else ''}")
-        return bool(true)
-
-    def skip(self, what: str, reason: str) -> None:
-        self.skipped.append(what)
-        self.say(f"SKIP {what}: {reason}")
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
-
-    def finish(self) -> int:
-        """Prints the sum and returns the exit code."""
-        self.say(
-            f"{self.title}: {self.passed} held, {len(self.failed)} failed, "
-            f"{len(self.skipped)} skipped"
-        )
-        for what in self.failed:
-            self.say(f"  failed: {what}")
-        return 1 if self.failed else 0
-
-
 def need(program: str, package: str) -> str:
-    """The path of a program; as root it is installed from Debian where it is missing.
+    """Returns the path of a program; as root, a missing one is installed from Debian.
 
     Raises:
         DidNotRun: it is missing and cannot be installed.
     """
-    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if found is not None:
-        return found
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    located = shutil.which(program, path=path)
+    if located is not None:
+        return located
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
         raise DidNotRun(f"there is no {program}; as root on Debian: apt-get install {package}")
     print(f"installing {package} for {program}", flush=True)
     # policy-rc.d keeps apt from starting the daemons that it installs.
     policy = Path("/usr/sbin/policy-rc.d")
-    ours = not policy.exists()
-    if ours:
+    written = not policy.exists()
+    if written:
         policy.write_text("#!/bin/sh\nexit 101\n")
         policy.chmod(0o755)
     try:
@@ -89,21 +51,21 @@ def need(program: str, package: str) -> str:
                 ["apt-get", *words], env=environment, capture_output=True, text=True, timeout=600
             )
     finally:
-        if ours:
+        if written:
             policy.unlink()
-    found = shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if found is None:
+    located = shutil.which(program, path=path)
+    if located is None:
         raise DidNotRun(f"apt-get install {package} did not bring {program}: {done.stderr[-300:]}")
-    return found
+    return located
 
 
-# Below what systems hand out by themselves (from 32768 on Linux, 49152 elsewhere): between a choice
-# and a program's own use of it, no connection and no socket that asks for port 0 gets the same.
+# Below the ports that systems assign by themselves (from 32768 on Linux, 49152 elsewhere). So no
+# connection and no socket that asks for port 0 takes a port between its choice and its use.
 _PORTS = range(20_000, 32_000)
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on, for a program that must be told one."""
+    """Returns a port on loopback that no program listens on."""
     draw = random.SystemRandom()
     for _ in range(100):
         port = draw.choice(_PORTS)
@@ -122,34 +84,43 @@ class Process:
     """A program in the background with its output in a file."""
 
     def __init__(
-        self, words: list[str], log: Path, *, env: Mapping[str, str] | None = None,
+        self,
+        words: list[str],
+        log: Path,
+        *,
+        env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name, self.log = Path(words[0]).name, log
         with log.open("ab") as file:
             self._popen = subprocess.Popen(
-                words, stdout=file, stderr=file, cwd=cwd,
+                words,
+                stdout=file,
+                stderr=file,
+                cwd=cwd,
                 env=None if env is None else dict(env),
-            )  # fmt: skip
+            )
 
     @property
     def pid(self) -> int:
+        """The process id."""
         return self._popen.pid
 
     def ended(self) -> int | None:
-        """The exit code, or None while it runs."""
+        """Returns the exit code, or None while it runs."""
         return self._popen.poll()
 
     def signal(self, number: int) -> None:
+        """Sends a signal, unless the program has ended."""
         if self.ended() is None:
             self._popen.send_signal(number)
 
     def wait(self, seconds: float) -> int:
-        """The exit code. Raises subprocess.TimeoutExpired."""
+        """Returns the exit code. Raises subprocess.TimeoutExpired."""
         return self._popen.wait(seconds)
 
     def stop(self, seconds: float = 20.0) -> int:
-        """SIGTERM, and SIGKILL where that does not help."""
+        """Sends SIGTERM, after ``seconds`` SIGKILL, and returns the exit code."""
         self.signal(signal.SIGTERM)
         try:
             return self.wait(seconds)
@@ -158,21 +129,62 @@ class Process:
             return self.wait(10)
 
     def tail(self, lines: int = 20) -> str:
+        """Returns the last lines of its output."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
-@contextlib.contextmanager
-def running(*processes: Process) -> Iterator[None]:
-    """Stops them at the end, the last first."""
-    try:
-        yield
-    finally:
-        for process in reversed(processes):
+class Programs:
+    """The programs of one check. Leaving the context stops them, the last one first.
+
+    Args:
+        folder: for logs and data; each program runs in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._started: list[Process] = []
+
+    def __enter__(self) -> Programs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._started):
             process.stop()
+
+    def start(self, name: str, words: list[str], env: Mapping[str, str] | None = None) -> Process:
+        """Starts a program whose output goes to ``NAME.log``."""
+        process = Process(words, self.folder / f"{name}.log", env=env, cwd=self.folder)
+        self._started.append(process)
+        return process
+
+    def redis(self) -> str:
+        """Starts Redis without a file of its data and returns its address. Raises DidNotRun."""
+        port = free_port()
+        program = need("redis-server", "redis-server")
+        self.start("redis", [program, "--port", str(port), "--bind", "127.0.0.1", "--save", ""])
+        return f"redis://127.0.0.1:{port}/0"
+
+    def service(self, name: str, *, port: int, **settings: Any) -> Process:
+        """Starts ``moe-jax serve`` on a loopback port; settings are those of ``config``."""
+        words = ["-m", "moe_jax.cli", "serve", "--host", "127.0.0.1", "--port", str(port)]
+        return self.start(name, [sys.executable, *words], _environment(self.folder, settings))
+
+
+def _environment(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    kept = ("PATH", "HOME", "PYTHONPATH", "JAX_COMPILATION_CACHE_DIR", "LD_LIBRARY_PATH")
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compile-cache"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        **{name: os.environ[name] for name in kept if name in os.environ},
+        **{f"MOE_{name.upper()}": str(value) for name, value in settings.items()},
+    }
 
 
 def get(url: str, timeout: float = 10.0) -> tuple[int, bytes]:
-    """Status and body; status 0 where nothing answers."""
+    """Returns status and body; status 0 where nothing answers."""
     try:
         with urllib.request.urlopen(url, timeout=timeout) as answer:
             return answer.status, answer.read()
@@ -185,7 +197,7 @@ def get(url: str, timeout: float = 10.0) -> tuple[int, bytes]:
 def until(
     true: Callable[[], Any], seconds: float, *, every: float = 0.25, alive: Process | None = None
 ) -> bool:
-    """Waits until something holds; False after so many seconds or when the process has ended."""
+    """Waits until ``true()`` holds; False after ``seconds`` or when ``alive`` has ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if true():
@@ -196,24 +208,21 @@ def until(
     return False
 
 
-def service(folder: Path, name: str, *, port: int, **settings: Any) -> Process:
-    """``moe-jax serve`` on a loopback port; every setting by its own name."""
-    kept = ("PATH", "HOME", "PYTHONPATH", "JAX_COMPILATION_CACHE_DIR", "LD_LIBRARY_PATH")
-    environment = {word: os.environ[word] for word in kept if word in os.environ}
-    environment |= {
-        "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
-    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compile-cache"))
-    environment.setdefault("PYTHONPATH", str(ROOT))
-    environment |= {f"MOE_{word.upper()}": str(value) for word, value in settings.items()}
-    return Process(
-        [sys.executable, "-m", "moe_jax.cli", "serve", "--host", "127.0.0.1", "--port", str(port)],
-        folder / f"{name}.log", env=environment, cwd=folder,
-    )  # fmt: skip
+def readings(port: int) -> dict[str, float]:
+    """Returns the samples of a service's /metrics: name with labels -> value."""
+    text = get(f"http://127.0.0.1:{port}/metrics")[1].decode()
+    return {name: float(value) for name, value in re.findall(r"^([a-z_]\S*) (\S+)$", text, re.M)}
 
 
 def wait_ready(process: Process, port: int, seconds: float = 180.0) -> bool:
-    """Until the service says that it is ready."""
+    """Waits until the service says that it is ready; False where it ends or takes longer."""
     url = f"http://127.0.0.1:{port}/v2/health/ready"
     return until(lambda: get(url)[0] == 200, seconds, alive=process)
+
+
+def hold_ready(process: Process, port: int, claim: str, report: Report) -> bool:
+    """Notes whether a service becomes ready, with the end of its log where it does not."""
+    if report.hold(wait_ready(process, port), claim):
+        return True
+    report.say(process.tail(40))
+    return False

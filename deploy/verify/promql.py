@@ -109,5 +109,5 @@ def used_by() -> dict[str, set[str]]:
         ],
         "KEDA": [t["metadata"].get("query", "") for t in keda["spec"]["triggers"]],
         "documents": [file.read_text() for file in DOCUMENTS if file.is_file()],
-    }  # fmt: skip
+    }
     return {who: set().union(*map(metrics_in, texts)) for who, texts in asked.items()}

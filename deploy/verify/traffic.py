@@ -1,4 +1,4 @@
-"""Clients for the checks: requests in the binary protocol, in threads, to loopback, bounded."""
+"""Clients for the checks: requests in the binary protocol, from a few threads, to loopback."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
+INFER = "/v2/models/router/infer"
+
 
 def infer_body(x: np.ndarray, *, timeout_microseconds: int = 0) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of a request to route x f32[B, S, D]."""
+    """Returns body and headers of a request that routes x f32[B, S, D]."""
     tensor = {
-        "name": "hidden_states", "shape": list(x.shape), "datatype": "FP32",
+        "name": "hidden_states",
+        "shape": list(x.shape),
+        "datatype": "FP32",
         "parameters": {"binary_data_size": x.nbytes},
-    }  # fmt: skip
-    asked = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+    }
+    document = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
     if timeout_microseconds:
-        asked["parameters"]["timeout"] = timeout_microseconds
-    head = json.dumps(asked).encode()
+        document["parameters"]["timeout"] = timeout_microseconds
+    head = json.dumps(document).encode()
     return head + x.tobytes(), {
         "Content-Type": "application/octet-stream",
         "Inference-Header-Content-Length": str(len(head)),
@@ -33,20 +38,17 @@ class Connection:
     """One kept connection, as a client library has it."""
 
     def __init__(self, port: int, *, seconds: float = 60.0) -> None:
-        self._make: Callable[[], http.client.HTTPConnection] = lambda: http.client.HTTPConnection(
-            "127.0.0.1", port, timeout=seconds
-        )
+        self._port, self._seconds = port, seconds
         self._connection: http.client.HTTPConnection | None = None
 
-    def post(self, body: bytes, headers: dict[str, str], *, client: str = "") -> int:
-        """The status; 0 where no answer came."""
-        sent = dict(headers)
-        if client:
-            sent["X-Forwarded-For"] = client
+    def ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> int:
+        """Sends a request and returns its status; 0 where no answer came."""
         if self._connection is None:
-            self._connection = self._make()
+            self._connection = http.client.HTTPConnection(
+                "127.0.0.1", self._port, timeout=self._seconds
+            )
         try:
-            self._connection.request("POST", "/v2/models/router/infer", body, sent)
+            self._connection.request(method, path, body, headers)
             answer = self._connection.getresponse()
             answer.read()
             if answer.will_close:
@@ -56,15 +58,172 @@ class Connection:
             self.close()
             return 0
 
+    def post(self, body: bytes, headers: dict[str, str], *, client: str = "") -> int:
+        """Asks the model ``router``, for a client with its own address."""
+        forwarded = {"X-Forwarded-For": client} if client else {}
+        return self.ask("POST", INFER, body, headers | forwarded)
+
+    def infer(self, x: np.ndarray, *, client: str = "") -> int:
+        """Routes x f32[B, S, D] and returns the status."""
+        body, headers = infer_body(x)
+        return self.post(body, headers, client=client)
+
     def close(self) -> None:
+        """Closes the connection; the next request opens another."""
         if self._connection is not None:
             self._connection.close()
         self._connection = None
 
 
+Outcome = TypeVar("Outcome", bound=Hashable)
+_Returned = TypeVar("_Returned", bound=Hashable, covariant=True)
+
+
+class Sender(Protocol[_Returned]):
+    """What one thread of a ``Load`` sends."""
+
+    def __call__(self) -> _Returned:
+        """Sends a request and returns its outcome, which the load counts."""
+        ...
+
+    def close(self) -> None:
+        """Closes its connections."""
+        ...
+
+
+class Load(Generic[Outcome]):
+    """Requests from a few threads, as a context manager: until it is left or its time is over.
+
+    Args:
+        sender: number of a thread -> what it sends.
+        threads: how many.
+        seconds: the load ends by itself after this time.
+        per_second: requests a second of all threads together, read before each; None: one after the
+            other.
+        most: ends the load after this number of requests.
+        done: ends the load once it returns True; asked before each request.
+    """
+
+    def __init__(
+        self,
+        sender: Callable[[int], Sender[Outcome]],
+        *,
+        threads: int = 4,
+        seconds: float = 300.0,
+        per_second: Callable[[], float] | None = None,
+        most: int | None = None,
+        done: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.outcomes = collections.Counter[Outcome]()
+        self._sender, self._done, self._most = sender, done, most
+        self._per_second, self._seconds = per_second, seconds
+        self._started, self._end = 0, 0.0
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._threads = [
+            threading.Thread(target=self._send, args=(i,), daemon=True) for i in range(threads)
+        ]
+
+    @property
+    def under_way(self) -> bool:
+        """Whether any thread still sends."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    @property
+    def total(self) -> int:
+        """Requests that have an outcome."""
+        with self._lock:
+            return sum(self.outcomes.values())
+
+    def goes_on(self, sender: Sender[Outcome]) -> bool:
+        """Whether a thread sends another request."""
+        return time.monotonic() < self._end
+
+    def run(self) -> collections.Counter[Outcome]:
+        """Sends until the load ends by itself and returns the outcomes."""
+        with self:
+            for thread in self._threads:
+                thread.join(self._seconds + 120)
+        return self.outcomes
+
+    def __enter__(self) -> Self:
+        self._end = time.monotonic() + self._seconds
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+
+    def _send(self, number: int) -> None:
+        sender, due = self._sender(number), time.monotonic()
+        while not self._stop.is_set() and self.goes_on(sender) and not self._done():
+            with self._lock:
+                if self._started == self._most:
+                    break
+                self._started += 1
+            outcome = sender()
+            with self._lock:
+                self.outcomes[outcome] += 1
+            if self._per_second is not None:
+                # A load that fell behind catches up by at most a second.
+                due = max(due + len(self._threads) / self._per_second(), time.monotonic() - 1.0)
+                self._stop.wait(max(0.0, due - time.monotonic()))
+        sender.close()
+
+
+class NewInputs:
+    """Sends inputs that no cache has, each from one of a hundred addresses."""
+
+    def __init__(self, port: int, number: int, *, width: int) -> None:
+        self._connection, self._number, self._width = Connection(port), number, width
+        self._rng, self._step = np.random.default_rng(number), 0
+
+    def __call__(self) -> int:
+        """Sends 16 tokens and returns the status."""
+        self._step += 1
+        x = self._rng.standard_normal((1, 16, self._width), dtype=np.float32)
+        return self._connection.infer(x, client=f"10.{self._number}.{self._step % 100}.1")
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._connection.close()
+
+
+class Repeats:
+    """Sends one input again and again, as it is or with a last number that changes each time."""
+
+    def __init__(
+        self,
+        port: int,
+        x: np.ndarray,
+        *,
+        number: int = 0,
+        changing: bool = True,
+        timeout_microseconds: int = 0,
+        client: str = "",
+    ) -> None:
+        self._connection, self._client, self._changing = Connection(port), client, changing
+        body, self._headers = infer_body(x, timeout_microseconds=timeout_microseconds)
+        self._body, self._number, self._step = bytearray(body), number, 0
+
+    def __call__(self) -> int:
+        """Sends the input and returns the status."""
+        self._step += 1
+        if self._changing:
+            # Small enough to leave the routing of the other tokens as it is.
+            self._body[-4:] = np.float32(1e-6 * self._step + self._number).tobytes()
+        return self._connection.post(bytes(self._body), self._headers, client=self._client)
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._connection.close()
+
+
 @dataclasses.dataclass
 class Mix:
-    """What the steady traffic is made of; changed while it runs."""
+    """Shares of a mixed load; changed while it runs."""
 
     per_second: float = 15.0
     repeated: float = 0.8
@@ -73,93 +232,46 @@ class Mix:
     ports: tuple[int, ...] = ()
 
 
-class Traffic:
-    """Steady traffic from a few threads until stopped: repeated and new inputs, some of them bad.
+class MixedInputs:
+    """Sends repeated and new inputs to several instances in turn, some of them bad.
 
     Args:
+        mix: shares and ports.
+        number: of the thread, so that its clients are its own.
         width: D.
-        mix: what it is made of.
-        seconds: it stops by itself after so long.
     """
 
-    def __init__(self, width: int, mix: Mix, *, seconds: float = 900.0, threads: int = 3) -> None:
-        self.mix, self.statuses = mix, collections.Counter[int]()
-        self._width, self._end, self._count = width, time.monotonic() + seconds, threads
-        self._stop = threading.Event()
-        rng = np.random.default_rng(1)
-        self._pool = [self._one(rng) for _ in range(24)]
-        self._threads = [
-            threading.Thread(target=self._send, args=(i,), daemon=True) for i in range(threads)
-        ]
+    def __init__(self, mix: Mix, number: int, *, width: int) -> None:
+        self._mix, self._number, self._width, self._step = mix, number, width, number
+        # Every thread repeats the same inputs, in an order of its own.
+        pool = np.random.default_rng(1)
+        self._pool = [self._states(pool) for _ in range(24)]
+        self._rng = np.random.default_rng(100 + number)
+        self._order = self._rng.permutation(len(self._pool))
+        self._connections: dict[int, Connection] = {}
 
-    def _one(self, rng: np.random.Generator) -> np.ndarray:
-        return rng.standard_normal((2, 16, self._width), dtype=np.float32)
+    def __call__(self) -> int:
+        """Sends a request and returns the status."""
+        mix, kind, step = self._mix, self._rng.random(), self._step
+        self._step += 1
+        port = mix.ports[step % len(mix.ports)]
+        connection = self._connections.setdefault(port, Connection(port))
+        if kind < mix.malformed:
+            # Separate clients, so that a block stops no good request.
+            headers = {"Content-Type": "text/plain"}
+            return connection.post(b"{", headers, client=f"10.9.{step % 4}.1")
+        if self._rng.random() < mix.repeated:
+            x = self._pool[self._order[step % len(self._order)]]
+        else:
+            x = self._states(self._rng)
+            if kind < mix.malformed + mix.nonfinite:
+                x[0, 0, 0] = np.nan
+        return connection.infer(x, client=f"10.1.{self._number}.{step % 8}")
 
-    def _send(self, number: int) -> None:
-        rng = np.random.default_rng(100 + number)
-        connections: dict[int, Connection] = {}
-        step, order = number, rng.permutation(len(self._pool))
-        while not self._stop.is_set() and time.monotonic() < self._end:
-            mix = self.mix
-            port = mix.ports[step % len(mix.ports)]
-            connection = connections.setdefault(port, Connection(port))
-            kind = rng.random()
-            if kind < mix.malformed:
-                # Clients of their own, so that their blocks are theirs alone.
-                client = f"10.9.{step % 4}.1"
-                self.statuses[
-                    connection.post(b"{", {"Content-Type": "text/plain"}, client=client)
-                ] += 1
-            else:
-                if rng.random() < mix.repeated:
-                    x = self._pool[order[step % len(order)]]
-                else:
-                    x = self._one(rng)
-                    if kind < mix.malformed + mix.nonfinite:
-                        x[0, 0, 0] = np.nan
-                client = f"10.1.{number}.{step % 8}"
-                self.statuses[connection.post(*infer_body(x), client=client)] += 1
-            step += 1
-            self._stop.wait(self._count / mix.per_second)
-        for connection in connections.values():
+    def close(self) -> None:
+        """Closes the connections."""
+        for connection in self._connections.values():
             connection.close()
 
-    def __enter__(self) -> Traffic:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(10)
-
-
-def burst(
-    port: int, x: np.ndarray, *, requests: int, threads: int = 4, timeout_microseconds: int = 0,
-    until: Callable[[], bool] = lambda: False, client: str = "10.2.0.1",
-) -> collections.Counter[int]:  # fmt: skip
-    """At most so many requests with x from several threads; stops early once ``until`` holds."""
-    body, headers = infer_body(x, timeout_microseconds=timeout_microseconds)
-    statuses, left, lock = collections.Counter[int](), [requests], threading.Lock()
-
-    def send(number: int) -> None:
-        connection = Connection(port)
-        # Each body its own, so that no cache answers.
-        own, at = bytearray(body), len(body) - 4
-        while not until():
-            with lock:
-                if left[0] <= 0:
-                    break
-                left[0] -= 1
-                noise = np.float32(1e-6 * left[0] + number).tobytes()
-            own[at:] = noise
-            statuses[connection.post(bytes(own), headers, client=client)] += 1
-        connection.close()
-
-    running = [threading.Thread(target=send, args=(i,), daemon=True) for i in range(threads)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join(120)
-    return statuses
+    def _states(self, rng: np.random.Generator) -> np.ndarray:
+        return rng.standard_normal((2, 16, self._width), dtype=np.float32)

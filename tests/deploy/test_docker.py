@@ -125,8 +125,11 @@ def test_the_entry_point_sets_threads_and_copies_the_warmed_cache(tmp_path, requ
         environment["CPU_REQUEST"] = request_
     done = subprocess.run(
         ["sh", str(DOCKER / "entrypoint.sh"), "env"],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     told = dict(line.split("=", 1) for line in done.stdout.splitlines())
     for variable in ("PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         assert int(told[variable]) >= 1
@@ -137,7 +140,10 @@ def test_the_entry_point_sets_threads_and_copies_the_warmed_cache(tmp_path, requ
 def test_the_health_check_says_no_where_nothing_listens(tmp_path):
     done = subprocess.run(
         [sys.executable, str(DOCKER / "healthcheck.py")],
-        env={"MOE_PORT": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        env={"MOE_PORT": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1
     assert "/v2/health/live" in done.stderr

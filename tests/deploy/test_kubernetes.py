@@ -24,8 +24,11 @@ APP = "dynamic-moe-router"
 
 # Kinds of the cluster's own schemas; the other two come with operators and are checked by hand below.
 BUILT_IN = [
-    "deployment.yaml", "autoscaler.yaml", "disruption-budget.yaml", "network-policy.yaml",
-]  # fmt: skip
+    "deployment.yaml",
+    "autoscaler.yaml",
+    "disruption-budget.yaml",
+    "network-policy.yaml",
+]
 
 needs_kubectl = pytest.mark.skipif(
     shutil.which("kubectl") is None, reason="kustomize did not run: there is no kubectl here"
@@ -144,9 +147,11 @@ def test_autoscaling_is_the_guides():
             pods = metric["pods"]
             triggers[pods["metric"]["name"]] = pods["target"]["averageValue"]
     assert triggers == {
-        "cpu": 70, "memory": 80,
-        "moe_pending_requests": "100", "moe_request_duration_seconds_mean": "200m",
-    }  # fmt: skip
+        "cpu": 70,
+        "memory": 80,
+        "moe_pending_requests": "100",
+        "moe_request_duration_seconds_mean": "200m",
+    }
     assert spec["minReplicas"] < spec["maxReplicas"]
     adapter = yaml.safe_load((KUBERNETES / "prometheus-adapter.yaml").read_text())
     served = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
@@ -157,7 +162,7 @@ def test_autoscaling_is_the_guides():
 
 def test_idle_instances_do_not_hold_the_autoscaler_up():
     """Its formula, ceil(n * used / target), with the memory of an instance that does nothing."""
-    idle = 512  # MiB; `python -m deploy.verify.capacity` shows less than that even under load
+    idle = 512  # MiB; `python -m deploy.verify.token_cost` shows less than that even under load
     spec = kind(documents(KUBERNETES / "autoscaler.yaml"), "HorizontalPodAutoscaler")["spec"]
     memory = next(m["resource"] for m in spec["metrics"] if m["resource"]["name"] == "memory")
     requested = container()["resources"]["requests"]["memory"]
@@ -252,8 +257,10 @@ esac
         done = subprocess.run(
             ["sh", str(COLOURS / "switch.sh"), *words],
             env={"PATH": f"{programs}:{os.environ['PATH']}", "SWITCH_SETTLE": "0", **environment},
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         calls = log.read_text().splitlines() if log.exists() else []
         return done.returncode, (tmp_path / "colour").read_text(), calls
 

@@ -37,9 +37,11 @@ def made(tmp_path_factory):
         x = jax.random.normal(jax.random.key(5), (256, D), jnp.float32)
         state = router.fit(params, router.init_state(), x, target_mean_k=1.8)
         saved = Checkpoint(
-            params={"router": params}, routers={"router": router}, states={"router": state},
+            params={"router": params},
+            routers={"router": router},
+            states={"router": state},
             config=CONFIG,
-        )  # fmt: skip
+        )
         save(folder / str(seed), saved)
     settings = dict(input_dim=D, max_experts=3, buckets="128", enable_caching=False)
     with RouterEngine(load_config(env={}, checkpoint=str(folder / "0"), **settings)) as engine:

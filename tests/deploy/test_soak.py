@@ -1,25 +1,25 @@
-"""The soak: a few seconds of it against a real service, and proof that it can fail."""
+"""The soak: a few seconds against a real service, and proof that it can fail."""
 
 import pytest
 
 from deploy.verify import soak
-from deploy.verify.processes import Report
+from deploy.verify.check import Report
 
 
 def samples(*, mib=0.0, files=0, threads=0):
-    """Thirty seconds of a service that grows by so much a second."""
+    """Thirty seconds of a service that grows by these amounts per second."""
     return [soak.Sample(t, 400.0 + mib * t, 10 + files * t, 20 + threads * t) for t in range(30)]
 
 
-class Told(soak.Load):
-    """Traffic that is over, and what was seen of it."""
+class Finished(soak.MixedKinds):
+    """Traffic that has ended, with the given statuses by kind."""
 
     def __init__(self, **changed):
         super().__init__(port=0, per_second=1.0, seconds=0.0)
         for kind, (_, statuses) in soak.KINDS.items():
             status = changed.get(kind.__name__, min(statuses))
             if status is not None:
-                self.seen[kind.__name__, status] += 1
+                self.outcomes[kind.__name__, status] += 1
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ class Told(soak.Load):
 )
 def test_it_fails_where_something_grows_or_goes_wrong(growing, changed, failed):
     report = Report("soak")
-    soak.judge(report, samples(**growing), Told(**changed), 8.0)
+    soak.judge(report, samples(**growing), Finished(**changed), 8.0)
     assert report.failed == failed
     assert report.finish() == (1 if failed else 0)
 
@@ -46,8 +46,8 @@ def test_a_few_seconds_of_it(tmp_path, capsys, monkeypatch):
     # A few seconds are all warm-up: pools of threads still fill. Five minutes are held to 4.
     monkeypatch.setattr(soak, "MOST_MORE", 32)
     report = Report("soak")
-    found = soak.soak(tmp_path, report, seconds=4.0, per_second=50.0, bound_mib=64.0)
+    taken = soak.soak(tmp_path, report, seconds=4.0, per_second=50.0, bound_mib=64.0)
     assert report.failed == [], capsys.readouterr().out
     assert report.passed == 9
-    assert len(found) > 3
+    assert len(taken) > 3
     assert "seconds  requests  memory MiB  files  threads" in capsys.readouterr().out

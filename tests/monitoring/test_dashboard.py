@@ -30,9 +30,15 @@ def test_import_asks_for_the_data_source_and_provisioning_finds_one():
 def test_rows_and_variables():
     rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
     assert rows == [
-        "Traffic", "Latency", "Experts", "Budget drift", "Cache", "Circuit breaker", "Resources",
+        "Traffic",
+        "Latency",
+        "Experts",
+        "Budget drift",
+        "Cache",
+        "Circuit breaker",
+        "Resources",
         "Instances",
-    ]  # fmt: skip
+    ]
     names = [v["name"] for v in DASHBOARD["templating"]["list"]]
     assert names == ["DS_PROMETHEUS", "model", "instance"]  # an instance is chosen within a model
 
