@@ -1,0 +1,154 @@
+"""The documents are true: their Python runs, their commands, paths, links and modules exist."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from moe_jax.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "notebooks" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# Folders that a document tells the reader to make.
+MADE_BY_READERS = {"deploy/docker/wheels/"}
+HUB = ROOT / "tests" / "goldens" / "hub" / "mixtral_fused"
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Code blocks of a document, without the indentation of a list."""
+    pattern = rf"^( *)```{language}\n(.*?)^\1```$"
+    return [
+        re.sub(rf"^{indent}", "", code, flags=re.M)
+        for indent, code in re.findall(pattern, path.read_text(), re.M | re.S)
+    ]
+
+
+def run(code: str, *, devices: int = 1) -> str:
+    """Runs Python as a reader would, in a process of its own, and returns what it printed."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def readme() -> str:
+    """The README's Python from top to bottom, with a small checkpoint in the place of the reader's."""
+    code = "\n".join(blocks(ROOT / "README.md", "python"))
+    for placeholder, value in (('"path/to/checkpoint", layer=3', f"{str(HUB)!r}, layer=1"),):
+        assert placeholder in code
+        code = code.replace(placeholder, value)
+    assert "(512, 4096)" in code
+    return code.replace("(512, 4096)", "(512, 16)")
+
+
+def test_the_readme_runs_from_top_to_bottom():
+    printed = run(readme())
+    assert printed.startswith("(4, 128, 64) 1.7")
+    assert "MinP" in printed
+
+
+def test_the_scaling_example_runs_on_eight_devices():
+    [code] = blocks(ROOT / "docs" / "scaling.md", "python")
+    start = blocks(ROOT / "README.md", "python")[0]
+    assert run(f"{start}\n{code}\nprint(y.shape, len(jax.devices()))", devices=8).endswith(
+        "(4, 128, 64) 8\n"
+    )
+
+
+def test_the_service_in_a_program_runs():
+    [code] = blocks(ROOT / "docs" / "operations.md", "python")
+    narrow = {"MOE_INPUT_DIM": "768", "MOE_BUCKETS": "1024"}
+    printed = run(f"import os\nos.environ.update({narrow})\n{code}\nprint(result.keys())")
+    assert "healthy" in printed
+    assert "expert_indices" in printed
+
+
+def test_the_client_of_the_service_runs():
+    pytest.importorskip("tritonclient.http")
+    from tests.serving.served import served, small_engine
+
+    [code] = blocks(ROOT / "docs" / "http.md", "python")
+    assert "127.0.0.1:8000" in code
+    with served(small_engine()) as service:
+        assert "(4, 128, 4)" in run(code.replace("127.0.0.1:8000", service.address))
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Words of each ``moe-jax`` command in a document's shell blocks and in its text."""
+    shell = "\n".join(blocks(path, "bash")).replace("\\\n", " ")
+    lines = [line for line in shell.splitlines() if "moe-jax" in line]
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    lines += re.findall(r"`([^`]*moe-jax [^`]*)`", text)
+    lines = [part for line in lines for part in re.split(r"&&|;|\||>", line)]
+    found = []
+    for line in lines:
+        words = shlex.split(line.replace("…", ""), comments=True)
+        if "moe-jax" in words:
+            found.append(words[words.index("moe-jax") + 1 :])
+    return [words for words in found if words]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_commands_and_their_options_exist(path):
+    for words in commands(path):
+        command, left = typer.main.get_command(app), list(words)
+        while left and left[0] in getattr(command, "commands", {}):
+            command = command.commands[left.pop(0)]  # pyright: ignore
+        assert command.name != "moe-jax" or left[0].startswith("-"), f"unknown command: {words}"
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+        unknown = [word for word in left if word.startswith("--") and word not in options]
+        assert not unknown, (words, unknown)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_paths_and_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    named = re.findall(
+        r"`((?:moe_jax|tests|docs|benchmarks|deploy|monitoring|configs|examples)/[\w./-]*)`", text
+    )
+    missing = [name for name in named if not (ROOT / name).exists() and name not in MADE_BY_READERS]
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if file.startswith("http"):
+            continue
+        linked = path if not file else path.parent / file
+        if not linked.exists() or (anchor and anchor not in anchors(linked)):
+            missing.append(target)
+    assert missing == []
+
+
+def anchors(path: Path) -> set[str]:
+    """Anchors that a page's headings get."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+    return {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings
+    }
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_modules_that_a_document_names_can_be_imported(path):
+    for dotted in sorted(set(re.findall(r"`(moe_jax(?:\.\w+)+)[`(]", path.read_text()))):
+        assert pkgutil.resolve_name(dotted) is not None
