@@ -72,11 +72,7 @@ class MoELayer(nn.Module):
             d_model=c.d_model,
             d_ff=c.d_ff,
             expert_fn=c.experts,
-<<<<<<< HEAD
             implementation=c.implementation,
-=======
-            call={"implementation": c.implementation},
->>>>>>> ca30443 (deploy/verify shares its command, its programs and its load; the cost of tokens has a name of its own)
             name="moe",
         )
         y, aux = experts(x, token_mask=mask, return_aux=True)

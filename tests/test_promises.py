@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "promises.md"
 KINDS = "ABCDGHKLMPQRSTXYZ"
-_ID = re.compile(rf"(?<![\w.#-])([{KINDS}])(\d\d)(?:[-–]([{KINDS}])?(\d\d))?(?!\w)")
+_ID = re.compile(rf"(?<![\w.#-])([{KINDS}])([0-2]\d)(?:[-–]([{KINDS}])?([0-2]\d))?(?!\w)")
 _REFERENCE = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 # Where an id of a promise may stand.
 PLACES = ["tests/**/*.py", "moe_jax/**/*.py", "deploy/**/*.py", "docs/*.md", "monitoring/*.yml"]
@@ -74,7 +74,7 @@ def test_every_row_names_a_test_or_a_check_or_says_that_it_is_open():
     [
         ("R01-R03, see X05", {"R01", "R02", "R03", "X05"}),
         ("K01–K02 and C10-19", {"K01", "K02", *(f"C{n}" for n in range(10, 20))}),
-        ("E04 #A11 X-R01 sha-B12 R015 UTF16", set()),
+        ("E04 #A11 X-R01 sha-B12 R015 C64 UTF16", set()),
     ],
 )
 def test_ids_are_read_from_a_text(text, named):
