@@ -1,6 +1,6 @@
-"""Every way in which the service says no: one table of codes, one exception.
+"""Errors of the service: one table of codes and one exception.
 
-A client's fault is never a 5xx; ``internal`` is ours alone.
+A client error is never a 5xx; only ``internal`` means a bug of the service.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ CODES: Mapping[str, int] = MappingProxyType(
         "draining": 503,
         "warming": 503,
         "device_error": 503,
+        "out_of_memory": 503,
         "deadline_exceeded": 504,
     }
 )
-"""Code to HTTP status: the single list."""
+"""HTTP status of each error code. No code is defined anywhere else."""
 
 
 class ServingError(Exception):
-    """A request that is not answered.
+    """Raised instead of an answer to a request.
 
     Attributes:
         code: a word of ``CODES``.
@@ -57,6 +58,7 @@ class ServingError(Exception):
 
     @property
     def status(self) -> int:
+        """The HTTP status of the code."""
         return CODES[self.code]
 
     def __reduce__(self):

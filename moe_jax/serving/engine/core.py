@@ -28,6 +28,7 @@ from moe_jax.serving.engine.results import Results
 from moe_jax.serving.engine.served import Served
 from moe_jax.serving.engine.snapshot import Snapshot
 from moe_jax.serving.errors import ServingError
+from moe_jax.serving.resilience import Call
 
 
 class RouterEngine:
@@ -143,6 +144,7 @@ class RouterEngine:
         request_id: str | None = None,
         timeout_seconds: float | None = None,
         use_cache: bool = True,
+        call: Call | None = None,
     ) -> Result:
         """Returns the answer for hidden states.
 
@@ -158,6 +160,9 @@ class RouterEngine:
                 caller's thread, which saves a hand-over: should the device hang in that very call,
                 the caller waits past its deadline. State a deadline to be released at it.
             use_cache: whether a cached answer will do.
+            call: for a caller on a thread that somebody else waits for, such as an event loop. The
+                work is then done on the caller's thread, which saves a hand-over, and whoever waits
+                calls ``call.leave()`` at the deadline.
 
         Returns:
             For ``router``: expert_indices i32[B, S, K] (-1 is none), expert_weights f32[B, S, K],
@@ -176,6 +181,7 @@ class RouterEngine:
             request_id=request_id,
             timeout_seconds=timeout_seconds,
             use_cache=use_cache,
+            call=call,
         )
         return self._answer(query)[0]
 

@@ -1,7 +1,7 @@
-"""Work on the device, guarded: breaker, deadline, one retry, a check of the output, and fallbacks.
+"""Guarded work on the device: breaker, deadline, one retry, a check of the output, and fallbacks.
 
-Where the check of values refuses nothing it is made while the device works, which hides a tenth of a
-millisecond for 1.5 MB. What the check then puts in the place of bad values is routed once more.
+Where the check of values rejects nothing, it runs while the device works, which hides a tenth of a
+millisecond for 1.5 MB. If it replaces bad values, the request is routed once more with the new ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from typing import Any
 
 import numpy as np
 
@@ -29,43 +30,55 @@ from moe_jax.serving.resilience import (
 )
 
 ROUTER_OUTPUTS = (
-    "expert_indices", "expert_weights", "num_experts_per_token", "complexity_scores",
-)  # fmt: skip
+    "expert_indices",
+    "expert_weights",
+    "num_experts_per_token",
+    "complexity_scores",
+)
 
-# What stands in the way of an answer without being the device's fault: no fallback helps.
+# Errors that say nothing about the device; no fallback helps against them.
 _NO_FALLBACK = ("queue_full", "draining", "deadline_exceeded", "warming")
 
-# Finite values that no product with sound weights turns into infinity.
+# Finite values of this size never overflow in a product with sound weights.
 _SOUND_BELOW = 1e6
+
+# Requests of more tokens are run in pieces of about this many, and others may pass between two pieces.
+# Smaller pieces would spend more of their time on launching and fetching.
+PIECE_TOKENS = 512
 
 Values = tuple[np.ndarray, np.ndarray | None]  # x f32[T, D], token_mask bool[T]
 Meanwhile = Callable[[], object]
-Run = Callable[[Snapshot, str, Values, bool, Meanwhile], dict[str, np.ndarray]]
+Outputs = dict[str, np.ndarray]  # [T, ...] by name
+Run = Callable[[Snapshot, str, Values, bool, Meanwhile], Outputs]
 
 
 def run_on_device(
     snapshot: Snapshot, model: str, values: Values, logits: bool, meanwhile: Meanwhile
 ) -> dict[str, np.ndarray]:
-    """The one place where device work happens, and where drills put their faults."""
+    """Runs values x f32[T, D], token_mask bool[T] through a model. Drills replace it by faults."""
     return snapshot.models[model].run(*values, logits=logits, meanwhile=meanwhile)
 
 
 class Checking:
-    """The check of a request's values, made once, by whoever comes first.
+    """The check of a request's values, made at most once, by whichever thread needs it first.
 
     Args:
         sent: the values as they were sent.
         check: makes the check.
+
+    Attributes:
+        values: the values to use. The check may replace them.
     """
 
     def __init__(self, sent: Values, check: Callable[[], Checked]) -> None:
         self._check = check
         self._made: Checked | None = None
         self._error: Exception | None = None
-        self.values = sent  # those to use: once the check is made, what it made of them
+        self.values = sent
 
     def make(self) -> None:
-        """Makes the check if nobody did. It raises nothing here: a device at work is not at fault."""
+        """Makes the check unless it is made. Raises nothing: an error of the check, which runs while
+        the device works, must not count as one of the device."""
         if self._made is not None or self._error is not None:
             return
         try:
@@ -77,7 +90,7 @@ class Checking:
                 self.values = made.x, made.token_mask
 
     def result(self) -> Checked:
-        """What came of it. Raises what the check raised."""
+        """Returns the outcome of the check. Raises what the check raised."""
         self.make()
         if self._made is None:
             assert self._error is not None
@@ -86,10 +99,10 @@ class Checking:
 
 
 class Device:
-    """Answers orders.
+    """Runs orders on the device, or on a fallback.
 
     Args:
-        bulkhead: the workers.
+        bulkhead: bounds the work under way.
         breaker: guards the device.
         static_top_k: whether the last fallback is allowed.
         observe: called as ``observe(metric, value)`` for histograms.
@@ -116,89 +129,126 @@ class Device:
 
     @property
     def failing_seconds(self) -> float:
-        """For how long the device has done nothing but fail; 0 after a success."""
+        """For how long every call of the device has failed; 0 after a success."""
         first = self._first_failure
         return 0.0 if first is None else time.perf_counter() - first
 
     def answer(self, order: Order, checking: Checking, cached: Callable[[], Entry | None]) -> Entry:
-        """The answer, from the device or, where that fails, from the first fallback that has one.
+        """Returns the result of an order, from the device or else from the first fallback with one.
+
+        Args:
+            order: what to run.
+            checking: the order's values and their check.
+            cached: returns a cached result of the same order, or None.
 
         Raises:
-            ServingError: queue full, deadline passed, or the device and every fallback failed.
+            ServingError: the queue is full, the deadline passed, memory ran out, or the device and
+                every fallback failed.
         """
         try:
-            found, seconds = self._on_device(order, checking)
+            outputs, seconds = self._on_device(order, checking)
         except ServingError as error:
             if error.code in _NO_FALLBACK:
                 raise
             return self._fallback(order, checking, cached, error)
         except Exception as error:
             return self._fallback(order, checking, cached, error)
-        return self._entry(order, checking, found, seconds)
+        return self._entry(order, checking, outputs, seconds)
 
-    def _on_device(self, order: Order, checking: Checking) -> tuple[dict[str, np.ndarray], float]:
+    def _on_device(self, order: Order, checking: Checking) -> tuple[Outputs, float]:
+        """Returns the outputs of an order and the seconds that the device worked on it."""
         if not self.breaker.would_admit():  # no place in the queue for what would be refused
             self.breaker.acquire().cancel()
-        ticket: list[Ticket] = []
         begun = time.perf_counter()
-
-        def work() -> tuple[dict[str, np.ndarray], float]:
-            own = self.breaker.acquire()
-            ticket.append(own)
-            start = time.perf_counter()
-            try:
-                found = retry_once(
-                    lambda: self._checked_run(order, checking),
-                    seconds_left=lambda: order.deadline - time.perf_counter(),
-                    on_retry=lambda error: self._notify("retry", error=_short(error)),
-                )
-            except Exception:
-                own.failure(time.perf_counter() - start)
-                if self._first_failure is None:
-                    self._first_failure = start
-                raise
-            seconds = time.perf_counter() - start
-            own.success(seconds)
-            self._first_failure = None
-            return found, seconds
-
-        def abandoned() -> None:
-            for own in ticket:
-                own.failure(time.perf_counter() - begun)
-
         left = order.deadline - begun
         if left <= 0:
             raise ServingError(
                 "deadline_exceeded", "the deadline passed before the work began. Allow more time."
             )
-        (found, seconds), queued = self.bulkhead.run(
-            work, timeout=left, on_abandon=abandoned, here=order.may_run_inline
+        pieces = pieces_of(order.shape, order.snapshot.models[order.model].sizes[-1])
+        tickets: list[Ticket] = []
+        spent = 0.0
+
+        def run(piece: slice) -> Outputs:
+            nonlocal spent
+            if not tickets:
+                tickets.append(self.breaker.acquire())
+            start = time.perf_counter()
+            try:
+                outputs = retry_once(
+                    lambda: self._checked_run(order, checking, piece),
+                    seconds_left=lambda: order.deadline - time.perf_counter(),
+                    on_retry=lambda error: self._notify("retry", error=_short(error)),
+                )
+            except MemoryError:  # the host's memory ran out; the device is not to blame
+                tickets[0].cancel()
+                raise
+            except Exception:
+                tickets[0].failure(spent + time.perf_counter() - start)
+                if self._first_failure is None:
+                    self._first_failure = start
+                raise
+            spent += time.perf_counter() - start
+            return outputs
+
+        def finished(outputs: list[Outputs]) -> tuple[Outputs, float]:
+            tickets[0].success(spent)
+            self._first_failure = None
+            return _joined(outputs), spent
+
+        def run_in_pieces() -> Generator[int, None, tuple[Outputs, float]]:
+            outputs = [run(pieces[0])]
+            try:
+                for piece in pieces[1:]:
+                    yield piece.stop - piece.start
+                    outputs.append(run(piece))
+            except GeneratorExit:  # nobody waits any more, which is no failure of the device
+                tickets[0].cancel()
+                raise
+            return finished(outputs)
+
+        def work() -> Any:
+            return run_in_pieces() if len(pieces) > 1 else finished([run(pieces[0])])
+
+        def abandoned() -> None:
+            for ticket in tickets:
+                ticket.failure(time.perf_counter() - begun)
+
+        (outputs, seconds), queued = self.bulkhead.run(
+            work,
+            timeout=left,
+            client=order.client.id,
+            cost=pieces[0].stop,
+            on_abandon=abandoned,
+            may_run_inline=order.may_run_inline,
+            call=order.call,
         )
         self._observe("moe_queue_duration_seconds", queued)
         self._observe("moe_route_duration_seconds", seconds)
-        return found, seconds
+        return outputs, seconds
 
-    def _checked_run(self, order: Order, checking: Checking) -> dict[str, np.ndarray]:
+    def _checked_run(self, order: Order, checking: Checking, piece: slice) -> Outputs:
         used = checking.values
-        found = self._run(order, checking)
-        if checking.values is not used:  # the check put others in their place meanwhile
-            used = checking.values
-            found = self._run(order, checking)
+        outputs = self._run(order, checking, piece)
+        if checking.values is not used:  # the check replaced bad values meanwhile
+            outputs = self._run(order, checking, piece)
         for name in ("expert_weights", "output"):
-            if name in found and not math.isfinite(np.add.reduce(found[name], axis=None)):
-                bad = ~np.isfinite(found[name]).all(axis=-1)
-                # What a client sent is no fault of the device, overflow of huge values included.
-                sound = bad & (np.abs(used[0]) < _SOUND_BELOW).all(axis=-1)  # False for NaN
+            # One reduction where all is well: the sum of finite values of this size is finite.
+            if name in outputs and not math.isfinite(np.add.reduce(outputs[name], axis=None)):
+                x = checking.values[0][piece]
+                bad = ~np.isfinite(outputs[name]).all(axis=-1)
+                # Values that a client sent may overflow; only tokens that cannot are a failure.
+                sound = bad & (np.abs(x) < _SOUND_BELOW).all(axis=-1)  # False for NaN
                 if sound.any():
-                    raise BadOutput(
-                        f"{name}: not finite for {int(sound.sum())} of {len(used[0])} tokens"
-                    )
-        return found
+                    raise BadOutput(f"{name}: not finite for {int(sound.sum())} of {len(x)} tokens")
+        return outputs
 
-    def _run(self, order: Order, checking: Checking) -> dict[str, np.ndarray]:
-        found = self.run(order.snapshot, order.model, checking.values, order.logits, checking.make)
-        checking.make()  # for a ``run`` that left it out
-        return found
+    def _run(self, order: Order, checking: Checking, piece: slice) -> Outputs:
+        x, mask = checking.values
+        values = x[piece], None if mask is None else mask[piece]
+        outputs = self.run(order.snapshot, order.model, values, order.logits, checking.make)
+        checking.make()  # a replaced `run` may not have called it
+        return outputs
 
     # --- fallbacks
 
@@ -214,6 +264,8 @@ class Device:
         entry = cached()
         if entry is not None:
             return self._fallen_back(entry, "cache", degraded=False)
+        if isinstance(error, MemoryError):  # the other fallbacks need memory of the host too
+            raise out_of_memory() from error
         host = order.snapshot.host_models
         if host is not None and order.model in host:
             entry = self._on_host(order, checking)
@@ -285,10 +337,41 @@ class Device:
         )
 
 
-def static_top_k(snapshot: Snapshot, checked: Checked) -> dict[str, np.ndarray] | None:
-    """Plain top-k in numpy, for a device that is gone: every token uses the middle of min and max.
+def pieces_of(shape: tuple[int, int], largest_bucket: int) -> list[slice]:
+    """Returns the pieces in which B * S tokens are run: whole buckets, about ``PIECE_TOKENS`` each.
 
-    None where the router is more than a plain product with a kernel [D, E].
+    Example:
+        >>> pieces_of((2, 600), 256)
+        [slice(0, 512, None), slice(512, 1024, None), slice(1024, 1200, None)]
+        >>> pieces_of((2, 600), 2048)
+        [slice(0, 1200, None)]
+    """
+    tokens = shape[0] * shape[1]
+    size = max(PIECE_TOKENS // largest_bucket, 1) * largest_bucket
+    return [slice(at, min(at + size, tokens)) for at in range(0, tokens, size)]
+
+
+def _joined(outputs: list[Outputs]) -> Outputs:
+    if len(outputs) == 1:
+        return outputs[0]
+    return {name: np.concatenate([piece[name] for piece in outputs]) for name in outputs[0]}
+
+
+def out_of_memory() -> ServingError:
+    """Returns the error for a request that the host has no memory for now."""
+    return ServingError(
+        "out_of_memory",
+        "the service has no memory for this request now. Try again as Retry-After says, or send "
+        "smaller batches.",
+        retry_after=1.0,
+    )
+
+
+def static_top_k(snapshot: Snapshot, checked: Checked) -> dict[str, np.ndarray] | None:
+    """Returns the outputs of plain top-k in numpy, for a device that has failed.
+
+    Every token uses the middle of ``min_k`` and ``max_k`` experts. None if the router is more than a
+    product with a kernel [D, E].
     """
     params, router = snapshot.weights.params, snapshot.router
     if set(params) != {"kernel"}:
@@ -304,8 +387,8 @@ def static_top_k(snapshot: Snapshot, checked: Checked) -> dict[str, np.ndarray] 
     indices[:, :k], filled[:, :k] = order, weights
     counts = np.full(len(logits), k, np.int32)
     if checked.token_mask is not None:
-        gone = ~checked.token_mask
-        indices[gone], filled[gone], counts[gone] = -1, 0.0, 0
+        masked = ~checked.token_mask
+        indices[masked], filled[masked], counts[masked] = -1, 0.0, 0
     span = router.max_k - router.min_k
     score = np.where(counts > 0, (k - router.min_k) / span if span else 0.5, 0.0)
     return {

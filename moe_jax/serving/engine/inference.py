@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from moe_jax.serving import admission, cache
-from moe_jax.serving.engine.device import Checking
+from moe_jax.serving.engine.device import Checking, out_of_memory
 from moe_jax.serving.engine.parts import Parts
 from moe_jax.serving.engine.requests import LOCAL, Client, Order, Query, Result
 from moe_jax.serving.engine.results import Results
@@ -32,6 +32,11 @@ def answer(
     """
     start = time.perf_counter()
     request_id = query.request_id or _new_id()
+    if query.call is not None:
+        # The answer to the client is sent now, so the failure is counted now, not when work ends.
+        query.call.on_leave(
+            lambda: _failed(parts, left_at_deadline(), query.client, request_id, start)
+        )
     try:
         order = _checked(parts, results, served, query, start)
 
@@ -41,7 +46,11 @@ def answer(
 
         entry, outcome, digest = results.fetch(order, compute, use_cache=query.use_cache)
     except Exception as error:
+        if query.call is not None and query.call.left:
+            raise
         raise _failed(parts, error, query.client, request_id, start) from error.__cause__
+    if query.call is not None and query.call.left:
+        raise left_at_deadline()  # counted above; nobody receives the answer
     seconds = time.perf_counter() - start
     parts.recorder.answered(entry, seconds)
     parts.log.debug(
@@ -77,6 +86,7 @@ def _checked(parts: Parts, results: Results, served: Served, query: Query, start
         owner=results.owner(query.client),
         deadline=start + (allowed if asked is None else min(asked, allowed)),
         may_run_inline=asked is None and query.client == LOCAL,
+        call=query.call,
     )
 
 
@@ -180,6 +190,8 @@ def _failed(
 
     What is not a refusal becomes ``internal``. Its traceback goes to the log, not into the answer.
     """
+    if isinstance(error, MemoryError):
+        error = out_of_memory()
     if not isinstance(error, ServingError):
         parts.log.error("internal_error", request_id=request_id, exc_info=error)
         error = ServingError(
@@ -200,6 +212,14 @@ def _failed(
         message=error.message,
     )
     return error
+
+
+def left_at_deadline() -> ServingError:
+    """Returns the error of a call that its caller left (``Call.leave``)."""
+    return ServingError(
+        "deadline_exceeded",
+        "expected an answer within the deadline, got none yet. Allow more time, or send less.",
+    )
 
 
 def _new_id() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.serving.engine.snapshot import Snapshot
+from moe_jax.serving.resilience import Call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Query:
         request_id: for logs and the answer; None draws one.
         timeout_seconds: deadline, counted from now; None is the configured one.
         use_cache: whether a cached answer will do.
+        call: releases whoever waits for the calling thread, or None.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Query:
     request_id: str | None = None
     timeout_seconds: float | None = None
     use_cache: bool = True
+    call: Call | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ class Order:
         deadline: when the caller stops waiting, on ``time.perf_counter``.
         may_run_inline: whether the work may be done on the caller's thread, which then cannot
             leave at its deadline.
+        call: releases whoever waits for the calling thread, or None.
     """
 
     snapshot: Snapshot
@@ -73,6 +77,7 @@ class Order:
     owner: str
     deadline: float
     may_run_inline: bool = False
+    call: Call | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -36,6 +36,7 @@ _TERSE = {
     "draining": "unavailable",
     "warming": "unavailable",
     "device_error": "unavailable",
+    "out_of_memory": "unavailable",
     "deadline_exceeded": "deadline exceeded",
 }
 

@@ -1,11 +1,15 @@
-"""A few workers and a short queue: how much work may be under way, and how long anyone waits.
+"""Bounded work: how much is under way, how much waits, for how long, and whose turn it is.
 
-A timeout cannot cancel device work. So the work belongs to a worker, which stays taken until it ends;
-the caller waits no longer than its deadline. Work that still queues then is never begun.
+A timeout cannot cancel device work. So a place stays taken until the work ends; the caller waits no
+longer than its deadline. Work that still queues then is never begun.
 
-Handing work to another thread and back costs about a tenth of a millisecond. A caller who does not
-need to leave at its deadline may do the work itself in a worker's place, as long as what ran lately
-says that the deadline is far.
+Large work may come in pieces: a function that returns a generator yields the cost of its next piece
+before each further one. Between two pieces it goes back to the queue if others wait, so a small
+request waits for pieces of the large ones, not for whole ones.
+
+Handing work to another thread and back costs about a tenth of a millisecond. A caller that can be
+left behind by whoever waits for it (``Call``), or that accepts to wait past its deadline, runs the
+work on its own thread instead, in a worker's place.
 """
 
 from __future__ import annotations
@@ -14,61 +18,147 @@ import collections
 import threading
 import time
 from collections.abc import Callable
+from types import GeneratorType
 from typing import Any
 
 from moe_jax.serving.errors import ServingError
+from moe_jax.serving.resilience.fair_queue import FairQueue
 
-# A caller works itself where its deadline is at least this far, and this many times as far as the
-# longest of the last works took.
+# A caller without a `Call` works itself only if its deadline is at least this far, and this many times
+# as far as the longest of the last works took: it could not leave work that hangs.
 _FAR_SECONDS = 1.0
 _FAR_TIMES = 100.0
 _REMEMBERED = 32
 
 
+class Call:
+    """Lets the side that waits for a call leave it at its deadline, while its thread is still at work.
+
+    Example:
+        >>> call, events = Call(), []
+        >>> call.on_leave(lambda: events.append("left"))
+        >>> call.leave()
+        >>> call.left, events
+        (True, ['left'])
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listeners: list[Callable[[], object]] = []
+        self.left = False
+
+    def on_leave(self, listener: Callable[[], object]) -> None:
+        """Calls ``listener`` when the caller leaves, or now if it has left."""
+        with self._lock:
+            if not self.left:
+                self._listeners.append(listener)
+                return
+        listener()
+
+    def leave(self) -> None:
+        """Leaves the call. What it holds is released when its work ends."""
+        with self._lock:
+            self.left = True
+            listeners, self._listeners = self._listeners, []
+        for listener in listeners:
+            listener()
+
+
 class Job:
-    """One piece of work in the bulkhead."""
+    """One piece of work in the bulkhead.
 
-    __slots__ = ("_done", "_error", "_function", "_value", "abandoned", "started", "submitted")
+    Attributes:
+        client: whose turn in the queue it uses.
+        cost: cost of its next piece.
+        submitted: when it was submitted, on ``time.perf_counter``.
+        started: when it last began to run; None while it waits.
+        queue_seconds: how long it waited, between pieces included.
+        begun: whether its first piece has begun.
+        abandoned: whether nobody waits for it any more.
+        turn: set when it may run on its caller's thread; None if a worker runs it.
+    """
 
-    def __init__(self, function: Callable[[], Any]) -> None:
+    __slots__ = (
+        "_done",
+        "_error",
+        "_function",
+        "_pieces",
+        "_value",
+        "abandoned",
+        "begun",
+        "client",
+        "cost",
+        "queue_seconds",
+        "started",
+        "submitted",
+        "turn",
+        "work_seconds",
+    )
+
+    def __init__(self, function: Callable[[], Any], client: str, cost: int, *, own: bool) -> None:
         self._function = function
+        self._pieces: GeneratorType[int, None, Any] | None = None
         self._done = threading.Event()
         self._value: Any = None
         self._error: BaseException | None = None
+        self.client = client
+        self.cost = cost
         self.submitted = time.perf_counter()
         self.started: float | None = None
+        self.queue_seconds = 0.0
+        self.work_seconds = 0.0
+        self.begun = False
         self.abandoned = False
+        self.turn = threading.Event() if own else None
 
     @property
-    def queue_seconds(self) -> float:
-        """How long it waited for a worker."""
-        return (self.started or time.perf_counter()) - self.submitted
+    def done(self) -> bool:
+        """Whether it has a value or an error."""
+        return self._done.is_set()
 
-    def run(self) -> None:
+    def step(self) -> bool:
+        """Runs the next piece; returns whether it was the last one. Raises nothing."""
+        start = time.perf_counter()
         try:
-            self._value = self._function()
+            if self._pieces is None:
+                value = self._function()
+                if not isinstance(value, GeneratorType):
+                    self._finish(value, None)
+                    return True
+                self._pieces = value
+            self.cost = next(self._pieces)
+            return False
+        except StopIteration as end:
+            self._finish(end.value, None)
         except BaseException as error:
-            self._error = error
+            self._finish(None, error)
         finally:
-            self._function = _nothing  # what it closed over is not kept alive by a late reader
-            self._done.set()
+            self.work_seconds += time.perf_counter() - start
+        return True
+
+    def stop(self, error: BaseException) -> None:
+        """Ends it before its next piece; its result is this error."""
+        if self._pieces is not None:
+            self._pieces.close()
+        self._finish(None, error)
+        if self.turn is not None:
+            self.turn.set()
+
+    def _finish(self, value: Any, error: BaseException | None) -> None:
+        self._value, self._error = value, error
+        # What the work closed over must not be kept alive by a late reader.
+        self._function, self._pieces = _nothing, None
+        self._done.set()
 
     def wait(self, timeout: float | None) -> bool:
+        """Waits until it is done; returns whether it is."""
         return self._done.wait(timeout)
 
     def result(self) -> Any:
+        """Returns its value or raises its error."""
         if self._error is not None:
             raise self._error
         return self._value
-
-
-class _Own:
-    """A worker's place that the caller itself fills."""
-
-    __slots__ = ("started",)
-
-    def __init__(self, started: float) -> None:
-        self.started = started
 
 
 def _nothing() -> None:
@@ -76,7 +166,10 @@ def _nothing() -> None:
 
 
 class Bulkhead:
-    """Runs functions on at most ``workers`` threads, with at most ``queue`` more waiting.
+    """Runs at most ``workers`` functions at once, with at most ``queue`` more waiting.
+
+    Clients take turns in the queue, by the cost of their work (``FairQueue``). A client that comes to
+    a full queue takes the place of the last work of the client with most work in it.
 
     Args:
         workers: how much is under way at once.
@@ -94,29 +187,31 @@ class Bulkhead:
         self._workers = workers
         self._queue_size = queue
         self._changed = threading.Condition()
-        self._waiting: collections.deque[Job] = collections.deque()
-        self._running: set[Job | _Own] = set()
+        self._waiting: FairQueue[Job] = FairQueue()
+        self._ready: collections.deque[Job] = collections.deque()  # have a place, need a thread
+        self._running: set[Job] = set()
+        self._handed = 0  # of those running, on a worker's thread
         self._threads: list[threading.Thread] = []
-        self._inline = 0  # of those running, on their caller's thread
         self._took: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self._closed = False
 
     @property
     def pending(self) -> int:
-        """Jobs that wait for a worker."""
+        """Work that waits for a place."""
         return len(self._waiting)
 
     @property
     def inflight(self) -> int:
-        """Jobs that a worker holds, whether anybody still waits for them or not."""
+        """Work that holds a place, whether anybody still waits for it or not."""
         return len(self._running)
 
     @property
     def full(self) -> bool:
+        """Whether new work would be refused or take another's place."""
         return len(self._waiting) >= max(self._queue_size, 1) and self.inflight >= self._workers
 
     def oldest_seconds(self) -> float:
-        """How long the oldest running job has been running; 0 when none is."""
+        """Returns for how long the oldest work has been running; 0 if none is."""
         now = time.perf_counter()
         with self._changed:
             return max((now - (job.started or now) for job in self._running), default=0.0)
@@ -126,108 +221,214 @@ class Bulkhead:
         function: Callable[[], Any],
         *,
         timeout: float,
+        client: str = "",
+        cost: int = 1,
         on_abandon: Callable[[], None] = lambda: None,
-        here: bool = False,
+        may_run_inline: bool = False,
+        call: Call | None = None,
     ) -> tuple[Any, float]:
-        """The function's value, and the seconds it queued.
+        """Runs a function as soon as it is its turn.
 
         Args:
-            function: the work.
+            function: the work. If it returns a generator, that yields the cost of each further piece
+                before it, and returns the value.
             timeout: seconds that the caller waits, queueing included.
+            client: whose turn it uses.
+            cost: cost of the work, or of its first piece, such as tokens.
             on_abandon: called if the deadline passes while the work is under way.
-            here: whether the caller may do the work itself if a worker is free and the deadline is
-                far off what works took lately. Such work is waited for even if it hangs.
+            may_run_inline: whether the caller accepts to wait past its deadline should the work hang.
+                It then runs the work itself if a place is free and recent work took far less.
+            call: if given, the caller runs the work itself, and ``call.leave`` releases whoever waits
+                for it.
+
+        Returns:
+            The function's value, and the seconds that it queued.
 
         Raises:
             ServingError: ``queue_full``, ``draining`` or ``deadline_exceeded``.
             Exception: whatever the function raises.
         """
-        if here:
-            own = self._begin_here(timeout)
-            if own is not None:
-                try:
-                    return function(), 0.0
-                finally:
-                    self._end_here(own)
-        job = self._submit(function)
+        if call is not None:
+            job = Job(function, client, cost, own=True)
+            self._submit(job)
+            call.on_leave(lambda: self._leave(job, timeout, on_abandon))
+            return self._run_inline(job, timeout)
+        if may_run_inline:
+            job = Job(function, client, cost, own=True)
+            if self._begin_inline(job, timeout):
+                return self._run_inline(job, timeout)
+        job = Job(function, client, cost, own=False)
+        self._submit(job)
         if job.wait(timeout):
             return job.result(), job.queue_seconds
-        with self._changed:
-            if job.started is None:
-                self._waiting.remove(job)
-                raise _too_late(timeout, "it still waited for its turn")
-            if job._done.is_set():
-                return job.result(), job.queue_seconds
-            job.abandoned = True
-        on_abandon()
-        raise _too_late(timeout, "the device was still at work on it")
+        self._leave(job, timeout, on_abandon)
+        if job.done:  # just now
+            return job.result(), job.queue_seconds
+        raise _too_late(timeout, _AT_WORK)
 
-    def _begin_here(self, timeout: float) -> _Own | None:
+    # --- on the caller's thread
+
+    def _begin_inline(self, job: Job, timeout: float) -> bool:
+        assert job.turn is not None
         with self._changed:
             now = time.perf_counter()
-            # One that takes far longer than usual may hang, and so might this one.
-            under_way = [now - (job.started or now) for job in self._running]
+            # Work that takes far longer than usual may hang, and so might this.
+            under_way = [now - (other.started or now) for other in self._running]
             longest = max([*self._took, *under_way]) if self._took else timeout
             far = timeout >= max(_FAR_SECONDS, _FAR_TIMES * longest)
             if not far or self._closed or self._waiting or len(self._running) >= self._workers:
-                return None
-            own = _Own(now)
-            self._running.add(own)
-            self._inline += 1
-        return own
+                return False
+            self._start(job)
+            job.turn.set()
+        return True
 
-    def _end_here(self, own: _Own) -> None:
-        with self._changed:
-            self._inline -= 1
-            self._ended(own)
+    def _run_inline(self, job: Job, timeout: float) -> tuple[Any, float]:
+        """Runs a job on this thread whenever it is its turn."""
+        assert job.turn is not None
+        while True:
+            left = job.submitted + timeout - time.perf_counter()
+            if not job.turn.is_set() and not job.turn.wait(max(left, 0.0)):
+                self._withdraw(job, timeout)
+            if job.done:  # stopped while it waited
+                return job.result(), job.queue_seconds
+            if job.step():
+                self._end(job)
+                if job.abandoned:
+                    raise _too_late(timeout, _AT_WORK)
+                return job.result(), job.queue_seconds
+            self._give_way(job)
 
-    def _ended(self, job: Job | _Own) -> None:
-        self._running.discard(job)
-        self._took.append(time.perf_counter() - (job.started or 0.0))
-        if self._waiting or self._closed:
-            self._changed.notify_all()
+    # --- the queue, under the lock
 
-    def _submit(self, function: Callable[[], Any]) -> Job:
-        job = Job(function)
+    def _submit(self, job: Job) -> None:
         with self._changed:
             if self._closed:
                 raise ServingError(
                     "draining", "shutting down. Ask another instance.", retry_after=1
                 )
-            idle = self._workers - len(self._running)
-            if len(self._waiting) >= self._queue_size + max(idle, 0):
-                raise ServingError(
-                    "queue_full",
-                    f"expected at most {self._queue_size} requests in the queue (max_queue), got "
-                    "one more. Try again as Retry-After says, or add instances.",
-                    retry_after=1.0,
-                )
-            self._waiting.append(job)
-            if len(self._threads) < self._workers and len(self._waiting) > idle_threads(self):
-                thread = threading.Thread(
-                    target=self._work, name=f"moe-worker-{len(self._threads)}", daemon=True
-                )
+            if len(self._running) >= self._workers and len(self._waiting) >= self._queue_size:
+                self._make_room(job)
+            self._waiting.push(job.client, job.cost, job)
+            self._dispatch()
+
+    def _make_room(self, job: Job) -> None:
+        """Refuses the job, or takes the place of another client that has more in the queue."""
+        error = ServingError(
+            "queue_full",
+            f"expected at most {self._queue_size} requests in the queue (max_queue), got one more. "
+            "Try again as Retry-After says, or add instances.",
+            retry_after=1.0,
+        )
+        last = self._waiting.longest_last()
+        if (
+            last is None
+            or last.begun
+            or self._waiting.waiting(last.client) <= self._waiting.waiting(job.client) + 1
+        ):
+            raise error
+        self._waiting.remove(last.client, last)
+        last.stop(error)
+
+    def _dispatch(self) -> None:
+        """Gives free places to those whose turn it is."""
+        while self._waiting and len(self._running) < self._workers:
+            job = self._waiting.pop()
+            self._start(job)
+            if job.turn is not None:
+                job.turn.set()
+                continue
+            self._handed += 1
+            self._ready.append(job)
+            if self._handed > len(self._threads):
+                name = f"moe-worker-{len(self._threads)}"
+                thread = threading.Thread(target=self._work, name=name, daemon=True)
                 self._threads.append(thread)
                 thread.start()
             self._changed.notify()
-        return job
+
+    def _start(self, job: Job) -> None:
+        job.started = time.perf_counter()
+        job.queue_seconds = job.started - job.submitted - job.work_seconds
+        job.begun = True
+        self._running.add(job)
+
+    def _stop_running(self, job: Job) -> None:
+        self._running.discard(job)
+        job.started = None
+        if job.turn is None:
+            self._handed -= 1
+
+    def _give_way(self, job: Job) -> bool:
+        """Puts a job between two pieces back into the queue if others wait there; returns whether its
+        thread must wait for the next turn or has nothing more to do for it."""
+        if not self._waiting and not job.abandoned:
+            return False
+        with self._changed:
+            if job.abandoned:
+                job.stop(_too_late(0.0, _AT_WORK))
+                self._finish_running(job)
+                return True
+            if not self._waiting:
+                return False
+            self._stop_running(job)
+            if job.turn is not None:
+                job.turn.clear()
+            self._waiting.push(job.client, job.cost, job, first=True)
+            self._dispatch()
+        return True
+
+    def _end(self, job: Job) -> None:
+        with self._changed:
+            self._finish_running(job)
+
+    def _finish_running(self, job: Job) -> None:
+        self._stop_running(job)
+        self._took.append(job.work_seconds)
+        self._dispatch()
+        if self._closed:
+            self._changed.notify_all()
+
+    def _withdraw(self, job: Job, timeout: float) -> bool:
+        """Stops a job whose deadline passed while it waited; returns whether it did wait."""
+        with self._changed:
+            if job.done or job.started is not None:
+                return False
+            self._waiting.remove(job.client, job)
+            job.stop(_too_late(timeout, "it still waited for its turn"))
+            if self._closed:
+                self._changed.notify_all()
+        return True
+
+    def _leave(self, job: Job, timeout: float, on_abandon: Callable[[], None]) -> None:
+        """Stops a job that waits, or abandons one that is under way; nothing if it is done."""
+        if self._withdraw(job, timeout):
+            return
+        with self._changed:
+            if job.done:
+                return
+            job.abandoned = True
+        on_abandon()
+
+    # --- on the workers' threads
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting or len(self._running) >= self._workers:
-                    if self._closed and not self._waiting:
+                while not self._ready:
+                    if self._closed and not self._waiting and not self._running:
                         return
                     self._changed.wait()
-                job = self._waiting.popleft()
-                job.started = time.perf_counter()
-                self._running.add(job)
-            job.run()
-            with self._changed:
-                self._ended(job)
+                job = self._ready.popleft()
+            while True:
+                if job.step():
+                    self._end(job)
+                    break
+                if self._give_way(job):
+                    break
+            del job  # an idle worker must not keep its last result alive
 
     def close(self, timeout: float) -> bool:
-        """Takes no more work, waits for what is under way; whether all of it ended in time."""
+        """Takes no more work and waits for what is under way; returns whether all of it ended."""
         end = time.perf_counter() + timeout
         with self._changed:
             self._closed = True
@@ -240,9 +441,7 @@ class Bulkhead:
         return True
 
 
-def idle_threads(bulkhead: Bulkhead) -> int:
-    """Threads that are started and have nothing to do."""
-    return len(bulkhead._threads) - (len(bulkhead._running) - bulkhead._inline)
+_AT_WORK = "the device was still at work on it"
 
 
 def _too_late(timeout: float, why: str) -> ServingError:

@@ -1,4 +1,4 @@
-"""Which device errors may pass by themselves, and one more attempt for those."""
+"""Transient errors, and one more attempt after them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from moe_jax.serving.errors import ServingError
 
-# The status words that XLA and PJRT put first in their messages. Out of memory is survivable: the
-# other requests' buffers are freed in the meantime.
+# The status words that XLA and PJRT put first in their messages. Running out of device memory passes
+# by itself: the buffers of other requests are freed in the meantime.
 TRANSIENT_STATUS = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED", "CANCELLED")
 _DELAY = 0.02
 
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class BadOutput(RuntimeError):
-    """The device answered, and the answer is not finite although the input was."""
+    """Raised if the device returns values that are not finite for finite input."""
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same work may succeed a moment later. Never for what validation refused.
+    """Returns whether the same work may succeed a moment later. False for refused requests.
 
     Example:
         >>> is_transient(RuntimeError("RESOURCE_EXHAUSTED: out of memory"))
@@ -30,6 +30,8 @@ def is_transient(error: BaseException) -> bool:
         >>> is_transient(ValueError("RESOURCE_EXHAUSTED"))
         False
     """
+    if isinstance(error, MemoryError):  # the host's; other requests' arrays are freed meanwhile
+        return True
     if isinstance(error, ServingError) or not isinstance(error, RuntimeError | OSError):
         return False
     return str(error).lstrip().startswith(TRANSIENT_STATUS)
@@ -45,7 +47,14 @@ def retry_once(
 ) -> T:
     """Calls the function, and once more after a transient error if time allows.
 
-    The pause is 10 to 30 ms at random, so that requests that failed together do not return together.
+    The pause between is random, 10 to 30 ms, so that requests that failed together do not return
+    together.
+
+    Args:
+        function: the work.
+        seconds_left: returns the seconds until the deadline.
+        on_retry: called with the error before the second attempt.
+        sleep, uniform: injectable for tests.
     """
     try:
         return function()

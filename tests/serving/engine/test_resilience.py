@@ -288,12 +288,15 @@ def test_a_caller_works_itself_only_where_the_deadline_is_far_and_then_fills_a_w
         return threading.get_ident()
 
     own = threading.get_ident()
-    assert bulkhead.run(thread, timeout=3600.0, here=True)[0] != own, "nothing is known yet"
-    assert bulkhead.run(thread, timeout=3600.0, here=True)[0] == own
+    assert bulkhead.run(thread, timeout=3600.0, may_run_inline=True)[0] != own, (
+        "nothing is known yet"
+    )
+    assert bulkhead.run(thread, timeout=3600.0, may_run_inline=True)[0] == own
     assert bulkhead.run(thread, timeout=60.0)[0] != own, "not asked for"
-    assert bulkhead.run(thread, timeout=0.9, here=True)[0] != own, "a near deadline is watched"
+    near = bulkhead.run(thread, timeout=0.9, may_run_inline=True)[0]
+    assert near != own, "a near deadline is watched"
     with pytest.raises(ZeroDivisionError):
-        bulkhead.run(lambda: 1 // 0, timeout=3600.0, here=True)
+        bulkhead.run(lambda: 1 // 0, timeout=3600.0, may_run_inline=True)
 
     begun, release = threading.Event(), threading.Event()
 
@@ -301,7 +304,9 @@ def test_a_caller_works_itself_only_where_the_deadline_is_far_and_then_fills_a_w
         begun.set()
         assert release.wait(60.0)
 
-    holder = threading.Thread(target=lambda: bulkhead.run(hold, timeout=3600.0, here=True))
+    holder = threading.Thread(
+        target=lambda: bulkhead.run(hold, timeout=3600.0, may_run_inline=True)
+    )
     holder.start()
     assert begun.wait(60.0)
     assert bulkhead.inflight == 1
