@@ -65,5 +65,18 @@ class ServingError(Exception):
         return (_rebuilt, (self.code, self.message, self.retry_after))
 
 
+def out_of_memory() -> ServingError:
+    """Returns the error for a request that the host has no memory for now.
+
+    Too little memory is a state of the host, as a full queue is, and no bug of the service.
+    """
+    return ServingError(
+        "out_of_memory",
+        "the service has no memory for this request now. Try again as Retry-After says, or send "
+        "smaller batches.",
+        retry_after=1.0,
+    )
+
+
 def _rebuilt(code: str, message: str, retry_after: float | None) -> ServingError:
     return ServingError(code, message, retry_after=retry_after)

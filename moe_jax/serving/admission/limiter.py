@@ -119,6 +119,19 @@ class RateLimiter:
                     retry_after=self._wait(item, client, cost),
                 )
 
+    def refresh(self) -> None:
+        """Asks a lost Redis whether it is back, at most every two seconds.
+
+        Without requests nothing else would notice, and health would report it as lost for ever.
+        """
+        if self._shared is None or self.redis_ok or self._clock() < self._lost_until:
+            return
+        if self._shared.storage.check():
+            self.redis_ok = True
+            self._notify("redis_back", used_for="limits")
+        else:
+            self._lost_until = self._clock() + _RETRY_REDIS_AFTER
+
     def _hit(self, item: Any, client: str, cost: int) -> bool:
         shared = self._shared
         if shared is not None and self._clock() >= self._lost_until:

@@ -1,8 +1,10 @@
-"""The second level: results in Redis, for replicas and restarts. Losing it costs hits, nothing else."""
+"""The second level of the cache: results in Redis, for replicas and restarts.
+
+Losing Redis costs hits and nothing else.
+"""
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable
 
@@ -24,8 +26,12 @@ class SharedCache:
     Args:
         url: ``redis://host:port/db``.
         ttl_seconds: how long an entry is kept.
-        clock: of the pauses between attempts at a lost Redis.
+        clock: monotonic clock in seconds, for the pauses between attempts at a lost Redis.
         notify: called as ``notify(event, **facts)`` when Redis is lost and when it is back.
+        on_back: called when a lost Redis answers again; it may have lost what it held.
+
+    Attributes:
+        ok: whether Redis answered the last time it was asked.
     """
 
     def __init__(
@@ -35,6 +41,7 @@ class SharedCache:
         ttl_seconds: float,
         clock: Callable[[], float] = time.monotonic,
         notify: Callable[..., None] = lambda event, **facts: None,
+        on_back: Callable[[], None] = lambda: None,
     ) -> None:
         self._redis = redis.Redis.from_url(
             url,
@@ -46,19 +53,33 @@ class SharedCache:
         self._ttl = max(int(ttl_seconds * 1000), 1)
         self._clock = clock
         self._notify = notify
+        self._on_back = on_back
         self._lost_until = 0.0
         self.ok = True
 
-    def secret(self) -> bytes | None:
-        """32 bytes that all replicas share, so that their digests agree; None where Redis is lost."""
-        own = secrets.token_bytes(32)
-        found = self._guarded(
-            lambda: (self._redis.set("moe:secret", own, nx=True), self._redis.get("moe:secret"))[1]
-        )
-        return found if isinstance(found, bytes) and len(found) == 32 else None
+    def secret(self, proposal: bytes) -> bytes | None:
+        """Returns the 32 bytes that all replicas share, so that their digests agree.
+
+        The first proposal wins. None if Redis is lost.
+        """
+
+        def exchange() -> object:
+            self._redis.set("moe:secret", proposal, nx=True)
+            return self._redis.get("moe:secret")
+
+        secret = self._guarded(exchange)
+        return secret if isinstance(secret, bytes) and len(secret) == 32 else None
+
+    def refresh(self) -> None:
+        """Asks a lost Redis whether it is back, at most every two seconds.
+
+        Without requests nothing else would notice, and health would report it as lost for ever.
+        """
+        if not self.ok:
+            self._guarded(self._redis.ping)
 
     def get(self, digest: str) -> Entry | None:
-        """The entry, or None: absent, damaged, or Redis is lost."""
+        """Returns the entry, or None if it is absent or damaged, or Redis is lost."""
         data = self._guarded(lambda: self._redis.get(_PREFIX + digest))
         if not isinstance(data, bytes):
             return None
@@ -75,6 +96,7 @@ class SharedCache:
             self._guarded(lambda: self._redis.set(_PREFIX + digest, data, px=self._ttl))
 
     def close(self) -> None:
+        """Closes the connections."""
         self._redis.close()
 
     def _guarded(self, call: Callable[[], object]) -> object:
@@ -91,4 +113,5 @@ class SharedCache:
         if not self.ok:
             self.ok = True
             self._notify("redis_back", used_for="cache")
+            self._on_back()
         return value

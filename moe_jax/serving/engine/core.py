@@ -40,7 +40,8 @@ class RouterEngine:
         config: the configuration.
         clock: monotonic clock in seconds, injectable for tests.
         background: whether to return before the weights are loaded and compiled; ``readiness`` says
-            ``warming`` until then, or ``params_missing`` if they cannot be loaded.
+            ``warming`` until then, ``params_missing`` if they cannot be loaded, or ``params_unsound``
+            if they fail the canary batch.
         host_fallback: whether a failing device is covered by the host's CPU; None is wherever that
             is another device.
         logger: a structlog logger; None writes JSON lines to standard error at ``log_level``.
@@ -70,6 +71,7 @@ class RouterEngine:
         self.recorder, self.system = parts.recorder, parts.system
         self.results = Results(parts)
         self.served = Served(parts, host_fallback=host_fallback)
+        self._ended = True  # whether `shutdown` saw the end of all work
         if background:
             self.served.load_in_background()
         else:
@@ -253,7 +255,7 @@ class RouterEngine:
 
     def readiness(self) -> tuple[bool, list[str]]:
         """Returns whether requests should be sent to this engine, and if not, why not: warming,
-        params_missing, draining, circuit_open, overloaded."""
+        params_missing, params_unsound, draining, circuit_open, overloaded."""
         return report.readiness(self.parts, self.served)
 
     def live(self) -> bool:
@@ -326,23 +328,29 @@ class RouterEngine:
         self.log.info("draining", pending=self.bulkhead.pending, inflight=self.bulkhead.inflight)
 
     def shutdown(self, timeout_seconds: float | None = None) -> bool:
-        """Refuses new requests and waits for those under way. May be called twice.
+        """Refuses new requests and waits for those under way, and for a start that still compiles.
+
+        May be called twice.
 
         Args:
             timeout_seconds: how long to wait; None is the request timeout.
 
         Returns:
-            Whether all of them ended in time.
+            Whether all of it ended in time. If not, threads are still in native code, and a process
+            should end by ``os._exit``: the interpreter's own end may crash under them.
         """
         lifecycle = self.parts.lifecycle
         if lifecycle.closed:
-            return True
+            return self._ended
         lifecycle.draining = lifecycle.closed = True
         if timeout_seconds is None:
             timeout_seconds = self.config.serving.request_timeout_seconds
+        end = time.monotonic() + timeout_seconds
         ended = self.bulkhead.close(timeout_seconds)
+        ended &= self.served.close(max(end - time.monotonic(), 0.0))
         self.system.stop()
         self.results.close()
+        self._ended = ended
         self.log.info("stopped", all_ended=ended)
         return ended
 

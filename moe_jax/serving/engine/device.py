@@ -19,7 +19,7 @@ from moe_jax.serving.admission import Checked
 from moe_jax.serving.cache import Entry
 from moe_jax.serving.engine.requests import Order, expert_counts, read_only
 from moe_jax.serving.engine.snapshot import Snapshot
-from moe_jax.serving.errors import ServingError
+from moe_jax.serving.errors import ServingError, out_of_memory
 from moe_jax.serving.resilience import (
     BadOutput,
     Bulkhead,
@@ -355,16 +355,6 @@ def _joined(outputs: list[Outputs]) -> Outputs:
     if len(outputs) == 1:
         return outputs[0]
     return {name: np.concatenate([piece[name] for piece in outputs]) for name in outputs[0]}
-
-
-def out_of_memory() -> ServingError:
-    """Returns the error for a request that the host has no memory for now."""
-    return ServingError(
-        "out_of_memory",
-        "the service has no memory for this request now. Try again as Retry-After says, or send "
-        "smaller batches.",
-        retry_after=1.0,
-    )
 
 
 def static_top_k(snapshot: Snapshot, checked: Checked) -> dict[str, np.ndarray] | None:

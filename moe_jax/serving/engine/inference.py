@@ -8,12 +8,12 @@ import time
 import numpy as np
 
 from moe_jax.serving import admission, cache
-from moe_jax.serving.engine.device import Checking, out_of_memory
+from moe_jax.serving.engine.device import Checking
 from moe_jax.serving.engine.parts import Parts
 from moe_jax.serving.engine.requests import LOCAL, Client, Order, Query, Result
 from moe_jax.serving.engine.results import Results
 from moe_jax.serving.engine.served import Served
-from moe_jax.serving.errors import ServingError
+from moe_jax.serving.errors import ServingError, out_of_memory
 
 # Request ids need not be unpredictable; `os.urandom` would cost a system call each.
 _ids = random.Random()

@@ -13,7 +13,7 @@ from moe_jax.serving.engine.access import AccessControl
 from moe_jax.serving.engine.alerts import Alerts
 from moe_jax.serving.engine.buckets import compile_counter
 from moe_jax.serving.engine.device import Device
-from moe_jax.serving.engine.logs import make_logger
+from moe_jax.serving.engine.logs import make_logger, stream_of
 from moe_jax.serving.engine.recorder import Recorder
 from moe_jax.serving.errors import ServingError
 
@@ -81,6 +81,18 @@ class Parts:
     def compilations(self) -> int:
         """XLA compilations in this process since the engine was built."""
         return compile_counter().count - self.compilations_before
+
+    @property
+    def log_lines_dropped(self) -> int:
+        """Log lines that could not be written."""
+        stream = stream_of(self.log)
+        return 0 if stream is None else stream.dropped
+
+    @property
+    def log_failure(self) -> str:
+        """Why the last log line could not be written; "" if it was."""
+        stream = stream_of(self.log)
+        return "" if stream is None else stream.failure
 
     def notify(self, event: str, **facts: Any) -> None:
         """Logs an event of a part, such as a lost Redis, as a warning."""

@@ -73,7 +73,7 @@ def readiness(parts: Parts, served: Served) -> tuple[bool, list[str]]:
     """Returns whether requests should be sent to this engine, and if not, why not."""
     reasons = []
     if served.current is None:
-        reasons.append("params_missing" if served.load_error else "warming")
+        reasons.append(served.reason)
     if parts.lifecycle.draining:
         reasons.append("draining")
     if parts.breaker.state == "open" and not parts.breaker.would_admit():
@@ -102,11 +102,13 @@ def health(parts: Parts, results: Results, served: Served) -> dict[str, Any]:
     ``status`` is ``unhealthy`` if a restart would help or nothing can be served, ``degraded`` if
     something is wrong that may pass by itself, else ``healthy``.
     """
+    results.refresh()
+    parts.access.limiter.refresh()
     ready, reasons = readiness(parts, served)
     active = check_alerts(parts)
     components = _components(parts, results, served)
     wrong = any(c["status"] not in ("ok", "off", "untrained") for c in components.values())
-    if not live(parts) or "params_missing" in reasons:
+    if not live(parts) or (served.current is None and served.load_error is not None):
         status = "unhealthy"
     elif active or wrong or not ready:
         status = "degraded"
@@ -176,6 +178,11 @@ def _components(parts: Parts, results: Results, served: Served) -> dict[str, dic
         "shared": bool(parts.access.limiter.redis_ok),
         "blocked_clients": parts.access.blocks.blocked,
     }
+    components["logging"] = {
+        "status": "losing_lines" if parts.log_failure else "ok",
+        "error": parts.log_failure or None,
+        "lines_dropped": parts.log_lines_dropped,
+    }
     components["monitoring"] = {"status": "off" if parts.recorder.traffic is None else "ok"}
     components["security"] = {"status": "ok", "level": parts.level.name}
     return components
@@ -240,6 +247,7 @@ def exposition(parts: Parts, results: Results, served: Served) -> bytes:
     exporter.set("moe_load_balance_score", now["load_balance_score"])
     exporter.set("moe_budget_drift_ratio", budget_drift(served.current, now))
     exporter.mirror("moe_compilations_total", parts.compilations)
+    exporter.mirror("moe_log_lines_dropped_total", parts.log_lines_dropped)
     if results.cache is not None:
         exporter.set("moe_cache_bytes", results.cache.nbytes)
         exporter.mirror("moe_cache_seconds_saved_total", results.cache.gain.saved)

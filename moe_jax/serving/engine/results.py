@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Callable
 
@@ -79,7 +80,8 @@ class Results:
         self._hot: cache.HotInputs[HotOptions] | None = None
         self._settings = answer_settings(config, parts.level)
         self._keyed = parts.level.keyed_cache
-        self._keyer = cache.Keyer(keyed=self._keyed)
+        self._secret = secrets.token_bytes(32)
+        self._keyer = cache.Keyer(keyed=self._keyed, secret=self._secret)
         if not performance.enable_caching:
             return
         shared = None
@@ -89,9 +91,8 @@ class Results:
                 ttl_seconds=performance.cache_ttl_seconds,
                 clock=parts.clock,
                 notify=parts.notify,
+                on_back=self._agree_on_secret,
             )
-            # Replicas that share results must give a request the same name.
-            self._keyer = cache.Keyer(keyed=self._keyed, secret=shared.secret())
         self.cache = cache.ResultCache(
             max_entries=performance.cache_size,
             max_bytes=serving.cache_max_bytes,
@@ -100,11 +101,29 @@ class Results:
             shared=shared,
             on_found=self._on_found,
         )
+        self._agree_on_secret()
         if not serving.prefetch:
             return
         self._hot = cache.HotInputs()
         if shared is not None:
             self.prefetcher = cache.Prefetcher(self._bring, self._in_memory)
+
+    def _agree_on_secret(self) -> None:
+        """Takes over the replicas' common secret, so that all of them give a request the same name.
+
+        Repeated when a lost Redis is back: it was perhaps down at the start, or has lost the secret.
+        """
+        if self.cache is None or self.cache.shared is None:
+            return
+        secret = self.cache.shared.secret(self._secret)
+        if secret is not None and secret != self._secret:
+            self._secret = secret
+            self._keyer = cache.Keyer(keyed=self._keyed, secret=secret)
+
+    def refresh(self) -> None:
+        """Asks a lost Redis whether it is back."""
+        if self.cache is not None and self.cache.shared is not None:
+            self.cache.shared.refresh()
 
     # --- prefetching
 

@@ -20,6 +20,14 @@ from moe_jax.serving.errors import CODES, ServingError
 _CANARY_TOKENS = 64
 
 
+class UnsoundWeights(CheckpointError):
+    """Raised for weights that load and give unsound answers."""
+
+
+class Stopped(Exception):
+    """Raised inside a start or a reload that an engine's shutdown ends."""
+
+
 class Served:
     """Holds the current snapshot, and replaces it between two requests.
 
@@ -32,25 +40,32 @@ class Served:
         current: the snapshot that answers; None before the first one is ready.
         limits: size limits of a request, with the width of what is served.
         load_error: why the start failed, or None.
+        reason: the word of ``readiness`` while nothing is served: ``warming``, ``params_missing``
+            (they cannot be loaded) or ``params_unsound`` (they fail the canary batch).
     """
 
     def __init__(self, parts: Parts, *, host_fallback: bool | None) -> None:
         self.current: Snapshot | None = None
         self.limits: admission.Limits = parts.limits
         self.load_error: str | None = None
+        self.reason = "warming"
         self._parts = parts
         self._host_fallback = host_fallback
         self._replacing = threading.Lock()
+        self._stop = threading.Event()
+        self._loader: threading.Thread | None = None
 
     @property
     def snapshot(self) -> Snapshot:
         """What is served now. Raises ServingError ``warming`` before there is anything."""
         current = self.current
-        if current is None:
-            raise ServingError(
-                "warming", "not ready yet: loading and compiling. Try again.", retry_after=1.0
-            )
-        return current
+        if current is not None:
+            return current
+        if self.load_error is None:
+            text = "not ready yet: loading and compiling. Try again."
+        else:
+            text = "not ready: the weights cannot be served, see /health. Ask another instance."
+        raise ServingError("warming", text, retry_after=1.0)
 
     # --- start
 
@@ -63,15 +78,7 @@ class Served:
         start = time.perf_counter()
         parts = self._parts
         snapshot = self._prepared(None)
-        if parts.config.performance.enable_monitoring:
-            experts = snapshot.router.num_experts
-            parts.recorder.open(
-                metrics.Exporter(
-                    num_experts=experts, codes=tuple(CODES), build=_build_of(snapshot)
-                ),
-                # A reload may bring another largest k, so there is room for any.
-                metrics.Traffic(num_experts=experts, max_k=experts, clock=parts.clock),
-            )
+        self._open_metrics(snapshot)
         parts.system.sample()
         self._serve(snapshot)
         parts.log.info(
@@ -85,31 +92,68 @@ class Served:
         )
         self._log_hints(snapshot)
 
+    def _open_metrics(self, snapshot: Snapshot) -> None:
+        parts = self._parts
+        if parts.recorder.exporter is None and parts.config.performance.enable_monitoring:
+            experts = snapshot.router.num_experts
+            parts.recorder.open(
+                metrics.Exporter(
+                    num_experts=experts, codes=tuple(CODES), build=_build_of(snapshot)
+                ),
+                # A reload may bring another largest k, so there is room for any.
+                metrics.Traffic(num_experts=experts, max_k=experts, clock=parts.clock),
+            )
+
     def load_in_background(self) -> None:
         """Starts ``load`` on a thread; ``load_error`` says why it failed."""
-        threading.Thread(target=self._load_quietly, name="moe-load", daemon=True).start()
+        self._loader = threading.Thread(target=self._load_quietly, name="moe-load", daemon=True)
+        self._loader.start()
 
     def _load_quietly(self) -> None:
         try:
             self.load()
+        except Stopped:
+            self._parts.log.info("load_stopped")
         except Exception as error:
+            self.reason = (
+                "params_unsound" if isinstance(error, UnsoundWeights) else "params_missing"
+            )
             self.load_error = f"{type(error).__name__}: {error}"
-            self._parts.log.error("load_failed", error=self.load_error)
+            self._parts.log.error("load_failed", reason=self.reason, error=self.load_error)
+
+    def close(self, timeout_seconds: float) -> bool:
+        """Stops loading and waits for the loading thread; returns whether it ended in time.
+
+        A compilation cannot be cancelled; it is waited for, and no further one begins. A thread that
+        is still in XLA's code when the interpreter ends crashes the process.
+        """
+        self._stop.set()
+        loader = self._loader
+        if loader is None or loader is threading.current_thread():
+            return True
+        loader.join(timeout_seconds)
+        return not loader.is_alive()
 
     def _prepared(self, checkpoint: str | None) -> Snapshot:
         """Returns a snapshot that is loaded, compiled and has passed the canary batch."""
         config = self._parts.config
         weights = load_weights(config, checkpoint)
+        self._check_stop()
         snapshot = build_snapshot(config, weights, host_fallback=self._host_fallback)
         if self.current is not None:
             _check_compatible(self.current, snapshot)
-        snapshot.warm()
+        snapshot.warm(self._check_stop)
         check_canary(snapshot)
         return snapshot
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Stopped("the engine is shutting down.")
 
     def _serve(self, snapshot: Snapshot) -> None:
         self.limits = dataclasses.replace(self.limits, width=snapshot.width)
         self.current = snapshot
+        self.load_error = None
 
     def _log_hints(self, snapshot: Snapshot) -> None:
         """Logs where what is served differs from what the operator may expect."""
@@ -145,33 +189,39 @@ class Served:
     # --- reload
 
     def reload(self, checkpoint: str | None) -> dict[str, Any]:
-        """Replaces the snapshot by another checkpoint's, see ``RouterEngine.reload``."""
+        """Replaces the snapshot by another checkpoint's, see ``RouterEngine.reload``.
+
+        After a start that failed there is no snapshot yet, and a good checkpoint ends that.
+        """
         with self._replacing:
             start = time.perf_counter()
-            old, log = self.snapshot, self._parts.log
+            old = self.snapshot if self.load_error is None else self.current
+            previous = None if old is None else old.version
+            log = self._parts.log
             try:
                 new = self._prepared(checkpoint)
             except Exception as error:
                 log.error(
                     "reload_refused",
                     checkpoint=checkpoint,
-                    serving=old.version,
+                    serving=previous,
                     error=f"{type(error).__name__}: {error}",
                 )
                 raise
+            self._open_metrics(new)
             self._serve(new)
             self._parts.recorder.relabel(_build_of(new))
             seconds = time.perf_counter() - start
             log.info(
                 "reloaded",
                 version=new.version,
-                previous=old.version,
+                previous=previous,
                 trained=new.trained,
                 seconds=round(seconds, 3),
             )
             return {
                 "version": new.version,
-                "previous": old.version,
+                "previous": previous,
                 "trained": new.trained,
                 "source": new.weights.source,
                 "seconds": seconds,
@@ -208,7 +258,7 @@ def check_canary(snapshot: Snapshot) -> None:
     """Routes a seeded batch and checks the answers, and that the weights are those that were loaded.
 
     Raises:
-        CheckpointError: an answer is unsound.
+        UnsoundWeights: an answer is unsound.
         ServingError: ``internal``: the weights changed in memory.
     """
     if version_of(snapshot.weights) != snapshot.version:
@@ -234,7 +284,7 @@ def check_canary(snapshot: Snapshot) -> None:
     ):
         problems.append("outputs of experts that are not finite")
     if problems:
-        raise CheckpointError(
+        raise UnsoundWeights(
             f"weights from {snapshot.weights.source}: expected sound answers to a canary batch, got "
             f"{'; '.join(problems)}. They are not served; calibrate or train again."
         )

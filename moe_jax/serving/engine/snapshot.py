@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -78,12 +78,24 @@ class Snapshot:
     models: dict[str, Buckets]
     host_models: dict[str, Buckets] | None = None
 
-    def warm(self) -> None:
-        """Compiles everything, several functions at once, and runs it once."""
+    def warm(self, check_stop: Callable[[], None] = lambda: None) -> None:
+        """Compiles everything, several functions at once, and runs it once.
+
+        Args:
+            check_stop: called before each compilation and run; what it raises ends the warming, after
+                the compilations under way.
+        """
         every = [*self.models.values(), *(self.host_models or {}).values()]
+
+        def compile_one(task: tuple[Buckets, int]) -> None:
+            check_stop()
+            buckets, size = task
+            buckets.compile(size)
+
         with ThreadPoolExecutor(_COMPILERS, "moe-compile") as pool:
-            list(pool.map(lambda todo: todo[0].compile(todo[1]), _largest_first(every)))
+            list(pool.map(compile_one, _largest_first(every)))
         for buckets in every:
+            check_stop()
             buckets.warm()
 
     @property

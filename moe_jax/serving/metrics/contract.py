@@ -114,6 +114,10 @@ CONTRACT: tuple[Metric, ...] = (
     Metric("moe_blocked_clients", "gauge", "Clients that are blocked now."),
     Metric("moe_errors_total", "counter", "Requests refused or failed, by code.", ("code",)),
     Metric(
+        "moe_log_lines_dropped_total", "counter",
+        "Log lines that could not be written: disk full, reader gone or not reading.",
+    ),
+    Metric(
         "moe_build_info", "gauge",
         "Always 1; the labels say what runs. params is the weights' version, or untrained-VERSION.",
         ("version", "jax", "backend", "params"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from moe_jax.config import Config
+from moe_jax.serving.admission import level_for
 from moe_jax.serving.cache import (
     Entry,
     HotInputs,
@@ -19,6 +22,7 @@ from moe_jax.serving.cache import (
     to_bytes,
 )
 from moe_jax.serving.cache.gain import ASIDE, TRIAL, WINDOW, Gain
+from moe_jax.serving.engine.results import answer_settings
 from moe_jax.serving.errors import ServingError
 
 
@@ -265,3 +269,56 @@ def test_the_hottest_inputs_are_kept_within_bounds():
     hot.hit("huge", np.zeros(10**6, np.float32), "huge")
     hot.hit("huge", np.zeros(10**6, np.float32), "huge")
     assert len(hot.hottest()) == 2
+
+
+# --- what a digest depends on ---------------------------------------------------------------
+
+CHANGES_ANSWERS = {"enable_validation", "security_level", "nonfinite", "max_magnitude"}
+# They make other weights, which the version in the digest stands for.
+CHANGES_WEIGHTS = {"checkpoint", "checkpoint_router", "seed", "serve_moe", "expert_hidden_dim"}
+OTHER = {
+    "complexity_estimator": "router_margin",
+    "routing_strategy": "threshold",
+    "security_level": "strict",
+    "nonfinite": "reject",
+    "serve_moe": "on",
+    "environment": "staging",
+    "log_level": "DEBUG",
+    "host": "0.0.0.0",
+    "buckets": "16",
+    "trusted_proxies": "10.0.0.0/8",
+    "redis_url": "redis://localhost:1/0",
+}
+
+
+def other_value(name: str, value):
+    if name in OTHER:
+        return OTHER[name]
+    if isinstance(value, bool):
+        return not value
+    return "other" if isinstance(value, str) else value + 1
+
+
+def test_the_digest_holds_the_settings_that_change_an_answer_and_no_others():  # S14
+    base = Config()
+
+    def settings(config: Config) -> str:
+        level = level_for(config.security.security_level, nonfinite=config.serving.nonfinite)
+        return answer_settings(config, level)
+
+    changing, seen = set(), set()
+    sections = ("performance", "security", "serving")
+    for section in sections:
+        part = getattr(base, section)
+        for field in dataclasses.fields(part):
+            value = other_value(field.name, getattr(part, field.name))
+            changed = dataclasses.replace(part, **{field.name: value})
+            seen.add(field.name)
+            if settings(dataclasses.replace(base, **{section: changed})) != settings(base):
+                changing.add(field.name)
+    for name in ("environment", "log_level"):
+        seen.add(name)
+        if settings(dataclasses.replace(base, **{name: OTHER[name]})) != settings(base):
+            changing.add(name)
+    assert changing == CHANGES_ANSWERS
+    assert seen >= CHANGES_WEIGHTS | {"port", "host", "max_inflight", "log_level"}

@@ -101,6 +101,43 @@ def test_one_bout_of_memory_is_survived_without_the_caller_noticing(drill, state
     assert "retry" in log.events()
 
 
+def no_host_memory(run, *order):
+    raise MemoryError
+
+
+def test_a_host_out_of_memory_is_a_503_and_no_fault_of_the_device(drill, states, log):  # S15
+    tried = []
+
+    def fault(run, *order):
+        tried.append(1)
+        return no_host_memory(run, *order)
+
+    engine = drill(fault, engine={"host_fallback": True}, enable_caching=True)
+    for _ in range(30):
+        with pytest.raises(ServingError) as caught:
+            engine.route(states())
+        assert (caught.value.code, caught.value.status) == ("out_of_memory", 503)
+        assert caught.value.retry_after
+    assert len(tried) == 60, "tried once more, as whatever passes by itself"
+    assert engine.breaker.state == "closed"
+    assert engine.live()
+    assert engine.get_metrics()["errors_by_code"] == {"out_of_memory": 30}
+    engine.mend()
+    assert outcome(lambda: engine.route(states())) == "ok"
+
+
+@pytest.mark.parametrize(
+    "step", ["inference.check_values", "results.Results.digest", "device.read_only"]
+)
+def test_memory_that_runs_out_around_the_device_is_a_503_too(
+    make_engine, states, monkeypatch, step
+):
+    engine = make_engine()
+    monkeypatch.setattr(f"moe_jax.serving.engine.{step}", lambda *args, **kw: no_host_memory(None))
+    assert outcome(lambda: engine.route(states())) == "out_of_memory"
+    assert engine.breaker.state == "closed"
+
+
 def test_a_fault_that_is_not_transient_is_not_tried_again(drill, states):
     tried = []
 

@@ -48,6 +48,56 @@ def test_replicas_share_results_and_limits(make_engine, states, server):
     assert "limits_not_shared" not in one.log.events()
 
 
+def test_replicas_that_answer_alike_share_whatever_else_they_differ_in(make_engine, states, server):
+    """S14: two replicas with other ports, log levels, limits and sizes."""
+    one = make_engine(redis_url=server.url)
+    two = make_engine(
+        redis_url=server.url, port=9000, host="0.0.0.0", log_level="DEBUG", environment="staging",
+        max_inflight=1, max_queue=7, cache_size=99, rate_limit_requests=5, replicas=2,
+        request_timeout_seconds=7.0, drain_seconds=1.0, api_keys="one", buckets="64",
+    )  # fmt: skip
+    x = states()
+    first = one.route(x)["production_info"]
+    second = two.route(x)["production_info"]
+    assert (second["cached"], second["digest"]) == (True, first["digest"])
+    three = make_engine(redis_url=server.url, nonfinite="sanitize")
+    assert not three.route(x)["production_info"]["cached"], "it may answer otherwise"
+
+
+def test_health_forgets_a_lost_redis_once_it_answers(make_engine, server, clock):
+    """S14: without a request in between."""
+    engine = make_engine(redis_url=server.url, rate_limit_requests=10)
+    server.kill()
+    engine.lookup("router", "0" * 32)
+    engine.admit(Client("key-1"))
+    components = engine.health_check()["components"]
+    assert components["cache"]["status"] == components["rate_limiter"]["status"] == "redis_lost"
+    server.start()
+    assert engine.health_check()["components"]["cache"]["status"] == "redis_lost", "asked rarely"
+    clock.now += 3
+    health = engine.health_check()
+    assert health["components"]["cache"]["status"] == "ok"
+    assert health["components"]["rate_limiter"]["status"] == "ok"
+    assert health["status"] == "healthy"
+    assert engine.log.events().count("redis_back") == 2
+
+
+def test_replicas_share_results_after_a_redis_that_was_down_at_the_start(
+    make_engine, states, server, clock
+):
+    server.kill()
+    one, two = (make_engine(redis_url=server.url) for _ in range(2))
+    x = states()
+    one.route(x), two.route(x)
+    server.start()  # empty, as it has no persistence
+    clock.now += 3
+    one.route(states(seed=1))
+    two.route(states(seed=2))
+    first = one.route(states(seed=3))["production_info"]
+    second = two.route(states(seed=3))["production_info"]
+    assert (second["cached"], second["digest"]) == (True, first["digest"])
+
+
 def test_redis_killed_and_back(make_engine, states, server, clock, log):
     engine = make_engine(redis_url=server.url, rate_limit_requests=10)
     engine.route(states(seed=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -16,7 +17,8 @@ from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError
 from moe_jax.lab.language_model import LMConfig, init, init_states
 from moe_jax.lab.training import Model, save_model
-from moe_jax.serving.engine.buckets import compile_counter
+from moe_jax.serving.engine.buckets import Buckets, compile_counter
+from moe_jax.serving.errors import ServingError
 
 
 def write(
@@ -206,3 +208,106 @@ def test_hot_keys_are_computed_anew_after_a_reload(make_engine, states, tmp_path
     assert engine.get_metrics()["router_stats"]["total_batches"] == before
     assert engine.route(hot)["production_info"]["cached"]
     assert not engine.route(cold)["production_info"]["cached"]
+
+
+# --- weights that load and are unsound, at the start: S7 ------------------------------------
+
+
+def spoilt_layer(folder: Path, part: str) -> str:
+    """A checkpoint with experts of which one array holds NaN or inf."""
+    router, experts = moe_jax.TopK(num_experts=8, k=2), moe_jax.FeedForward()
+    layer = moe_jax.init_moe_layer(router, experts, jax.random.key(0), d_model=16, d_ff=24)
+    value = jnp.inf if part == "router" else jnp.nan
+    layer[part] = jax.tree.map(lambda p: p.at[0].set(value), layer[part])
+    saved = checkpoint.Checkpoint(
+        params={"mine": layer},
+        routers={"mine": router},
+        states={"mine": router.init_state()},
+        metadata={"experts": {"activation": "gelu_tanh", "gated": False}},
+    )
+    return str(checkpoint.save(folder, saved))
+
+
+def unsound(kind: str, folder: Path) -> str:
+    if kind == "kernel":
+        return write(folder, seed=3, spoil=True)
+    return spoilt_layer(folder, kind)
+
+
+@pytest.mark.parametrize("kind", ["kernel", "router", "experts"])
+def test_a_start_refuses_what_a_reload_would_refuse(make_engine, tmp_path, kind):
+    path = unsound(kind, tmp_path / "bad")
+    with pytest.raises(CheckpointError, match=r"not finite.*They are not served"):
+        make_engine(checkpoint=path, serve_moe="auto", buckets="16")
+
+
+def test_unsound_weights_are_never_ready_and_say_why(make_engine, states, tmp_path, log):
+    engine = make_engine(
+        checkpoint=write(tmp_path / "bad", seed=3, spoil=True), engine={"background": True}
+    )
+    deadline = time.monotonic() + 60.0
+    while engine.load_error is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert engine.readiness() == (False, ["params_unsound"])
+    assert engine.live(), "a restart would not help"
+    health = engine.health_check()
+    assert health["status"] == "unhealthy"
+    assert health["components"]["router"]["status"] == "failed"
+    assert "not finite" in health["components"]["router"]["error"]
+    [facts] = [facts for _, event, facts in log.lines if event == "load_failed"]
+    assert facts["reason"] == "params_unsound"
+    with pytest.raises(ServingError) as caught:
+        engine.route(states())
+    assert (caught.value.code, caught.value.status) == ("warming", 503)
+    assert "device" not in caught.value.message
+    assert engine.breaker.state == "closed"
+    told = engine.reload(write(tmp_path / "good", seed=1))
+    assert told["previous"] is None
+    assert engine.readiness() == (True, []), "a good checkpoint ends it"
+    assert engine.route(states())["expert_indices"].shape == (2, 5, 4)
+    assert engine.health_check()["status"] == "healthy"
+    assert b"moe_build_info{" in engine.metrics_text()
+
+
+def test_a_missing_checkpoint_is_another_reason(make_engine, tmp_path):
+    engine = make_engine(checkpoint=str(tmp_path / "none"), engine={"background": True})
+    deadline = time.monotonic() + 60.0
+    while engine.load_error is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert engine.readiness() == (False, ["params_missing"])
+
+
+# --- the end of an engine that still starts: S12 --------------------------------------------
+
+
+def test_shutdown_waits_for_a_start_that_compiles_and_begins_no_more(make_engine, monkeypatch):
+    begun, release, sizes = threading.Event(), threading.Event(), []
+    real = Buckets.compile
+
+    def compile_slowly(buckets, size):
+        sizes.append(size)
+        begun.set()
+        assert release.wait(60.0)
+        real(buckets, size)
+
+    monkeypatch.setattr(Buckets, "compile", compile_slowly)
+    monkeypatch.setattr("moe_jax.serving.engine.snapshot._COMPILERS", 1)
+    engine = make_engine(engine={"background": True})
+    assert begun.wait(60.0)
+    assert engine.shutdown(timeout_seconds=0.05) is False, "a compilation cannot be cancelled"
+    release.set()
+    deadline = time.monotonic() + 60.0
+    while any(thread.name == "moe-load" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert sizes == [64], "none begins after the shutdown"
+    assert engine.load_error is None
+    assert "load_stopped" in engine.log.events()
+
+
+def test_shutdown_of_a_started_engine_leaves_no_thread(make_engine):
+    engine = make_engine(engine={"background": True})
+    assert engine.shutdown(timeout_seconds=60.0) is True
+    assert not [t.name for t in threading.enumerate() if t.name == "moe-load"]
