@@ -1,6 +1,6 @@
-"""Checkpoints: PROMISES R11, R13, B01-B03, and "corrupt or truncated checkpoint" of the must-shows.
+"""Checkpoints: what is restored is what was saved, bit for bit, in any process (R11, R13, B01-B03).
 
-What is restored is bit for bit what was saved, in any process; what is not whole is not restored.
+A damaged or truncated checkpoint is not restored. The ids are those of docs/promises.md.
 """
 
 from __future__ import annotations

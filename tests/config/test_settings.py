@@ -1,4 +1,4 @@
-"""Configuration: PROMISES C01-C21, Q02-Q05, R06, R07, R09.
+"""Configuration: docs/promises.md C01-C21, Q02-Q05, R06, R07, R09.
 
 Precedence is argument > environment > file > default, and nothing is ignored in silence.
 """
@@ -342,7 +342,7 @@ def bad_values(name: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
 def test_every_bad_value_names_its_variable_and_what_is_allowed(name):
-    """S13: none is accepted, none ends in a raw error, and no secret is repeated."""
+    """None is accepted, none ends in a raw error, and no secret is repeated."""
     variable = "MOE_" + name.upper()
     secret = SETTINGS[name][1].metadata["secret"]
     for text, allowed in bad_values(name):

@@ -1,4 +1,4 @@
-"""The result cache, alone: PROMISES K01-K07."""
+"""The result cache, alone: docs/promises.md K01-K07."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def other_value(name: str, value):
     return "other" if isinstance(value, str) else value + 1
 
 
-def test_the_digest_holds_the_settings_that_change_an_answer_and_no_others():  # S14
+def test_the_digest_holds_the_settings_that_change_an_answer_and_no_others():
     base = Config()
 
     def settings(config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Fault drills on the real engine: PROMISES X01-X05. Faults are put where device work happens."""
+"""Fault drills on the real engine: docs/promises.md X01-X05. Faults are injected into device work."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def no_host_memory(run, *order):
     raise MemoryError
 
 
-def test_a_host_out_of_memory_is_a_503_and_no_fault_of_the_device(drill, states, log):  # S15
+def test_a_host_out_of_memory_is_a_503_and_no_fault_of_the_device(drill, states, log):
     tried = []
 
     def fault(run, *order):

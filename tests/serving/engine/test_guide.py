@@ -1,4 +1,4 @@
-"""The production guide's Python, word for word but for the import line: PROMISES Y01-Y06."""
+"""The production guide's Python, word for word but for the import line: docs/promises.md Y01-Y06."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every level by every row of the security table, and every setting by what it changes.
 
-PROMISES S07-S10, C01-C20, L01-L03.
+docs/promises.md S07-S10, C01-C20, L01-L03.
 """
 
 from __future__ import annotations

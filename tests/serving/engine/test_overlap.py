@@ -1,4 +1,4 @@
-"""Values are checked while the device works, and nobody can tell: PROMISES X01, S01."""
+"""Values are checked while the device works, and nobody can tell: docs/promises.md X01, S01."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_replicas_share_results_and_limits(make_engine, states, server):
 
 
 def test_replicas_that_answer_alike_share_whatever_else_they_differ_in(make_engine, states, server):
-    """S14: two replicas with other ports, log levels, limits and sizes."""
+    """Two replicas with other ports, log levels, limits and sizes."""
     one = make_engine(redis_url=server.url)
     two = make_engine(
         redis_url=server.url, port=9000, host="0.0.0.0", log_level="DEBUG", environment="staging",
@@ -65,7 +65,7 @@ def test_replicas_that_answer_alike_share_whatever_else_they_differ_in(make_engi
 
 
 def test_health_forgets_a_lost_redis_once_it_answers(make_engine, server, clock):
-    """S14: without a request in between."""
+    """Without a request in between."""
     engine = make_engine(redis_url=server.url, rate_limit_requests=10)
     server.kill()
     engine.lookup("router", "0" * 32)

@@ -210,7 +210,7 @@ def test_hot_keys_are_computed_anew_after_a_reload(make_engine, states, tmp_path
     assert not engine.route(cold)["production_info"]["cached"]
 
 
-# --- weights that load and are unsound, at the start: S7 ------------------------------------
+# --- weights that load and are unsound, at the start ----------------------------------------
 
 
 def spoilt_layer(folder: Path, part: str) -> str:
@@ -279,7 +279,7 @@ def test_a_missing_checkpoint_is_another_reason(make_engine, tmp_path):
     assert engine.readiness() == (False, ["params_missing"])
 
 
-# --- the end of an engine that still starts: S12 --------------------------------------------
+# --- the end of an engine that still starts -------------------------------------------------
 
 
 def test_shutdown_waits_for_a_start_that_compiles_and_begins_no_more(make_engine, monkeypatch):

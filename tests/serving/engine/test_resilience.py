@@ -1,4 +1,4 @@
-"""Breaker, bulkhead, retry: PROMISES X01, X02, X04, X05."""
+"""Breaker, bulkhead, retry: docs/promises.md X01, X02, X04, X05."""
 
 from __future__ import annotations
 

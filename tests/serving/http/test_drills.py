@@ -1,5 +1,5 @@
 """Fault drills as a client and an operator see them: over HTTP, with statuses, Retry-After, /ready,
-/health and /metrics, and recovery by itself. PROMISES X01-X05, L03, M09-M14, H06, A01-A06.
+/health and /metrics, and recovery by itself. docs/promises.md X01-X05, L03, M09-M14, H06, A01-A06.
 
 Faults are put where device work happens; what they do inside is ``engine/test_faults.py``'s.
 """

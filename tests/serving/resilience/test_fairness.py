@@ -143,7 +143,7 @@ def pieces(name: str, count: int, ran: list[str], first=lambda: None):
 
 
 @pytest.mark.parametrize("own_threads", [False, True])
-def test_small_work_passes_between_the_pieces_of_large_work(bulkhead, own_threads):  # S9
+def test_small_work_passes_between_the_pieces_of_large_work(bulkhead, own_threads):
     ran: list[str] = []
     release, crowd = threading.Event(), Crowd(bulkhead)
     call = Call() if own_threads else None
@@ -241,7 +241,7 @@ def test_whoever_waits_for_a_call_can_leave_while_its_thread_works(bulkhead):
 # --- the engine -----------------------------------------------------------------------------
 
 
-def test_24_large_requests_of_one_client_do_not_hold_up_a_small_one(make_engine):  # noqa: F811  # S9
+def test_24_large_requests_of_one_client_do_not_hold_up_a_small_one(make_engine):  # noqa: F811
     engine = make_engine(
         max_inflight=1, enable_caching=False, security_level="minimal", buckets="16,512"
     )
