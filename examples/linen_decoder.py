@@ -1,5 +1,5 @@
 """A decoder in Flax Linen with MoE layers, and a few training steps: the twin of
-``moe_jax.nn.decoder``.
+``examples/nnx_decoder.py``.
 
     python examples/linen_decoder.py
 
@@ -156,6 +156,7 @@ EXAMPLE = LMConfig(
 
 
 def main(config: LMConfig = EXAMPLE, steps: int = 20) -> None:
+    """Trains a new decoder on one sentence and prints its loss."""
     text = jnp.frombuffer(b"every token has just enough experts. " * 8, jnp.uint8)
     shape = (config.batch_size, config.length + 1)
     tokens = text[: shape[0] * shape[1]].reshape(shape).astype(jnp.int32)

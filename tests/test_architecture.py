@@ -28,11 +28,7 @@ from tests.architecture_figures import FIGURES, Tree, knots, longest_chain, numb
 from tests.architecture_picture import picture, shown
 
 # To be mended with the rooms they are in; the list only gets shorter.
-PENDING = {
-    "nn.decoder: floor 5 may not import moe_jax.checkpoint, floor 5",
-    "nn.decoder: floor 5 may not import moe_jax.lab.language_model, floor 7",
-    "nn.decoder: floor 5 may not import moe_jax.lab.training, floor 7",
-}
+PENDING = {}
 
 
 def test_imports_point_one_way():

@@ -5,8 +5,8 @@ every layer, or every n-th, experts in place of the feed-forward part. It is tra
 evaluation any other routers and states may be handed to ``forward``, which is how dynamic rules are
 tried on a model that was never trained for them.
 
-The same model as a Flax module is ``moe_jax.nn.decoder.Decoder``; ``examples/linen_decoder.py`` is a
-Linen one. Both hold arrays and call the functions of this file.
+``examples/nnx_decoder.py`` and ``examples/linen_decoder.py`` are the same model as Flax modules. Both
+hold arrays and call the functions of this file.
 
 Axis letters beyond those of ``moe_jax.types``: B sequences, S bytes of a sequence (T = B * S), V
 byte values, H heads.

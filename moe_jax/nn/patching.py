@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.nn.recording import check_has_layers, watching
+from moe_jax.nn.capture import check_has_layers, watching
 from moe_jax.routers import DynamicK, Router, TopK
 from moe_jax.routing.difficulty import Estimator
 

@@ -63,7 +63,7 @@ class FLOPProfiler:
     def __enter__(self) -> FLOPProfiler:
         if self._model is not None:
             # Flax is only needed for this, and only for a model that already uses it.
-            from moe_jax.nn.recording import moe_layers, watching
+            from moe_jax.nn.capture import moe_layers, watching
 
             specs = {path: layer.spec for path, layer in moe_layers(self._model).items()}
 
@@ -146,7 +146,7 @@ class FLOPProfiler:
         """Layers of the model whose rule has a budget that was never fitted."""
         if self._model is None:
             return []
-        from moe_jax.nn.recording import moe_layers
+        from moe_jax.nn.capture import moe_layers
 
         states = {p: layer.router_state.get_value() for p, layer in moe_layers(self._model).items()}
         fits = {path: getattr(state, "fit", None) for path, state in states.items()}

@@ -17,7 +17,6 @@ from flax import nnx
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.lab import language_model as pure
 from moe_jax.lab import training as train
-from moe_jax.nn.decoder import Decoder, decoder_step, load_decoder, save_decoder
 from moe_jax.nn.patching import patch_model_with_dynamic_routing
 from moe_jax.routers import DynamicK
 
@@ -33,18 +32,20 @@ STEPS = 6
 TOKENS = jax.random.randint(jax.random.key(0), (STEPS, 2, 17), 0, 256)
 
 
-def _example():
-    path = Path(__file__).parents[2] / "examples" / "linen_decoder.py"
-    spec = importlib.util.spec_from_file_location("linen_decoder", path)
+def _example(name):
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["linen_decoder"] = module  # dataclasses look there
+    sys.modules[name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
 
-linen = _example()
+linen = _example("linen_decoder")
+nnx_decoder = _example("nnx_decoder")
+Decoder = nnx_decoder.Decoder
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,9 @@ def test_they_are_trained_alike_and_resumed_bit_for_bit(tmp_path, start):
     opt_state = jax.tree.map(jnp.copy, start.optimizer_state)
     for i in range(STEPS):
         if i == 3:
-            save_decoder(tmp_path / "half", decoder, optimizer)
+            nnx_decoder.save_decoder(tmp_path / "half", decoder, optimizer)
         state, metrics = train.train_step(CONFIG, STEPS, state, TOKENS[i])
-        _close(decoder_step(decoder, optimizer, TOKENS[i]), metrics)
+        _close(nnx_decoder.decoder_step(decoder, optimizer, TOKENS[i]), metrics)
         variables, opt_state, same = linen.step(CONFIG, STEPS, variables, opt_state, TOKENS[i])
         _close(same, metrics)
     _close(decoder.params(), state.params)
@@ -113,17 +114,19 @@ def test_they_are_trained_alike_and_resumed_bit_for_bit(tmp_path, start):
     _close(variables["params"], state.params)
     assert float(jnp.abs(decoder.states()[0].expert_bias).max()) > 0
 
-    resumed, its_optimizer = load_decoder(tmp_path / "half", train.optimizer(CONFIG, STEPS))
+    resumed, its_optimizer = nnx_decoder.load_decoder(
+        tmp_path / "half", train.optimizer(CONFIG, STEPS)
+    )
     for i in range(3, STEPS):
-        decoder_step(resumed, its_optimizer, TOKENS[i])
+        nnx_decoder.decoder_step(resumed, its_optimizer, TOKENS[i])
     _equal(resumed.params(), decoder.params())
     _equal(resumed.states(), decoder.states())
     # The checkpoint is one that the pure model and the command line take.
     assert train.load_model(tmp_path / "half").config == CONFIG
     other = dataclasses.replace(CONFIG, max_grad_norm=1.0, weight_decay=0.0)
-    bare = save_decoder(tmp_path / "bare", decoder)
+    bare = nnx_decoder.save_decoder(tmp_path / "bare", decoder)
     with pytest.raises(CheckpointError, match="expected extra 'nnx_optimizer'"):
-        load_decoder(bare, train.optimizer(other, STEPS))
+        nnx_decoder.load_decoder(bare, train.optimizer(other, STEPS))
 
 
 def _second_update(config, params, grads):
@@ -180,8 +183,9 @@ def test_what_does_not_fit_is_refused():
         Decoder(CONFIG, rngs=nnx.Rngs(0), routers=[])
 
 
-def test_the_linen_example_runs(capsys):
-    linen.main(CONFIG, STEPS)
+@pytest.mark.parametrize("example", [linen, nnx_decoder], ids=["linen", "nnx"])
+def test_the_examples_run(example, capsys):
+    example.main(CONFIG, STEPS)
     bits = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()]
     assert len(bits) == 3
     assert bits[-1] < bits[0]

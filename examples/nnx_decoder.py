@@ -1,7 +1,12 @@
-"""The small language model of ``moe_jax.lab.language_model`` as an NNX module.
+"""A decoder in Flax NNX with MoE layers, and a few training steps: the twin of
+``examples/linen_decoder.py``.
 
-Arrays only: attention, norms and losses are that file's functions, and experts are
-``moe_jax.nn.nnx.MoE``. Parameters convert both ways, so what one was trained with the other goes on.
+    python examples/nnx_decoder.py
+
+It shows what an NNX model needs: the experts are ``moe_jax.nn.nnx.MoE``, the routers' states are
+variables of their own, written by ``update_router`` alone, and the optimiser gives routers and experts
+their own settings. Attention, norms and losses are functions of ``moe_jax.lab.language_model``.
+Parameters convert both ways, so a model trained as one of the two can be trained further as the other.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from moe_jax.lab.language_model import (
     objective,
     unembed,
 )
-from moe_jax.lab.training import Model, PathLike, load_model, save_model
+from moe_jax.lab.training import Model, PathLike, load_model, optimizer, save_model
 from moe_jax.layer import LayerAux
 from moe_jax.nn.nnx import MoE, arrays, hold
 from moe_jax.routers import Router
@@ -45,7 +50,7 @@ class _Layer(nnx.Module):
             setattr(self, name, hold(params[name], name))
 
     def params(self) -> dict[str, Params]:
-        """The arrays as the functions of ``moe_jax.lab.language_model`` take them."""
+        """The arrays in the tree that the functions of ``moe_jax.lab.language_model`` take."""
         return {name: arrays(getattr(self, name)) for name in _ATTENTION}
 
 
@@ -72,9 +77,14 @@ class MoELayer(_Layer):
     ) -> None:
         super().__init__(config, params)
         self.moe = MoE(
-            router, d_model=config.d_model, d_ff=config.d_ff, expert_fn=config.experts,
-            params=params["moe"], state=state, implementation=config.implementation,
-        )  # fmt: skip
+            router,
+            d_model=config.d_model,
+            d_ff=config.d_ff,
+            expert_fn=config.experts,
+            params=params["moe"],
+            state=state,
+            implementation=config.implementation,
+        )
 
     def params(self) -> dict[str, Params]:
         return super().params() | {"moe": self.moe.params()}
@@ -102,13 +112,6 @@ class Decoder(nnx.Module):
 
     Raises:
         ValueError: not as many routers or states as layers with experts, or neither rngs nor params.
-
-    Example:
-        >>> config = LMConfig(num_layers=2, moe_every=2, d_model=16, num_heads=2, num_experts=4,
-        ...                   k=2, d_ff=8)
-        >>> decoder = Decoder(config, rngs=nnx.Rngs(0))
-        >>> decoder(jnp.zeros((2, 8), jnp.int32)).logits.shape
-        (2, 8, 256)
     """
 
     def __init__(
@@ -151,18 +154,18 @@ class Decoder(nnx.Module):
             mask = jnp.ones(tokens.shape, bool)
         ends = {"embedding": arrays(self.embedding), "norm": arrays(self.norm)}
         h = embed(ends, tokens)
-        found = []
+        reports, inputs = [], []
         for layer in self.layers:
             if isinstance(layer, MoELayer):
                 h, aux, x = layer(h, mask)
-                found.append((aux, x))
+                reports.append(aux)
+                inputs.append(x)
             else:
                 h = layer(h)
-        reports, seen = zip(*found, strict=True)
-        return Output(logits=unembed(ends, h), layers=reports, router_inputs=seen)
+        return Output(logits=unembed(ends, h), layers=tuple(reports), router_inputs=tuple(inputs))
 
     def update_routers(self, out: Output) -> None:
-        """Writes every router's state after a training batch. Never called by itself."""
+        """Writes every router's state after a training batch. Nothing else writes it."""
         for layer, aux in zip(self.moe_layers(), out.layers, strict=True):
             layer.moe.update_router(aux)
 
@@ -193,14 +196,14 @@ def _stack(trees: Sequence[Any]) -> Any:
 
 
 @nnx.jit
-def decoder_step(decoder: Decoder, optimizer: nnx.Optimizer, tokens: Array) -> dict[str, Array]:
+def decoder_step(decoder: Decoder, state: nnx.Optimizer, tokens: Array) -> dict[str, Array]:
     """One training step in place, on tokens i32[B, S + 1]; see ``moe_jax.lab.training.train_step``.
 
     The loss has the auxiliary terms of ``config.loss_weights``; routers' states move with the batch.
 
     Args:
         decoder: the model.
-        optimizer: ``nnx.Optimizer(decoder, tx, wrt=nnx.Param)`` with
+        state: ``nnx.Optimizer(decoder, tx, wrt=nnx.Param)`` with
             ``tx = moe_jax.lab.training.optimizer(config, steps)``.
         tokens: i32[B, S + 1].
 
@@ -215,7 +218,7 @@ def decoder_step(decoder: Decoder, optimizer: nnx.Optimizer, tokens: Array) -> d
 
     (_, (out, metrics)), grads = nnx.value_and_grad(value, has_aux=True)(decoder)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts with float32 rates
-        optimizer.update(decoder, grads)
+        state.update(decoder, grads)
     decoder.update_routers(out)
     return metrics
 
@@ -226,14 +229,14 @@ def decoder_step(decoder: Decoder, optimizer: nnx.Optimizer, tokens: Array) -> d
 def save_decoder(
     path: PathLike,
     decoder: Decoder,
-    optimizer: nnx.Optimizer | None = None,
+    state: nnx.Optimizer | None = None,
     *,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Saves a decoder as ``moe_jax.lab.training.save_model`` does, for ``moe-jax calibrate``.
 
-    With the optimiser beside it, ``load_decoder`` goes on mid-run with the same bits.
+    With the optimiser beside it, ``load_decoder`` resumes a run with the same bits.
     """
     model = Model(
         config=decoder.config,
@@ -242,18 +245,18 @@ def save_decoder(
         states=decoder.states(),
         metadata=metadata or {},
     )
-    extra = {} if optimizer is None else {"nnx_optimizer": _leaves(optimizer)}
+    extra = {} if state is None else {"nnx_optimizer": _leaves(state)}
     return save_model(path, model, extra=extra, overwrite=overwrite)
 
 
 def load_decoder(
-    path: PathLike, optimizer: optax.GradientTransformation | None = None, *, variant: str = ""
+    path: PathLike, tx: optax.GradientTransformation | None = None, *, variant: str = ""
 ) -> tuple[Decoder, nnx.Optimizer | None]:
     """A decoder from a checkpoint of ``save_decoder``, ``moe_jax.lab.training.train`` or ``calibrate``.
 
     Args:
         path: the checkpoint.
-        optimizer: with ``moe_jax.lab.training.optimizer(config, steps)`` the ``nnx.Optimizer`` that was
+        tx: with ``moe_jax.lab.training.optimizer(config, steps)`` the ``nnx.Optimizer`` that was
             saved is restored too.
         variant: see ``moe_jax.lab.training.load_model``.
 
@@ -266,9 +269,9 @@ def load_decoder(
     """
     model = load_model(path, variant)
     decoder = Decoder(model.config, params=model.params, states=model.states, routers=model.routers)
-    if optimizer is None:
+    if tx is None:
         return decoder, None
-    fresh = nnx.Optimizer(decoder, optimizer, wrt=nnx.Param)
+    fresh = nnx.Optimizer(decoder, tx, wrt=nnx.Param)
     wanted = _leaves(fresh)
     expected = checkpoint.Checkpoint(extra={"nnx_optimizer": wanted})
     saved = checkpoint.restore(path, expected=expected).extra["nnx_optimizer"]
@@ -278,6 +281,42 @@ def load_decoder(
 
 
 def _leaves(optimizer: nnx.Optimizer) -> dict[str, Array]:
-    """The optimiser's arrays by their path, as a checkpoint can hold them."""
+    """The optimiser's arrays by their path, for a checkpoint."""
     flat, _ = jax.tree_util.tree_flatten_with_path(nnx.state(optimizer))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+EXAMPLE = LMConfig(
+    num_layers=2,
+    moe_every=2,
+    d_model=32,
+    num_heads=2,
+    num_experts=4,
+    k=2,
+    d_ff=32,
+    length=32,
+    batch_size=4,
+    balance_rate=1e-3,
+    learning_rate=1e-2,
+    router_rate=0.5,
+    expert_decay=0.0,
+)
+
+
+def main(config: LMConfig = EXAMPLE, steps: int = 20) -> None:
+    """Trains a new decoder on one sentence and prints its loss."""
+    text = jnp.frombuffer(b"every token has just enough experts. " * 8, jnp.uint8)
+    shape = (config.batch_size, config.length + 1)
+    tokens = text[: shape[0] * shape[1]].reshape(shape).astype(jnp.int32)
+    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    with jax.numpy_dtype_promotion("standard"):
+        tx = optimizer(config, steps)
+        state = nnx.Optimizer(decoder, tx, wrt=nnx.Param)
+    for i in range(steps):
+        metrics = decoder_step(decoder, state, tokens)
+        if i % 5 in (0, 4):
+            print(f"step {i + 1}: {float(metrics['bits_per_byte']):.2f} bits a byte")
+
+
+if __name__ == "__main__":
+    main()
