@@ -59,17 +59,17 @@ def check_array(
     names = axes.split()
     sizes = sizes or {}
     wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in names)
-    told = f"{name}: expected {kind}[{wanted}], got {describe_array(value)}. {fix}"
+    message = f"{name}: expected {kind}[{wanted}], got {describe_array(value)}. {fix}"
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
-        raise TypeError(told)
+        raise TypeError(message)
     if not jnp.issubdtype(value.dtype, _KINDS[kind]):
-        raise TypeError(told)
+        raise TypeError(message)
     try:
         chex.assert_shape(value, tuple(sizes.get(a) for a in names))
     except AssertionError as error:
-        raise ValueError(told) from error
+        raise ValueError(message) from error
     if 0 in value.shape:
-        raise ValueError(f"{told} (an axis is empty: there must be at least one of each.)")
+        raise ValueError(f"{message} (an axis is empty: there must be at least one of each.)")
 
 
 def check_hidden_states(x: Any) -> None:

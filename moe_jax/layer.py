@@ -26,6 +26,7 @@ from moe_jax.checks import (
 from moe_jax.experts import (
     ExpertFn,
     FeedForward,
+    check_expert_fn,
     check_implementation,
     check_params,
     run_experts,
@@ -227,7 +228,7 @@ def moe_layer(
         >>> y.shape, float(aux.stats.mean_experts_per_token)
         ((2, 3, 8), 2.0)
     """
-    _check_layer(router, expert_fn, params, options, parallel)
+    check_layer(router, expert_fn, params, options, parallel)
     check_hidden_states(x)
     check_key(key)
     lead, width = x.shape[:-1], x.shape[-1]
@@ -395,18 +396,27 @@ def _shared(
 _PARTS = ("router", "experts", "shared", "shared_gate")
 
 
-def _check_layer(router: Any, expert_fn: Any, params: Any, options: Any, parallel: Any) -> None:
+def check_layer(
+    router: Any, expert_fn: Any, params: Any, options: Any, parallel: Any = None
+) -> None:
+    """Raises unless the arguments of a layer are of the kinds that ``moe_layer`` takes.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: ``params`` lacks a part, or has one that no layer reads.
+    """
     check_instance("router", router, Router, fix="Pass a rule such as TopK(num_experts=8, k=2).")
-    if isinstance(expert_fn, type) or not callable(expert_fn):
-        raise TypeError(
-            "expert_fn: expected a function (params, rows [M, D]) -> [M, D_out], got "
-            f"{describe_value(expert_fn)}. Pass FeedForward() or a function of your own."
-        )
+    check_expert_fn(expert_fn)
     check_instance(
         "options", options, LayerOptions, fix="Write options=LayerOptions(capacity_factor=1.25)."
     )
     if parallel is not None:
         check_instance("parallel", parallel, ExpertParallel, fix="See sharding.parallel_of(mesh).")
+    check_layer_params(params)
+
+
+def check_layer_params(params: Any) -> None:
+    """Raises unless ``params`` is a dict of a layer's parts: ``router``, ``experts`` and so on."""
     if not isinstance(params, Mapping):
         raise TypeError(
             f"params: expected a dict with 'router' and 'experts', got {describe_value(params)}. "
@@ -418,7 +428,7 @@ def _check_layer(router: Any, expert_fn: Any, params: Any, options: Any, paralle
     unknown = sorted(str(name) for name in params if name not in _PARTS)
     if missing or unknown:
         raise ValueError(
-            f"params: expected router, experts and optionally shared, shared_gate, got "
-            f"{', '.join(map(str, params)) or 'none'}. "
+            "params: expected router, experts and optionally shared, shared_gate, got "
+            f"{', '.join(map(str, params)) or 'none of them'}. "
             + (f"Add {', '.join(missing)}." if missing else f"Remove {', '.join(unknown)}.")
         )

@@ -10,12 +10,18 @@ from typing import Any
 
 import jax
 
-from moe_jax.checks import check_array, describe_value
+from moe_jax.checks import check_array, check_instance, describe_value
 from moe_jax.experts.active import ACTIVE
 from moe_jax.experts.base import ExpertsOutput, Implementation, num_experts_of
 from moe_jax.experts.capacity import CAPACITY
 from moe_jax.experts.dense import DENSE
-from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
+from moe_jax.experts.feed_forward import (
+    ACTIVATIONS,
+    ExpertFn,
+    FeedForward,
+    check_expert_fn,
+    check_params,
+)
 from moe_jax.experts.ragged import RAGGED
 from moe_jax.experts.tiered import TIERED
 from moe_jax.types import Array, DispatchPlan, Params
@@ -30,6 +36,7 @@ __all__ = [
     "ExpertsOutput",
     "FeedForward",
     "Implementation",
+    "check_expert_fn",
     "check_implementation",
     "check_params",
     "choose",
@@ -149,10 +156,16 @@ def run_experts(
         >>> out.y.shape, float(out.slots_executed), out.implementation
         ((3, 8), 12.0, 'dense')
     """
+    check_expert_fn(expert_fn)
+    check_instance("plan", plan, DispatchPlan, fix="Pass what plan_dispatch returned.")
     a = plan.assignments
     check_array(
         "x", x, "T D", sizes={"T": a.num_tokens},
         fix="Pass the tokens that were routed, flattened to [tokens, width].",
+    )  # fmt: skip
+    check_array(
+        "weights", weights, "N", sizes={"N": a.expert_indices.shape[0]},
+        fix="Pass kept_weights(plan), one weight an assignment.",
     )  # fmt: skip
     if num_experts_of(params) != a.num_experts:
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,15 @@ def feed_forward_axes(*, gated: bool, use_bias: bool) -> dict[str, str]:
         if use_bias:
             axes[f"{name}_bias"] = axes[name][-1]
     return axes
+
+
+def check_expert_fn(expert_fn: Any) -> None:
+    """Raises TypeError unless ``expert_fn`` is a function or another callable value, not a class."""
+    if isinstance(expert_fn, type) or not callable(expert_fn):
+        raise TypeError(
+            "expert_fn: expected a function (params, rows [M, D]) -> [M, D_out], got "
+            f"{describe_value(expert_fn)}. Pass FeedForward() or a function of your own."
+        )
 
 
 def check_params(

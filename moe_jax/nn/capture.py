@@ -1,4 +1,4 @@
-"""Watching the MoE layers of an NNX model while it runs, without touching the model's code."""
+"""Captures what the MoE layers of an NNX model see and return, without a change of its code."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from moe_jax.checks import check_instance
 from moe_jax.layer import LayerAux
 from moe_jax.nn.nnx import MoE
 from moe_jax.types import Array
@@ -18,7 +19,7 @@ Watcher = Callable[[str, Array, LayerAux], None]
 
 
 def moe_layers(model: nnx.Module) -> dict[str, MoE]:
-    """The ``MoE`` layers of a model by path, such as ``"blocks/0/moe"``, in the order of the graph."""
+    """Returns the ``MoE`` layers of a model by path (``"blocks/0/moe"``), in the order of the graph."""
     return {
         "/".join(map(str, path)) or "model": node
         for path, node in nnx.iter_graph(model)
@@ -27,11 +28,13 @@ def moe_layers(model: nnx.Module) -> dict[str, MoE]:
 
 
 def check_has_layers(model: nnx.Module) -> dict[str, MoE]:
-    """``moe_layers``, of which there must be one.
+    """Returns ``moe_layers`` of a model that must have one.
 
     Raises:
+        TypeError: not an NNX model.
         ValueError: the model has no MoE layer.
     """
+    check_instance("model", model, nnx.Module, fix="Pass the nnx model itself, before nnx.split.")
     layers = moe_layers(model)
     if not layers:
         raise ValueError(

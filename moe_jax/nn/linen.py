@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from moe_jax.checks import check_count, check_instance
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux, LayerOptions
 from moe_jax.nn.setup import (
@@ -55,6 +56,13 @@ class Router(nn.Module):
 
     router: Rule
     d_model: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_instance(
+            "router", self.router, Rule, fix="Pass a rule such as TopK(num_experts=8, k=2)."
+        )
+        check_count("d_model", self.d_model, fix="Pass the width of x.")
 
     @nn.compact
     def __call__(

@@ -7,8 +7,9 @@ from typing import Any
 from flax import nnx
 from jax.sharding import Mesh
 
+from moe_jax.checks import check_count, check_instance
 from moe_jax.experts import ExpertFn, FeedForward
-from moe_jax.layer import LayerAux
+from moe_jax.layer import LayerAux, check_layer_params
 from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,
@@ -66,6 +67,9 @@ class Router(nnx.Module):
     """
 
     def __init__(self, router: Rule, d_model: int, *, rngs: nnx.Rngs) -> None:
+        check_instance("router", router, Rule, fix="Pass a rule such as TopK(num_experts=8, k=2).")
+        check_instance("rngs", rngs, nnx.Rngs, fix="Pass rngs=nnx.Rngs(0).")
+        check_count("d_model", d_model, fix="Pass the width of x.")
         self.rule = router
         self.router = hold(router.init(rngs.params(), d_model), "router")
         self.router_state = RouterState(router.init_state())
@@ -167,7 +171,9 @@ class MoE(nnx.Module):
                     "rngs: expected nnx.Rngs or params=, got neither. Pass rngs=nnx.Rngs(0) for new "
                     "parameters."
                 )
+            check_instance("rngs", rngs, nnx.Rngs, fix="Pass rngs=nnx.Rngs(0).")
             params = self.spec.init(rngs.params())
+        check_layer_params(params)
         self.router = hold(params["router"], "router")
         self.experts = hold(params["experts"], "experts")
         for name in ("shared", "shared_gate"):

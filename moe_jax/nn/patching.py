@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moe_jax.checks import check_number
 from moe_jax.nn.capture import check_has_layers, watching
 from moe_jax.routers import DynamicK, Router, TopK
 from moe_jax.routing.difficulty import Estimator
@@ -58,6 +59,10 @@ def patch_model_with_dynamic_routing(
         >>> patch_model_with_dynamic_routing(layer)
         {'model': {'trained_k': 4, 'min_k': 1, 'max_k': 4, 'fit': None}}
     """
+    check_number("min_experts_ratio", min_experts_ratio)
+    check_number("max_experts_ratio", max_experts_ratio)
+    if target_mean_k is not None:
+        check_number("target_mean_k", target_mean_k)
     if not 0 < min_experts_ratio <= max_experts_ratio <= 1:
         raise ValueError(
             "min_experts_ratio, max_experts_ratio: expected 0 < min <= max <= 1, got "
@@ -82,9 +87,14 @@ def patch_model_with_dynamic_routing(
         most = most if elastic else min(most, trained.k)
         least = min(most, max(1, math.ceil(min_experts_ratio * trained.num_experts)))
         rules[path] = DynamicK(
-            num_experts=trained.num_experts, min_k=least, max_k=most, difficulty=difficulty,
-            gate=trained.gate, scoring=trained.scoring, balance_rate=trained.balance_rate,
-        )  # fmt: skip
+            num_experts=trained.num_experts,
+            min_k=least,
+            max_k=most,
+            difficulty=difficulty,
+            gate=trained.gate,
+            scoring=trained.scoring,
+            balance_rate=trained.balance_rate,
+        )
     states: dict[str, Any] = {}
     for path, layer in layers.items():
         rule = rules[path]
@@ -100,20 +110,20 @@ def patch_model_with_dynamic_routing(
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
         states[path] = state
-    told: dict[str, dict[str, Any]] = {}
+    report: dict[str, dict[str, Any]] = {}
     for path, layer in layers.items():  # nothing is written before everything is known to fit
         rule, trained = rules[path], layer.spec.router
         assert isinstance(trained, TopK)
         layer.spec = dataclasses.replace(layer.spec, router=rule)
         layer.router_state.set_value(states[path])
         fit = states[path].fit.describe()
-        told[path] = {
+        report[path] = {
             "trained_k": trained.k,
             "min_k": rule.min_k,
             "max_k": rule.max_k,
             "fit": fit if fit["fitted"] else None,
         }
-    return told
+    return report
 
 
 def fit_model(
@@ -148,10 +158,16 @@ def fit_model(
         >>> from moe_jax.nn.nnx import DynamicMoE
         >>> layer = DynamicMoE(8, d_model=8, d_ff=16, max_experts=4, rngs=nnx.Rngs(0))
         >>> x = jax.random.normal(jax.random.key(0), (500, 8))
-        >>> told = fit_model(layer, x, target_mean_k=2.0)
-        >>> round(told["model"]["achieved_mean_k"], 2)
+        >>> fits = fit_model(layer, x, target_mean_k=2.0)
+        >>> round(fits["model"]["achieved_mean_k"], 2)
         2.0
     """
+    check_number("target_mean_k", target_mean_k)
+    if calibration is None:
+        raise ValueError(
+            "calibration: expected an input of the model, got None. Pass real data, a few thousand "
+            "tokens of it."
+        )
     layers = check_has_layers(model)
     with_budget = {
         path: layer
@@ -166,7 +182,7 @@ def fit_model(
             "model of fixed k."
         )
     before = {path: layer.router_state.get_value() for path, layer in with_budget.items()}
-    told: dict[str, dict[str, Any]] = {}
+    fits: dict[str, dict[str, Any]] = {}
     try:
         order = list(_inputs(model, calibration, call))
         missed = [path for path in with_budget if path not in order]
@@ -178,12 +194,12 @@ def fit_model(
                 with_budget[path].fit_router(x, target_mean_k=target_mean_k)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-            told[path] = with_budget[path].router_state.get_value().fit.describe()
+            fits[path] = with_budget[path].router_state.get_value().fit.describe()
     except BaseException:
         for path, layer in with_budget.items():
             layer.router_state.set_value(before[path])
         raise
-    return told
+    return fits
 
 
 def _not_reached(path: str) -> ValueError:

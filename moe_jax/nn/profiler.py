@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.checks import check_choice
+from moe_jax.checks import check_choice, check_instance, check_number
 from moe_jax.routing.stats import BASELINES, FlopsReport, flops_report
 from moe_jax.types import RoutingStats
 
@@ -50,6 +50,15 @@ class FLOPProfiler:
         estimator_flops_per_token: float = 0.0,
     ) -> None:
         check_choice("baseline", baseline, BASELINES)
+        # Refused now: later it would be raised from within a callback of the running model.
+        needed = {"trained_k": trained_k, "mean_k": mean_k}
+        if baseline in needed:
+            if needed[baseline] is None:
+                raise ValueError(
+                    f"{baseline}: expected experts per token above 0 for baseline={baseline!r}, got "
+                    f"None. Pass {baseline}=, or choose baseline='top_max' or 'dense'."
+                )
+            check_number(baseline, needed[baseline])
         self._model = model
         self._options: dict[str, Any] = {
             "baseline": baseline,
@@ -58,27 +67,39 @@ class FLOPProfiler:
             "estimator_flops_per_token": estimator_flops_per_token,
         }
         self._reports: dict[str, list[FlopsReport]] = {}
+        self._open = False
         self._watching: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
     def __enter__(self) -> FLOPProfiler:
+        if self._open:
+            raise RuntimeError(
+                "profiler: expected to be entered once at a time, got a second time while it is open. "
+                "Use one FLOPProfiler for each context."
+            )
         if self._model is not None:
             # Flax is only needed for this, and only for a model that already uses it.
-            from moe_jax.nn.capture import moe_layers, watching
+            from moe_jax.nn.capture import check_has_layers, watching
 
-            specs = {path: layer.spec for path, layer in moe_layers(self._model).items()}
+            specs = {path: layer.spec for path, layer in check_has_layers(self._model).items()}
 
             def watch(path: str, x: Any, aux: Any) -> None:
                 spec = specs[path]
                 self.record(
-                    path, aux.stats, d_model=spec.d_model, max_k=spec.router.max_k,
-                    flops_per_row=spec.flops_per_row(), shared_flops_per_row=spec.shared_flops(),
-                )  # fmt: skip
+                    path,
+                    aux.stats,
+                    d_model=spec.d_model,
+                    max_k=spec.router.max_k,
+                    flops_per_row=spec.flops_per_row(),
+                    shared_flops_per_row=spec.shared_flops(),
+                )
 
             self._watching = watching(self._model, watch)
         self._watching.__enter__()
+        self._open = True
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        self._open = False
         self._watching.__exit__(*raised)
 
     def record(
@@ -92,6 +113,9 @@ class FLOPProfiler:
         shared_flops_per_row: float = 0.0,
     ) -> None:
         """Adds one call of the layer ``name`` with these statistics; see ``flops_report``."""
+        check_instance(
+            "stats", stats, RoutingStats, fix="Pass aux.stats of what the layer returned."
+        )
         stats = jax.tree.map(np.asarray, stats)
         report = flops_report(
             stats, d_model=d_model, max_k=max_k, flops_per_row=flops_per_row, **self._options

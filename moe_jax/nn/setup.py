@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.checks import check_count, check_hidden_states, check_instance, flat_token_mask
-from moe_jax.experts import ExpertFn, FeedForward
+from moe_jax.experts import ExpertFn, FeedForward, check_expert_fn
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer
 from moe_jax.parallel.sharding import layer_over, logical_axes
 from moe_jax.routers import DynamicK, Router
@@ -96,11 +96,7 @@ class LayerSpec:
         check_instance(
             "router", self.router, Router, fix="Pass a rule, e.g. TopK(num_experts=8, k=2)."
         )
-        if isinstance(self.expert_fn, type) or not callable(self.expert_fn):
-            raise TypeError(
-                f"expert_fn: expected a function (params, rows) -> rows, got {self.expert_fn!r}. Pass "
-                "FeedForward() or a function of your own."
-            )
+        check_expert_fn(self.expert_fn)
         if self.mesh is not None:
             check_instance(
                 "mesh", self.mesh, Mesh, fix="Pass moe_jax.parallel.sharding.make_mesh()."

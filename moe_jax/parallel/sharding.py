@@ -25,9 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from moe_jax.checks import (
+    check_count,
+    check_hidden_states,
+    check_key,
+    describe_array,
+    describe_value,
+    flat_token_mask,
+)
 from moe_jax.experts import ExpertFn
 from moe_jax.experts.exchange import ExpertParallel
-from moe_jax.layer import LayerAux, LayerOptions, moe_layer
+from moe_jax.layer import LayerAux, LayerOptions, check_layer, moe_layer
 from moe_jax.routers import ExpertChoiceRouter, Router
 from moe_jax.routing.difficulty import Context
 from moe_jax.types import Array, Params
@@ -96,6 +104,9 @@ def make_mesh(
         >>> make_mesh(data=1, expert=1, devices=jax.devices()[:1]).axis_names
         ('data', 'expert_hosts', 'expert', 'model')
     """
+    sizes = {"data": data, "expert_hosts": expert_hosts, "expert": expert, "model": model}
+    for name, size in sizes.items():
+        check_count(name, size, fix="1 does not split by this axis.")
     devices = jax.devices() if devices is None else list(devices)
     shape = (data, expert_hosts, expert, model)
     if math.prod(shape) != len(devices):
@@ -141,6 +152,11 @@ def parallel_of(mesh: AnyMesh, rules: Rules = RULES, **options: Any) -> ExpertPa
         >>> parallel_of(mesh).expert_axes
         ('expert',)
     """
+    if mesh.size > 1 and not any(mesh_axes(name, mesh, rules) for name in rules):
+        raise ValueError(
+            f"mesh: expected an axis that the rules name, such as {', '.join(AXES)}, got "
+            f"{', '.join(map(str, mesh.axis_names))}. Use make_mesh, or pass rules= or parallel=."
+        )
     width = mesh_axes("mlp", mesh, rules)
     if len(width) > 1:
         raise ValueError(f"rules: expected one axis for 'mlp', got {width}. Merge them.")
@@ -244,6 +260,8 @@ def pad_experts(params: Params, devices: int) -> Params:
         (8, 2, 2)
     """
 
+    check_count("devices", devices, fix="Pass the number of devices that share the experts.")
+
     def pad(p: Array) -> Array:
         more = -p.shape[0] % devices
         return jnp.pad(p, [(0, more), *[(0, 0)] * (p.ndim - 1)]) if more else p
@@ -341,6 +359,13 @@ def sharded_moe_layer(
         >>> y.shape
         (2, 3, 8)
     """
+    check_layer(router, expert_fn, params, options, parallel)
+    check_hidden_states(x)
+    check_key(key)
+    if mesh is not None and not isinstance(mesh, AnyMesh):
+        raise TypeError(
+            f"mesh: expected a jax.sharding.Mesh, got {describe_value(mesh)}. Pass make_mesh(...)."
+        )
     where: AnyMesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if where.empty:
         raise ValueError("mesh: expected one, got none. Pass mesh=, or call jax.set_mesh first.")
@@ -350,6 +375,12 @@ def sharded_moe_layer(
             "experts look at the whole batch. Run it with moe_layer, or use ExpertThreshold."
         )
     parallel = parallel_of(where) if parallel is None else parallel
+    absent = [a for a in parallel.axes if a not in where.shape]
+    if absent:
+        raise ValueError(
+            f"parallel: expected axes of the mesh, {', '.join(where.axis_names)}, got "
+            f"{', '.join(absent)}. Leave parallel out to take those that the mesh has."
+        )
     _check_experts(params["experts"], router.num_experts, where, parallel)
     tokens = parallel.token_axes
     shards = math.prod(where.shape[a] for a in tokens)
@@ -358,7 +389,14 @@ def sharded_moe_layer(
     total = math.prod(lead)
     more = -total % shards
     flat = x.reshape(total, x.shape[-1])
-    mask = None if token_mask is None else token_mask.reshape(total)
+    mask = flat_token_mask(token_mask, lead)
+    for name, value in (context or {}).items():
+        for leaf in jax.tree.leaves(value):
+            if not leaf.ndim or leaf.shape[0] != total:
+                raise ValueError(
+                    f"context[{name!r}]: expected a leading axis of T={total} tokens, got "
+                    f"{describe_array(leaf)}. Flatten it as x is flattened for routing."
+                )
     if more:
         mask = jnp.ones((total,), bool) if mask is None else mask
         flat, mask = jnp.pad(flat, ((0, more), (0, 0))), jnp.pad(mask, (0, more))
