@@ -13,7 +13,8 @@ from flax import nnx
 
 from moe_jax.checks import check_number
 from moe_jax.nn.capture import check_has_layers, watching
-from moe_jax.routers import DynamicK, Router, TopK
+from moe_jax.routers import DynamicK, TopK
+from moe_jax.routers.base import calibrates
 from moe_jax.routing.difficulty import Estimator
 
 
@@ -172,7 +173,7 @@ def fit_model(
     with_budget = {
         path: layer
         for path, layer in layers.items()
-        if type(layer.spec.router).fit is not Router.fit
+        if calibrates(type(layer.spec.router))
     }
     if not with_budget:
         raise ValueError(

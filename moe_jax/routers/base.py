@@ -442,7 +442,7 @@ class TokenChoice(Router, abc.ABC):
         token_mask: Array | None = None,
         context: Context | None = None,
     ) -> Any:
-        if not _calibrates(type(self)):
+        if not calibrates(type(self)):
             return super().fit(params, state, x, target_mean_k=target_mean_k)
         check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
         real = real_tokens(token_mask, x)
@@ -461,14 +461,15 @@ class TokenChoice(Router, abc.ABC):
         )
 
 
-def _calibrates(rule: type[Router]) -> bool:
+def calibrates(rule: type[Router]) -> bool:
+    """Returns whether rules of this class have a budget that ``fit`` calibrates."""
     if issubclass(rule, TokenChoice):
         return rule.calibrate is not TokenChoice.calibrate
     return rule.fit is not Router.fit
 
 
 def _calibrated_rules() -> list[str]:
-    return sorted(name for name, rule in registry.registered_rules().items() if _calibrates(rule))
+    return sorted(name for name, rule in registry.registered_rules().items() if calibrates(rule))
 
 
 def real_tokens(token_mask: Array | None, x: Array) -> np.ndarray:
