@@ -171,9 +171,7 @@ def fit_model(
         )
     layers = check_has_layers(model)
     with_budget = {
-        path: layer
-        for path, layer in layers.items()
-        if calibrates(type(layer.spec.router))
+        path: layer for path, layer in layers.items() if calibrates(type(layer.spec.router))
     }
     if not with_budget:
         raise ValueError(
