@@ -9,24 +9,16 @@ A checkpoint is one folder::
       arrays/extra-NAME/
 
 It is written beside its place and renamed into it last, so PATH either does not exist or is whole.
-What was damaged later (cut short, a bit flipped, a file added or lost) no longer matches the
-manifest and is refused before a single array is read. Nothing is pickled. A process that is killed
-while saving leaves a hidden ``.NAME.saving-*`` beside PATH, which may be deleted.
+A file that was damaged later (cut short, a bit flipped, a file added or lost) no longer matches the
+manifest, and the checkpoint is refused before a single array is read. Nothing is pickled. A process
+that is killed while saving leaves a hidden ``.NAME.saving-*`` beside PATH, which may be deleted.
 """
 
+from moe_jax.checkpoint.content import FORMAT, Checkpoint
 from moe_jax.checkpoint.layers import LayerSpec, StoredLayer
-from moe_jax.checkpoint.place import check_free
-from moe_jax.checkpoint.sealed import FORMAT, CheckpointError
-from moe_jax.checkpoint.store import (
-    Checkpoint,
-    OpenCheckpoint,
-    SaveHandle,
-    load_metadata,
-    open_checkpoint,
-    restore,
-    save,
-    save_async,
-)
+from moe_jax.checkpoint.reader import OpenCheckpoint, load_metadata, open_checkpoint, restore
+from moe_jax.checkpoint.tree import CheckpointError
+from moe_jax.checkpoint.writer import SaveHandle, check_free, save, save_async
 
 __all__ = [
     "FORMAT",

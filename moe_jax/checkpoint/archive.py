@@ -31,20 +31,24 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import checkpoint as checkpoints
-from moe_jax.checkpoint.inspection import describe_checkpoint, superseded
-from moe_jax.checkpoint.sealed import checksum_of, file_digests, listed, sealed_text, sync_folder
+from moe_jax.checkpoint.description import describe_checkpoint, superseded
+from moe_jax.checkpoint.sealed import LIBRARY, PathLike, Seal, checksum_of, sync_folder
 from moe_jax.config import Config
-
-FORMAT = 1
-MANIFEST = "export.json"
-_KIND = "moe_jax export"
-_AGAIN = "Take another copy of the export, or export again."
-
-PathLike = str | os.PathLike[str]
 
 
 class ArchiveError(ValueError):
     """An export that cannot be written or must not be restored, with what to do about it."""
+
+
+SEAL = Seal(
+    noun="an export",
+    manifest="export.json",
+    mark=("kind", f"{LIBRARY} export"),
+    format=1,
+    error=ArchiveError,
+    absent="Check the path; a bare checkpoint becomes an export by moe-jax export.",
+    renew="Take another copy of the export, or export again.",
+)
 
 
 def export(
@@ -104,43 +108,28 @@ def export(
     differing = _superseded(config, opened, sorted(described["routers"]))
     measured = None if baseline is None else _read_baseline(Path(baseline))
     thresholds = {name: router["fit"] for name, router in described["routers"].items()}
-    beside = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex}")
-    try:
-        beside.mkdir(parents=True)
+    content = {
+        "library_version": about["library_version"],
+        "versions": about["versions"],
+        "provenance": {
+            "checkpoint": about["checksum"],
+            "config": config.config_hash,
+            "routers": {n: r["fingerprint"] for n, r in described["routers"].items()},
+            "fits": thresholds,
+            "metadata": about["metadata"],
+            "superseded": differing,
+            "baseline": None
+            if measured is None
+            else {word: measured[word] for word in ("bench", "machine")},
+        },
+    }
+    with SEAL.writing(target) as beside:
         shutil.copytree(source, beside / "checkpoint")
         _write_json(beside / "config.json", config.to_json())
         _write_json(beside / "thresholds.json", thresholds)
         if measured is not None:
             _write_json(beside / "baseline.json", measured)
-        manifest = {
-            "kind": _KIND,
-            "format": FORMAT,
-            "library_version": about["library_version"],
-            "versions": about["versions"],
-            "provenance": {
-                "checkpoint": about["checksum"],
-                "config": config.config_hash,
-                "routers": {n: r["fingerprint"] for n, r in described["routers"].items()},
-                "fits": thresholds,
-                "metadata": about["metadata"],
-                "superseded": differing,
-                "baseline": None
-                if measured is None
-                else {word: measured[word] for word in ("bench", "machine")},
-            },
-            "files": file_digests(beside, sync=True),
-        }
-        (beside / MANIFEST).write_text(sealed_text(manifest), encoding="utf-8")
-        sync_folder(beside)
-        os.rename(beside, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        raise ArchiveError(
-            f"{target}: expected to write an export, got {type(error).__name__}: {error}. "
-            "Nothing was left there: check the space, the permissions and the path."
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        manifest = SEAL.close(beside, content)
     return {**manifest, "checksum": checksum_of(manifest)}
 
 
@@ -160,36 +149,15 @@ def _superseded(
 
 
 def verify(path: PathLike) -> dict[str, Any]:
-    """The manifest of an export, after every byte of it was compared with it.
+    """Returns the manifest of an export, after comparing every byte of the export with it.
 
     Raises:
         ArchiveError: there is no export, it is of a newer format, or any file of it was damaged,
             lost or added; the message names the file.
     """
     folder = Path(path).resolve()
-    manifest = _read_manifest(folder)
-    wanted: dict[str, Any] = manifest["files"]
-    try:
-        found = file_digests(folder)
-    except OSError as error:
-        raise ArchiveError(
-            f"{folder}: expected files that can be read, got {type(error).__name__}: {error}. "
-            "Check the permissions and the disk."
-        ) from error
-    found.pop(MANIFEST, None)
-    lost, added = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    if lost or added:
-        raise ArchiveError(
-            f"{folder}: expected the {len(wanted)} files of {MANIFEST}, got {len(lost)} missing "
-            f"({listed(lost[:3])}) and {len(added)} unknown ({listed(added[:3])}). {_AGAIN}"
-        )
-    for name, entry in wanted.items():
-        if found[name] != entry:
-            raise ArchiveError(
-                f"{folder / name}: expected {entry['size']} bytes with SHA-256 {entry['sha256']}, "
-                f"got {found[name]['size']} with {found[name]['sha256']}: it was damaged or "
-                f"changed. {_AGAIN}"
-            )
+    manifest = SEAL.read(folder)
+    SEAL.verify(folder, manifest)
     return {**manifest, "checksum": checksum_of(manifest)}
 
 
@@ -278,37 +246,6 @@ def rollback(releases: PathLike) -> dict[str, Any]:
 
 
 # --- parts ----------------------------------------------------------------------------------
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST
-    try:
-        text = file.read_text(encoding="utf-8")
-        manifest = json.loads(text)
-    except FileNotFoundError as error:
-        raise ArchiveError(
-            f"{folder}: expected an export with {MANIFEST}, got none. Check the path; a bare "
-            "checkpoint becomes an export by moe-jax export."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArchiveError(
-            f"{file}: expected a JSON file, got {type(error).__name__}: {error}. {_AGAIN}"
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
-        raise ArchiveError(f"{file}: expected the manifest of a {_KIND}, got something else.")
-    version = manifest.get("format")
-    if isinstance(version, int) and version > FORMAT:
-        raise ArchiveError(
-            f"{folder}: expected format {FORMAT} or older, got format {version}, written by "
-            f"moe_jax {manifest.get('library_version')}. Upgrade moe_jax to read it."
-        )
-    checksum = manifest.pop("checksum", None)
-    if sealed_text(manifest) != text:
-        raise ArchiveError(
-            f"{file}: expected the text that was sealed with SHA-256 {checksum}, got one with "
-            f"{checksum_of(manifest)}: it was damaged or edited. {_AGAIN}"
-        )
-    return manifest
 
 
 def _read_baseline(file: Path) -> dict[str, Any]:

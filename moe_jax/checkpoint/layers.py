@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from moe_jax.checkpoint.sealed import CheckpointError
+from moe_jax.checkpoint.tree import CheckpointError
 from moe_jax.experts import FeedForward
 from moe_jax.routers import Router
-from moe_jax.types import Params
+from moe_jax.types import ExpertChoice, Params, Routing
 
 Keys = tuple[str, ...]
 
@@ -88,6 +88,10 @@ class StoredLayer:
     def width(self) -> int:
         """D, the width of the hidden states that the router takes."""
         return int(self.params["kernel"].shape[0])
+
+    def route(self, x: Any) -> Routing | ExpertChoice:
+        """Routes hidden states float[T, D]."""
+        return self.router(self.params, self.state, x)
 
 
 def stored_layer(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from moe_jax.checkpoint.sealed import CheckpointError
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or must not be loaded, with what to do about it."""
 
 
 def named_leaves(item: str, tree: Any) -> dict[str, Any]:
@@ -71,14 +71,14 @@ def shaped_like(example: Any, leaves: dict[str, jax.Array]) -> Any:
 
 
 def leaf_shapes(item: str, tree: Any) -> dict[str, str]:
-    return {name: told_array(leaf) for name, leaf in named_leaves(item, tree).items()}
+    return {name: array_words(leaf) for name, leaf in named_leaves(item, tree).items()}
 
 
 def leaf_table(entry: dict[str, Any]) -> dict[str, str]:
     return {n: f"{leaf['dtype']}{leaf['shape']}" for n, leaf in entry["leaves"].items()}
 
 
-def told_array(leaf: Any) -> str:
+def array_words(leaf: Any) -> str:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}{list(leaf.shape)}"
     return f"a {type(leaf).__name__}"
@@ -99,40 +99,6 @@ def difference_between(wanted: Mapping[str, str], found: Mapping[str, str]) -> s
         f"{n}: {found.get(n, 'nothing')} instead of {wanted.get(n, 'nothing')}" for n in names[:3]
     ]
     return "; ".join(told) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def to_host(name: str, leaf: Any, copy: bool) -> np.ndarray:
-    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
-        raise CheckpointError(
-            f"{name}: expected an array, got a {type(leaf).__name__}. "
-            "Wrap it in jnp.asarray, or put it into metadata."
-        )
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise CheckpointError(
-            f"{name}: expected an array of numbers, got a random key ({leaf.dtype}). "
-            "Save jax.random.key_data(key) and wrap it again after restoring."
-        )
-    if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == np.bool_):
-        raise CheckpointError(
-            f"{name}: expected an array of numbers or bools, got dtype {leaf.dtype}. "
-            "Put text and objects into metadata."
-        )
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        raise CheckpointError(
-            f"{name}: expected an array that this process can read whole, got one spread over "
-            "several processes. Gather it first, with jax.experimental.multihost_utils."
-        )
-    check_width(name, leaf.dtype)
-    return np.array(leaf) if copy else np.asarray(leaf)
-
-
-def check_width(name: str, dtype: Any) -> None:
-    wide = ("int64", "uint64", "float64", "complex128")
-    if np.dtype(dtype).name in wide and not jax.config.read("jax_enable_x64"):
-        raise CheckpointError(
-            f"{name}: expected at most 32 bits, got {dtype}, which JAX would cut to 32. "
-            "Cast it, or run with jax_enable_x64."
-        )
 
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,11 +55,12 @@ def route(
     """Route a file of hidden states and show where the tokens went."""
     import numpy as np
 
-    from moe_jax.checkpoint import inspection
+    from moe_jax.checkpoint import open_checkpoint
+    from moe_jax.lab import hidden_states
 
     if save is not None:
         with told():
-            inspection.check_save(save)
+            hidden_states.check_save(save)
     if url is not None:
         with told():
             if (checkpoint, router_name, config, target_mean_k) != (None,) * 4:
@@ -85,15 +86,15 @@ def route(
                 "a budget and sizes of their own. Leave them out; for another budget see "
                 "moe-jax calibrate."
             )
-        x = inspection.load_hidden_states(file)
+        x = hidden_states.load_hidden_states(file)
         if checkpoint is not None:
-            source = inspection.router_from_checkpoint(checkpoint, router_name)
-            inspection.check_width(source, x, file=file, checkpoint=checkpoint)
+            source = open_checkpoint(checkpoint).layer(router_name)
+            hidden_states.check_width(source, x, file=file, checkpoint=checkpoint)
         else:
-            source = inspection.untrained_router(
+            source = hidden_states.untrained_router(
                 x, config_file=config, target_mean_k=target_mean_k, seed=seed
             )
-        report, arrays = inspection.route(source, x)
+        report, arrays = hidden_states.route_report(source, x)
         if save is not None:
             np.savez(save, allow_pickle=False, **arrays)
     if as_json:
@@ -255,10 +256,11 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint holds: routers, budgets and their provenance, sizes."""
-    from moe_jax.checkpoint import inspection
+    from moe_jax.checkpoint import open_checkpoint
+    from moe_jax.checkpoint.description import describe_checkpoint, routers_by_rule
 
     with told():
-        report = inspection.describe_checkpoint(checkpoint)
+        report = describe_checkpoint(open_checkpoint(checkpoint))
     if as_json:
         print_json(report)
         return
@@ -269,7 +271,7 @@ def inspect(
     table = Table("rule", "budget", "reached", "tokens", "data", "weights")
     # With --layers names are what route --router takes, so they are never cut: each has the first
     # column to itself.
-    groups = inspection.routers_by_rule(report["routers"], layers=layers)
+    groups = routers_by_rule(report["routers"], layers=layers)
     for label, group in groups.items():
         fits = [router["fit"] for router in group if router["fit"] and router["fit"]["fitted"]]
         budget = [

@@ -72,11 +72,11 @@ def route_over(url: str, key: str | None, file: Path, save: Path | None) -> dict
     """What ``moe-jax route --url`` does: a report like the local one, from the service's answer."""
     import numpy as np
 
-    from moe_jax.checkpoint import inspection
+    from moe_jax.lab.hidden_states import load_hidden_states
     from moe_jax.serving.http.client import Refused, Service
 
     with told():
-        x = inspection.load_hidden_states(file)
+        x = load_hidden_states(file)
         service = Service(url, key=key)
         shaped = x.reshape(-1, x.shape[-2], x.shape[-1]) if x.ndim > 2 else x[None]
         try:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.checkpoint import archive, inspection, load_metadata, open_checkpoint
+from moe_jax.checkpoint import archive, load_metadata, open_checkpoint
 from moe_jax.config import Config, load_config
 from moe_jax.experts import FeedForward
 from moe_jax.lab import language_model
+from moe_jax.lab.hidden_states import route_report
 from moe_jax.lab.training import load_variants
 from moe_jax.layer import moe_layer
 
@@ -52,8 +53,7 @@ def test_every_router_routes_as_it_did(folders, kind, path, routers):
     assert sorted(opened.content.routers) == routers
     assert "layers" not in json.loads((folders / path / "manifest.json").read_text())
     for name in routers:
-        source = inspection.router_from_checkpoint(folders / path, name)
-        for word, value in inspection.route(source, EXPECTED["x"])[1].items():
+        for word, value in route_report(opened.layer(name), EXPECTED["x"])[1].items():
             wanted = EXPECTED[f"{kind} {word} {name}"]
             if value.dtype.kind == "i":
                 np.testing.assert_array_equal(value, wanted, err_msg=f"{name} {word}")

@@ -84,9 +84,9 @@ def _save(path, array):
 def test_route_refuses_options_it_cannot_follow_before_it_routes(
     hidden, monkeypatch, options, said
 ):
-    from moe_jax.checkpoint import inspection
+    from moe_jax.lab import hidden_states
 
-    monkeypatch.setattr(inspection, "route", lambda *_: pytest.fail("routed"))
+    monkeypatch.setattr(hidden_states, "route_report", lambda *_: pytest.fail("routed"))
     result = runner.invoke(app, ["route", str(hidden), *options])
     assert result.exit_code == 2
     assert said in " ".join(result.stderr.split())

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.checkpoint import Checkpoint, inspection, save
+from moe_jax.checkpoint import Checkpoint, open_checkpoint, save
 from moe_jax.config import Config, RouterConfig, build_router, load_config
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.http.smoke import _as_expected, _by_expert
@@ -45,7 +45,7 @@ def made(tmp_path_factory):
         save(folder / str(seed), saved)
     settings = dict(input_dim=D, max_experts=3, buckets="128", enable_caching=False)
     with RouterEngine(load_config(env={}, checkpoint=str(folder / "0"), **settings)) as engine:
-        sources = [inspection.router_from_checkpoint(folder / str(s), None) for s in (0, 1)]
+        sources = [open_checkpoint(folder / str(s)).layer() for s in (0, 1)]
         yield engine, sources
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checkpoint import open_checkpoint
-from moe_jax.checkpoint.inspection import router_sizes
+from moe_jax.checkpoint.description import router_sizes
 from moe_jax.config import Config, ConfigError, build_router
 from moe_jax.experts import FeedForward
 from moe_jax.layer import init_moe_layer

@@ -46,10 +46,10 @@ def check(
         ("metrics", lambda: _metrics(admin)),
     ]
     if checkpoint is not None:
-        from moe_jax.checkpoint import inspection
+        from moe_jax.checkpoint import open_checkpoint
 
-        source = inspection.router_from_checkpoint(checkpoint, router_name)
-        checks.append(("routes as the checkpoint", lambda: _as_expected(service, source)))
+        layer = open_checkpoint(checkpoint).layer(router_name)
+        checks.append(("routes as the checkpoint", lambda: _as_expected(service, layer)))
     told: list[dict[str, Any]] = []
     reached = True
     for name, run in checks:
@@ -97,17 +97,16 @@ def _routes(service: Service) -> str:
     return f"16 tokens, {counts.mean():.2f} experts each, {milliseconds:.1f} ms{kind}"
 
 
-def _as_expected(service: Service, source: Any) -> str:
+def _as_expected(service: Service, layer: Any) -> str:
     """The service's answer against the checkpoint's own router, token by token."""
-    from moe_jax.checkpoint import inspection
-
     width = service.get_json("/v2/models/router")["inputs"][0]["shape"][-1]
     x = np.random.default_rng(1).standard_normal((2, 64, width), dtype=np.float32)
-    wanted = inspection.route(source, x)[1]
+    wanted = layer.route(x.reshape(-1, width))
     found = service.infer("router", {"hidden_states": x})[0]
-    _hold("expert_indices" in wanted, "the checkpoint's rule lets experts choose tokens")
-    experts = int(source.router.num_experts)
-    ours = _by_expert(wanted["expert_indices"], wanted["expert_weights"], experts)
+    _hold(hasattr(wanted, "expert_indices"), "the checkpoint's rule lets experts choose tokens")
+    experts = int(layer.router.num_experts)
+    indices, weights = np.asarray(wanted.expert_indices), np.asarray(wanted.combine_weights)
+    ours = _by_expert(indices, weights, experts)
     theirs = _by_expert(found["expert_indices"], found["expert_weights"], experts)
     other = ((ours > 0) != (theirs > 0)).any(axis=-1)
     _hold(not other.any(), f"{int(other.sum())} of {len(other)} tokens go to other experts")

@@ -26,14 +26,15 @@ from moe_jax.checkpoint import (
     Checkpoint,
     CheckpointError,
     load_metadata,
+    reader,
     restore,
     save,
     save_async,
+    sealed,
 )
-from moe_jax.checkpoint import store as module
 from moe_jax.config import PRESETS, build_router
 from moe_jax.interop.rules import MoEPlusPlus
-from moe_jax.routers import DynamicK, ExpertThreshold, ReLURouter, Router, TopAny, TopK, TopP
+from moe_jax.routers import DynamicK, ExpertThreshold, MinP, ReLURouter, Router, TopAny, TopK, TopP
 
 
 def bits(x: Any) -> tuple[str, tuple[int, ...], bytes]:
@@ -198,11 +199,9 @@ def test_a_fresh_process_routes_bit_for_bit_the_same(pristine, tmp_path):  # R13
 
 def test_orbax_alone_can_read_the_arrays(pristine):
     name, kernel = "layer_0/router/kernel", example().params["layer_0"]["router"]["kernel"]
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
         target = {name: jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)}
-        found = reader.restore(
-            pristine / "arrays" / "params", args=ocp.args.StandardRestore(target)
-        )
+        found = orbax.restore(pristine / "arrays" / "params", args=ocp.args.StandardRestore(target))
     assert bits(found[name]) == bits(kernel)
 
 
@@ -214,6 +213,27 @@ def test_inside_a_running_event_loop(tmp_path):
         return restore(tmp_path / "c")
 
     assert same(asyncio.run(main()).params, np.ones(3, np.float32))
+
+
+def test_no_array_comes_back_twice(tmp_path):
+    """G: whatever was saved, all of it can be donated at once, and nothing else is lost."""
+    router, one = DynamicK(num_experts=4, min_k=2, max_k=2), jnp.ones((2, 2))
+    twice = {"a": one, "b": one, "empty": jnp.zeros((0, 2)), "none": jnp.zeros((0, 2))}
+    state = router.init_state()
+    path = save(
+        tmp_path / "c",
+        Checkpoint(
+            params=twice,
+            routers={"x": router, "y": router},
+            states={"x": state, "y": state},
+            extra={"optimizer": twice},
+        ),
+    )
+    found = restore(path, expected=Checkpoint(extra={"optimizer": twice}))
+    trees = (found.params, found.states, found.extra)
+    assert len({id(leaf) for leaf in jax.tree.leaves(trees)}) == len(jax.tree.leaves(trees))
+    step = jax.jit(lambda t: jax.tree.map(lambda v: v + 1, t), donate_argnums=0)
+    jax.block_until_ready(step(trees))
 
 
 # --- metadata and expectations --------------------------------------------------------------
@@ -355,7 +375,7 @@ def reseal(folder: Path, **changes: Any) -> None:
     """Another program's manifest: changed and sealed again, so that only its meaning is wrong."""
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["checksum"]
-    (folder / "manifest.json").write_text(module.sealed_text({**manifest, **changes}))
+    (folder / "manifest.json").write_text(sealed.sealed_text({**manifest, **changes}))
 
 
 def test_a_newer_format_says_what_to_do(copied):
@@ -381,17 +401,27 @@ def test_a_configuration_of_another_version(copied):
     assert "Did you mean num_experts?" in refused(restore, copied)
 
 
+def test_a_state_that_does_not_belong_to_its_rule_is_refused(copied):
+    """L: the rule of a manifest with the arrays of another state, as a copied state would have."""
+    other = DynamicK(num_experts=8, min_k=1, max_k=3, difficulty="activation_norm")
+    entry = {"router": other.to_json(), "fingerprint": other.fingerprint()}
+    reseal(copied, routers={"layer_0": entry})
+    message = refused(restore, copied)
+    assert "layer_0/thresholds: float32[3] instead of float32[2]" in message
+    assert "belongs to another rule or to other sizes" in message
+
+
 def test_replaced_while_it_is_read(copied, pristine, monkeypatch):
     """Files are opened by path one by one: parts of two checkpoints must not be mixed."""
-    read = module._read_arrays
+    read = reader.read_arrays
 
-    def and_then_replaced(folder, item, entry):
-        found = read(folder, item, entry)
+    def and_then_replaced(folder, item, *rest):
+        found = read(folder, item, *rest)
         if item == "params":
             save(copied, dataclasses.replace(example(), metadata={"step": 4}), overwrite=True)
         return found
 
-    monkeypatch.setattr(module, "_read_arrays", and_then_replaced)
+    monkeypatch.setattr(reader, "read_arrays", and_then_replaced)
     assert "replaced while it was read" in refused(restore, copied)
 
 
@@ -432,7 +462,7 @@ def test_a_save_that_fails_at_any_step_changes_nothing(tmp_path, monkeypatch, st
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, step, full)
+        patch.setattr(sealed, step, full)
         told = refused(save, path, Checkpoint(params=jnp.zeros(1)), overwrite=overwrite)
     assert "No space left" in told
     assert [entry.name for entry in tmp_path.iterdir()] == (["c"] if overwrite else [])
@@ -443,11 +473,11 @@ def test_a_save_that_fails_at_any_step_changes_nothing(tmp_path, monkeypatch, st
 KILLED = """
 import os, signal, sys
 import numpy as np
-from moe_jax.checkpoint import store
+from moe_jax.checkpoint import Checkpoint, save, sealed
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
-store._move_into_place = die
-store.save(sys.argv[1], store.Checkpoint(params=np.zeros(1, np.float32)), overwrite=True)
+sealed._move_into_place = die
+save(sys.argv[1], Checkpoint(params=np.zeros(1, np.float32)), overwrite=True)
 """
 
 
@@ -500,7 +530,7 @@ def test_an_asynchronous_save_tells_its_failure(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_move_into_place", full)
+    monkeypatch.setattr(sealed, "_move_into_place", full)
     handle = save_async(tmp_path / "d", Checkpoint())
     assert "No space left" in refused(handle.wait)
     assert not (tmp_path / "d").exists()
@@ -528,6 +558,25 @@ STATE = ROUTER.init_state()
                 "states": {"a": dataclasses.replace(STATE, expert_bias=jnp.zeros(5))},
             },
             ["states['a']", "expert_bias: float32[5] instead of float32[4]"],
+        ),
+        # L: a state of another rule, or of the same rule for other sizes.
+        (
+            {
+                "routers": {"a": DynamicK(num_experts=4, min_k=1, max_k=2)},
+                "states": {"a": DynamicK(num_experts=4, min_k=1, max_k=4).init_state()},
+            },
+            [
+                "states['a']",
+                "DynamicK.init_state()",
+                "thresholds: float32[3] instead of float32[1]",
+            ],
+        ),
+        (
+            {
+                "routers": {"a": TopP(num_experts=4)},
+                "states": {"a": MinP(num_experts=4).init_state()},
+            },
+            ["states['a']", "TopP.init_state()", "MinP"],
         ),
         (
             {
