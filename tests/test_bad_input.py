@@ -120,13 +120,15 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "rank: no token axis of its own": (ValueError, lambda: layer(jnp.ones(())), "x: .*T, D"),
     "rank: router given [B, S, D]": (
         ValueError,
-        lambda: ROUTER(
-            ROUTER.init(jax.random.key(0), D), ROUTER.init_state(), jnp.ones((2, 3, D))
-        ),
+        lambda: ROUTER(ROUTER.init(jax.random.key(0), D), ROUTER.init_state(), jnp.ones((2, 3, D))),
         r"float\[T, D=8\], got float32\[2, 3, 8\]",
     ),
     "width": (ValueError, lambda: layer(jnp.ones((T, D + 1))), r"D=8\], got float32\[6, 9\]"),
-    "dtype: integers": (TypeError, lambda: layer(jnp.ones((T, D), jnp.int32)), r"got int32\[6, 8\]"),
+    "dtype: integers": (
+        TypeError,
+        lambda: layer(jnp.ones((T, D), jnp.int32)),
+        r"got int32\[6, 8\]",
+    ),
     "dtype: booleans": (TypeError, lambda: layer(jnp.ones((T, D), bool)), r"got bool\[6, 8\]"),
     "not an array": (TypeError, lambda: layer([[1.0] * D]), "got a list"),
     "none at all": (TypeError, lambda: layer(None), "got a NoneType"),
@@ -134,18 +136,26 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no width": (ValueError, lambda: layer(jnp.ones((T, 0))), r"got float32\[6, 0\]"),
     # --- masks
     "mask of another length": (
-        ValueError, lambda: layer(token_mask=jnp.ones((T + 1,), bool)), r"token_mask.*\[7\]",
+        ValueError,
+        lambda: layer(token_mask=jnp.ones((T + 1,), bool)),
+        r"token_mask.*\[7\]",
     ),
     "mask of another rank": (
-        ValueError, lambda: layer(token_mask=jnp.ones((T, D), bool)), r"token_mask.*\[6, 8\]",
+        ValueError,
+        lambda: layer(token_mask=jnp.ones((T, D), bool)),
+        r"token_mask.*\[6, 8\]",
     ),
     "mask of floats": (
-        TypeError, lambda: layer(token_mask=jnp.ones((T,), jnp.float32)), "token_mask.*float32",
+        TypeError,
+        lambda: layer(token_mask=jnp.ones((T,), jnp.float32)),
+        "token_mask.*float32",
     ),
     "router: mask of another length": (
         ValueError,
         lambda: ROUTER(
-            ROUTER.init(jax.random.key(0), D), ROUTER.init_state(), X,
+            ROUTER.init(jax.random.key(0), D),
+            ROUTER.init_state(),
+            X,
             token_mask=jnp.ones((2,), bool),
         ),
         r"token_mask.*bool\[T=6\], got bool\[2\]",
@@ -155,10 +165,14 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "k of 0": (ValueError, lambda: TopK(num_experts=4, k=0), "max_k=0"),
     "no experts": (ValueError, lambda: TopK(num_experts=0, k=1), "num_experts.*got 0"),
     "quantiles with every expert": (
-        ValueError, lambda: TopK(num_experts=4, k=4, balance="quantile"), "k=4 of 4",
+        ValueError,
+        lambda: TopK(num_experts=4, k=4, balance="quantile"),
+        "k=4 of 4",
     ),
     "quantiles past the batch's": (
-        ValueError, lambda: TopK(num_experts=4, k=2, balance="quantile", balance_rate=2.0), "got 2.0",
+        ValueError,
+        lambda: TopK(num_experts=4, k=2, balance="quantile", balance_rate=2.0),
+        "got 2.0",
     ),
     "quantiles that move nothing": (
         ValueError,
@@ -166,7 +180,9 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         r"0 < balance_rate <= 1.*got 0\.0.*1\.0 is usual",
     ),
     "negative balance rate": (
-        ValueError, lambda: TopK(num_experts=4, k=2, balance_rate=-0.1), "balance_rate.*got -0.1",
+        ValueError,
+        lambda: TopK(num_experts=4, k=2, balance_rate=-0.1),
+        "balance_rate.*got -0.1",
     ),
     "balance rate that is none": (
         ValueError,
@@ -174,15 +190,21 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "balance_rate.*got nan",
     ),
     "experts as a float": (
-        TypeError, lambda: ReLURouter(num_experts=8.0, target_k=2.0), "an integer, got 8.0",  # pyright: ignore[reportArgumentType]
+        TypeError,
+        lambda: ReLURouter(num_experts=8.0, target_k=2.0),
+        "an integer, got 8.0",  # pyright: ignore[reportArgumentType]
     ),
     "k as text": (TypeError, lambda: TopK(num_experts=4, k="2"), "k: .*got '2'"),  # pyright: ignore[reportArgumentType]
     "MoE++ without experts": (
-        ValueError, lambda: MoEPlusPlus(num_experts=0), "num_experts.*at least 1, got 0",
+        ValueError,
+        lambda: MoEPlusPlus(num_experts=0),
+        "num_experts.*at least 1, got 0",
     ),
     "balance unknown": (ValueError, lambda: TopK(num_experts=4, k=2, balance="qb"), "got 'qb'"),
     "min above max": (
-        ValueError, lambda: DynamicK(num_experts=4, min_k=3, max_k=2), "min_k=3, max_k=2",
+        ValueError,
+        lambda: DynamicK(num_experts=4, min_k=3, max_k=2),
+        "min_k=3, max_k=2",
     ),
     "negative min": (ValueError, lambda: DynamicK(num_experts=4, min_k=-1, max_k=2), "min_k=-1"),
     "top-p without an expert": (ValueError, lambda: TopP(num_experts=4, min_k=0), "at least 1"),
@@ -190,16 +212,24 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "p above 1": (ValueError, lambda: TopP(num_experts=4, p=1.5), "0 <= p <= 1, got 1.5"),
     "ratio below 0": (ValueError, lambda: MinP(num_experts=4, ratio=-0.1), "got -0.1"),
     "target out of reach": (
-        ValueError, lambda: TopP(num_experts=4, max_k=2, target_mean_k=3.0), "got 3.0",
+        ValueError,
+        lambda: TopP(num_experts=4, max_k=2, target_mean_k=3.0),
+        "got 3.0",
     ),
     "threshold target above E": (
-        ValueError, lambda: ExpertThreshold(num_experts=4, target_k=5.0), "got 5.0",
+        ValueError,
+        lambda: ExpertThreshold(num_experts=4, target_k=5.0),
+        "got 5.0",
     ),
     "decay of 1": (
-        ValueError, lambda: ExpertThreshold(num_experts=4, target_k=1.0, decay=1.0), "got 1.0",
+        ValueError,
+        lambda: ExpertThreshold(num_experts=4, target_k=1.0, decay=1.0),
+        "got 1.0",
     ),
     "expert choice above E": (
-        ValueError, lambda: ExpertChoiceRouter(num_experts=4, mean_k=5.0), "got 5.0",
+        ValueError,
+        lambda: ExpertChoiceRouter(num_experts=4, mean_k=5.0),
+        "got 5.0",
     ),
     "expert choice renormalised": (
         ValueError,
@@ -214,29 +244,47 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "num_groups=2",
     ),
     "relu target above E": (
-        ValueError, lambda: ReLURouter(num_experts=4, target_k=4.0), "max_k=4, got 4.0",
+        ValueError,
+        lambda: ReLURouter(num_experts=4, target_k=4.0),
+        "max_k=4, got 4.0",
     ),
     "relu step that does not move": (
-        ValueError, lambda: ReLURouter(num_experts=4, target_k=1.0, step=1.0), "got 1.0, 1e-08",
+        ValueError,
+        lambda: ReLURouter(num_experts=4, target_k=1.0, step=1.0),
+        "got 1.0, 1e-08",
     ),
     "relu with another score": (
-        ValueError, lambda: ReLURouter(num_experts=4, target_k=1.0, scoring=Scoring()), "'relu'",
+        ValueError,
+        lambda: ReLURouter(num_experts=4, target_k=1.0, scoring=Scoring()),
+        "'relu'",
     ),
     "relu made denser": (ValueError, lambda: fit_relu(3.9), "use without a cutoff, got 3.9"),
     "top-any from two": (ValueError, lambda: TopAny(num_experts=4, min_k=2), "0 or 1, got 2"),
     "top-any scale of 0": (ValueError, lambda: TopAny(num_experts=4, scale=0.0), "got 0.0"),
-    "top-any scale as text": (TypeError, lambda: TopAny(num_experts=4, scale="a"), "number, got 'a'"),  # pyright: ignore[reportArgumentType]
+    "top-any scale as text": (
+        TypeError,
+        lambda: TopAny(num_experts=4, scale="a"),
+        "number, got 'a'",
+    ),  # pyright: ignore[reportArgumentType]
     "top-any diversity below 0": (
-        ValueError, lambda: TopAny(num_experts=4, diversity=-1.0), "diversity.*got -1.0",
+        ValueError,
+        lambda: TopAny(num_experts=4, diversity=-1.0),
+        "diversity.*got -1.0",
     ),
     "top-any diversity that is none": (
-        ValueError, lambda: TopAny(num_experts=4, diversity=float("nan")), "diversity.*got nan",
+        ValueError,
+        lambda: TopAny(num_experts=4, diversity=float("nan")),
+        "diversity.*got nan",
     ),
     "top-any efficiency below 0": (
-        ValueError, lambda: TopAny(num_experts=4, efficiency=-5.0), "efficiency.*got -5.0",
+        ValueError,
+        lambda: TopAny(num_experts=4, efficiency=-5.0),
+        "efficiency.*got -5.0",
     ),
     "relu target as text": (
-        TypeError, lambda: ReLURouter(num_experts=4, target_k="2"), "target_k: .*got '2'",  # pyright: ignore[reportArgumentType]
+        TypeError,
+        lambda: ReLURouter(num_experts=4, target_k="2"),
+        "target_k: .*got '2'",  # pyright: ignore[reportArgumentType]
     ),
     "relu lambda above its bound": (
         ValueError,
@@ -244,16 +292,22 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "l1_coefficient=1e-08, got 1e-09",
     ),
     "random mean above k": (
-        ValueError, lambda: RandomSkip(num_experts=4, k=2, mean_k=2.5), "got 2.5",
+        ValueError,
+        lambda: RandomSkip(num_experts=4, k=2, mean_k=2.5),
+        "got 2.5",
     ),
     "random drop unknown": (
-        ValueError, lambda: RandomSkip(num_experts=4, k=2, mean_k=1.5, drop="x"), "'lowest'",
+        ValueError,
+        lambda: RandomSkip(num_experts=4, k=2, mean_k=1.5, drop="x"),
+        "'lowest'",
     ),
     # --- gate and scoring
     "score unknown": (ValueError, lambda: Scoring(score="tanh"), "'softmax'.*got 'tanh'"),
     "norm unknown": (ValueError, lambda: Scoring(norm="l2"), "'sum_eps'.*got 'l2'"),
     "top groups above groups": (
-        ValueError, lambda: Scoring(num_groups=2, top_groups=3), "num_groups=2, got 3",
+        ValueError,
+        lambda: Scoring(num_groups=2, top_groups=3),
+        "num_groups=2, got 3",
     ),
     "groups that do not divide E": (
         ValueError,
@@ -284,15 +338,25 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     ),
     # --- difficulty
     "estimator unknown": (
-        ValueError, lambda: dynamic("gradient"), "gradient_norm.*got 'gradient'.*register",
+        ValueError,
+        lambda: dynamic("gradient"),
+        "gradient_norm.*got 'gradient'.*register",
     ),
     "estimator neither name nor function": (TypeError, lambda: dynamic(3), "got a int"),
-    "gradients not given": (ValueError, lambda: dynamic("gradient_norm"), r"context\['gradients'\]"),
+    "gradients not given": (
+        ValueError,
+        lambda: dynamic("gradient_norm"),
+        r"context\['gradients'\]",
+    ),
     "attention not given": (
-        ValueError, lambda: dynamic("attention_entropy"), r"context\['attention'\]",
+        ValueError,
+        lambda: dynamic("attention_entropy"),
+        r"context\['attention'\]",
     ),
     "targets not given": (
-        ValueError, lambda: dynamic("surprisal", logits=jnp.ones((T, 5))), r"context\['targets'\]",
+        ValueError,
+        lambda: dynamic("surprisal", logits=jnp.ones((T, 5))),
+        r"context\['targets'\]",
     ),
     "attention of other tokens": (
         ValueError,
@@ -300,20 +364,32 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         r"T=6, S\], got float32\[1, 7, 3\]",
     ),
     "estimator of the wrong shape": (
-        ValueError, lambda: dynamic(lambda x, context: x), r"float\[T=6\], got float32\[6, 8\]",
+        ValueError,
+        lambda: dynamic(lambda x, context: x),
+        r"float\[T=6\], got float32\[6, 8\]",
     ),
     "estimator of the wrong dtype": (
-        TypeError, lambda: dynamic(lambda x, context: x[:, 0].astype(jnp.int32)), r"got int32\[6\]",
+        TypeError,
+        lambda: dynamic(lambda x, context: x[:, 0].astype(jnp.int32)),
+        r"got int32\[6\]",
     ),
     "estimator name taken": (
-        ValueError, lambda: register_estimator("router_entropy", lambda x, c: x[:, 0]), "free name",
+        ValueError,
+        lambda: register_estimator("router_entropy", lambda x, c: x[:, 0]),
+        "free name",
     ),
     # --- calibration
     "NaN in calibration": (ValueError, lambda: fit(NAN), "1 of 40 tokens with NaN"),
     "inf in calibration": (ValueError, lambda: fit(NAN.at[3, 2].set(jnp.inf)), "1 of 40"),
-    "calibration on equal tokens": (ValueError, lambda: fit(jnp.ones((40, D))), "scores that differ"),
+    "calibration on equal tokens": (
+        ValueError,
+        lambda: fit(jnp.ones((40, D))),
+        "scores that differ",
+    ),
     "calibration on padding alone": (
-        ValueError, lambda: fit(token_mask=jnp.zeros((40,), bool)), "only padding",
+        ValueError,
+        lambda: fit(token_mask=jnp.zeros((40,), bool)),
+        "only padding",
     ),
     "target at min": (ValueError, lambda: fit(target=1.0), "between min_k=1.*got 1.0"),
     "target above max": (ValueError, lambda: fit(target=3.5), "max_k=3, got 3.5"),
@@ -323,32 +399,47 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "got 2.0",
     ),
     "fit of a rule without a budget": (
-        TypeError, lambda: fit(router=ROUTER), "got TopK.*Use one of DynamicK.*TopAny",
+        TypeError,
+        lambda: fit(router=ROUTER),
+        "got TopK.*Use one of DynamicK.*TopAny",
     ),
     # --- dispatch
     "capacity of 0": (ValueError, lambda: plan(capacity=0), "capacity.*got 0"),
     "row budget of 0": (ValueError, lambda: plan(max_rows=0), "max_rows.*got 0"),
     "row budget below T": (ValueError, lambda: plan(max_rows=T - 1), "at least T=6.*got 5"),
-    "priority unknown": (ValueError, lambda: plan(priority="best"), "'order', 'choice', got 'best'"),
+    "priority unknown": (
+        ValueError,
+        lambda: plan(priority="best"),
+        "'order', 'choice', got 'best'",
+    ),
     "capacity factor of 0": (ValueError, lambda: layer(capacity_factor=0.0), "got 0.0"),
     "negative capacity factor": (ValueError, lambda: expert_capacity(4, 4, 1, -1.0), "got -1.0"),
     "renormalised expert choice": (ValueError, expert_choice_weights, "got expert choice"),
     # --- experts
     "implementation unknown": (
-        ValueError, lambda: layer(implementation="fast"), r"'dense'.*got \['fast'\]",
+        ValueError,
+        lambda: layer(implementation="fast"),
+        r"'dense'.*got \['fast'\]",
     ),
     "every implementation refuses": (
-        ValueError, lambda: layer(implementation=("capacity",)), "has no capacity",
+        ValueError,
+        lambda: layer(implementation=("capacity",)),
+        "has no capacity",
     ),
     "fewer experts than the router has": (
-        ValueError, lambda: layer(params=stacked_wrong), "E=4, got 3",
+        ValueError,
+        lambda: layer(params=stacked_wrong),
+        "E=4, got 3",
     ),
     "experts of different numbers": (ValueError, lambda: layer(params=ragged_axes), r"\[3, 4\]"),
     "experts given other tokens": (
         ValueError,
         lambda: run_experts(
-            FFN, FFN.init(jax.random.key(0), num_experts=E, d_model=D, d_ff=4),
-            jnp.ones((T + 2, D)), plan(), kept_weights(plan()),
+            FFN,
+            FFN.init(jax.random.key(0), num_experts=E, d_model=D, d_ff=4),
+            jnp.ones((T + 2, D)),
+            plan(),
+            kept_weights(plan()),
         ),
         "T=6.*got float32",
     ),
@@ -373,7 +464,9 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "trained k not given": (ValueError, lambda: report(baseline="trained_k"), "got None"),
     # --- routers as data
     "router kind unknown": (
-        ValueError, lambda: router_from_json({"kind": "Top2"}), "TopK.*got 'Top2'",
+        ValueError,
+        lambda: router_from_json({"kind": "Top2"}),
+        "TopK.*got 'Top2'",
     ),
     "router kind missing": (ValueError, lambda: router_from_json({"num_experts": 4}), "got None"),
     "router field unknown": (
@@ -407,7 +500,7 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "TopK.k: expected a plain value",
     ),
     "router that is no object": (ValueError, lambda: router_from_json(["TopK"]), "got a list"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(TABLE))

@@ -199,9 +199,13 @@ def test_capacity_drops_and_renormalises_on_request():
     assert float(full_aux.stats.dropped_fraction) == 0
     assert not np.allclose(y, full)
     renormed, _ = moe_layer(
-        router, FFN, params, state, x,
+        router,
+        FFN,
+        params,
+        state,
+        x,
         options=LayerOptions(capacity_factor=0.75, renormalize_kept=True),
-    )  # fmt: skip
+    )
     rows = 6  # ceil(.75 * 16 * 2 / 4)
     assert float(aux.stats.slots_used) <= rows * E
     # A token that lost its second expert: its first, at weight 1 instead of w1.
@@ -273,8 +277,10 @@ def test_stats_are_a_few_hundred_bytes_however_many_tokens():
         lambda p, s, x: moe_layer(
             router, FFN, p, s, x, options=LayerOptions(implementation="dense")
         ),
-        params, router.init_state(), x,
-    )  # fmt: skip
+        params,
+        router.init_state(),
+        x,
+    )
     assert sum(4 * leaf.size for leaf in jax.tree.leaves(aux.stats)) < 1000
 
 

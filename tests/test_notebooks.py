@@ -82,11 +82,14 @@ def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path):
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:  # of a short name, as sockets' names must be
         client = NotebookClient(
-            notebook, timeout=600, startup_timeout=300, kernel_name="python3",
+            notebook,
+            timeout=600,
+            startup_timeout=300,
+            kernel_name="python3",
             resources={"metadata": {"path": str(FOLDER)}},
             # A port could be another's by the time that the kernel listens on it.
             config=Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/k"}}),
-        )  # fmt: skip
+        )
         client.execute(env=kernel_environment(tmp_path))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)

@@ -58,7 +58,7 @@ def test_a_reference_is_no_case_and_what_does_not_run_any_more_is_gone():
         (json.dumps(EMPTY), "its spread"),
         (json.dumps({**EMPTY, "rows": [{"ratio": 1, "spread": [0, 1]}]}), "a positive ratio"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_baseline_is_refused_with_exit_code_2(tmp_path, content, said):
     file = tmp_path / "baseline.json"
     file.write_text(content)
@@ -70,9 +70,21 @@ def test_what_is_no_baseline_is_refused_with_exit_code_2(tmp_path, content, said
 def test_the_command_measures_again_and_its_exit_code_says_whether_anything_is_slower(tmp_path):
     taken = runner.invoke(
         app,
-        ["bench", "route", "--tokens", "16", "--d-model", "8", "--experts", "4",
-         "--rounds", "2", "--json", str(tmp_path / "baseline.json")],
-    )  # fmt: skip
+        [
+            "bench",
+            "route",
+            "--tokens",
+            "16",
+            "--d-model",
+            "8",
+            "--experts",
+            "4",
+            "--rounds",
+            "2",
+            "--json",
+            str(tmp_path / "baseline.json"),
+        ],
+    )
     assert taken.exit_code == 0, taken.output
     content = json.loads((tmp_path / "baseline.json").read_text())
 

@@ -31,9 +31,18 @@ def test_rounds_end_after_the_seconds_given_but_not_before_three():
 
 
 SMALL = dict(
-    tokens=16, d_model=8, d_ff=8, experts=[4], k=2, dtypes=["f32"], loads=["uniform"],
-    passes=["fwd"], implementations=[], rounds=2, peers=True,
-)  # fmt: skip
+    tokens=16,
+    d_model=8,
+    d_ff=8,
+    experts=[4],
+    k=2,
+    dtypes=["f32"],
+    loads=["uniform"],
+    passes=["fwd"],
+    implementations=[],
+    rounds=2,
+    peers=True,
+)
 
 
 def one_peer(monkeypatch, step):
@@ -97,9 +106,14 @@ def test_a_picture_of_several_token_counts_says_which_bar_is_which(tmp_path, mon
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **kwargs: drawn.append(self))
     row = dict(
-        implementation="tiered", ratio=1.0, spread=[0.9, 1.1], tokens=16, experts=4, dtype="f32",
+        implementation="tiered",
+        ratio=1.0,
+        spread=[0.9, 1.1],
+        tokens=16,
+        experts=4,
+        dtype="f32",
         load="uniform",
-    )  # fmt: skip
+    )
     row["pass"] = "fwd"
     peer = {**row, "implementation": "peer", "tokens": 32}
     for rows in ([row], [row, {**row, "tokens": 32}, peer]):
@@ -127,9 +141,18 @@ def test_batch_sizes_are_compared_with_the_first_in_the_same_round():
 
 def test_a_table_in_80_columns_cuts_no_name_and_no_figure(capsys):
     columns = [
-        "implementation", "experts", "dtype", "load", "pass", "ratio", "ratio_balanced", "ms",
-        "temp_mb", "dropped", "rounds",
-    ]  # fmt: skip
+        "implementation",
+        "experts",
+        "dtype",
+        "load",
+        "pass",
+        "ratio",
+        "ratio_balanced",
+        "ms",
+        "temp_mb",
+        "dropped",
+        "rounds",
+    ]
     values = [
         ("capacity", 8, "bf16", "uniform", "fwd", 1.2345, 12.34, 1234.5, 1057.1, 0.2969, 10),
         ("balanced", 64, "bf16", "zipf", "bwd", 1.0, 1.0, 1.0, None, 0.0, 10),

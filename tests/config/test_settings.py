@@ -599,9 +599,13 @@ def test_an_estimator_of_ones_own_by_name(monkeypatch):  # R06
 
 def test_router_words_reach_the_router():  # C10-C19 "drives the router", R07
     config = load_config(
-        env={}, num_experts=12, min_experts=2, max_experts=5, noise_factor=0.15,
+        env={},
+        num_experts=12,
+        min_experts=2,
+        max_experts=5,
+        noise_factor=0.15,
         load_balancing=False,
-    )  # fmt: skip
+    )
     router = build_router(config)
     assert isinstance(router, DynamicK)
     assert (router.num_experts, router.min_k, router.max_k) == (12, 2, 5)

@@ -32,24 +32,48 @@ import transformers
 
 D, F, E, K = 16, 6, 8, 2
 SIZES = {
-    "hidden_size": D, "intermediate_size": F, "moe_intermediate_size": F, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4, "vocab_size": 64,
-    "shared_expert_intermediate_size": F, "moe_hidden_size": 12, "d_model": D, "d_ff": F,
-    "expert_ffn_hidden_size": F, "ffn_hidden_size": F, "router_hidden_size": 10,
-    "share_expert_dim": F, "shared_intermediate_size": F, "dense_intermediate_size": F,
-    "moe_shared_expert_intermediate_size": F, "shared_experts_intermediate_size": F,
-}  # fmt: skip
+    "hidden_size": D,
+    "intermediate_size": F,
+    "moe_intermediate_size": F,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "vocab_size": 64,
+    "shared_expert_intermediate_size": F,
+    "moe_hidden_size": 12,
+    "d_model": D,
+    "d_ff": F,
+    "expert_ffn_hidden_size": F,
+    "ffn_hidden_size": F,
+    "router_hidden_size": 10,
+    "share_expert_dim": F,
+    "shared_intermediate_size": F,
+    "dense_intermediate_size": F,
+    "moe_shared_expert_intermediate_size": F,
+    "shared_experts_intermediate_size": F,
+}
 COUNTS = {
-    "num_experts": E, "num_local_experts": E, "n_routed_experts": E, "moe_num_experts": E,
-    "num_experts_per_tok": K, "num_experts_per_token": K, "moe_topk": K, "moe_k": K,
+    "num_experts": E,
+    "num_local_experts": E,
+    "n_routed_experts": E,
+    "moe_num_experts": E,
+    "num_experts_per_tok": K,
+    "num_experts_per_token": K,
+    "moe_topk": K,
+    "moe_k": K,
     "top_k_experts": K,
-}  # fmt: skip
+}
 # The same for all, so that families which are one computation compile once in the tests.
 RULE = {
-    "routed_scaling_factor": 1.5, "route_scale": 1.5, "router_scaling_factor": 1.5,
-    "moe_router_scaling_factor": 1.5, "moe_routed_scaling_factor": 1.5,
-    "norm_topk_prob": True, "moe_renormalize": True,
-}  # fmt: skip
+    "routed_scaling_factor": 1.5,
+    "route_scale": 1.5,
+    "router_scaling_factor": 1.5,
+    "moe_router_scaling_factor": 1.5,
+    "moe_routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+    "moe_renormalize": True,
+}
 GROUPS = {"n_group": 4, "topk_group": 2, "num_expert_group": 4}
 ONE = {"num_experts_per_tok": 1}
 THREE = {"num_experts_per_tok": 3, "num_experts_per_token": 3}
@@ -67,38 +91,64 @@ TABLE: dict[str, tuple] = {
     "beam": ("beam", "BeamConfig", "BeamMoE", GROUPS | THREE),
     "cohere2_moe": ("cohere2_moe", "Cohere2MoeConfig", "Cohere2MoeSparseMoeBlock", {}),
     "cohere2_moe__noshared": (
-        "cohere2_moe", "Cohere2MoeConfig", "Cohere2MoeSparseMoeBlock", {"num_shared_experts": 0},
+        "cohere2_moe",
+        "Cohere2MoeConfig",
+        "Cohere2MoeSparseMoeBlock",
+        {"num_shared_experts": 0},
     ),
     "dbrx__p2": (
-        "dbrx", "DbrxConfig", "DbrxFFN",
-        {"ffn_config": {"hidden_size": D, "ffn_hidden_size": F, "moe_num_experts": E,
-                        "moe_top_k": K, "moe_normalize_expert_weights": 2.0}},
+        "dbrx",
+        "DbrxConfig",
+        "DbrxFFN",
+        {
+            "ffn_config": {
+                "hidden_size": D,
+                "ffn_hidden_size": F,
+                "moe_num_experts": E,
+                "moe_top_k": K,
+                "moe_normalize_expert_weights": 2.0,
+            }
+        },
     ),
     "deepseek_ocr2_text": (
-        "deepseek_ocr2", "DeepseekOcr2TextConfig", "DeepseekOcr2TextMoe",
+        "deepseek_ocr2",
+        "DeepseekOcr2TextConfig",
+        "DeepseekOcr2TextMoe",
         {"topk_method": "greedy", "num_hidden_layers": 2, "mlp_layer_types": ["sparse", "sparse"]},
     ),
     "deepseek_v32": ("deepseek_v32", "DeepseekV32Config", "DeepseekV32MoE", GROUPS | THREE),
     "deepseek_v4": (
-        "deepseek_v4", "DeepseekV4Config", "DeepseekV4SparseMoeBlock",
-        {"mlp_layer_types": ["hash_moe", "moe"]}, {"layer_idx": 1},
+        "deepseek_v4",
+        "DeepseekV4Config",
+        "DeepseekV4SparseMoeBlock",
+        {"mlp_layer_types": ["hash_moe", "moe"]},
+        {"layer_idx": 1},
     ),
     "deepseek_v4__hash": (
-        "deepseek_v4", "DeepseekV4Config", "DeepseekV4SparseMoeBlock",
-        {"mlp_layer_types": ["hash_moe", "moe"]}, {"layer_idx": 0},
+        "deepseek_v4",
+        "DeepseekV4Config",
+        "DeepseekV4SparseMoeBlock",
+        {"mlp_layer_types": ["hash_moe", "moe"]},
+        {"layer_idx": 0},
     ),
     "diffusion_gemma_text": (
-        "diffusion_gemma", "DiffusionGemmaTextConfig",
-        "DiffusionGemmaTextRouter+DiffusionGemmaTextExperts", {},
+        "diffusion_gemma",
+        "DiffusionGemmaTextConfig",
+        "DiffusionGemmaTextRouter+DiffusionGemmaTextExperts",
+        {},
     ),
     "dots1": ("dots1", "Dots1Config", "Dots1MoE", GROUPS | THREE),
     "dots3_note_text": ("dots3_note", "Dots3NoteTextConfig", "Dots3NoteTextMoE", GROUPS | THREE),
     "ernie4_5_moe__noshared": (
-        "ernie4_5_moe", "Ernie4_5_MoeConfig", "Ernie4_5_MoeSparseMoeBlock",
+        "ernie4_5_moe",
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeSparseMoeBlock",
         {"moe_num_shared_experts": 0},
     ),
     "ernie4_5_vl_moe_text": (
-        "ernie4_5_vl_moe", "Ernie4_5_VLMoeTextConfig", "Ernie4_5_VLMoeMoeBlock",
+        "ernie4_5_vl_moe",
+        "Ernie4_5_VLMoeTextConfig",
+        "Ernie4_5_VLMoeMoeBlock",
         {"moe_intermediate_size": [F, 4]},
     ),
     "exaone_moe": ("exaone_moe", "ExaoneMoeConfig", "ExaoneMoeSparseMoEBlock", GROUPS | THREE),
@@ -107,112 +157,191 @@ TABLE: dict[str, tuple] = {
     "glm4_moe_lite": ("glm4_moe_lite", "Glm4MoeLiteConfig", "Glm4MoeLiteMoE", GROUPS | THREE),
     "glm4v_moe_text": ("glm4v_moe", "Glm4vMoeTextConfig", "Glm4vMoeTextMoE", GROUPS | THREE),
     "glm5_next_text": (
-        "glm5_next", "Glm5NextTextConfig", "Glm5NextTextMoE", GROUPS | THREE | {"swiglu_limit": 0.8},
+        "glm5_next",
+        "Glm5NextTextConfig",
+        "Glm5NextTextMoE",
+        GROUPS | THREE | {"swiglu_limit": 0.8},
     ),
     "glm_moe_dsa": ("glm_moe_dsa", "GlmMoeDsaConfig", "GlmMoeDsaMoE", GROUPS | THREE),
     "granitemoe_swa": ("granitemoe_swa", "GraniteMoeSWAConfig", "GraniteMoeSWAMoE", {}),
     "granitemoehybrid": (
-        "granitemoehybrid", "GraniteMoeHybridConfig", "GraniteMoeHybridMoE", {"mamba_n_heads": 4},
+        "granitemoehybrid",
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridMoE",
+        {"mamba_n_heads": 4},
     ),
     "granitemoeshared": ("granitemoeshared", "GraniteMoeSharedConfig", "GraniteMoeSharedMoE", {}),
     "gpt_oss__bounds": (
-        "gpt_oss", "GptOssConfig", "GptOssMLP", {"swiglu_limit": 0.8, "swiglu_alpha": 1.3},
+        "gpt_oss",
+        "GptOssConfig",
+        "GptOssMLP",
+        {"swiglu_limit": 0.8, "swiglu_alpha": 1.3},
     ),
     "hunyuan_v1_moe": (
-        "hunyuan_v1_moe", "HunYuanMoEV1Config", "HunYuanMoEV1Moe", {}, {"layer_idx": 0},
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1Config",
+        "HunYuanMoEV1Moe",
+        {},
+        {"layer_idx": 0},
     ),
     "hy_v3": ("hy_v3", "HYV3Config", "HYV3MoE", {}),
     "hy_v4": ("hy_v4", "HYV4Config", "HYV4MoE", GROUPS | THREE | {"swiglu_limit": 0.8}),
     "doge": (
-        "doge", "DogeConfig", "DogeCDMoE", {"is_moe": True, "num_experts": 16, "mlp_bias": True,
-         "norm_topk_prob": False},
+        "doge",
+        "DogeConfig",
+        "DogeCDMoE",
+        {"is_moe": True, "num_experts": 16, "mlp_bias": True, "norm_topk_prob": False},
     ),
     "inkling_text": (
-        "inkling", "InklingTextConfig", "InklingMoE", {"n_shared_experts": 2, "route_scale": 1.7},
+        "inkling",
+        "InklingTextConfig",
+        "InklingMoE",
+        {"n_shared_experts": 2, "route_scale": 1.7},
     ),
     "inkling2_text": (
-        "inkling2", "Inkling2TextConfig", "Inkling2SparseMoeBlock",
+        "inkling2",
+        "Inkling2TextConfig",
+        "Inkling2SparseMoeBlock",
         {"mlp_gate_softcap": 1.0, "mlp_up_softcap": 2.0},
     ),
     "jetmoe": ("jetmoe", "JetMoeConfig", "JetMoeMoE", {}),
     "kimi_linear": ("kimi_linear", "KimiLinearConfig", "KimiLinearMoE", GROUPS | THREE),
     "kolibri1__norm": (
-        "kolibri1", "Kolibri1Config", "Kolibri1SparseMoeBlock", {"norm_topk_prob": True},
+        "kolibri1",
+        "Kolibri1Config",
+        "Kolibri1SparseMoeBlock",
+        {"norm_topk_prob": True},
     ),
     "laguna__scaled": (
-        "laguna", "LagunaConfig", "LagunaSparseMoeBlock", {"moe_routed_scaling_factor": 2.5},
+        "laguna",
+        "LagunaConfig",
+        "LagunaSparseMoeBlock",
+        {"moe_routed_scaling_factor": 2.5},
     ),
     "lfm2_moe__nobias": (
-        "lfm2_moe", "Lfm2MoeConfig", "Lfm2MoeSparseMoeBlock",
+        "lfm2_moe",
+        "Lfm2MoeConfig",
+        "Lfm2MoeSparseMoeBlock",
         {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.5},
     ),
     "llama4_text__top2": ("llama4", "Llama4TextConfig", "Llama4TextMoe", {}),
     "mellum": ("mellum", "MellumConfig", "MellumSparseMoeBlock", {}),
     "minimax": ("minimax", "MiniMaxConfig", "MiniMaxSparseMoeBlock", {}),
     "minimax_m3_vl_text": (
-        "minimax_m3_vl", "MiniMaxM3VLTextConfig", "MiniMaxM3VLSparseMoeBlock", {"swiglu_limit": 0.8},
+        "minimax_m3_vl",
+        "MiniMaxM3VLTextConfig",
+        "MiniMaxM3VLSparseMoeBlock",
+        {"swiglu_limit": 0.8},
     ),
     "mistral4": ("mistral4", "Mistral4Config", "Mistral4MoE", GROUPS | THREE),
     "mistral_large4_text": (
-        "mistral_large4", "MistralLarge4TextConfig", "MistralLarge4TextMoE", GROUPS | THREE,
+        "mistral_large4",
+        "MistralLarge4TextConfig",
+        "MistralLarge4TextMoE",
+        GROUPS | THREE,
     ),
     "muse_spark_text": ("muse_spark", "MuseSparkTextConfig", "MuseSparkTextMoE", {}),
     "nemotron_h": ("nemotron_h", "NemotronHConfig", "NemotronHMoE", GROUPS | THREE),
     "nemotron_h__latent": (
-        "nemotron_h", "NemotronHConfig", "NemotronHMoE",
+        "nemotron_h",
+        "NemotronHConfig",
+        "NemotronHMoE",
         GROUPS | THREE | {"moe_latent_size": 12, "mlp_bias": True},
     ),
     "nllb_moe": (
-        "nllb_moe", "NllbMoeConfig", "NllbMoeSparseMLP",
-        {"moe_eval_capacity_token_fraction": 0.25}, {"ffn_dim": F},
+        "nllb_moe",
+        "NllbMoeConfig",
+        "NllbMoeSparseMLP",
+        {"moe_eval_capacity_token_fraction": 0.25},
+        {"ffn_dim": F},
     ),
     "nllb_moe__prioritized": (
-        "nllb_moe", "NllbMoeConfig", "NllbMoeSparseMLP",
-        {"moe_eval_capacity_token_fraction": -1.0, "expert_capacity": 4, "router_bias": True,
-         "batch_prioritized_routing": True, "normalize_router_prob_before_dropping": True},
+        "nllb_moe",
+        "NllbMoeConfig",
+        "NllbMoeSparseMLP",
+        {
+            "moe_eval_capacity_token_fraction": -1.0,
+            "expert_capacity": 4,
+            "router_bias": True,
+            "batch_prioritized_routing": True,
+            "normalize_router_prob_before_dropping": True,
+        },
         {"ffn_dim": F},
     ),
     "openai_privacy_filter": (
-        "openai_privacy_filter", "OpenAIPrivacyFilterConfig", "OpenAIPrivacyFilterMLP",
+        "openai_privacy_filter",
+        "OpenAIPrivacyFilterConfig",
+        "OpenAIPrivacyFilterMLP",
         {"swiglu_limit": 0.8},
     ),
     "phimoe__wide": (
-        "phimoe", "PhimoeConfig", "PhimoeSparseMoeBlock", {"router_jitter_noise": 0.3},
+        "phimoe",
+        "PhimoeConfig",
+        "PhimoeSparseMoeBlock",
+        {"router_jitter_noise": 0.3},
     ),
     "qwen3_5_moe_text": ("qwen3_5_moe", "Qwen3_5MoeTextConfig", "Qwen3_5MoeSparseMoeBlock", {}),
     "qwen3_next": ("qwen3_next", "Qwen3NextConfig", "Qwen3NextSparseMoeBlock", {}),
     "qwen3_omni_moe_text": (
-        "qwen3_omni_moe", "Qwen3OmniMoeTextConfig", "Qwen3OmniMoeThinkerTextSparseMoeBlock", {},
+        "qwen3_omni_moe",
+        "Qwen3OmniMoeTextConfig",
+        "Qwen3OmniMoeThinkerTextSparseMoeBlock",
+        {},
     ),
     "qwen3_omni_moe_talker_text": (
-        "qwen3_omni_moe", "Qwen3OmniMoeTalkerTextConfig", "Qwen3OmniMoeTalkerTextSparseMoeBlock",
+        "qwen3_omni_moe",
+        "Qwen3OmniMoeTalkerTextConfig",
+        "Qwen3OmniMoeTalkerTextSparseMoeBlock",
         {"shared_expert_intermediate_size": F},
     ),
     "qwen3_vl_moe_text": (
-        "qwen3_vl_moe", "Qwen3VLMoeTextConfig", "Qwen3VLMoeTextSparseMoeBlock", {},
+        "qwen3_vl_moe",
+        "Qwen3VLMoeTextConfig",
+        "Qwen3VLMoeTextSparseMoeBlock",
+        {},
     ),
     "qwen4_exp_text": ("qwen4_exp", "Qwen4ExpTextConfig", "Qwen4ExpTextSparseMoeBlock", {}),
     "solar_open": ("solar_open", "SolarOpenConfig", "SolarOpenMoE", GROUPS | THREE),
     "step3p5": (
-        "step3p7", "Step3p7TextConfig", "Step3p7SparseMoeBlock",
-        {"swiglu_limits": [0.8, 0.8], "swiglu_limits_shared": [0.6, 0.6],
-         "moe_router_scaling_factor": 3.0}, {"layer_idx": 1},
+        "step3p7",
+        "Step3p7TextConfig",
+        "Step3p7SparseMoeBlock",
+        {
+            "swiglu_limits": [0.8, 0.8],
+            "swiglu_limits_shared": [0.6, 0.6],
+            "moe_router_scaling_factor": 3.0,
+        },
+        {"layer_idx": 1},
     ),
     "switch_transformers__bias": (
-        "switch_transformers", "SwitchTransformersConfig", "SwitchTransformersSparseMLP",
-        {"expert_capacity": 2, "router_bias": True, "router_jitter_noise": 0.0, "dropout_rate": 0.0},
+        "switch_transformers",
+        "SwitchTransformersConfig",
+        "SwitchTransformersSparseMLP",
+        {
+            "expert_capacity": 2,
+            "router_bias": True,
+            "router_jitter_noise": 0.0,
+            "dropout_rate": 0.0,
+        },
     ),
     "unlimited_ocr_text": (
-        "unlimited_ocr", "UnlimitedOcrTextConfig", "UnlimitedOcrTextMoe",
-        {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
-         "num_experts_per_tok": 3, "mlp_layer_types": ["sparse", "sparse"]},
+        "unlimited_ocr",
+        "UnlimitedOcrTextConfig",
+        "UnlimitedOcrTextMoe",
+        {
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "mlp_layer_types": ["sparse", "sparse"],
+        },
     ),
     "zaya": ("zaya", "ZayaConfig", "ZayaSparseMoeBlock", ONE, {"layer_idx": 0}),
     "zaya__depth": ("zaya", "ZayaConfig", "ZayaSparseMoeBlock", ONE, {"layer_idx": 1}),
     "mixtral": ("mixtral", "MixtralConfig", "MixtralSparseMoeBlock", {}),
     "olmoe": ("olmoe", "OlmoeConfig", "OlmoeSparseMoeBlock", {}),
     "deepseek_v3": ("deepseek_v3", "DeepseekV3Config", "DeepseekV3MoE", GROUPS | THREE),
-}  # fmt: skip
+}
 
 
 class Pair(torch.nn.Module):
@@ -341,11 +470,15 @@ def generate(name: str, seed: int) -> dict[str, np.ndarray] | None:
         if isinstance(v, (bool, int, float, str, type(None))) or k in given
     }
     meta = {
-        "arch": name.split("__")[0], "variant": name.partition("__")[2] or None,
-        "block": block_name, "used": given,
+        "arch": name.split("__")[0],
+        "variant": name.partition("__")[2] or None,
+        "block": block_name,
+        "used": given,
         "config": {k: v for k, v in scalars.items() if k not in ("transformers_version", "dtype")},
-        "transformers": transformers.__version__, "torch": torch.__version__, "seed": seed,
-    }  # fmt: skip
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "seed": seed,
+    }
     arrays["meta"] = np.array(json.dumps(meta, default=str))
     return arrays
 
@@ -366,15 +499,24 @@ def phimoe_sampler() -> dict[str, np.ndarray]:
     weights, indices = sparsemixer(scores, 0.3, training=True)
     (weights * cot).sum().backward()
     return {
-        "scores": scores.detach().numpy(), "cot": cot.numpy(), "grad": scores.grad.numpy(),
-        "weights": weights.detach().numpy(), "indices": indices.numpy().astype(np.int32),
+        "scores": scores.detach().numpy(),
+        "cot": cot.numpy(),
+        "grad": scores.grad.numpy(),
+        "weights": weights.detach().numpy(),
+        "indices": indices.numpy().astype(np.int32),
         "gumbel": np.stack([-drawn[0].log().numpy(), -drawn[2].log().numpy()]),
         "coins": np.stack([drawn[1][:, 0].numpy(), drawn[3][:, 0].numpy()]),
-        "meta": np.array(json.dumps({
-            "function": "transformers.models.phimoe.modeling_phimoe.sparsemixer", "eps": 0.3,
-            "transformers": transformers.__version__, "torch": torch.__version__,
-        })),
-    }  # fmt: skip
+        "meta": np.array(
+            json.dumps(
+                {
+                    "function": "transformers.models.phimoe.modeling_phimoe.sparsemixer",
+                    "eps": 0.3,
+                    "transformers": transformers.__version__,
+                    "torch": torch.__version__,
+                }
+            )
+        ),
+    }
 
 
 def main() -> None:

@@ -28,35 +28,61 @@ import transformers
 
 D, F, E, K = 16, 8, 4, 2
 COMMON = {
-    "vocab_size": 24, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32,
-    "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
-}  # fmt: skip
+    "vocab_size": 24,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
 # name: (config class, model class, settings, dtype, save_pretrained arguments)
 TABLE: dict[str, tuple[str, str, dict[str, Any], torch.dtype, dict[str, Any]]] = {
     "mixtral_sharded_bf16": (
-        "MixtralConfig", "MixtralForCausalLM",
-        {"num_local_experts": E, "num_experts_per_tok": K}, torch.bfloat16,
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {"num_local_experts": E, "num_experts_per_tok": K},
+        torch.bfloat16,
         {"max_shard_size": "8KB"},
     ),
     "mixtral_fused": (  # as transformers 5 has them in memory
-        "MixtralConfig", "MixtralForCausalLM",
-        {"num_local_experts": E, "num_experts_per_tok": K}, torch.float32,
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {"num_local_experts": E, "num_experts_per_tok": K},
+        torch.float32,
         {"save_original_format": False},
     ),
     "olmoe": (
-        "OlmoeConfig", "OlmoeForCausalLM",
-        {"num_experts": E, "num_experts_per_tok": K, "norm_topk_prob": False}, torch.float32, {},
+        "OlmoeConfig",
+        "OlmoeForCausalLM",
+        {"num_experts": E, "num_experts_per_tok": K, "norm_topk_prob": False},
+        torch.float32,
+        {},
     ),
     "deepseek_v3_sharded": (
-        "DeepseekV3Config", "DeepseekV3ForCausalLM",
-        {"n_routed_experts": 2 * E, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
-         "moe_intermediate_size": F, "n_shared_experts": 1, "first_k_dense_replace": 1,
-         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
-         "v_head_dim": 8},
-        torch.float32, {"max_shard_size": "16KB"},
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            "n_routed_experts": 2 * E,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": F,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+        torch.float32,
+        {"max_shard_size": "16KB"},
     ),
-}  # fmt: skip
+}
 
 
 def randomize(model, generator) -> None:
@@ -112,9 +138,10 @@ def tied(model, found: dict[str, torch.Tensor], generator) -> bool:
 
             def experts(_, args, kwargs, seen=seen):
                 seen.extend(
-                    a for a in (*args[1:], *kwargs.values())
+                    a
+                    for a in (*args[1:], *kwargs.values())
                     if isinstance(a, torch.Tensor) and not a.is_floating_point()
-                )  # fmt: skip
+                )
 
             hook = layer.mlp.experts.register_forward_pre_hook(experts, with_kwargs=True)
             x = found[f"{i}/x"]
@@ -145,9 +172,12 @@ def generate(name: str, folder: Path, seed: int) -> bool:
     if tied(again, found, generator):
         return False
     meta = {
-        "arch": config.model_type, "dtype": str(dtype).removeprefix("torch."), "seed": seed,
-        "transformers": transformers.__version__, "torch": torch.__version__,
-    }  # fmt: skip
+        "arch": config.model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": seed,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
     arrays = {key: tensor.numpy() for key, tensor in found.items()}
     np.savez_compressed(folder / "blocks.npz", meta=np.array(json.dumps(meta)), **arrays)
     return True

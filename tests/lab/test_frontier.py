@@ -17,9 +17,17 @@ from moe_jax.lab import training as lm
 from moe_jax.lab.data import load_corpus
 
 TINY = model_of.LMConfig(
-    num_layers=2, d_model=32, num_heads=2, num_experts=8, k=4, d_ff=16, length=32, batch_size=8,
-    learning_rate=1e-2, balance_rate=1e-3,
-)  # fmt: skip
+    num_layers=2,
+    d_model=32,
+    num_heads=2,
+    num_experts=8,
+    k=4,
+    d_ff=16,
+    length=32,
+    batch_size=8,
+    learning_rate=1e-2,
+    balance_rate=1e-3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +140,14 @@ def test_verdicts():
 
 def test_calibrate_saves_rules_with_their_provenance(tmp_path, source, corpus):
     path, told = calibration.calibrate(
-        source, tmp_path / "c", ["TopP", "dynamic_k_margin"], target_saving=0.25, tokens=2048,
-        progress=False, corpus=corpus,
-    )  # fmt: skip
+        source,
+        tmp_path / "c",
+        ["TopP", "dynamic_k_margin"],
+        target_saving=0.25,
+        tokens=2048,
+        progress=False,
+        corpus=corpus,
+    )
     assert told["rules"] == ["top_p", "dynamic_k_margin"]
     assert told["target_mean_k"] == 3.0
     one = lm.load_model(path)
@@ -169,9 +182,13 @@ def test_calibrate_refuses_what_makes_no_sense(tmp_path, source, corpus, wrong, 
 
 def test_the_whole_demo(tmp_path, corpus):
     settings = demo.Settings(
-        model=TINY, steps=80, rules=("top_p", "dynamic_k_entropy", "drop_lowest", "drop_random"),
-        savings=(0.1, 0.35), calibration_tokens=2048, held_out_tokens=4096,
-    )  # fmt: skip
+        model=TINY,
+        steps=80,
+        rules=("top_p", "dynamic_k_entropy", "drop_lowest", "drop_random"),
+        savings=(0.1, 0.35),
+        calibration_tokens=2048,
+        held_out_tokens=4096,
+    )
     console = Console(record=True, width=120, file=io.StringIO())
     results = demo.run(tmp_path / "out", console=console, settings=settings, corpus=corpus)
     out = tmp_path / "out"

@@ -14,9 +14,14 @@ from moe_jax.lab import plots
 
 def row(rule: str, saving: float, relative: float, *, control: bool = False) -> dict:
     return {
-        "rule": rule, "label": rule, "control": control, "achieved_saving": saving,
-        "relative": relative, "relative_low": 0.8 * relative, "relative_high": 1.2 * relative,
-    }  # fmt: skip
+        "rule": rule,
+        "label": rule,
+        "control": control,
+        "achieved_saving": saving,
+        "relative": relative,
+        "relative_low": 0.8 * relative,
+        "relative_high": 1.2 * relative,
+    }
 
 
 def is_picture(path) -> bool:

@@ -15,9 +15,17 @@ from moe_jax.lab.data import load_corpus
 from moe_jax.routers import DynamicK
 
 TINY = model_of.LMConfig(
-    num_layers=2, d_model=32, num_heads=2, num_experts=8, k=4, d_ff=16, length=32, batch_size=8,
-    learning_rate=1e-2, balance_rate=1e-3,
-)  # fmt: skip
+    num_layers=2,
+    d_model=32,
+    num_heads=2,
+    num_experts=8,
+    k=4,
+    d_ff=16,
+    length=32,
+    batch_size=8,
+    learning_rate=1e-2,
+    balance_rate=1e-3,
+)
 STEPS = 30
 forward = jax.jit(model_of.forward, static_argnums=0, static_argnames="routers")
 TOKENS = jax.random.randint(jax.random.key(0), (2, 32), 0, 256)

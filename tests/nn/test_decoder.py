@@ -23,10 +23,21 @@ from moe_jax.routers import DynamicK
 pytestmark = pytest.mark.compile_cheaply
 
 CONFIG = pure.LMConfig(
-    num_layers=2, moe_every=2, d_model=16, num_heads=2, num_experts=4, k=2, d_ff=8, length=16,
-    batch_size=2, balance_rate=1e-2, router_rate=0.5, expert_rate=2.0, router_decay=0.0,
+    num_layers=2,
+    moe_every=2,
+    d_model=16,
+    num_heads=2,
+    num_experts=4,
+    k=2,
+    d_ff=8,
+    length=16,
+    batch_size=2,
+    balance_rate=1e-2,
+    router_rate=0.5,
+    expert_rate=2.0,
+    router_decay=0.0,
     implementation="dense",  # compiles fastest
-)  # fmt: skip
+)
 DEEP = dataclasses.replace(CONFIG, num_layers=4)  # two groups of a plain layer and one with experts
 STEPS = 6
 TOKENS = jax.random.randint(jax.random.key(0), (STEPS, 2, 17), 0, 256)

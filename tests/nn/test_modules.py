@@ -92,9 +92,10 @@ def test_only_update_router_writes_the_state(rule):
 
 
 @pytest.mark.parametrize(
-    "own", [RULES["top_any"], moe_jax.ReLURouter(num_experts=E, target_k=2.0, l1_coefficient=1.0)],
+    "own",
+    [RULES["top_any"], moe_jax.ReLURouter(num_experts=E, target_k=2.0, l1_coefficient=1.0)],
     ids=["top_any", "relu"],
-)  # fmt: skip
+)
 def test_the_rules_own_loss_is_a_method_of_both_modules(own):
     """Equal to the pure function, with a gradient for the router, in Linen's boxes as out of them."""
     module = _nnx(own)
@@ -122,8 +123,9 @@ def test_the_rules_own_loss_is_a_method_of_both_modules(own):
     np.testing.assert_allclose(got, value, rtol=1e-6)
     jax.tree.map(
         partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-        nnx.to_pure_dict(held)["router"], gradient["router"],
-    )  # fmt: skip
+        nnx.to_pure_dict(held)["router"],
+        gradient["router"],
+    )
     boxed = jax.eval_shape(layer.init, jax.random.key(0), X)["params"]
     boxed = nn.meta.replace_boxed(boxed, params)
     assert isinstance(boxed["router"]["kernel"], nn.LogicallyPartitioned)
@@ -132,8 +134,9 @@ def test_the_rules_own_loss_is_a_method_of_both_modules(own):
         np.testing.assert_allclose(got, value, rtol=1e-6)
         jax.tree.map(
             partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-            nn.meta.unbox(held)["router"], gradient["router"],
-        )  # fmt: skip
+            nn.meta.unbox(held)["router"],
+            gradient["router"],
+        )
 
 
 def test_update_router_works_inside_nnx_jit():
@@ -311,8 +314,10 @@ def test_router_modules_route():
     state = {"state": layer.router_state.get_value()}
     params = {"router": {"kernel": layer.router["kernel"].get_value()}}
     assert jax.tree.structure(params) == jax.tree.structure(variables["params"])
-    _equal(dataclasses.asdict(twin.apply({"params": params, "router_state": state}, x)),
-           dataclasses.asdict(routing))  # fmt: skip
+    _equal(
+        dataclasses.asdict(twin.apply({"params": params, "router_state": state}, x)),
+        dataclasses.asdict(routing),
+    )
 
 
 @pytest.mark.parametrize(

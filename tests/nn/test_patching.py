@@ -127,8 +127,11 @@ def test_a_model_that_cannot_be_fitted_is_left_alone(x):
     for layer in (model.first, model.last):
         assert not layer.router_state.get_value().fit.describe()["fitted"]
     with pytest.raises(ValueError, match=r"got model \(TopK\) alone"):
-        fit_model(MoE(moe_jax.TopK(num_experts=8, k=2), d_model=8, d_ff=16, rngs=nnx.Rngs(0)), x,
-                  target_mean_k=1.8)  # fmt: skip
+        fit_model(
+            MoE(moe_jax.TopK(num_experts=8, k=2), d_model=8, d_ff=16, rngs=nnx.Rngs(0)),
+            x,
+            target_mean_k=1.8,
+        )
     with pytest.raises(ValueError, match="without any"):
         fit_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), x, target_mean_k=1.8)
     with pytest.raises(ValueError, match=r"calibration: expected data to fit target_mean_k=2"):

@@ -32,9 +32,13 @@ def x():
 
 def test_the_dense_oracle_costs_what_xla_says_within_two_percent(x):
     layer = MoE(
-        moe_jax.TopK(num_experts=E, k=2), d_model=D, d_ff=F, expert_fn=FFN,
-        rngs=nnx.Rngs(0), implementation="dense",
-    )  # fmt: skip
+        moe_jax.TopK(num_experts=E, k=2),
+        d_model=D,
+        d_ff=F,
+        expert_fn=FFN,
+        rngs=nnx.Rngs(0),
+        implementation="dense",
+    )
     with FLOPProfiler(layer, baseline="dense") as profiler:
         layer(x)
     params, state = layer.params(), layer.router_state.get_value()
@@ -72,9 +76,13 @@ def test_every_layer_is_watched_inside_jit_or_not(x, jit):
 
 def test_a_shared_expert_is_a_cost_of_both_sides(x):
     layer = MoE(
-        moe_jax.TopK(num_experts=E, k=2), d_model=D, d_ff=F, shared_d_ff=32, expert_fn=FFN,
+        moe_jax.TopK(num_experts=E, k=2),
+        d_model=D,
+        d_ff=F,
+        shared_d_ff=32,
+        expert_fn=FFN,
         rngs=nnx.Rngs(0),
-    )  # fmt: skip
+    )
     with FLOPProfiler(layer, baseline="top_max") as profiler:
         layer(x)
     shared = T * FFN.flops_per_row(D, 32)
@@ -85,10 +93,12 @@ def test_a_shared_expert_is_a_cost_of_both_sides(x):
 
 def test_experts_of_ones_own_are_counted_by_xla(x):
     layer = MoE(
-        moe_jax.TopK(num_experts=E, k=2), d_model=D, rngs=nnx.Rngs(0),
+        moe_jax.TopK(num_experts=E, k=2),
+        d_model=D,
+        rngs=nnx.Rngs(0),
         expert_fn=lambda p, rows: rows @ p["w"],
         expert_init=lambda key, n: {"w": jax.random.normal(key, (n, D, D))},
-    )  # fmt: skip
+    )
     assert layer.spec.flops_per_row() == pytest.approx(2 * D * D, rel=0.01)
 
 

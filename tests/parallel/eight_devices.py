@@ -47,11 +47,15 @@ def layer_params(experts, shared_d_ff=0):
     """As NumPy arrays: nothing is compiled to make, pad or cut them."""
     shapes = jax.eval_shape(
         lambda key: moe_jax.init_moe_layer(
-            moe_jax.TopK(num_experts=experts, k=2), FFN, key,
-            d_model=D, d_ff=F, shared_d_ff=shared_d_ff,
+            moe_jax.TopK(num_experts=experts, k=2),
+            FFN,
+            key,
+            d_model=D,
+            d_ff=F,
+            shared_d_ff=shared_d_ff,
         ),
         jax.random.key(0),
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda p: rng.normal(size=p.shape, scale=0.3).astype(np.float32), shapes)
 
@@ -78,8 +82,11 @@ def objective(layer, router, params, x, mask, **options):
     auxiliary, terms = aux_loss(aux.routing, LOSSES)
     loss = (y * wave).sum() / T + auxiliary
     return loss, {
-        "output": y, "losses": terms, "update": router.update(state, aux.stats), "stats": aux.stats,
-    }  # fmt: skip
+        "output": y,
+        "losses": terms,
+        "update": router.update(state, aux.stats),
+        "stats": aux.stats,
+    }
 
 
 def everything(layer, router, params, x, mask, **options):
@@ -127,10 +134,16 @@ def differences(found, wanted):
     }
     one, two = found["stats"], wanted["stats"]
     names = [
-        "token_count", "tokens_per_expert", "mean_experts_per_token", "dropped_fraction",
-        "experts_per_token_histogram", "slots_used", "max_over_mean_load", "router_entropy",
+        "token_count",
+        "tokens_per_expert",
+        "mean_experts_per_token",
+        "dropped_fraction",
+        "experts_per_token_histogram",
+        "slots_used",
+        "max_over_mean_load",
+        "router_entropy",
         "observed",
-    ]  # fmt: skip
+    ]
     told["stats"] = max(most(getattr(one, n), getattr(two, n)) for n in names)
     told["dropped"] = float(one.dropped_fraction)
     told["empty"] = float(one.empty_fraction)
@@ -279,9 +292,15 @@ def own_shard_map(router, params):
         )
         def inside(params, x, mask):
             y, aux = moe_jax.moe_layer(
-                router, FFN, params, router.init_state(), x,
-                token_mask=mask, parallel=parallel, options=DENSE,
-            )  # fmt: skip
+                router,
+                FFN,
+                params,
+                router.init_state(),
+                x,
+                token_mask=mask,
+                parallel=parallel,
+                options=DENSE,
+            )
             loss, _ = aux_loss(aux.routing, ALL_LOSSES, axis_name=parallel.token_axes)
             return y, loss, router.update(router.init_state(), aux.stats)
 
@@ -369,9 +388,15 @@ def compiled(mesh, factor, *, gradient, tokens=512, width=D, d_ff=F, experts=16,
 
     def forward(params, x):
         return sharding.sharded_moe_layer(
-            router, FFN, params, router.init_state(), x,
-            mesh=mesh, parallel=parallel, options=moe_jax.LayerOptions(capacity_factor=factor),
-        )[0]  # fmt: skip
+            router,
+            FFN,
+            params,
+            router.init_state(),
+            x,
+            mesh=mesh,
+            parallel=parallel,
+            options=moe_jax.LayerOptions(capacity_factor=factor),
+        )[0]
 
     f, out = forward, rows
     if gradient:

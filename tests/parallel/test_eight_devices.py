@@ -44,10 +44,14 @@ def test_eight_devices_give_one_devices_answer(measured, case):
 @pytest.mark.parametrize(
     "case",
     [
-        "shared expert, expert x tensor x data", "two levels", "61 tokens", "further rounds",
-        "ragged, factor None", "ragged, factor 0.75",
+        "shared expert, expert x tensor x data",
+        "two levels",
+        "61 tokens",
+        "further rounds",
+        "ragged, factor None",
+        "ragged, factor 0.75",
     ],
-)  # fmt: skip
+)
 def test_other_layouts_give_one_devices_answer(measured, case):
     told = measured[case]
     for what in ("output", "loss", "losses", "gradient", "update", "stats"):
@@ -130,9 +134,15 @@ def test_memory_of_experts_and_rows_falls_as_the_devices_grow(measured):
 def test_the_cost_model_is_the_compiled_program_to_the_byte(measured, case, factor, shares):
     """Of a conditional the largest size is counted, which is what the model gives too."""
     cost = exchange_cost(
-        tokens=64, num_experts=16, k=2, d_model=8, devices=8, itemsize=4,
-        capacity_factor=factor, send_shares=shares,
-    )  # fmt: skip
+        tokens=64,
+        num_experts=16,
+        k=2,
+        d_model=8,
+        devices=8,
+        itemsize=4,
+        capacity_factor=factor,
+        send_shares=shares,
+    )
     forward = measured[f"program: {case}, forward"]["sends"]["all-to-all"][1]
     both = measured[f"program: {case}, forward and backward"]["sends"]["all-to-all"][1]
     assert (forward, both - forward) == (cost.forward_bytes, cost.backward_bytes)

@@ -44,10 +44,18 @@ cli.main()
 """,
 )
 MODEL = {
-    "num_layers": 1, "d_model": 16, "num_heads": 2, "num_experts": 8, "k": 2, "d_ff": 16,
-    "length": 16, "batch_size": 16, "learning_rate": 0.01, "balance_rate": 0.001,
+    "num_layers": 1,
+    "d_model": 16,
+    "num_heads": 2,
+    "num_experts": 8,
+    "k": 2,
+    "d_ff": 16,
+    "length": 16,
+    "batch_size": 16,
+    "learning_rate": 0.01,
+    "balance_rate": 0.001,
     "implementation": "dense",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +74,27 @@ def command(tmp_path_factory):
     def start(name: str, *more: str, program: tuple[str, str] = COMMAND) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [
-                sys.executable, *program, "train", "--out", str(folder / name),
-                "--model", str(folder / "model.json"), "--steps", str(STEPS), "--save-every", "5",
-                "--expert-devices", "4", "--json", *more,
+                sys.executable,
+                *program,
+                "train",
+                "--out",
+                str(folder / name),
+                "--model",
+                str(folder / "model.json"),
+                "--steps",
+                str(STEPS),
+                "--save-every",
+                "5",
+                "--expert-devices",
+                "4",
+                "--json",
+                *more,
             ],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     start.folder = folder
     return start
@@ -83,11 +106,20 @@ def pair(
     address = f"127.0.0.1:{free_port()}"
     return [
         command(
-            name, "--host-devices", "4", "--coordinator", address, "--processes", "2",
-            "--process-id", str(i), *more, program=program,
+            name,
+            "--host-devices",
+            "4",
+            "--coordinator",
+            address,
+            "--processes",
+            "2",
+            "--process-id",
+            str(i),
+            *more,
+            program=program,
         )
         for i, program in enumerate((COMMAND, second))
-    ]  # fmt: skip
+    ]
 
 
 def finished(process: subprocess.Popen[str]) -> str:

@@ -49,6 +49,8 @@ def test_a_wrong_answer_is_noticed(monkeypatch):
 def test_more_devices_than_there_are_start_a_python_that_has_them():
     done = subprocess.run(
         [sys.executable, "-c", devices._WITH_DEVICES, "3", "version"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert len(done.stdout.split("devices:")[1].replace("\n", " ").split(",")) == 3
