@@ -1,4 +1,4 @@
-"""A published model's MoE block as pure functions over a pytree of parameters."""
+"""The MoE block of a published model as pure functions over a pytree of parameters."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from moe_jax.types import Array, Params, Routing, pytree, static
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockOptions:
-    """What a block does around routing and experts, as a static value.
+    """Static settings of a block besides its router and experts.
 
     Attributes:
         output_scale: factor on the routed output, after the combine weights.
@@ -66,8 +66,8 @@ class BlockOptions:
 class MoEBlock:
     """A Mixture-of-Experts block: parameters, router state, and the functions that use them.
 
-    A registered pytree, so it passes through ``jit`` and ``grad`` as it is. Of its leaves,
-    ``params`` are trained and ``state`` is not: differentiate ``block.apply`` by its first argument.
+    It is a registered pytree, so it passes through ``jit`` and ``grad``. ``params`` are trained and
+    ``state`` is not: differentiate ``block.apply`` by its first argument.
 
     Attributes:
         params: ``router``, ``experts`` (leading axis E), and where the model has them ``shared``,
@@ -76,7 +76,7 @@ class MoEBlock:
         router: the rule.
         expert_fn: one routed expert.
         shared_fn: the shared expert.
-        options: what happens around them.
+        options: scale, norms and the like around them.
     """
 
     params: dict[str, Params]
@@ -215,23 +215,26 @@ def _affine(params: Params, name: str, rows: Array) -> Array:
 def moe_block_from_hf(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str = ""
 ) -> MoEBlock:
-    """The MoE block of a published model from its config and its tensors.
+    """Returns the MoE block of a published model, from its config and its tensors.
 
     Args:
         config: ``config.json`` as a dict, see ``router_from_hf``.
         tensors: name -> array, as in the safetensors files of the Hub (one matrix an expert:
             ``experts.0.w1.weight``, ``experts.0.gate_proj.weight``, ...) or as in transformers 5
-            (``experts.gate_up_proj`` [E, 2F, D] or [E, D, 2F]). JAX arrays work too, traced ones
-            included, so the result can be differentiated by the tensors.
-        prefix: what the names of this block begin with, e.g. ``"model.layers.0.mlp."``; names with
-            another beginning are not looked at.
+            (``experts.gate_up_proj`` [E, 2F, D] or [E, D, 2F]), quantised or not (see
+            ``quantization``). JAX arrays work too, traced ones included, so the result can be
+            differentiated by the tensors.
+        prefix: what the names of this block begin with, e.g. ``"model.layers.0.mlp."``; other names
+            are not looked at.
 
     Returns:
-        The block. Router parameters are float32; experts keep the dtype of their tensors.
+        The block. Router parameters are float32; experts keep the dtype of their tensors, and are
+        float32 where those were quantised.
 
     Raises:
-        ValueError: a model type, a value or a tensor that does not fit: unknown, missing,
-            left over, of another shape, quantised. It is named, with what was expected.
+        ValueError: a model type, a value or a tensor that does not fit: unknown, missing, left over,
+            of another shape, quantised in a way that is not restored. It is named, with what was
+            expected.
 
     Example: see ``MoEBlock.apply``.
     """
@@ -240,55 +243,59 @@ def moe_block_from_hf(
     if c.model_type.startswith("ernie4_5_vl"):
         tensors, prefix = _text_experts(tensors, prefix), ""
     inside = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
-    if inside:
+    if inside:  # Tensors says what to do about a prefix that no name has
         inside = dequantize(inside, config, what=what, prefix=prefix)
         tensors = {prefix + n: t for n, t in inside.items()}
-    found = Tensors(tensors, prefix=prefix, what=what)
-    if "router.kernel" in found and c.key_of("num_experts") is None:
-        # A config that is silent on the number of experts is no reason to mistrust the tensors.
-        classes = found.shape("router.kernel")[0]
-        if "experts.row_in" in found:
-            classes = found.shape("experts.row_in")[0]
+    block = Tensors(tensors, prefix=prefix, what=what)
+    if "router.kernel" in block and c.key_of("num_experts") is None:
+        # Some configs leave the number of experts to the class default; the tensors know it.
+        classes = block.shape("router.kernel")[0]
+        if "experts.row_in" in block:
+            classes = block.shape("experts.row_in")[0]
         free = c.get("zero_experts") or 0 if "zero_experts" in c.defaults else 0
         free += c.get("shared") if family.shared == "joint" else 0
         c = c.with_value("num_experts", classes - free)
-    hashed = "router.table" in found
+    hashed = "router.table" in block
     if hashed:
-        c = c.with_value("vocab_size", found.shape("router.table")[0])
+        c = c.with_value("vocab_size", block.shape("router.table")[0])
         router = router_settings.hash_router(c)
         check_router_keys(family, c, router)
     else:
         router = build_router(family, c)
     width = c.get("hidden_size") if c.key_of("hidden_size") else None
-    params: dict[str, Params] = {"router": _router_params(found, router, family, width)}
+    params: dict[str, Params] = {"router": _router_params(block, router, family, width)}
     width = params["router"]["down" if isinstance(router, DepthRouter) else "kernel"].shape[0]
     inner = width
-    if "latent.in" in found or "latent.in" in family.extras:
-        params["latent"] = _latent_params(found, family, width)
+    if "latent.in" in block or "latent.in" in family.extras:
+        params["latent"] = _latent_params(block, family, width)
         inner = params["latent"]["in"].shape[1]
     params["experts"] = expert_params(
-        found, experts=router.num_experts, width=inner, gated=family.gated,
-        interleaved=family.interleaved, bias="experts.bias" in family.extras,
-    )  # fmt: skip
+        block,
+        experts=router.num_experts,
+        width=inner,
+        gated=family.gated,
+        interleaved=family.interleaved,
+        bias="experts.bias" in family.extras,
+    )
     if "experts.post_norm" in family.extras:
-        norm = f32(found.take("experts.post_norm", (inner,), "D"))
+        norm = f32(block.take("experts.post_norm", (inner,), "D"))
         each = np.broadcast_to if isinstance(norm, np.ndarray) else jnp.broadcast_to
         params["experts"]["post_norm"] = each(norm[None, :], (router.num_experts, inner))
-    if _has_shared(found, family, c):
+    if _has_shared(block, family, c):
         if isinstance(router, JointShared):
-            params["shared"] = shared_stack(found, count=router.num_shared, width=width)
+            params["shared"] = shared_stack(block, count=router.num_shared, width=width)
         else:
-            gated = family.gated or "shared.gate" in found
-            params["shared"] = shared_params(found, width=width, gated=gated)
-    if "shared" in params and (family.shared == "gated" or "shared_gate" in found):
-        params["shared_gate"] = linear(found.take("shared_gate", (1, width), "1 D"))
+            gated = family.gated or "shared.gate" in block
+            params["shared"] = shared_params(block, width=width, gated=gated)
+    if "shared" in params and (family.shared == "gated" or "shared_gate" in block):
+        params["shared_gate"] = linear(block.take("shared_gate", (1, width), "1 D"))
     for name in ("output_norm", "output_bias"):
         if name in family.extras:
-            params[name] = found.take(name, (width,), "D")
-    state = _state(found, router, family, c, hashed=hashed)
+            params[name] = block.take(name, (width,), "D")
+    state = _state(block, router, family, c, hashed=hashed)
     # transformers allocates this bias and never adds it.
     unused = ("router.bias",) if isinstance(router, ZeroExperts) else ()
-    found.finish(allowed=unused)
+    block.finish(allowed=unused)
     expert_fn = family.expert(c)
     shared_fn = expert_fn if family.shared_expert is None else family.shared_expert(c)
     average_shared = _averages(c)
@@ -316,20 +323,24 @@ def _with_biases_of(params: Params, expert_fn: ExpertFn) -> ExpertFn:
     return dataclasses.replace(expert_fn, use_bias=any(n.endswith("_bias") for n in params))
 
 
-def _router_params(found: Tensors, router: Router, family: Family, width: int | None) -> Params:
+def _router_params(tensors: Tensors, router: Router, family: Family, width: int | None) -> Params:
     e = router.num_experts
     if isinstance(router, DepthRouter):
         h = router.hidden_size
-        params = {"down": linear(f32(found.take("depth.down", (h, width), "H D")))}
+        params = {"down": linear(f32(tensors.take("depth.down", (h, width), "H D")))}
         for name, shape, axes in (
-            ("down_bias", (h,), "H"), ("norm", (h,), "H"),
-            ("fc1", (h, h), "H H"), ("fc1_bias", (h,), "H"),
-            ("fc2", (h, h), "H H"), ("fc2_bias", (h,), "H"), ("kernel", (e + 1, h), "E+1 H"),
-        ):  # fmt: skip
-            tensor = f32(found.take(f"depth.{name}", shape, axes))
+            ("down_bias", (h,), "H"),
+            ("norm", (h,), "H"),
+            ("fc1", (h, h), "H H"),
+            ("fc1_bias", (h,), "H"),
+            ("fc2", (h, h), "H H"),
+            ("fc2_bias", (h,), "H"),
+            ("kernel", (e + 1, h), "E+1 H"),
+        ):
+            tensor = f32(tensors.take(f"depth.{name}", shape, axes))
             params[name] = linear(tensor) if len(shape) == 2 else tensor
-        if "depth.depth_scale" in found:
-            params["depth_scale"] = f32(found.take("depth.depth_scale", (h,), "H"))
+        if "depth.depth_scale" in tensors:
+            params["depth_scale"] = f32(tensors.take("depth.depth_scale", (h,), "H"))
         return params
     classes, axes = e, "E D"
     if isinstance(router, ZeroExperts):
@@ -338,58 +349,58 @@ def _router_params(found: Tensors, router: Router, family: Family, width: int | 
         classes, axes = e + router.num_shared, "E+S D"
     elif isinstance(router, ProductKeys):
         classes, axes = 2 * router.num_keys, "2n D"
-    kernel = f32(found.take("router.kernel", (classes, width), axes))
+    kernel = f32(tensors.take("router.kernel", (classes, width), axes))
     params = {"kernel": linear(kernel)}
     if router.gate.use_bias:
-        params["bias"] = f32(found.take("router.bias", (e,), "E"))
+        params["bias"] = f32(tensors.take("router.bias", (e,), "E"))
     if isinstance(router, JointShared):
-        params["global_scale"] = f32(found.take("router.global_scale", (1,), "1"))
+        params["global_scale"] = f32(tensors.take("router.global_scale", (1,), "1"))
     if "router.input_scale" in family.extras:
-        params["input_scale"] = f32(found.take("router.input_scale", (kernel.shape[1],), "D"))
+        params["input_scale"] = f32(tensors.take("router.input_scale", (kernel.shape[1],), "D"))
     if "router.expert_scale" in family.extras:
-        params["expert_scale"] = f32(found.take("router.expert_scale", (e,), "E"))
+        params["expert_scale"] = f32(tensors.take("router.expert_scale", (e,), "E"))
     return params
 
 
-def _latent_params(found: Tensors, family: Family, width: int) -> Params:
-    into = linear(found.take("latent.in", (None, width), "L D"))
+def _latent_params(tensors: Tensors, family: Family, width: int) -> Params:
+    into = linear(tensors.take("latent.in", (None, width), "L D"))
     inner = into.shape[1]
-    params = {"in": into, "out": linear(found.take("latent.out", (width, inner), "D L"))}
+    params = {"in": into, "out": linear(tensors.take("latent.out", (width, inner), "D L"))}
     if "latent.norm" in family.extras:
-        params["norm"] = f32(found.take("latent.norm", (inner,), "L"))
+        params["norm"] = f32(tensors.take("latent.norm", (inner,), "L"))
     for name, size in (("in_bias", inner), ("out_bias", width)):
-        if f"latent.{name}" in found:
-            params[name] = f32(found.take(f"latent.{name}", (size,), "L"))
+        if f"latent.{name}" in tensors:
+            params[name] = f32(tensors.take(f"latent.{name}", (size,), "L"))
     return params
 
 
-def _state(found: Tensors, router: Router, family: Family, c: HFConfig, *, hashed: bool) -> Any:
+def _state(tensors: Tensors, router: Router, family: Family, c: HFConfig, *, hashed: bool) -> Any:
     if hashed:
         assert isinstance(router, TokenTable)
         shape = (router.vocab_size, router.k)
-        return TableState(table=jnp.asarray(found.take("router.table", shape, "V K"), jnp.int32))
+        return TableState(table=jnp.asarray(tensors.take("router.table", shape, "V K"), jnp.int32))
     state = router.init_state()
     has_bias = family.bias == "required"
     if family.bias == "optional":
         stated = c.key_of("selection_bias") is not None
-        has_bias = c.get("selection_bias") if stated else "expert_bias" in found
+        has_bias = c.get("selection_bias") if stated else "expert_bias" in tensors
     if not has_bias:
         return state
     size = state.expert_bias.shape[0]
-    if "expert_bias" in found and len(found.shape("expert_bias")) == 2:  # Ernie keeps [1, E]
-        bias = f32(found.take("expert_bias", (1, size), "1 E"))[0]
+    if "expert_bias" in tensors and len(tensors.shape("expert_bias")) == 2:  # Ernie keeps [1, E]
+        bias = f32(tensors.take("expert_bias", (1, size), "1 E"))[0]
     else:
-        bias = f32(found.take("expert_bias", (size,), "E"))
+        bias = f32(tensors.take("expert_bias", (size,), "E"))
     return dataclasses.replace(state, expert_bias=bias)
 
 
-def _has_shared(found: Tensors, family: Family, c: HFConfig) -> bool:
+def _has_shared(tensors: Tensors, family: Family, c: HFConfig) -> bool:
     if family.shared == "none":
         return False
-    there = any(f"shared.{part}" in found for part in ("down", "up", "gate", "gate_up"))
+    present = any(f"shared.{part}" in tensors for part in ("down", "up", "gate", "gate_up"))
     count = c.get("shared") if c.key_of("shared") or "shared" in c.defaults else None
     if family.shared == "optional" or count == 0:
-        return there and count != 0
+        return present and count != 0
     return True
 
 
@@ -406,8 +417,8 @@ def _averages(c: HFConfig) -> bool:
 
 
 def _norm_eps(c: HFConfig) -> float:
-    known = c.key_of("norm_eps") is not None or "norm_eps" in c.defaults
-    return float(c.get("norm_eps")) if known else 1e-6
+    stated = c.key_of("norm_eps") is not None or "norm_eps" in c.defaults
+    return float(c.get("norm_eps")) if stated else 1e-6
 
 
 def _text_experts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

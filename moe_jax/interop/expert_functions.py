@@ -1,4 +1,4 @@
-"""Expert functions of published models that go beyond ``FeedForward``."""
+"""Expert functions of published models that ``FeedForward`` does not cover."""
 
 from __future__ import annotations
 

@@ -58,12 +58,21 @@ _NAMES: dict[str, str] = {
 _PATTERNS = {canonical: re.compile(pattern) for canonical, pattern in _NAMES.items()}
 
 _PART = {
-    "w1": "gate", "gate_proj": "gate", "linear_v": "gate",
-    "w3": "up", "up_proj": "up", "wi": "up", "fc1": "up",
-    "w2": "down", "down_proj": "down", "wo": "down", "fc2": "down",
+    "w1": "gate",
+    "gate_proj": "gate",
+    "linear_v": "gate",
+    "w3": "up",
+    "up_proj": "up",
+    "wi": "up",
+    "fc1": "up",
+    "w2": "down",
+    "down_proj": "down",
+    "wo": "down",
+    "fc2": "down",
     "gate_up_proj": "gate_up",
-    "input_linear": "gate_up", "output_linear": "down",
-}  # fmt: skip
+    "input_linear": "gate_up",
+    "output_linear": "down",
+}
 _PARTS = "|".join(_PART)
 _ONE_EXPERT = re.compile(rf"experts\.(?:expert_)?(\d+)\.({_PARTS})\.(weight|bias)")
 # Doge keeps its shared expert beside the others, without a name of its own.

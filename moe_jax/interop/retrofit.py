@@ -1,9 +1,9 @@
-"""A trained fixed-k block made dynamic: fitted to a budget, with a report of what that changed."""
+"""Makes trained fixed-k blocks dynamic: fits them to a budget and reports what that changed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ RULES = ("TopP", "MinP", "DynamicK", "ExpertThreshold")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetrofitReport:
-    """What making one block dynamic did, on tokens that the fit did not see. Host values.
+    """The effect of making one block dynamic, on tokens that the fit did not see. Host values.
 
     Changes are relative: ``|y_dynamic - y_trained| / |y_trained|`` over all held-out tokens. The
-    controls drop as many experts without looking: see ``RandomSkip``.
+    controls drop as many experts without looking at the token: see ``RandomSkip``.
     """
 
     rule: str
@@ -52,6 +52,51 @@ class RetrofitReport:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ModelRetrofitReport(Mapping[str, RetrofitReport]):
+    """The effect of making a model dynamic: of the whole, and by block name those of its blocks.
+
+    Attributes:
+        trained_k: of every block.
+        target_mean_k: the mean over all blocks that was asked for.
+        calibration_mean_k: the mean over all blocks on the tokens of the fit, with the trained k for
+            those that stay as they are.
+        held_out_mean_k: the same on held-out tokens.
+        num_blocks: how many blocks the model has.
+        blocks: reports of those that were made dynamic.
+    """
+
+    trained_k: int
+    target_mean_k: float
+    calibration_mean_k: float
+    held_out_mean_k: float
+    num_blocks: int
+    blocks: Mapping[str, RetrofitReport]
+
+    def __getitem__(self, name: str) -> RetrofitReport:
+        return self.blocks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def saving(self) -> float:
+        """Share of the model's expert calls saved against the trained k."""
+        return 1.0 - self.held_out_mean_k / self.trained_k
+
+    def summary(self) -> str:
+        """One line for the model, then two for each dynamic block."""
+        whole = (
+            f"{self.held_out_mean_k:.3f} of {self.trained_k} experts a token over {self.num_blocks} "
+            f"blocks ({self.saving:+.1%} calls saved; target {self.target_mean_k:.3f}); "
+            f"{self.num_blocks - len(self)} blocks stay as they are"
+        )
+        return "\n".join([whole, *(f"{name}: {r.summary()}" for name, r in self.blocks.items())])
+
+
 def make_dynamic(
     block: MoEBlock,
     calibration_x: Array,
@@ -64,17 +109,18 @@ def make_dynamic(
     held_out_x: Array | None = None,
     difficulty: str = "router_entropy",
 ) -> tuple[MoEBlock, RetrofitReport]:
-    """A dynamic twin of a trained block, fitted to a budget, and what changed.
+    """Returns a dynamic twin of a trained block, fitted to a budget, and a report of what changed.
 
-    The twin has the same parameters, gate, scoring and selection bias. Its provenance is in
-    ``block.state.fit``. (Gemma 4's factor on the weights of each expert moves into the expert's last
-    projection, where it does the same.)
+    The twin has the same parameters, gate, scoring and selection bias. The provenance of its
+    thresholds is in ``twin.state.fit``. (Gemma 4's factor on the weights of each expert moves into
+    the expert's last projection, where it does the same.)
 
     Args:
         block: from ``moe_block_from_hf`` or ``load_hf_block``, with a ``TopK`` rule.
         calibration_x: float[..., D], real inputs of the block.
-        target_mean_k: experts per token on average, or
-        target_saving: share of expert calls to save against the trained k. Give one of the two.
+        target_mean_k: experts per token on average.
+        target_saving: share of expert calls to save against the trained k, instead of
+            ``target_mean_k``.
         rule: ``TopP``, ``MinP``, ``DynamicK`` or ``ExpertThreshold``.
         max_k: most experts one token may use; the trained k by default.
         elastic: allow ``max_k`` above the trained k. A model that was not trained for it gets worse
@@ -143,21 +189,25 @@ def make_model_dynamic(
     rule: str = "TopP",
     steps: int = 8,
     **options: Any,
-) -> tuple[dict[str, MoEBlock], dict[str, RetrofitReport]]:
-    """All blocks of a model made dynamic under one budget, spent where it matters.
+) -> tuple[dict[str, MoEBlock], ModelRetrofitReport]:
+    """Makes all blocks of a model dynamic under one budget, spent where it changes least.
 
     Each block's sensitivity is measured: the squared output change at ``steps`` budgets between 1 and
-    the trained k. Starting from the trained k everywhere, the block that pays least for the next
-    step down gives it, until the mean over blocks is the target. Blocks that stay at their trained k
-    are returned as they are, without a report.
+    the trained k. Starting from the trained k everywhere, the block whose output changes least by it
+    takes the next step down, until the steps save at least what was asked for; then every saving is
+    scaled so that the mean over blocks is the target. Blocks that stay at their trained k are
+    returned as they are, without a report of their own.
 
     Args:
         blocks: by layer name; all with the same trained k.
-        calibration_x: each block's own inputs, float[..., D].
+        calibration_x: each block's inputs, float[..., D].
         target_mean_k, target_saving: the mean over blocks; give one of the two.
         rule: as in ``make_dynamic``.
         steps: resolution of a block's budget.
         **options: further arguments of ``make_dynamic``.
+
+    Returns:
+        The blocks, and a report of the whole, which maps a block's name to its report.
 
     Raises:
         ValueError: as ``make_dynamic``; or blocks of different k, or inputs missing.
@@ -187,29 +237,40 @@ def make_model_dynamic(
         curves[name] = [0.0, *(c * c for c in np.maximum.accumulate(changes))]
     level = dict.fromkeys(blocks, 0)
     width = (k - 1.0) / steps
-    while k - width * np.mean(list(level.values())) > target + 0.5 * width / len(blocks):
+    asked = (k - target) * len(blocks)
+    while width * sum(level.values()) < asked:
         open_ = [n for n in blocks if level[n] + 1 < len(curves[n])]
-        if not open_:
-            raise ValueError(
-                f"target: expected a mean within reach of {steps} steps between 1 and {k}, got "
-                f"{target}. Raise the target or steps."
-            )
+        if not open_:  # all blocks are at the last step; scaling goes between it and 1
+            break
         cheapest = min(open_, key=lambda n: curves[n][level[n] + 1] - curves[n][level[n]])
         level[cheapest] += 1
+    # Steps are whole, the budget is not: without this a target of 3.2 would end at 3.25.
+    scale = asked / (width * sum(level.values()))
     made: dict[str, MoEBlock] = {}
     reports: dict[str, RetrofitReport] = {}
     for name, block in blocks.items():
         if not level[name]:
             made[name] = block
             continue
+        mean_k = k - scale * width * level[name]
         made[name], reports[name] = make_dynamic(
-            block, calibration_x[name], target_mean_k=k - width * level[name], rule=rule, **options
+            block, calibration_x[name], target_mean_k=mean_k, rule=rule, **options
         )
-    return made, reports
+    unchanged = k * (len(blocks) - len(reports))
+    return made, ModelRetrofitReport(
+        trained_k=k,
+        target_mean_k=target,
+        calibration_mean_k=(unchanged + sum(r.calibration_mean_k for r in reports.values()))
+        / len(blocks),
+        held_out_mean_k=(unchanged + sum(r.held_out_mean_k for r in reports.values()))
+        / len(blocks),
+        num_blocks=len(blocks),
+        blocks=reports,
+    )
 
 
 class DriftMonitor:
-    """Watches whether a dynamic block's mean stays in its band, and steps back where it does not.
+    """Watches whether a dynamic block's mean k stays in its band, and returns to the trained block.
 
     Thresholds calibrated on one kind of input drift on another: top-p at 2.0 experts gave 3.13 at
     half the input scale. The monitor holds an exponential average of the mean; outside the band
@@ -296,7 +357,7 @@ def _target(trained: TopK, mean_k: float | None, saving: float | None) -> float:
     if not 1.0 < target < trained.k:
         raise ValueError(
             f"target: expected a mean strictly between 1 and the trained k={trained.k}, got "
-            f"{target:g}. A block trained with k=1 has nothing to give."
+            f"{target:g}. A block trained with k=1 cannot use fewer."
         )
     return target
 

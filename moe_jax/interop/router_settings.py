@@ -39,9 +39,12 @@ def unsupported(c: HFConfig, key: str, value: Any, wanted: str) -> ValueError:
 
 def top_k(c: HFConfig, *, gate: Gate | None = None, expert_scale: bool = False, **scoring) -> TopK:
     return TopK(
-        num_experts=c.get("num_experts"), k=c.get("k"), gate=gate or jittered(c),
-        scoring=Scoring(**scoring), use_expert_scale=expert_scale,
-    )  # fmt: skip
+        num_experts=c.get("num_experts"),
+        k=c.get("k"),
+        gate=gate or jittered(c),
+        scoring=Scoring(**scoring),
+        use_expert_scale=expert_scale,
+    )
 
 
 def jittered(c: HFConfig) -> Gate:
@@ -137,9 +140,11 @@ def deepseek_v2(c: HFConfig) -> Router:
     if method == "group_limited_greedy":
         return grouped(c, scale=c.get("scale"), group_score="max", group_fill="zero")
     raise unsupported(
-        c, "topk_method", method,
+        c,
+        "topk_method",
+        method,
         "'greedy' or 'group_limited_greedy'; 'noaux_tc' is model type deepseek_v3",
-    )  # fmt: skip
+    )
 
 
 def mistral4(c: HFConfig) -> Router:
@@ -191,9 +196,11 @@ def deepseek_v4(c: HFConfig) -> Router:
 def hash_router(c: HFConfig) -> Router:
     """DeepSeek-V4's first layers, told by their table of token ids among the tensors."""
     return TokenTable(
-        num_experts=c.get("num_experts"), k=c.get("k"), vocab_size=c.get("vocab_size"),
+        num_experts=c.get("num_experts"),
+        k=c.get("k"),
+        vocab_size=c.get("vocab_size"),
         scoring=scored(c),
-    )  # fmt: skip
+    )
 
 
 def kolibri1(c: HFConfig) -> Router:
@@ -213,18 +220,22 @@ def longcat(c: HFConfig) -> Router:
 
 def zaya(c: HFConfig) -> Router:
     return DepthRouter(
-        num_experts=c.get("num_experts"), k=c.get("k"), hidden_size=c.get("router_hidden_size"),
+        num_experts=c.get("num_experts"),
+        k=c.get("k"),
+        hidden_size=c.get("router_hidden_size"),
         norm_eps=c.get("norm_eps"),
-    )  # fmt: skip
+    )
 
 
 def inkling(c: HFConfig) -> Router:
     if not c.get("shared_expert_sink"):
         raise unsupported(c, "shared_expert_sink", c.get("shared_expert_sink"), "True")
     return JointShared(
-        num_experts=c.get("num_experts"), num_shared=c.get("shared"), k=c.get("k"),
+        num_experts=c.get("num_experts"),
+        num_shared=c.get("shared"),
+        k=c.get("k"),
         scale=c.get("scale"),
-    )  # fmt: skip
+    )
 
 
 def doge(c: HFConfig) -> Router:
@@ -233,9 +244,11 @@ def doge(c: HFConfig) -> Router:
 
 def phimoe(c: HFConfig) -> Router:
     return SparseMixer(
-        num_experts=c.get("num_experts"), k=c.get("k"), eps=c.get("jitter"),
+        num_experts=c.get("num_experts"),
+        k=c.get("k"),
+        eps=c.get("jitter"),
         gate=Gate(jitter=float(c.get("input_jitter_noise"))),
-    )  # fmt: skip
+    )
 
 
 def switch(c: HFConfig) -> Router:
@@ -250,13 +263,15 @@ def nllb(c: HFConfig) -> Router:
         raise unsupported(c, "second_expert_policy", c.get("second_expert_policy"), "'all'")
     fraction = c.get("moe_eval_capacity_token_fraction")
     return CapacityTopK(
-        num_experts=c.get("num_experts"), k=2, gate=Gate(use_bias=bool(c.get("router_bias"))),
+        num_experts=c.get("num_experts"),
+        k=2,
+        gate=Gate(use_bias=bool(c.get("router_bias"))),
         capacity=c.get("expert_capacity"),
         capacity_fraction=fraction if fraction > 0 else None,
         prioritize=c.get("batch_prioritized_routing"),
         norm_after=not c.get("normalize_router_prob_before_dropping"),
         scoring=Scoring(norm="clamp", norm_eps=2.0**-23),
-    )  # fmt: skip
+    )
 
 
 # --- experts --------------------------------------------------------------------------------

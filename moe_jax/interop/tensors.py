@@ -39,7 +39,7 @@ class Tensors:
     ) -> None:
         self.what = what
         self.prefix = prefix
-        self._found: dict[str, tuple[str, Tensor]] = {}
+        self._by_meaning: dict[str, tuple[str, Tensor]] = {}
         self._taken: set[str] = set()
         inside = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
         if not inside:
@@ -56,13 +56,13 @@ class Tensors:
             if meaning is None:
                 unknown.append(name)
                 continue
-            if meaning in self._found:
+            if meaning in self._by_meaning:
+                other = self._by_meaning[meaning][0]
                 raise ValueError(
-                    f"{what}: expected one tensor for {meaning}, got {self._found[meaning][0]!r} and "
-                    f"{name!r}. Keep one."
+                    f"{what}: expected one tensor for {meaning}, got {other!r} and {name!r}. Keep one."
                 )
             _check_numbers(f"{what}, {prefix + name!r}", meaning, tensor)
-            self._found[meaning] = (name, tensor)
+            self._by_meaning[meaning] = (name, tensor)
         if unknown:
             raise ValueError(
                 f"{what}: expected the tensors of a Mixture-of-Experts block under {prefix!r}, got "
@@ -71,13 +71,13 @@ class Tensors:
             )
 
     def __contains__(self, meaning: str) -> bool:
-        return meaning in self._found
+        return meaning in self._by_meaning
 
     def name(self, meaning: str) -> str:
-        return self.prefix + self._found[meaning][0]
+        return self.prefix + self._by_meaning[meaning][0]
 
     def shape(self, meaning: str) -> tuple[int, ...]:
-        return tuple(self._found[meaning][1].shape)
+        return tuple(self._by_meaning[meaning][1].shape)
 
     def take(self, meaning: str, shape: tuple[int | None, ...], axes: str) -> Tensor:
         """The tensor, whose shape must be ``shape`` (None is any size).
@@ -89,13 +89,13 @@ class Tensors:
             letter if size is None else f"{letter}={size}"
             for letter, size in zip(axes.split(), shape, strict=True)
         )
-        if meaning not in self._found:
+        if meaning not in self._by_meaning:
             raise ValueError(
                 f"{self.what}: expected {meaning} [{wanted}], called "
                 f"{SPELLINGS.get(meaning, meaning)}, under {self.prefix!r}; got none. "
                 f"There are {self._inventory()}."
             )
-        name, tensor = self._found[meaning]
+        name, tensor = self._by_meaning[meaning]
         got = tuple(tensor.shape)
         if len(got) != len(shape) or any(
             w not in (None, g) for g, w in zip(got, shape, strict=True)
@@ -109,7 +109,7 @@ class Tensors:
 
     def finish(self, allowed: tuple[str, ...] = ()) -> None:
         """Raises ValueError if a tensor was not used, unless it is ``allowed``."""
-        left = [m for m in self._found if m not in self._taken and m not in allowed]
+        left = [m for m in self._by_meaning if m not in self._taken and m not in allowed]
         if left:
             names = ", ".join(repr(self.name(m)) for m in left[:6])
             raise ValueError(
@@ -118,7 +118,7 @@ class Tensors:
             )
 
     def _inventory(self) -> str:
-        names = sorted(name for name, _ in self._found.values())
+        names = sorted(name for name, _ in self._by_meaning.values())
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return ", ".join(names[:8]) + more
 
@@ -151,50 +151,50 @@ def f32(tensor: Tensor) -> Tensor:
 
 
 def expert_params(
-    found: Tensors, *, experts: int, width: int, gated: bool, interleaved: bool, bias: bool
+    tensors: Tensors, *, experts: int, width: int, gated: bool, interleaved: bool, bias: bool
 ) -> Params:
     """``{"gate": [E, D, F], "up": [E, D, F], "down": [E, F, D]}`` and biases, from either layout.
 
     Args:
-        found: the block's tensors.
+        tensors: the block's tensors.
         experts: E.
         width: D, the width that the experts work at.
         gated: whether there is a gate.
         interleaved: whether gate and up alternate in the fused tensor.
         bias: whether projections must have biases.
     """
-    if "experts.row_in" in found or "experts.row_out" in found:
-        return _rows(found, experts, width)
-    if "experts.flat_gate" in found:
-        return _flat(found, experts, width)
-    fused = "experts.gate_up" in found or "experts.gate_up_interleaved" in found
-    if fused or "experts.up" in found or "experts.down" in found:
-        params = _stacked(found, experts, width, gated, interleaved)
+    if "experts.row_in" in tensors or "experts.row_out" in tensors:
+        return _rows(tensors, experts, width)
+    if "experts.flat_gate" in tensors:
+        return _flat(tensors, experts, width)
+    fused = "experts.gate_up" in tensors or "experts.gate_up_interleaved" in tensors
+    if fused or "experts.up" in tensors or "experts.down" in tensors:
+        params = _stacked(tensors, experts, width, gated, interleaved)
     else:
-        params = _one_by_one(found, experts, width, gated)
+        params = _one_by_one(tensors, experts, width, gated)
     if bias:
-        params.update(_biases(found, experts, params, gated, interleaved))
+        params.update(_biases(tensors, experts, params, gated, interleaved))
     return params
 
 
-def _rows(found: Tensors, experts: int, width: int) -> Params:
+def _rows(tensors: Tensors, experts: int, width: int) -> Params:
     """Doge: an expert is one hidden unit, a row that reads x and a row that is written."""
-    read = found.take("experts.row_in", (experts, width), "E D")
-    write = found.take("experts.row_out", (experts, width), "E D")
+    read = tensors.take("experts.row_in", (experts, width), "E D")
+    write = tensors.take("experts.row_out", (experts, width), "E D")
     return {"up": read[:, :, None], "down": write[:, None, :]}
 
 
-def _flat(found: Tensors, experts: int, width: int) -> Params:
+def _flat(tensors: Tensors, experts: int, width: int) -> Params:
     """DBRX: all experts below each other, [E * F, D] each."""
-    rows = found.shape("experts.flat_gate")[0]
+    rows = tensors.shape("experts.flat_gate")[0]
     if rows % experts:
         raise ValueError(
-            f"{found.what}: expected {found.name('experts.flat_gate')!r} with a multiple of "
+            f"{tensors.what}: expected {tensors.name('experts.flat_gate')!r} with a multiple of "
             f"E={experts} rows, got {rows}. Check the number of experts in the config."
         )
     out = {}
     for part in ("gate", "up", "down"):
-        flat = found.take(f"experts.flat_{part}", (rows, width), "E*F D")
+        flat = tensors.take(f"experts.flat_{part}", (rows, width), "E*F D")
         split = flat.reshape(experts, rows // experts, width)
         out[part] = split if part == "down" else linear(split)
     return out
@@ -208,29 +208,29 @@ def _halves(fused: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return fused[..., :half], fused[..., half:]
 
 
-def _stacked(found: Tensors, e: int, d: int, gated: bool, interleaved: bool) -> Params:
-    shape = found.shape("experts.down") if "experts.down" in found else ()
+def _stacked(tensors: Tensors, e: int, d: int, gated: bool, interleaved: bool) -> Params:
+    shape = tensors.shape("experts.down") if "experts.down" in tensors else ()
     if len(shape) != 3 or d not in shape[1:]:
-        found.take("experts.down", (e, d, None), "E D F")  # raises, and says what was expected
+        tensors.take("experts.down", (e, d, None), "E D F")  # raises, and says what was expected
     _, rows, columns = (*shape, 0, 0, 0)[:3]
     f = columns if rows == d else rows
-    separate = "experts.up" in found
+    separate = "experts.up" in tensors
     meaning = "experts.up" if separate else "experts.gate_up"
-    if not separate and "experts.gate_up_interleaved" in found:
+    if not separate and "experts.gate_up_interleaved" in tensors:
         meaning, interleaved = "experts.gate_up_interleaved", True
     wide = f if separate else 2 * f
     # torch keeps [out, in]; some files keep [in, out]. The two tensors together always tell.
-    first = found.shape(meaning)[1:] if meaning in found else None
+    first = tensors.shape(meaning)[1:] if meaning in tensors else None
     torch_like = ((rows, columns) == (d, f)) and (f != d or first == (wide, d))
     if torch_like:
-        down = linear(found.take("experts.down", (e, d, f), "E D F"))
-        up = linear(found.take(meaning, (None, wide, d), f"E {'F' if separate else '2F'} D"))
+        down = linear(tensors.take("experts.down", (e, d, f), "E D F"))
+        up = linear(tensors.take(meaning, (None, wide, d), f"E {'F' if separate else '2F'} D"))
     else:
-        down = found.take("experts.down", (e, f, d), "E F D")
-        up = found.take(meaning, (None, d, wide), f"E D {'F' if separate else '2F'}")
+        down = tensors.take("experts.down", (e, f, d), "E F D")
+        up = tensors.take(meaning, (None, d, wide), f"E D {'F' if separate else '2F'}")
     if up.shape[0] < e:
         raise ValueError(
-            f"{found.what}: expected {found.name(meaning)!r} for E={e} experts, got {up.shape[0]}. "
+            f"{tensors.what}: expected {tensors.name(meaning)!r} for E={e} experts, got {up.shape[0]}. "
             "Check the number of experts in the config."
         )
     up = up[:e]  # LongCat also keeps unused projections of its zero experts
@@ -238,20 +238,20 @@ def _stacked(found: Tensors, e: int, d: int, gated: bool, interleaved: bool) -> 
         return {"up": up, "down": down}
     if separate:
         like_up, axes = ((e, f, d), "E F D") if torch_like else ((e, d, f), "E D F")
-        gate = found.take("experts.gate", like_up, axes)
+        gate = tensors.take("experts.gate", like_up, axes)
         return {"gate": linear(gate) if torch_like else gate, "up": up, "down": down}
     gate, up = _halves(up, interleaved)
     return {"gate": gate, "up": up, "down": down}
 
 
-def _one_by_one(found: Tensors, e: int, d: int, gated: bool) -> Params:
-    if "experts.0.up" not in found and "experts.0.down" not in found:
-        found.take("experts.down", (e, d, None), "E D F")
-    f = found.shape("experts.0.up")[0] if "experts.0.up" in found else None
+def _one_by_one(tensors: Tensors, e: int, d: int, gated: bool) -> Params:
+    if "experts.0.up" not in tensors and "experts.0.down" not in tensors:
+        tensors.take("experts.down", (e, d, None), "E D F")
+    f = tensors.shape("experts.0.up")[0] if "experts.0.up" in tensors else None
     out = {}
     for part in ("gate", "up", "down") if gated else ("up", "down"):
         shape, axes = ((d, f), "D F") if part == "down" else ((f, d), "F D")
-        each = [found.take(f"experts.{i}.{part}", shape, axes) for i in range(e)]
+        each = [tensors.take(f"experts.{i}.{part}", shape, axes) for i in range(e)]
         out[part] = linear(_stack(each))
     return out
 
@@ -262,50 +262,50 @@ def _stack(each: list[Tensor]) -> Tensor:
     return np.stack(each) if plain else jnp.stack(each)
 
 
-def _biases(found: Tensors, e: int, params: Params, gated: bool, interleaved: bool) -> Params:
+def _biases(tensors: Tensors, e: int, params: Params, gated: bool, interleaved: bool) -> Params:
     f, d = params["down"].shape[1:]
-    if "experts.0.down_bias" in found or "experts.0.up_bias" in found:
+    if "experts.0.down_bias" in tensors or "experts.0.up_bias" in tensors:
         parts = {"gate": f, "up": f, "down": d} if gated else {"up": f, "down": d}
         return {
             f"{part}_bias": _stack(
-                [found.take(f"experts.{i}.{part}_bias", (n,), "F") for i in range(e)]
+                [tensors.take(f"experts.{i}.{part}_bias", (n,), "F") for i in range(e)]
             )
             for part, n in parts.items()
         }
-    out = {"down_bias": found.take("experts.down_bias", (e, d), "E D")}
-    both = found.take("experts.gate_up_bias", (e, 2 * f), "E 2F")
+    out = {"down_bias": tensors.take("experts.down_bias", (e, d), "E D")}
+    both = tensors.take("experts.gate_up_bias", (e, 2 * f), "E 2F")
     out["gate_bias"], out["up_bias"] = _halves(both, interleaved)
     return out
 
 
-def shared_params(found: Tensors, *, width: int, gated: bool) -> Params:
+def shared_params(tensors: Tensors, *, width: int, gated: bool) -> Params:
     """The shared expert: ``{"gate": [D, F], "up": [D, F], "down": [F, D]}`` and biases if there."""
-    down = found.take("shared.down", (width, None), "D F")
+    down = tensors.take("shared.down", (width, None), "D F")
     f = down.shape[1]
     out: dict[str, Tensor] = {"down": linear(down)}
-    if "shared.gate_up" in found:
-        both = linear(found.take("shared.gate_up", (2 * f, width), "2F D"))
+    if "shared.gate_up" in tensors:
+        both = linear(tensors.take("shared.gate_up", (2 * f, width), "2F D"))
         out["gate"], out["up"] = _halves(both, interleaved=False)
     else:
         for part in ("gate", "up") if gated else ("up",):
-            out[part] = linear(found.take(f"shared.{part}", (f, width), "F D"))
+            out[part] = linear(tensors.take(f"shared.{part}", (f, width), "F D"))
     for part in ("gate", "up", "down"):
-        if f"shared.{part}_bias" in found:
+        if f"shared.{part}_bias" in tensors:
             size = width if part == "down" else f
-            out[f"{part}_bias"] = found.take(f"shared.{part}_bias", (size,), "F")
+            out[f"{part}_bias"] = tensors.take(f"shared.{part}_bias", (size,), "F")
     return out
 
 
-def shared_stack(found: Tensors, *, count: int, width: int) -> Params:
+def shared_stack(tensors: Tensors, *, count: int, width: int) -> Params:
     """S shared experts: ``{"gate": [S, D, F], "up": [S, D, F], "down": [S, F, D]}``."""
-    down = found.take("shared_stack.down", (count, width, None), "S D F")
+    down = tensors.take("shared_stack.down", (count, width, None), "S D F")
     f = down.shape[2]
-    if "shared_stack.gate_up_interleaved" in found:
-        both = found.take("shared_stack.gate_up_interleaved", (count, 2 * f, width), "S 2F D")
+    if "shared_stack.gate_up_interleaved" in tensors:
+        both = tensors.take("shared_stack.gate_up_interleaved", (count, 2 * f, width), "S 2F D")
         gate, up = _halves(linear(both), interleaved=True)
     else:
         gate, up = (
-            linear(found.take(f"shared_stack.{part}", (count, f, width), "S F D"))
+            linear(tensors.take(f"shared_stack.{part}", (count, f, width), "S F D"))
             for part in ("gate", "up")
         )
     return {"gate": gate, "up": up, "down": linear(down)}

@@ -333,6 +333,11 @@ class TokenChoice(Router, abc.ABC):
 
     keeps_prefix: ClassVar[bool] = True  # False: kept slots are moved to the front
 
+    @property
+    def num_choices(self) -> int:
+        """How many slots are scored for a token: ``max_k``, unless some choices are no experts."""
+        return self.max_k
+
     # --- the steps of the frame, in order
 
     def logits(
@@ -380,7 +385,7 @@ class TokenChoice(Router, abc.ABC):
         probs = self.probs(logits, scores)
         selection = self.selection_scores(params, state, logits, scores, context)
         selection = self.exclude_and_limit(selection)
-        indices, best = top_slots(selection, self.max_k)
+        indices, best = top_slots(selection, self.num_choices)
         return Slots(
             logits=logits,
             probs=probs,

@@ -105,8 +105,16 @@ def test_unknown_activation():
 def test_composite_configs_are_read_from_their_text_part():
     text = {"model_type": "qwen3_vl_moe_text", "num_experts": 8, "num_experts_per_tok": 3}
     assert router_from_hf({"model_type": "qwen3_vl_moe", "text_config": text}).max_k == 3
-    omni = {"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": {
-        "model_type": "qwen3_omni_moe_text", "num_experts": 8, "num_experts_per_tok": 5}}}  # fmt: skip
+    omni = {
+        "model_type": "qwen3_omni_moe",
+        "thinker_config": {
+            "text_config": {
+                "model_type": "qwen3_omni_moe_text",
+                "num_experts": 8,
+                "num_experts_per_tok": 5,
+            }
+        },
+    }
     assert router_from_hf(omni).max_k == 5
 
 
@@ -148,8 +156,9 @@ def test_tensors_refused(changes, message):
 def test_one_missing_expert_is_named():
     names = {
         f"experts.{e}.{w}.weight": np.zeros(s, np.float32)
-        for e in range(E) for w, s in (("w1", (F, D)), ("w2", (D, F)), ("w3", (F, D)))
-    }  # fmt: skip
+        for e in range(E)
+        for w, s in (("w1", (F, D)), ("w2", (D, F)), ("w3", (F, D)))
+    }
     whole = {**names, "gate.weight": np.zeros((E, D), np.float32)}
     assert moe_block_from_hf(CONFIG, whole).params["experts"]["up"].shape == (E, D, F)
     del whole["experts.2.w3.weight"]

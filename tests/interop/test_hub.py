@@ -54,8 +54,9 @@ def test_a_block_read_from_disk_equals_transformers(folder, layer):
         np.testing.assert_allclose(
             np.take_along_axis(np.asarray(got), mine, axis=-1),
             np.take_along_axis(theirs, order, axis=-1),
-            rtol=0, atol=1e-6,
-        )  # fmt: skip
+            rtol=0,
+            atol=1e-6,
+        )
 
 
 def test_the_dense_layer_is_named_and_the_config_gives_the_router():

@@ -27,6 +27,7 @@ from moe_jax.interop.rules import (
 from moe_jax.interop.rules.sparse_mixer import sparse_mix
 from moe_jax.layer import moe_layer
 from moe_jax.routers import Router, router_from_json
+from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Routing
 
@@ -121,6 +122,108 @@ def test_gradients_reach_the_router(router):
     for path, g in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params)):
         assert np.isfinite(g).all(), path
         assert np.abs(g).max() > 0, path
+
+
+# --- disabled experts -------------------------------------------------------------------------
+
+OFF = (0, 3, 5)
+ALL = {**CASES, "product keys": ProductKeys(num_experts=16, k=3)}
+WITH_GROUPS = {
+    name: dataclasses.replace(ALL[name], scoring=scoring)
+    for name in ("capacity", "token table")
+    for scoring in (Scoring(score="sigmoid", num_groups=4, top_groups=2, group_score="max"),)
+}
+
+
+def without(router: Any, *off: int) -> Any:
+    return dataclasses.replace(router, gate=dataclasses.replace(router.gate, disabled_experts=off))
+
+
+@pytest.mark.parametrize(
+    "router",
+    [*ALL.values(), *WITH_GROUPS.values(), ZeroExperts(num_experts=2, num_zero_experts=4, k=4)],
+    ids=[*ALL, *(f"{name}, groups" for name in WITH_GROUPS), "k above E"],
+)
+def test_a_disabled_expert_is_never_chosen(router):
+    off = OFF if router.num_experts > 5 else (0,)
+    rule = without(router, *off)
+    params, state = rule.init(jax.random.key(0), D), rule.init_state()
+    if hasattr(state, "expert_bias"):  # a bias that would bring them back
+        bias = jnp.where(jnp.arange(state.expert_bias.shape[0]) < 6, 10.0, 0.0)
+        state = dataclasses.replace(state, expert_bias=bias)
+    routing = jax.jit(lambda x: rule(params, state, x, context=CONTEXT))(X)
+    indices, weights = np.asarray(routing.expert_indices), np.asarray(routing.combine_weights)
+    used = indices < router.num_experts
+    assert not np.isin(indices[used], off).any()
+    assert np.isfinite(weights).all()
+    assert np.isfinite(routing.router_logits).all()
+    assert np.abs(weights).max() < 100, "no weight of a logit that stands for minus infinity"
+    assert used.sum(axis=1).min() >= rule.min_k
+    assert (np.diff(used.astype(int), axis=1) <= 0).all()
+    np.testing.assert_allclose(np.asarray(routing.router_probs)[:, list(off)], 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"capacity", "token table"}))
+def test_what_is_left_is_routed_as_if_the_others_had_lost(name):
+    """Where no disabled expert was among the best, nothing changes."""
+    plain = ALL[name]
+    off = next(e for e in range(plain.num_experts) if not (route(plain).expert_indices == e).all())
+    one, two = route(plain), route(without(plain, off))
+    same = ~(np.asarray(one.expert_indices) == off).any(axis=1)
+    if name.startswith("capacity"):
+        return  # another token's place is free
+    assert same.any()
+    np.testing.assert_array_equal(
+        np.asarray(one.expert_indices)[same], np.asarray(two.expert_indices)[same]
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda gate: SparseMixer(num_experts=4, k=3, gate=gate),
+        lambda gate: ProductKeys(num_experts=4, k=3, gate=gate),
+        lambda gate: JointShared(num_experts=4, num_shared=2, k=3, gate=gate),
+        lambda gate: CapacityTopK(num_experts=4, k=3, gate=gate),
+        lambda gate: TokenTable(num_experts=4, k=3, vocab_size=9, gate=gate),
+        lambda gate: ZeroExperts(num_experts=4, num_zero_experts=1, k=4, gate=gate),
+        lambda gate: DepthRouter(num_experts=4, k=4, hidden_size=6, gate=gate),
+        lambda gate: MoEPlusPlus(num_experts=4, num_constant=0, num_zero=0, k=4, gate=gate),
+    ],
+)
+def test_k_above_what_is_enabled_is_refused(make):
+    make(Gate())
+    with pytest.raises(ValueError, match=r"k: expected at most 2, the number of experts left"):
+        make(Gate(disabled_experts=(1, 2)))
+
+
+def test_the_table_names_no_other_expert_for_a_disabled_one():
+    rule = without(TokenTable(num_experts=4, k=2, vocab_size=2), 1)
+    state = TableState(table=jnp.array([[0, 1], [1, 2]]))
+    params, x = {"kernel": jnp.zeros((2, 4))}, jnp.ones((2, 2))
+    routing = rule(params, state, x, context={"token_ids": jnp.array([0, 1])})
+    assert routing.expert_indices.tolist() == [[0, 4], [2, 4]]
+
+
+# --- what a rule needs beside x ---------------------------------------------------------------
+
+
+def test_the_state_of_the_layer_before_is_required_where_the_weights_call_for_it():
+    rule = DepthRouter(num_experts=4, k=1, hidden_size=6)
+    params, state = rule.init(jax.random.key(0), D), rule.init_state()
+    with pytest.raises(ValueError, match=r"expected 'router_states' .*router_states_scale"):
+        rule(params, state, X)
+    first = {name: p for name, p in params.items() if name != "depth_scale"}
+    rule(first, state, X)
+    with pytest.raises(ValueError, match=r"expected no 'router_states'.*first layer"):
+        rule(first, state, X, context={"router_states": jnp.ones((T, 6))})
+
+
+def test_nothing_is_twice_in_what_a_rule_returns(router):
+    """A caller may donate parameters and state: no array is in them twice."""
+    key = jax.random.key(0)
+    plus = lambda tree: jax.tree.map(lambda v: v + jnp.ones((), v.dtype), tree)  # noqa: E731
+    jax.jit(plus, donate_argnums=0)((router.init(key, D), router.init_state()))
 
 
 def by_hand(logits) -> tuple[dict[str, jax.Array], jax.Array]:

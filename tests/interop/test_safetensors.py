@@ -254,24 +254,44 @@ def to_hub(block: dict[str, np.ndarray], gate: str, up: str, down: str) -> dict[
 MODELS = {
     "mixtral": (
         {"model_type": "mixtral", "hidden_size": D, "num_local_experts": E},
-        "model.layers.{}.block_sparse_moe.", ("w1", "w3", "w2"), fused(False, False),
+        "model.layers.{}.block_sparse_moe.",
+        ("w1", "w3", "w2"),
+        fused(False, False),
     ),
     "olmoe": (
         {"model_type": "olmoe", "hidden_size": D, "num_experts": E, "num_experts_per_tok": 2},
-        "model.layers.{}.mlp.", ("gate_proj", "up_proj", "down_proj"), fused(False, False),
+        "model.layers.{}.mlp.",
+        ("gate_proj", "up_proj", "down_proj"),
+        fused(False, False),
     ),
     "deepseek_v3": (
-        {"model_type": "deepseek_v3", "hidden_size": D, "n_routed_experts": E, "n_group": 2,
-         "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 1},
-        "model.layers.{}.mlp.", ("gate_proj", "up_proj", "down_proj"), fused(True, True),
+        {
+            "model_type": "deepseek_v3",
+            "hidden_size": D,
+            "n_routed_experts": E,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+        },
+        "model.layers.{}.mlp.",
+        ("gate_proj", "up_proj", "down_proj"),
+        fused(True, True),
     ),
     "axk1": (  # keeps a norm of the block beside it, in the layer
-        {"model_type": "axk1", "hidden_size": D, "n_routed_experts": E, "n_group": 1,
-         "topk_group": 1, "num_experts_per_tok": 2},
-        "model.layers.{}.mlp.", ("gate_proj", "up_proj", "down_proj"),
+        {
+            "model_type": "axk1",
+            "hidden_size": D,
+            "n_routed_experts": E,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+        },
+        "model.layers.{}.mlp.",
+        ("gate_proj", "up_proj", "down_proj"),
         fused(True, True) | {"post_mlp_layernorm.weight": some(D)},
     ),
-}  # fmt: skip
+}
 
 
 def checkpoint(folder: Path, name: str, *, shards: int) -> None:
@@ -341,8 +361,10 @@ def test_two_stacks_must_be_told_apart(tmp_path):
 
 def test_per_layer_lists_of_the_config(tmp_path):
     checkpoint(tmp_path, "mixtral", shards=1)
-    block = MODELS["mixtral"][3] | {f"shared_mlp.{p}_proj.weight": t for p, t in (
-        ("gate", some(F, D)), ("up", some(F, D)), ("down", some(D, F)))}  # fmt: skip
+    block = MODELS["mixtral"][3] | {
+        f"shared_mlp.{p}_proj.weight": t
+        for p, t in (("gate", some(F, D)), ("up", some(F, D)), ("down", some(D, F)))
+    }
     write(tmp_path / "model.safetensors", {f"model.layers.1.mlp.{n}": t for n, t in block.items()})
     config = {"model_type": "hunyuan_v1_moe", "num_experts": [1, E], "moe_topk": [1, 3]}
     (tmp_path / "config.json").write_text(json.dumps(config))

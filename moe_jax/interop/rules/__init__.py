@@ -1,7 +1,7 @@
 """Routing rules that one published model needs and ``Scoring`` cannot say.
 
-They follow the contract of ``moe_jax.routers.base.Router``. What a rule needs beyond x comes in
-``context``, by the names in each docstring.
+They are rules like those of ``moe_jax.routers``, which imports them by name when a checkpoint or a
+JSON file has one. What a rule needs beyond x comes in ``context``, by the names in each docstring.
 """
 
 from moe_jax.interop.rules.capacity_top_k import CapacityTopK

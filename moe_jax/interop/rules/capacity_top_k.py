@@ -7,24 +7,21 @@ import math
 
 import jax.numpy as jnp
 
-from moe_jax.checks import check_k
-from moe_jax.interop.rules.common import NoState
-from moe_jax.routers.base import Router, Traits
-from moe_jax.routing.difficulty import Context
+from moe_jax.interop.rules.common import NoState, PublishedRule
+from moe_jax.routers.base import Slots, Traits
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, compact, top_slots
-from moe_jax.types import Array, Params, Routing
+from moe_jax.types import Array, Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CapacityTopK(Router):
+class CapacityTopK(PublishedRule):
     """Top-k in which an expert serves only the first ``capacity`` tokens that ask for it.
 
-    The Switch Transformer of transformers (capacity counted a sequence) and NLLB-MoE's top-2 (counted
-    over the batch). All first choices are served before any second choice. A choice over capacity
-    becomes an unused slot. So a token's routing depends on the tokens before it, and second
-    choices even on later ones: compare ``moe_layer(capacity_factor=...)``, which drops in the plan.
+    The Switch Transformer of transformers (capacity counted per sequence) and NLLB-MoE's top-2
+    (counted over the batch). All first choices are served before any second choice. A choice over
+    capacity becomes an unused slot. So a token's routing depends on the tokens before it, and second
+    choices even on later ones: compare ``LayerOptions.capacity_factor``, which drops in the plan.
 
     Args:
         num_experts: E.
@@ -56,9 +53,10 @@ class CapacityTopK(Router):
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
 
+    keeps_prefix = False
+
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=0, max_k=self.k)
-        self.scoring.check(num_experts=self.num_experts, max_k=self.k)
+        super().__post_init__()
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity: expected at least 1 or None, got {self.capacity}.")
         if self.prioritize and self.sequence_length is not None:
@@ -66,10 +64,6 @@ class CapacityTopK(Router):
                 "prioritize: expected sequence_length=None, since tokens are ranked over the whole "
                 f"batch, got {self.sequence_length}."
             )
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -85,44 +79,24 @@ class CapacityTopK(Router):
     def init_state(self) -> NoState:
         return NoState()
 
-    def __call__(
-        self,
-        params: Params,
-        state: NoState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        logits = self.gate(params, x, key=key, token_mask=token_mask)
-        scores = self.scoring.scores(logits)
-        bias = jnp.zeros((self.num_experts,), jnp.float32)
-        selection = self.scoring.selection_scores(logits, scores, bias)
-        indices, _ = top_slots(self.scoring.limit_groups(selection), self.k)
-        slot_scores = jnp.take_along_axis(scores, indices, axis=-1)
-        asked = jnp.ones(indices.shape, bool)
-        if token_mask is not None:
-            asked = asked & token_mask[:, None]
-        keep = asked & (self._position(indices, asked, scores) < self._bound(x.shape[0]))
-        # A token may keep one expert of two; starving the router is the published rule's own doing.
-        weights = self.scoring.weights(
-            slot_scores, keep if self.norm_after else asked, min_k=max(self.k, 2)
-        )
-        keep, indices, weights = compact(keep, indices, weights)
-        return build_routing(
-            logits=logits, probs=self.scoring.probs(logits, scores), indices=indices, weights=weights,
-            keep=keep, token_mask=token_mask,
-        )  # fmt: skip
+    def select(self, params, state, slots, x, context):
+        """All slots; ``build`` drops, as it knows the padding, which takes no capacity."""
+        return slots.available, slots.scores
+
+    def build(self, slots: Slots, keep: Array, weights: Array, token_mask) -> Routing:
+        asked = keep if token_mask is None else keep & token_mask[:, None]
+        kept = asked & (self._position(slots, asked) < self._bound(keep.shape[0]))
+        weights = self.weights(slots, kept if self.norm_after else asked)
+        return super().build(slots, kept, weights, token_mask)
 
     def _bound(self, tokens: int) -> int:
         if self.capacity_fraction is not None:
             return math.ceil(self.capacity_fraction * tokens)
         return tokens if self.capacity is None else self.capacity
 
-    def _position(self, indices: Array, asked: Array, scores: Array) -> Array:
+    def _position(self, slots: Slots, asked: Array) -> Array:
         """i32[T, K]: how many were served before, by the same expert in the same sequence."""
-        tokens, k = indices.shape
+        tokens, k = slots.indices.shape
         length = tokens if self.sequence_length is None else self.sequence_length
         if tokens % length:
             raise ValueError(
@@ -130,15 +104,17 @@ class CapacityTopK(Router):
                 "Pass whole sequences, flattened."
             )
         experts = jnp.arange(self.num_experts, dtype=jnp.int32)
-        hits = (indices[:, :, None] == experts[None, None, :]) & asked[:, :, None]
+        hits = (slots.indices[:, :, None] == experts[None, None, :]) & asked[:, :, None]
         hits = hits.astype(jnp.int32)
-        order = jnp.argsort(-scores.max(axis=-1), stable=True) if self.prioritize else None
+        best = self.scoring.scores(slots.logits).max(axis=-1)
+        order = jnp.argsort(-best, stable=True) if self.prioritize else None
         if order is not None:
             hits = hits[order]
         hits = hits.reshape(tokens // length, length, k, self.num_experts)
         before = jnp.cumsum(hits, axis=1) - hits
+        # Every first choice of the sequence, later tokens' too, comes before any second choice.
         earlier_slots = jnp.cumsum(hits.sum(axis=1), axis=1) - hits.sum(axis=1)
         before = (before + earlier_slots[:, None]).reshape(tokens, k, self.num_experts)
         if order is not None:
             before = before[jnp.argsort(order)]
-        return jnp.take_along_axis(before, indices[:, :, None], axis=-1)[:, :, 0]
+        return jnp.take_along_axis(before, slots.indices[:, :, None], axis=-1)[:, :, 0]

@@ -1,10 +1,58 @@
-"""What the rules of this package share."""
+"""The contract that the rules of single models share."""
 
 from __future__ import annotations
 
-from moe_jax.types import pytree
+import abc
+
+from moe_jax.checks import check_k
+from moe_jax.routers.base import Slots, TokenChoice, Traits
+from moe_jax.types import Array, pytree
 
 
 @pytree
 class NoState:
-    """A rule that learns nothing without gradients."""
+    """The state of a rule that learns nothing without gradients."""
+
+
+class PublishedRule(TokenChoice, abc.ABC):
+    """A token chooses k classes: as many experts, unless some classes are no experts."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        check_k(num_experts=self.num_classes, min_k=0, max_k=self.k)
+        super().__post_init__()
+        free = self.num_classes - self.num_experts
+        self.gate.check(num_experts=self.num_experts, k=self.k - free)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are to choose from; E unless some are no experts."""
+        return self.num_experts
+
+    @property
+    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return min(self.k, self.num_experts)
+
+    @property
+    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return max(0, self.k - (self.num_classes - self.num_experts))
+
+    @property
+    def num_choices(self) -> int:
+        return self.k
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=True,
+            batch_invariant=True,
+            may_leave_token_empty=self.min_k == 0,
+            budget="exact" if self.min_k == self.max_k else "none",
+        )
+
+    def weights(self, slots: Slots, keep: Array) -> Array:
+        # min_k=2: where a published rule renormalises the weight of a token's only expert, that is
+        # the rule, so it does not warn.
+        available = keep & slots.available
+        return self.scoring.weights(slots.scores, available, min_k=max(self.k, 2))

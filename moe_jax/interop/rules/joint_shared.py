@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_k
+from moe_jax.interop.rules.common import PublishedRule
 from moe_jax.interop.rules.free_classes import BiasState
-from moe_jax.routers.base import Router, Traits
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, top_slots
 from moe_jax.types import Array, Params, Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JointShared(Router):
+class JointShared(PublishedRule):
     """Top-k of sigmoid scores, weighed together with shared experts that every token uses (Inkling).
 
     The router has E + S logits. The k best of the E by ``sigmoid(z) + bias`` are chosen, all S shared
     experts join them, and the k + S sigmoids are divided by their sum (in log space), then scaled. So
     a shared expert takes weight away from the routed ones: it is a sink.
 
-    The routing is over the E experts; ``shared_weights`` has what the S weigh.
+    The routing is over the E experts; ``shared_weights`` returns the weights of the S.
 
     Args:
         num_experts: E.
@@ -49,68 +47,50 @@ class JointShared(Router):
     k: int
     scale: float = 1.0
     gate: Gate = Gate()
+    scoring: ClassVar[Scoring] = Scoring(score="sigmoid")  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
+        super().__post_init__()
         if self.num_shared < 1:
             raise ValueError(
                 f"num_shared: expected at least 1, got {self.num_shared}. Without shared experts use "
                 "TopK with sigmoid scores."
             )
 
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="exact"
-        )
-
     def init(self, key: Array, d_model: int) -> Params:
-        classes = self.num_experts + self.num_shared
-        params = self.gate.init(key, d_model=d_model, num_experts=classes)
+        both = self.num_experts + self.num_shared
+        params = self.gate.init(key, d_model=d_model, num_experts=both)
         return params | {"global_scale": jnp.ones((1,), jnp.float32)}
 
     def init_state(self) -> BiasState:
         return BiasState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
 
-    def __call__(
-        self,
-        params: Params,
-        state: BiasState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        logits = self.gate(params, x, key=key, token_mask=token_mask)
-        scores = jax.nn.sigmoid(logits[:, : self.num_experts])
-        indices, _ = top_slots(scores + state.expert_bias[None, :], self.k)
-        return build_routing(
-            logits=logits[:, : self.num_experts],
-            probs=Scoring(score="sigmoid").probs(logits[:, : self.num_experts], scores),
-            indices=indices,
-            weights=self._joint(params, logits, indices)[:, : self.k],
-            keep=jnp.ones(indices.shape, bool),
-            token_mask=token_mask,
-        )
+    # Logits, scores and selection have E + S columns until ``build``: the shared experts' logits are
+    # needed for the weights, and at -inf none of them is selected.
+
+    def selection_scores(self, params, state: BiasState, logits, scores, context) -> Array:
+        routed = scores[:, : self.num_experts] + state.expert_bias[None, :]
+        return jnp.pad(routed, ((0, 0), (0, self.num_shared)), constant_values=-jnp.inf)
+
+    def probs(self, logits: Array, scores: Array) -> Array:
+        return self.scoring.probs(logits[:, : self.num_experts], scores[:, : self.num_experts])
+
+    def select(self, params, state, slots, x, context):
+        return slots.available, self._joint(params, slots.logits, slots.indices)[:, : self.k]
+
+    def build(self, slots, keep, weights, token_mask) -> Routing:
+        slots = dataclasses.replace(slots, logits=slots.logits[:, : self.num_experts])
+        return super().build(slots, keep, weights, token_mask)
 
     def shared_weights(self, params: Params, x: Array, routing: Routing) -> Array:
-        """f32[T, S]: what the shared experts weigh for x [T, D], given its routing; 0 for padding."""
+        """f32[T, S]: weights of the shared experts for x [T, D], given its routing; 0 for padding."""
         logits = self.gate(params, x, token_mask=routing.token_mask)
         indices = jnp.minimum(routing.expert_indices, self.num_experts - 1)
         weights = self._joint(params, logits, indices)[:, self.k :]
         return jnp.where(routing.token_mask[:, None], weights, 0.0)
 
     def _joint(self, params: Params, logits: Array, indices: Array) -> Array:
-        """f32[T, k + S]."""
+        """f32[T, k + S]: one softmax of log-sigmoids, which is sigmoids over their sum."""
         chosen = jnp.take_along_axis(logits, indices, axis=-1)
         together = jnp.concatenate([chosen, logits[:, self.num_experts :]], axis=-1)
         weights = jax.nn.softmax(jax.nn.log_sigmoid(together), axis=-1)

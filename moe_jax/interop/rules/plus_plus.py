@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_k
 from moe_jax.interop.rules.common import NoState
-from moe_jax.routers.base import Router, Traits
+from moe_jax.interop.rules.free_classes import FreeClasses
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, compact, top_slots
 from moe_jax.types import Array, Params, Routing
-
-# Divides by at least the float32 epsilon, as the authors' code does.
-_WEIGHTS = Scoring(norm="clamp", norm_eps=float(jnp.finfo(jnp.float32).eps))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoEPlusPlus(Router):
+class MoEPlusPlus(FreeClasses):
     """Top-k over E experts and three kinds of free ones (MoE++, Jin et al. 2024, arXiv:2410.07348).
 
     A copy expert returns x. A zero expert returns nothing: its weight is taken out and the others are
@@ -63,40 +59,27 @@ class MoEPlusPlus(Router):
     k: int = 2
     gate: Gate = Gate()
 
+    # Divides by at least the float32 epsilon, as the authors' code does.
+    scoring: ClassVar[Scoring] = Scoring(norm="clamp", norm_eps=2.0**-23)  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=0, max_k=1)
-        check_k(num_experts=self.classes, min_k=0, max_k=self.k)
         if min(self.num_constant, self.num_copy, self.num_zero) < 0:
             raise ValueError(
                 "num_constant, num_copy, num_zero: expected at least 0, got "
                 f"{self.num_constant}, {self.num_copy}, {self.num_zero}. 0 is none of that kind."
             )
+        super().__post_init__()
 
     @property
-    def classes(self) -> int:
-        """E + Z."""
+    def num_classes(self) -> int:
         return self.num_experts + self.num_constant + self.num_copy + self.num_zero
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return min(self.k, self.num_experts)
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return max(0, self.k - (self.classes - self.num_experts))
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=self.min_k == 0, budget="none"
-        )
 
     def init(self, key: Array, d_model: int) -> Params:
         gate_key, mix_key = jax.random.split(key)
         shape = (self.num_constant, d_model, 2)
         return {
-            **self.gate.init(gate_key, d_model=d_model, num_experts=self.classes),
-            "kernel_before": jnp.zeros((self.classes, self.classes), jnp.float32),
+            **self.gate.init(gate_key, d_model=d_model, num_experts=self.num_classes),
+            "kernel_before": jnp.zeros((self.num_classes, self.num_classes), jnp.float32),
             "constant": jnp.zeros((self.num_constant, d_model), jnp.float32),
             "constant_mix": jax.random.normal(mix_key, shape, jnp.float32) / d_model**0.5,
         }
@@ -123,30 +106,22 @@ class MoEPlusPlus(Router):
         kernel = params["kernel_before"].astype(jnp.float32)
         return logits + jnp.matmul(before, kernel, precision=jax.lax.Precision.HIGHEST)
 
+    def logits(self, params, x, *, key=None, token_mask=None, context=None) -> Array:
+        return self.all_logits(params, x, key=key, token_mask=token_mask, context=context)
+
+    def select(self, params, state, slots, x, context):
+        returns = slots.available & (slots.indices < self.num_classes - self.num_zero)
+        weights = jnp.where(returns, self.weights(slots, returns), 0.0)
+        return slots.indices < self.num_experts, weights
+
     def __call__(
-        self,
-        params: Params,
-        state: NoState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
+        self, params, state, x, *, key=None, token_mask=None, context: Context | None = None
     ) -> Routing:
-        logits = self.all_logits(params, x, key=key, token_mask=token_mask, context=context)
-        probs, indices, weights = self._choose(logits)
-        constant, copy = self._free_weights(indices, weights)
-        mix = self._mix(params, x, token_mask)
-        residual = copy + (constant * mix[:, :, 0]).sum(axis=1)
-        experts = self.num_experts
-        keep, indices, weights = compact(indices < experts, indices, weights)
-        k, own = self.max_k, probs[:, :experts]
-        routing = build_routing(
-            logits=logits[:, :experts],
-            probs=own / jnp.maximum(own.sum(axis=-1, keepdims=True), 1e-30),
-            indices=indices[:, :k], weights=weights[:, :k], keep=keep[:, :k],
-            token_mask=token_mask,
-        )  # fmt: skip
+        slots = self.score(params, state, x, key=key, token_mask=token_mask, context=context)
+        keep, weights = self.select(params, state, slots, x, context or {})
+        routing = self.build(slots, keep & slots.available, weights, token_mask)
+        constant, residual = self._free_weights(slots.indices, weights)
+        residual = residual + (constant * self._mix(params, x, token_mask)[:, :, 0]).sum(axis=1)
         residual = jnp.where(routing.token_mask, residual, 0.0)
         return dataclasses.replace(routing, residual_weight=residual)
 
@@ -159,23 +134,13 @@ class MoEPlusPlus(Router):
         context: Context | None = None,
     ) -> Array:
         """f32[T, D]: what constant experts return beside their share of x; 0 for padding."""
-        logits = self.all_logits(params, x, token_mask=token_mask, context=context)
-        _, indices, weights = self._choose(logits)
-        constant, _ = self._free_weights(indices, weights)
+        slots = self.score(params, NoState(), x, token_mask=token_mask, context=context)
+        _, weights = self.select(params, NoState(), slots, x, context or {})
+        constant, _ = self._free_weights(slots.indices, weights)
         amounts = constant * self._mix(params, x, token_mask)[:, :, 1]
         if token_mask is not None:
             amounts = jnp.where(token_mask[:, None], amounts, 0.0)
         return amounts @ params["constant"].astype(jnp.float32)
-
-    def _choose(self, logits: Array) -> tuple[Array, Array, Array]:
-        """Probabilities f32[T, E + Z], and the k best classes with their weights, zero's out."""
-        probs = jax.nn.softmax(logits, axis=-1)
-        indices, _ = top_slots(probs, self.k)
-        returns = indices < self.classes - self.num_zero
-        chosen = jnp.take_along_axis(probs, indices, axis=-1)
-        # min_k=2: renormalising is the published rule's own doing, and needs no warning.
-        weights = _WEIGHTS.weights(chosen, returns, min_k=2)
-        return probs, indices, jnp.where(returns, weights, 0.0)
 
     def _free_weights(self, indices: Array, weights: Array) -> tuple[Array, Array]:
         """f32[T, C] of each constant expert, f32[T] of all copy experts."""
@@ -183,7 +148,9 @@ class MoEPlusPlus(Router):
         ids = first + jnp.arange(self.num_constant, dtype=jnp.int32)
         hits = indices[:, :, None] == ids[None, None, :]
         constant = jnp.where(hits, weights[:, :, None], 0.0).sum(axis=1)
-        copies = (indices >= first + self.num_constant) & (indices < self.classes - self.num_zero)
+        copies = (indices >= first + self.num_constant) & (
+            indices < self.num_classes - self.num_zero
+        )
         return constant, jnp.where(copies, weights, 0.0).sum(axis=1)
 
     def _mix(self, params: Params, x: Array, token_mask: Array | None) -> Array:

@@ -1,39 +1,38 @@
-"""Very many tiny experts, found by two short lists of keys: Doge."""
+"""Very many tiny experts, looked up by two short lists of keys: Doge."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_k
-from moe_jax.interop.rules.common import NoState
-from moe_jax.routers.base import Router, Traits
-from moe_jax.routing.difficulty import Context
+from moe_jax.interop.rules.common import NoState, PublishedRule
+from moe_jax.routers.base import Traits
 from moe_jax.routing.gate import Gate
-from moe_jax.routing.selection import build_routing, top_slots
-from moe_jax.types import Array, Params, Routing
+from moe_jax.routing.scoring import Scoring
+from moe_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProductKeys(Router):
-    """Top-k over E = n * n experts whose logits are sums of two of 2n numbers (Doge; the idea is that
-    of product keys, Lample et al. 2019, arXiv:1907.05242).
+class ProductKeys(PublishedRule):
+    """Top-k over E = n * n experts whose logits are sums of two of 2n numbers (Doge).
 
-    Expert ``i * n + j`` has logit ``a_i + b_j``; the weights are a softmax over the chosen. As in
-    transformers, whose code reads the 2n numbers of all T tokens as if they lay [2, T, n] in memory,
-    a token's ``a`` and ``b`` come from the rows of *other* tokens of the batch. Checkpoints run that
-    way, so it is kept: the rule is neither causal nor batch-invariant.
+    The idea is that of product keys (Lample et al. 2019, arXiv:1907.05242). Expert ``i * n + j`` has
+    logit ``a_i + b_j``; the weights are a softmax over the chosen. As in transformers, whose code
+    reads the 2n numbers of all T tokens as if they lay [2, T, n] in memory, a token's ``a`` and ``b``
+    come from the rows of *other* tokens of the batch. Checkpoints were trained that way, so the rule
+    is neither causal nor batch-invariant.
 
     Args:
         num_experts: E, a square.
         k: experts per token.
-        gate: the map to 2n numbers.
+        gate: the map to 2n numbers; ``disabled_experts`` are indices of experts, below E.
 
     Example:
         >>> router = ProductKeys(num_experts=16, k=3)
+        >>> import jax
         >>> params = router.init(jax.random.key(0), 8)
         >>> params["kernel"].shape, router(params, NoState(), jnp.ones((5, 8))).expert_indices.shape
         ((8, 8), (5, 3))
@@ -42,9 +41,10 @@ class ProductKeys(Router):
     num_experts: int
     k: int
     gate: Gate = Gate()
+    scoring: ClassVar[Scoring] = Scoring(score="identity", post="softmax")  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
+        super().__post_init__()
         if self.num_keys**2 != self.num_experts:
             raise ValueError(
                 f"num_experts: expected a square, got {self.num_experts}. Experts are pairs of keys; "
@@ -57,45 +57,28 @@ class ProductKeys(Router):
         return math.isqrt(self.num_experts)
 
     @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
-
-    @property
     def traits(self) -> Traits:
         return Traits(
             causal=False, batch_invariant=False, may_leave_token_empty=False, budget="exact"
         )
 
     def init(self, key: Array, d_model: int) -> Params:
-        return self.gate.init(key, d_model=d_model, num_experts=2 * self.num_keys)
+        return self._gate_of_keys.init(key, d_model=d_model, num_experts=2 * self.num_keys)
 
     def init_state(self) -> NoState:
         return NoState()
 
-    def __call__(
-        self,
-        params: Params,
-        state: NoState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        tokens = x.shape[0]
-        keys = self.gate(params, x, key=key, token_mask=token_mask)
-        first, second = keys.reshape(2, tokens, self.num_keys)
-        logits = (first[:, :, None] + second[:, None, :]).reshape(tokens, self.num_experts)
-        indices, _ = top_slots(logits, self.k)
-        return build_routing(
-            logits=logits,
-            probs=jax.nn.softmax(logits, axis=-1),
-            indices=indices,
-            weights=jax.nn.softmax(jnp.take_along_axis(logits, indices, axis=-1), axis=-1),
-            keep=jnp.ones(indices.shape, bool),
-            token_mask=token_mask,
-        )
+    def logits(self, params, x, *, key=None, token_mask=None, context=None) -> Array:
+        keys = self._gate_of_keys(params, x, key=key, token_mask=token_mask)
+        first, second = keys.reshape(2, x.shape[0], self.num_keys)
+        logits = (first[:, :, None] + second[:, None, :]).reshape(x.shape[0], self.num_experts)
+        # As from a gate over experts: -inf would give NaN in the gradients of some losses.
+        return jnp.maximum(self.gate.exclude(logits), jnp.finfo(jnp.float32).min)
+
+    def select(self, params, state, slots, x, context):
+        return slots.available, self.weights(slots, slots.available)
+
+    @property
+    def _gate_of_keys(self) -> Gate:
+        """The gate without its disabled experts, which are no indices of keys."""
+        return dataclasses.replace(self.gate, disabled_experts=())

@@ -7,30 +7,28 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_k
-from moe_jax.interop.rules.common import NoState
-from moe_jax.routers.base import Router, Traits
-from moe_jax.routing.difficulty import Context
+from moe_jax.interop.rules.common import NoState, PublishedRule
+from moe_jax.routers.base import Slots
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing
-from moe_jax.types import Array, Params, Routing
+from moe_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseMixer(Router):
+class SparseMixer(PublishedRule):
     """SparseMixer-v2, the rule of Phi-3.5-MoE (Liu et al. 2024, arXiv:2409.12136).
 
     The best expert is taken, then the best of the rest; each has a softmax of its own over the
     logits within a relative distance of ``2 * eps`` from the best. So a token's weights need not
-    add up to 1. With a key, the training rule: every slot's expert is sampled from its softmax, and
-    weights have Heun's third-order gradient estimate, see ``sparse_mix``.
+    add up to 1. With a key, the training rule applies: every slot's expert is sampled from its
+    softmax, and weights have Heun's third-order gradient estimate, see ``sparse_mix``.
 
     Args:
         num_experts: E.
         k: experts per token (2 in the published models).
         eps: ``router_jitter_noise`` of the config.
         gate: the map to logits.
+        scoring: unused; every token-choice rule has one.
 
     Example:
         >>> router = SparseMixer(num_experts=8)
@@ -45,47 +43,33 @@ class SparseMixer(Router):
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
 
-    def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="exact"
-        )
-
     def init_state(self) -> NoState:
         return NoState()
 
-    def __call__(
-        self,
-        params: Params,
-        state: NoState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        logits = self.gate(params, x, key=key, token_mask=token_mask)
+    def score(self, params, state, x, *, key=None, token_mask=None, context=None) -> Slots:
+        """The slots in the order in which they are drawn; ``scores`` are their weights."""
+        logits = self.logits(params, x, key=key, token_mask=token_mask)
         gumbel = coins = None
         if key is not None:
             noise, coin = jax.random.split(jax.random.fold_in(key, 1))
             gumbel = jax.random.gumbel(noise, (self.k, *logits.shape))
             coins = jax.random.uniform(coin, (self.k, logits.shape[0]))
-        indices, weights = sparse_mix(logits, k=self.k, eps=self.eps, gumbel=gumbel, coins=coins)
-        return build_routing(
-            logits=logits, probs=jax.nn.softmax(logits, axis=-1), indices=indices, weights=weights,
-            keep=jnp.ones(indices.shape, bool), token_mask=token_mask,
-        )  # fmt: skip
+        selection = self.gate.exclude(logits)
+        indices, weights = sparse_mix(selection, k=self.k, eps=self.eps, gumbel=gumbel, coins=coins)
+        probs = jax.nn.softmax(logits, axis=-1)
+        best = jnp.take_along_axis(selection, indices, axis=-1)
+        return Slots(
+            logits=logits,
+            probs=probs,
+            indices=indices,
+            selection=best,
+            scores=weights,
+            slot_probs=jnp.take_along_axis(probs, indices, axis=-1),
+            available=best != -jnp.inf,
+        )
+
+    def select(self, params, state, slots, x, context):
+        return slots.available, slots.scores
 
 
 def sparse_mix(
@@ -94,7 +78,7 @@ def sparse_mix(
     """(indices i32[T, k], weights f32[T, k]) of SparseMixer-v2.
 
     Args:
-        logits: f32[T, E].
+        logits: f32[T, E]; an expert at -inf is never chosen.
         k: experts per token.
         eps: experts further than ``2 * eps`` from the best, relatively, cannot be chosen.
         gumbel: f32[k, T, E] samples the expert of every slot; None takes the best.
@@ -104,7 +88,8 @@ def sparse_mix(
     """
     experts = jnp.arange(logits.shape[1], dtype=jnp.int32)
     clean = jnp.where(jnp.isnan(logits), -jnp.inf, jax.lax.stop_gradient(logits))
-    left = jnp.ones(logits.shape, bool)
+    # Not -inf by the distance below, which is NaN between infinities and would count as near.
+    left = clean > -jnp.inf
     indices, weights = [], []
     for slot in range(k):
         best = jnp.where(left, clean, -jnp.inf).max(axis=-1, keepdims=True)

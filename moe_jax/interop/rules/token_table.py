@@ -7,25 +7,27 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_array, check_k
-from moe_jax.routers.base import Router, Traits
-from moe_jax.routing.difficulty import Context
+from moe_jax.checks import check_array
+from moe_jax.interop.rules.common import PublishedRule
+from moe_jax.routers.base import Slots, Traits
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing
-from moe_jax.types import Array, Params, Routing, pytree
+from moe_jax.types import Array, pytree
 
 
 @pytree
 class TableState:
-    table: Array  # i32[V, K]: the experts of each token id
+    """Which experts each token id uses."""
+
+    table: Array  # i32[V, K]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenTable(Router):
+class TokenTable(PublishedRule):
     """A token's experts are looked up by its id; only their weights depend on x (DeepSeek-V4).
 
-    ``context["token_ids"]`` int[T] is required. The table is in the state.
+    ``context["token_ids"]`` int[T] is required. The table is in the state. A disabled expert leaves
+    its slot empty, for the table names no other.
 
     Args:
         num_experts: E.
@@ -49,22 +51,13 @@ class TokenTable(Router):
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
 
-    def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
-
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.k
+        return max(0, self.k - len(set(self.gate.disabled_experts)))
 
     @property
     def traits(self) -> Traits:
-        return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="exact"
-        )
+        return dataclasses.replace(super().traits, may_leave_token_empty=self.min_k == 0)
 
     def init_state(self) -> TableState:
         """Round robin: id v uses experts v, v + 1, ... modulo E."""
@@ -72,16 +65,8 @@ class TokenTable(Router):
         slots = jnp.arange(self.k, dtype=jnp.int32)[None, :]
         return TableState(table=(ids + slots) % self.num_experts)
 
-    def __call__(
-        self,
-        params: Params,
-        state: TableState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
+    def score(self, params, state, x, *, key=None, token_mask=None, context=None) -> Slots:
+        """The experts of the table, by descending score."""
         if context is None or "token_ids" not in context:
             raise ValueError(
                 "context: expected 'token_ids' int[T], since this layer's experts are looked up by "
@@ -91,16 +76,31 @@ class TokenTable(Router):
         check_array(
             "token_ids", ids, "T", kind="int", sizes={"T": x.shape[0]}, fix="Pass one id a token."
         )
-        logits = self.gate(params, x, key=key, token_mask=token_mask)
+        check_array(
+            "table",
+            state.table,
+            "V K",
+            kind="int",
+            sizes={"V": self.vocab_size, "K": self.k},
+            fix="Use a state of this rule, with its vocab_size and k.",
+        )
+        logits = self.logits(params, x, key=key, token_mask=token_mask, context=context)
         scores = self.scoring.scores(logits)
+        probs = self.probs(logits, scores)
         indices = state.table[ids].astype(jnp.int32)
-        slot_scores = jnp.take_along_axis(scores, indices, axis=-1)
-        best = jnp.argsort(-jax.lax.stop_gradient(slot_scores), axis=-1, stable=True)
+        selection = jnp.take_along_axis(self.gate.exclude(scores), indices, axis=-1)
+        best = jnp.argsort(-jax.lax.stop_gradient(selection), axis=-1, stable=True)
         indices = jnp.take_along_axis(indices, best, axis=-1)
-        slot_scores = jnp.take_along_axis(slot_scores, best, axis=-1)
-        keep = jnp.ones(indices.shape, bool)
-        return build_routing(
-            logits=logits, probs=self.scoring.probs(logits, scores), indices=indices,
-            weights=self.scoring.weights(slot_scores, keep, min_k=self.k),
-            keep=keep, token_mask=token_mask,
-        )  # fmt: skip
+        selection = jnp.take_along_axis(selection, best, axis=-1)
+        return Slots(
+            logits=logits,
+            probs=probs,
+            indices=indices,
+            selection=selection,
+            scores=jnp.take_along_axis(scores, indices, axis=-1),
+            slot_probs=jnp.take_along_axis(probs, indices, axis=-1),
+            available=selection != -jnp.inf,
+        )
+
+    def select(self, params, state, slots, x, context):
+        return slots.available, self.weights(slots, slots.available)
