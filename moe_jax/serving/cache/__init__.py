@@ -1,4 +1,4 @@
-"""Results of whole requests, kept while that saves time. Knows numpy, not JAX."""
+"""The cache of results of whole requests. Uses numpy, not JAX."""
 
 from moe_jax.serving.cache.entry import Entry, from_bytes, to_bytes
 from moe_jax.serving.cache.gain import Gain

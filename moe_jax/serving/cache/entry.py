@@ -1,4 +1,4 @@
-"""A cached answer, and the same as bytes for Redis: no pickle, every size checked on the way in."""
+"""A cached answer, and its bytes for Redis: no pickle, and every size is checked when read."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _DTYPES = ("int32", "int64", "float32")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
-    """An answer as it is kept. Its arrays are read-only.
+    """A cached answer. Its arrays are read-only.
 
     Attributes:
         arrays: by name.
         about: plain JSON values that belong to the answer.
-        seconds: what computing it took.
-        version: of the weights that computed it.
-        owner: the client that may read it, or "" for all.
-        cacheable: whether it may be kept: never what is degraded.
-        memo: what a reader derived from the arrays and may want again.
+        seconds: how long computing it took.
+        version: version of the weights that computed it.
+        owner: id of the only client that may read it, or "" for all.
+        cacheable: whether it may be kept; False for a degraded answer.
+        memo: values that a reader derived from the arrays and may need again.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -37,11 +37,12 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the arrays, and an estimate for the rest."""
         return sum(int(a.nbytes) for a in self.arrays.values()) + 1024
 
 
 def to_bytes(entry: Entry) -> bytes:
-    """The entry as bytes."""
+    """Returns an entry as bytes."""
     head = {
         "arrays": [[n, str(a.dtype), list(a.shape)] for n, a in entry.arrays.items()],
         "about": dict(entry.about),
@@ -56,10 +57,10 @@ def to_bytes(entry: Entry) -> bytes:
 
 
 def from_bytes(data: bytes) -> Entry:
-    """The entry that ``to_bytes`` wrote.
+    """Returns the entry that ``to_bytes`` wrote.
 
     Raises:
-        ValueError: anything else; what lies in Redis may be damaged or someone else's.
+        ValueError: the bytes are no whole entry; data in Redis may be damaged or foreign.
 
     Example:
         >>> entry = Entry(arrays={"a": np.ones(2, np.float32)}, about={}, seconds=0.1, version="v")
@@ -78,13 +79,16 @@ def from_bytes(data: bytes) -> Entry:
             count = int(np.prod([int(s) for s in shape], dtype=object)) if shape else 1
             array = np.frombuffer(data, dtype, count=count, offset=at).reshape(shape)
             at += array.nbytes
-            arrays[str(name)] = array  # read-only already: it looks into bytes
+            arrays[str(name)] = array  # read-only, because it is a view of `bytes`
         if at != len(data):
             raise ValueError(f"{len(data) - at} bytes left over")
         return Entry(
-            arrays=arrays, about=head["about"], seconds=float(head["seconds"]),
-            version=str(head["version"]), owner=str(head["owner"]),
-        )  # fmt: skip
+            arrays=arrays,
+            about=head["about"],
+            seconds=float(head["seconds"]),
+            version=str(head["version"]),
+            owner=str(head["owner"]),
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"cached entry: expected a whole one, got a damaged one: {error}"

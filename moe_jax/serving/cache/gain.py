@@ -1,19 +1,19 @@
-"""Whether a cache is worth its trouble: time saved by hits against time spent on all lookups."""
+"""The gain of a cache: time saved by hits minus time spent on all lookups."""
 
 from __future__ import annotations
 
 import collections
 
-WINDOW = 256  # lookups that decide
-ASIDE = 1024  # requests that then pass by the cache
-TRIAL = 64  # lookups after that, which decide again
+WINDOW = 256  # lookups over which the gain is measured
+ASIDE = 1024  # requests that skip the cache after a window without gain
+TRIAL = 64  # lookups after that, over which it is measured again
 
 
 class Gain:
-    """Measures gain and stands aside while there is none. Not locked: its owner is.
+    """Measures the gain and stands aside while there is none. Not locked: the owner's lock guards it.
 
-    Hashing 1.5 MB can take as long as a tenth of routing it, so below some share of hits a cache
-    only costs. What that share is depends on the machine and the requests, and so it is measured.
+    Hashing 1.5 MB can take a tenth of the time of routing it, so below some hit ratio a cache only
+    costs time. The ratio depends on the machine and the requests, and so it is measured.
 
     Example:
         >>> gain = Gain()
@@ -33,7 +33,7 @@ class Gain:
         self._needed = WINDOW
 
     def takes_part(self) -> bool:
-        """Whether the next request should look into the cache."""
+        """Returns whether the next request should look into the cache."""
         if not self.aside:
             return True
         self._skipped += 1
@@ -45,7 +45,7 @@ class Gain:
         return True
 
     def lookup(self, *, saved: float, spent: float) -> None:
-        """Counts a lookup: seconds that it saved and that it took."""
+        """Counts a lookup with the seconds that it saved and those that it took."""
         self.saved += saved
         self.spent += spent
         self._recent.append(saved - spent)

@@ -1,6 +1,6 @@
-"""The name of a request: everything that its answer depends on, in 128 bits.
+"""Digests of requests: 128 bits over everything that an answer depends on.
 
-Nothing is sampled: a hash over part of the content once served stale answers.
+All of the content is hashed. A hash over a sample of it would give another request's answer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from blake3 import blake3
 
 
 class Keyer:
-    """Turns requests into digests.
+    """Computes the digests of requests.
 
     Args:
-        keyed: whether digests are keyed by ``secret`` and differ from client to client, so that
-            nobody can make two inputs collide or learn what others asked (blake3); otherwise
-            xxh3, seeded by the secret, which is 20 times faster.
-        secret: 32 bytes; None draws them, which makes digests those of this process.
+        keyed: whether digests are keyed by ``secret`` and differ between clients, so that nobody can
+            make two inputs collide or learn what others asked (blake3). Otherwise they are xxh3
+            seeded by the secret, which is 20 times faster.
+        secret: 32 bytes; None draws them, so that digests are valid in this process only.
 
     Example:
         >>> keyer = Keyer(keyed=False, secret=bytes(32))
@@ -41,22 +41,22 @@ class Keyer:
     def digest(
         self, parts: Sequence[object], x: np.ndarray, mask: np.ndarray | None, *, client: str
     ) -> str:
-        """32 hex digits.
+        """Returns 32 hex digits.
 
         Args:
             parts: what else the answer depends on: version, options.
             x: the hidden states, contiguous.
             mask: bool[...] or None.
-            client: who asks; matters only when keyed.
+            client: who asks; used only if keyed.
         """
-        said = (*map(str, parts), str(x.dtype), str(x.shape), "" if mask is None else "masked")
-        header = "\x1f".join((*said, client) if self.keyed else said).encode()
+        fields = (*map(str, parts), str(x.dtype), str(x.shape), "" if mask is None else "masked")
+        header = "\x1f".join((*fields, client) if self.keyed else fields).encode()
         if self.keyed:
-            own = blake3(len(header).to_bytes(4, "little") + header, key=self._secret)
-            own.update(_bytes(x))
+            strong = blake3(len(header).to_bytes(4, "little") + header, key=self._secret)
+            strong.update(_bytes(x))
             if mask is not None:
-                own.update(_bytes(mask))
-            return own.hexdigest(length=16)
+                strong.update(_bytes(mask))
+            return strong.hexdigest(length=16)
         fast = xxhash.xxh3_128(len(header).to_bytes(4, "little") + header, seed=self._seed)
         fast.update(_bytes(x))
         if mask is not None:

@@ -1,4 +1,4 @@
-"""Results by digest: bounded in number, bytes and time, computed once for many who ask at once."""
+"""Results by digest, bounded in number, bytes and time; equal requests at one time compute once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_jax.serving.cache.gain import Gain
 from moe_jax.serving.cache.redis_store import SharedCache
 from moe_jax.serving.errors import ServingError
 
-_REMEMBERED = 4096  # digests whose fate is known, for the reasons of misses
+_REMEMBERED = 4096  # dropped digests, remembered for the reasons of misses
 _WINDOW = 1000  # lookups of the recent hit ratio
 
 
@@ -30,7 +30,7 @@ class _Flight:
 
 
 class _Evicting(TTLCache):
-    """Tells of what it drops for want of room."""
+    """Calls ``dropped`` with each key that it evicts."""
 
     def __init__(self, *args: Any, dropped: Callable[[str], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,9 +49,15 @@ class ResultCache:
         max_entries: most results.
         max_bytes: most bytes of results.
         ttl_seconds: how long a result may be served.
-        clock: seconds that never go back.
+        clock: monotonic clock in seconds.
         shared: the second level, or None.
         on_found: called as ``on_found(digest)`` for each hit in memory.
+
+    Attributes:
+        shared: the second level, or None.
+        gain: time saved and spent.
+        results: number of lookups by result.
+        reasons: number of misses by reason.
 
     Example:
         >>> cache = ResultCache(max_entries=2, max_bytes=10_000, ttl_seconds=60.0)
@@ -75,9 +81,12 @@ class ResultCache:
         self._lock = threading.Lock()
         self._gone: collections.OrderedDict[str, str] = collections.OrderedDict()
         self._entries: Any = _Evicting(
-            max_bytes, ttl_seconds, timer=clock, getsizeof=lambda entry: entry.nbytes,
+            max_bytes,
+            ttl_seconds,
+            timer=clock,
+            getsizeof=lambda entry: entry.nbytes,
             dropped=lambda key: self._note(key, "evicted"),
-        )  # fmt: skip
+        )
         self._max_entries = max_entries
         self._flights: dict[str, _Flight] = {}
         self._recent: collections.deque[bool] = collections.deque(maxlen=_WINDOW)
@@ -87,10 +96,10 @@ class ResultCache:
         self.results: collections.Counter[str] = collections.Counter()
         self.reasons: collections.Counter[str] = collections.Counter()
 
-    # --- the requests' side
+    # --- requests
 
     def takes_part(self) -> bool:
-        """Whether the next request should be looked up at all; counts it if not."""
+        """Returns whether the next request should be looked up; counts it if not."""
         with self._lock:
             if self.gain.takes_part():
                 return True
@@ -98,7 +107,7 @@ class ResultCache:
             return False
 
     def bypass(self) -> None:
-        """Counts a request that did not want the cache."""
+        """Counts a request that asked not to use the cache."""
         with self._lock:
             self.results["bypass"] += 1
 
@@ -110,19 +119,19 @@ class ResultCache:
         wait_seconds: float,
         hashing_seconds: float = 0.0,
     ) -> tuple[Entry, str]:
-        """The entry, from memory, from Redis, from a computation under way, or from ``compute``.
+        """Returns the entry, from memory, Redis, a computation under way, or ``compute``.
 
         Args:
-            digest: of the request.
-            compute: makes the entry; what it raises is raised here, and nothing is kept then.
-            wait_seconds: how long to wait for somebody else's computation.
-            hashing_seconds: what making the digest took, for the account of gains.
+            digest: digest of the request.
+            compute: computes the entry; if it raises, nothing is kept.
+            wait_seconds: how long to wait for a computation of an equal request.
+            hashing_seconds: how long computing the digest took, for the gain.
 
         Returns:
             The entry and ``hit``, ``coalesced`` or ``miss``.
 
         Raises:
-            ServingError: ``deadline_exceeded`` while waiting for somebody else.
+            ServingError: ``deadline_exceeded`` while waiting for an equal request.
         """
         start = time.perf_counter()
         others = flight = None
@@ -189,15 +198,15 @@ class ResultCache:
                 self.results["coalesced"] += 1
                 self._recent.append(True)
             return flight.entry, "coalesced"
-        return compute(), "miss"  # the other one failed; its failure need not be ours
+        return compute(), "miss"  # the other computation failed; this one may succeed
 
     def peek(self, digest: str) -> Entry | None:
-        """The entry if it is in memory, or None; counts nothing."""
+        """Returns the entry if it is in memory, or None; counts nothing."""
         with self._lock:
             return self._entries.get(digest)
 
     def find(self, digest: str) -> Entry | None:
-        """The entry of a client that sent only the digest; counts a hit or a miss."""
+        """Returns the entry for a client that sent only the digest; counts a hit or a miss."""
         start = time.perf_counter()
         with self._lock:
             entry = self._look(digest)
@@ -215,10 +224,10 @@ class ResultCache:
                 self._count("miss", saved=0.0, since=start, hashing=0.0)
         return entry
 
-    # --- the other side
+    # --- upkeep
 
     def put(self, digest: str, entry: Entry) -> None:
-        """Keeps an entry that was made ahead."""
+        """Keeps an entry that was computed or fetched ahead of a request."""
         with self._lock:
             self._keep(digest, entry)
 
@@ -234,10 +243,11 @@ class ResultCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all entries."""
         return int(self._entries.currsize)
 
     def report(self) -> dict[str, Any]:
-        """Hit ratios, reasons of misses, and what the cache is worth."""
+        """Returns hit ratios, reasons of misses, and the gain."""
         with self._lock:
             self._drop_expired()
             results, reasons = dict(self.results), dict(self.reasons)

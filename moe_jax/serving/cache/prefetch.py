@@ -1,7 +1,7 @@
-"""Fetching ahead, honestly: what came after this request last time is brought from Redis to memory.
+"""Prefetching: the result that followed this request last time is brought from Redis to memory.
 
-No result is computed ahead of its input, which cannot be done. Each fetch is counted as useful when
-the next requests hit it and as wasted when they do not; below one half useful it switches itself off.
+No result is computed before its input is known. A fetch counts as useful if one of the next requests
+hits it, else as wasted. If under one half is useful, prefetching switches itself off.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _BACKLOG = 64
 
 
 class Successors:
-    """A bounded table of which digest followed which, kept for each client.
+    """A bounded table of which digest followed which, for each client.
 
     Args:
-        max_clients, max_digests: what is unused longest is forgotten first.
+        max_clients, max_digests: bounds; the least recently used is forgotten first.
 
     Example:
         >>> table = Successors()
@@ -41,7 +41,7 @@ class Successors:
         self._lock = threading.Lock()
 
     def next_after(self, client: str, digest: str) -> str | None:
-        """Notes that the client asked for ``digest``; what it asked for next the last time."""
+        """Notes a client's request for ``digest``; returns the digest that followed it last time."""
         with self._lock:
             before = self._last.pop(client, None)
             self._last[client] = digest
@@ -59,11 +59,15 @@ class Successors:
 
 
 class Prefetcher:
-    """Runs fetches on a thread of its own and keeps the account of them.
+    """Runs fetches on a thread and counts what becomes of them.
 
     Args:
         fetch: ``digest -> bool``: brings an entry to memory; False if it is nowhere.
-        present: ``digest -> bool``: whether it is in memory already.
+        present: ``digest -> bool``: whether the entry is in memory.
+
+    Attributes:
+        counts: number of fetches by outcome: useful, wasted, failed.
+        off: whether it has switched itself off.
     """
 
     def __init__(self, fetch: Callable[[str], bool], present: Callable[[str], bool]) -> None:
@@ -79,16 +83,16 @@ class Prefetcher:
         self._thread.start()
 
     def asked(self, client: str, digest: str) -> None:
-        """A client asked for this digest: what usually follows is fetched."""
+        """Notes a client's request, and fetches the result that usually follows it."""
         if self.off:
             return
         following = self._successors.next_after(client, digest)
         if following is not None and not self._present(following):
-            with contextlib.suppress(queue.Full):  # busy enough
+            with contextlib.suppress(queue.Full):  # a prefetch that is late is of no use
                 self._todo.put_nowait(following)
 
     def found(self, digest: str) -> None:
-        """A request hit this digest in memory."""
+        """Notes that a request hit this digest in memory."""
         with self._lock:
             if digest in self._outstanding:
                 del self._outstanding[digest]
@@ -114,15 +118,16 @@ class Prefetcher:
             self._decide()
 
     def settle(self) -> None:
-        """Waits until everything that was to be fetched by now has been."""
+        """Waits until all fetches so far are done."""
         self._todo.join()
 
     def _decide(self) -> None:
-        useful, all_known = self.counts["useful"], sum(self.counts.values())
-        if all_known >= _DECIDE_AFTER and useful < 0.5 * all_known:
+        useful, total = self.counts["useful"], sum(self.counts.values())
+        if total >= _DECIDE_AFTER and useful < 0.5 * total:
             self.off = True
 
     def close(self) -> None:
+        """Ends the thread after the fetch under way."""
         self.off = True
         try:
             self._todo.put_nowait(None)
@@ -132,7 +137,7 @@ class Prefetcher:
 
 
 class HotInputs(Generic[T]):
-    """Inputs of the results that are asked for most, to compute them anew after a reload.
+    """Keeps the inputs of the most requested results, to compute them anew after a reload.
 
     Args:
         max_inputs, max_bytes: most that is kept.
@@ -145,7 +150,7 @@ class HotInputs(Generic[T]):
         self._kept: dict[str, tuple[np.ndarray, T]] = {}
 
     def hit(self, digest: str, x: np.ndarray, options: T) -> None:
-        """Counts a hit; from the second on the input is kept, if it is among the hottest."""
+        """Counts a hit. From the second hit on, keeps the input if it is among the most requested."""
         with self._lock:
             hits = self._hits.pop(digest, 0) + 1
             self._hits[digest] = hits
@@ -163,7 +168,7 @@ class HotInputs(Generic[T]):
                 self._kept[digest] = (x.copy(), options)
 
     def hottest(self) -> list[tuple[np.ndarray, T]]:
-        """Inputs with their options, hottest first."""
+        """Returns the inputs with their options, the most requested first."""
         with self._lock:
             order = sorted(self._kept, key=lambda d: -self._hits.get(d, 0))
             return [self._kept[d] for d in order]

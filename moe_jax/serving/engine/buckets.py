@@ -1,12 +1,12 @@
 """Compiled functions for a few token counts, and requests of any size run through them.
 
 A request is padded with masked tokens to the next bucket, or cut into the largest one. Every bucket
-is compiled before the first request, so that none waits for the compiler. Padding and cutting are
-invisible in the answer only for rules whose tokens do not depend on each other, and so the service
-takes no other (``Traits.batch_invariant``).
+is compiled before the first request, so that none waits for the compiler. Padding and cutting do not
+change an answer if tokens do not depend on each other, and the service accepts no other rules
+(``Traits.batch_invariant``).
 
-Fetching an array from the device costs about 25 µs however small it is, so the small outputs come in
-one buffer, and the router's logits only when somebody asked for them.
+Fetching an array from the device costs about 25 µs however small it is. So the small outputs come in
+one buffer, and the router's logits are fetched only on request.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, Params, Routing
 
 SMALLEST_BUCKET = 16
-_MARGIN = 1e-4  # keeps a complexity off the edge at which round() would fall to the other side
+_MARGIN = 1e-4  # keeps a complexity score off the edges at which `round` would give another k
 
 
 def bucket_sizes(largest: int, given: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Ascending token counts to compile: those given, or powers of two up to ``largest``.
+    """Returns the token counts to compile, ascending: ``given``, or powers of two to ``largest``.
 
     Example:
         >>> bucket_sizes(100)
@@ -54,7 +54,13 @@ def bucket_sizes(largest: int, given: tuple[int, ...] = ()) -> tuple[int, ...]:
 def route_tokens(
     router: Router, by_logit: bool, params: Params, state: Any, x: Array, token_mask: Array
 ) -> dict[str, Array]:
-    """The service's answer for tokens x f32[T, D]: the guide's words, -1 for "no expert"."""
+    """Computes the decisions for tokens x f32[T, D], token_mask bool[T].
+
+    Returns:
+        The guide's outputs: expert_indices i32[T, K] (-1 is no expert), expert_weights f32[T, K],
+        num_experts_per_token i32[T], complexity_scores f32[T], router_logits f32[T, E].
+    """
+    # Masked tokens may hold NaN, which 0 * NaN would carry on.
     x = jnp.where(token_mask[:, None], x, 0.0)
     routing = router(params, state, x, token_mask=token_mask)
     assert isinstance(routing, Routing)
@@ -62,8 +68,8 @@ def route_tokens(
     indices = jnp.where(used, routing.expert_indices, -1)
     weights = routing.combine_weights
     if by_logit:
-        own = jnp.take_along_axis(routing.router_logits, jnp.where(used, indices, 0), axis=-1)
-        order = jnp.argsort(jnp.where(used, -own, jnp.inf), axis=-1, stable=True)
+        chosen = jnp.take_along_axis(routing.router_logits, jnp.where(used, indices, 0), axis=-1)
+        order = jnp.argsort(jnp.where(used, -chosen, jnp.inf), axis=-1, stable=True)
         indices = jnp.take_along_axis(indices, order, axis=-1)
         weights = jnp.take_along_axis(weights, order, axis=-1)
     return {
@@ -76,13 +82,15 @@ def route_tokens(
 
 
 def _complexity(router: Router, params: Params, state: Any, x: Array, routing: Routing) -> Array:
-    """f32[T] in [0, 1], on the scale on which k is ``round(min_k + (max_k - min_k) * complexity)``.
+    """Returns scores f32[T] in [0, 1] with ``k == round(min_k + (max_k - min_k) * score)``.
 
-    ``DynamicK``'s calibrated difficulty with its thresholds carried to those of plain rounding; for
-    rules without a difficulty, the entropy of the router's probabilities, within the band of their k.
+    For ``DynamicK`` it is the calibrated difficulty, its thresholds mapped to those of rounding. For
+    rules without a difficulty it is the entropy of the router's probabilities, clipped to the scores
+    that round to the token's k.
     """
     if isinstance(router, DynamicK):
         level = router.difficulty_of(params, state, x)
+        # A piecewise linear map that takes the calibrated thresholds to those of rounding.
         ends = jnp.array([0.0], jnp.float32), jnp.array([1.0], jnp.float32)
         steps = budget.rounding_thresholds(router.min_k, router.max_k)
         if router.min_k < router.max_k:
@@ -106,7 +114,10 @@ def _complexity(router: Router, params: Params, state: Any, x: Array, routing: R
 def layer_output(
     router: Router, experts: FeedForward, params: Params, state: Any, x: Array, token_mask: Array
 ) -> dict[str, Array]:
-    """The ``moe`` model's answer for tokens x f32[T, D]."""
+    """Computes the ``moe`` model's output f32[T, D] for tokens x f32[T, D], token_mask bool[T].
+
+    ``expert_indices`` i32[T, K] come along, for the counts of the metrics.
+    """
     y, aux = moe_layer(router, experts, params, state, x, token_mask=token_mask)
     routing = aux.routing
     assert isinstance(routing, Routing)
@@ -120,7 +131,7 @@ Column = tuple[str, tuple[int, ...], Any]  # name, shape after [T], dtype of 4 b
 
 
 def columns_of(router: Router, *, decisions: bool) -> tuple[Column, ...]:
-    """What the buffer holds: the decisions of ``route_tokens``, or the indices of ``layer_output``."""
+    """Returns the columns of the buffer: the decisions of ``route_tokens``, or only the indices."""
     indices: Column = ("expert_indices", (router.max_k,), np.int32)
     if not decisions:
         return (indices,)
@@ -135,17 +146,17 @@ def columns_of(router: Router, *, decisions: bool) -> tuple[Column, ...]:
 def pack(
     function: Callable[..., dict[str, Array]], columns: tuple[Column, ...], *args: Any
 ) -> tuple[Array, dict[str, Array]]:
-    """The function's columns in one i32[...], one after the other, and its other outputs."""
-    found = function(*args)
-    small = [found.pop(name) for name, _, _ in columns]
+    """Returns the function's columns in one i32[...], one after the other, and its other outputs."""
+    outputs = function(*args)
+    small = [outputs.pop(name) for name, _, _ in columns]
     for array, (name, shape, dtype) in zip(small, columns, strict=True):
         assert (array.shape[1:], array.dtype) == (shape, dtype), name
     bits = [jax.lax.bitcast_convert_type(array, jnp.int32).reshape(-1) for array in small]
-    return jnp.concatenate(bits), found
+    return jnp.concatenate(bits), outputs
 
 
 def unpack(packed: np.ndarray, columns: tuple[Column, ...]) -> dict[str, np.ndarray]:
-    """Views [T, ...] into what ``pack`` made.
+    """Returns views [T, ...] into a buffer of ``pack``.
 
     Example:
         >>> columns = ("a", (2,), np.int32), ("b", (), np.float32)
@@ -154,27 +165,27 @@ def unpack(packed: np.ndarray, columns: tuple[Column, ...]) -> dict[str, np.ndar
         {'a': [[1, 2]], 'b': [1.0]}
     """
     tokens = len(packed) // sum(math.prod(shape) for _, shape, _ in columns)
-    found, at = {}, 0
+    views, at = {}, 0
     for name, shape, dtype in columns:
-        found[name] = array = np.ndarray((tokens, *shape), dtype, packed, at)
+        views[name] = array = np.ndarray((tokens, *shape), dtype, packed, at)
         at += array.nbytes
-    return found
+    return views
 
 
 # --- compiling ------------------------------------------------------------------------------
 
 
 class CompileCounter:
-    """Counts what XLA really compiles in this process, whoever asked for it."""
+    """Counts the compilations of XLA in this process, of whatever function."""
 
     _EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __init__(self) -> None:
         self.count = 0
         self._lock = threading.Lock()
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _heard(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == self._EVENT:
             with self._lock:
                 self.count += 1
@@ -182,18 +193,18 @@ class CompileCounter:
 
 @functools.cache
 def compile_counter() -> CompileCounter:
-    """The one counter of this process: JAX's listeners cannot be taken back."""
+    """Returns the one counter of this process: JAX's listeners cannot be unregistered."""
     return CompileCounter()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What to compile, apart from the number of tokens: hashable, so equal ones compile once.
+    """What to compile, except for the number of tokens. Hashable, so equal programs compile once.
 
     Attributes:
         router: the rule.
         experts: of the model ``moe``; None for the model ``router``.
-        by_logit: whether the slots must be put into the order of their logits.
+        by_logit: whether the slots must be sorted by their logits.
         width: D.
         device: where it runs.
     """
@@ -206,14 +217,16 @@ class Program:
 
     @functools.cached_property
     def columns(self) -> tuple[Column, ...]:
+        """The columns of the buffer of small outputs."""
         return columns_of(self.router, decisions=self.experts is None)
 
 
-_compiling: dict[object, threading.Lock] = {}  # engines that start at once compile a thing once
+# A lock for each executable, so that engines that start at the same time compile it once.
+_compiling: dict[object, threading.Lock] = {}
 
 
 def compiled(program: Program, params: Params, state: Any, tokens: int) -> Any:
-    """The executable for ``tokens`` tokens, compiled if it never was in this process."""
+    """Returns the executable for ``tokens`` tokens, compiled unless this process has it."""
     leaves, tree = jax.tree.flatten((params, state))
     shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
     with _compiling.setdefault((program, tree, shapes, tokens), threading.Lock()):
@@ -243,13 +256,14 @@ def _compiled(program: Program, tree: Any, shapes: tuple[Any, ...], tokens: int)
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """The executables of one model on one device with the arrays they take.
+    """The executables of one model on one device, with the arrays that they take.
 
     Attributes:
         program: what is compiled.
         params, state: device arrays.
-        sizes: ascending token counts.
-        split_above: more tokens than this are cut into the largest bucket.
+        sizes: ascending token counts; more tokens than the largest are cut into it.
+        table: executable of each size.
+        masks: a mask bool[size] of True on the device, for each size.
     """
 
     program: Program
@@ -264,7 +278,7 @@ class Buckets:
         self.table[size] = compiled(self.program, self.params, self.state, size)
 
     def warm(self) -> None:
-        """Runs every bucket once, compiled if it is not yet."""
+        """Runs every bucket once, and compiles those that are not compiled."""
         for size in self.sizes:
             if size not in self.table:
                 self.compile(size)
@@ -279,9 +293,15 @@ class Buckets:
         logits: bool = False,
         meanwhile: Callable[[], object] = lambda: None,
     ) -> dict[str, np.ndarray]:
-        """The answer for x f32[T, D], on the host. Device errors surface here and nowhere else.
+        """Returns the outputs for x f32[T, D], token_mask bool[T] as arrays [T, ...] on the host.
 
-        ``router_logits`` are in it only if ``logits``. ``meanwhile`` is called while the device works.
+        Errors of the device are raised by this method and by no other.
+
+        Args:
+            x: tokens.
+            token_mask: None is no padding.
+            logits: whether ``router_logits`` are among the outputs.
+            meanwhile: called while the device works.
         """
         largest = self.sizes[-1]
         starts = range(0, len(x), largest)
@@ -296,13 +316,13 @@ class Buckets:
             for _, apart in parts:
                 apart.pop("router_logits", None)
         columns = self.program.columns
-        found = [{**unpack(packed, columns), **apart} for packed, apart in _on_host(parts)]
-        if len(found) == 1 and len(x) in self.table:
-            return found[0]
+        outputs = [{**unpack(packed, columns), **apart} for packed, apart in _on_host(parts)]
+        if len(outputs) == 1 and len(x) in self.table:
+            return outputs[0]
         sizes = [min(largest, len(x) - i) for i in starts]
         return {
-            name: np.concatenate([part[name][:n] for part, n in zip(found, sizes, strict=True)])
-            for name in found[0]
+            name: np.concatenate([part[name][:n] for part, n in zip(outputs, sizes, strict=True)])
+            for name in outputs[0]
         }
 
     def _start(
@@ -327,10 +347,12 @@ def _on_host(
     packed, apart = parts[0]
     if len(parts) > 1 or apart:
         return jax.device_get(parts)
-    return [(np.asarray(packed), {})]  # the same for one array, without a walk through trees
+    return [
+        (np.asarray(packed), {})
+    ]  # as `device_get` does for one array, without flattening trees
 
 
 def slots_follow_logits(state: Any, scoring: Scoring | None) -> bool:
-    """Whether a rule's slots are in the order of the logits already: no bias moved them."""
+    """Returns whether a rule's slots are in the order of their logits: no bias moves them."""
     bias = getattr(state, "expert_bias", None)
     return scoring is not None and bias is not None and not np.any(np.asarray(bias))

@@ -30,6 +30,10 @@ from moe_jax.serving.engine.snapshot import Snapshot
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.resilience import Call
 
+# How long a shutdown waits for a compilation. Nobody's request depends on it, and orchestrators kill
+# a process that takes too long to end.
+_LOADING_SECONDS = 5.0
+
 
 class RouterEngine:
     """The guide's production router: routes, watches itself, and protects itself.
@@ -347,7 +351,8 @@ class RouterEngine:
             timeout_seconds = self.config.serving.request_timeout_seconds
         end = time.monotonic() + timeout_seconds
         ended = self.bulkhead.close(timeout_seconds)
-        ended &= self.served.close(max(end - time.monotonic(), 0.0))
+        left = max(end - time.monotonic(), 0.0)
+        ended &= self.served.close(min(left, _LOADING_SECONDS))
         self.system.stop()
         self.results.close()
         self._ended = ended

@@ -1,4 +1,4 @@
-"""The guide's four doors to an engine."""
+"""The guide's four ways to build an engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_jax.serving.engine.core import RouterEngine
 
 
 class RouterFactory:
-    """Builds a ``RouterEngine``. Every setting may be given as an argument, which wins over the rest.
+    """Builds a ``RouterEngine``. Every setting may be given as an argument, which wins over the others.
 
     Example:
         >>> from moe_jax import RouterFactory
@@ -24,20 +24,23 @@ class RouterFactory:
 
     @staticmethod
     def create_optimized_for_inference(**overrides: Any) -> RouterEngine:
-        """Preset ``production``: 1 to 3 of 8 experts, results cached (10,000 of them)."""
+        """Returns an engine with preset ``production``: 1 to 3 of 8 experts, 10,000 cached results."""
         return RouterEngine(load_config(base=PRESETS["production"], **overrides))
 
     @staticmethod
     def create_optimized_for_training(**overrides: Any) -> RouterEngine:
-        """No cache, as training inputs do not repeat."""
+        """Returns an engine with the preset ``training``: no cache, because inputs do not repeat."""
         return RouterEngine(load_config(base=PRESETS["training"], **overrides))
 
     @staticmethod
     def create_from_environment(**overrides: Any) -> RouterEngine:
-        """From ``MOE_*`` variables and defaults."""
+        """Returns an engine that is configured by ``MOE_*`` variables and defaults."""
         return RouterEngine(load_config(**overrides))
 
     @staticmethod
     def create_from_config_file(path: str | os.PathLike[str], **overrides: Any) -> RouterEngine:
-        """From a JSON file in the form of ``configs/production.json``; ``MOE_*`` variables win."""
+        """Returns an engine that is configured by a JSON file as ``configs/production.json``.
+
+        ``MOE_*`` variables win over the file.
+        """
         return RouterEngine(load_config(path, **overrides))

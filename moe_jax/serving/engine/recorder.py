@@ -1,4 +1,4 @@
-"""Where answers and refusals are counted; nothing is where monitoring is off."""
+"""Counts of answers and refusals, for the exporter and the recent traffic."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from moe_jax.serving.metrics import Exporter, Traffic
 
 
 class Recorder:
-    """Feeds the exporter and the recent traffic.
+    """Feeds the exporter and the recent traffic; counts nothing if monitoring is off.
 
     Attributes:
-        exporter: Prometheus metrics; None where monitoring is off or weights are not loaded.
+        exporter: Prometheus metrics; None if monitoring is off or weights are not loaded.
         traffic: the last minutes; None likewise.
     """
 
@@ -22,10 +22,11 @@ class Recorder:
         self.traffic: Traffic | None = None
 
     def open(self, exporter: Exporter, traffic: Traffic) -> None:
+        """Starts counting."""
         self.exporter, self.traffic = exporter, traffic
 
     def answered(self, entry: Entry, seconds: float) -> None:
-        """Counts an answer, from wherever it came."""
+        """Counts an answer, from the device or from the cache."""
         exporter, traffic = self.exporter, self.traffic
         if exporter is None or traffic is None:
             return
@@ -38,7 +39,7 @@ class Recorder:
         traffic.answered(seconds, load=entry.arrays["_load"], histogram=histogram)
 
     def mirror(self) -> None:
-        """Brings the exporter up to what the traffic counted: per scrape, not per request."""
+        """Copies the counts of the traffic to the exporter, once a scrape instead of each request."""
         exporter, traffic = self.exporter, self.traffic
         if exporter is None or traffic is None:
             return
@@ -49,31 +50,34 @@ class Recorder:
         exporter.mirror_histogram("moe_experts_per_token", totals["histogram"])
 
     def refused(self, error: ServingError) -> None:
-        """Counts a request that was not answered, by its code."""
+        """Counts a refused or failed request by its code."""
         if self.exporter is not None:
             self.exporter.add("moe_errors_total", label=error.code)
             self.exporter.add("moe_requests_total", label=outcome(error))
 
     def failed(self, seconds: float) -> None:
-        """Counts a fault of ours towards the error rate; a client's fault is none."""
+        """Counts a server-side failure. Client errors do not raise the error rate."""
         if self.traffic is not None:
             self.traffic.failed(seconds)
 
     def observe(self, name: str, value: float) -> None:
+        """Adds a value to a histogram."""
         if self.exporter is not None:
             self.exporter.observe(name, value)
 
     def circuit(self, state: str) -> None:
+        """Counts a transition of the circuit breaker."""
         if self.exporter is not None:
             self.exporter.add("moe_circuit_transitions_total", label=state)
 
     def relabel(self, build: dict[str, Any]) -> None:
+        """Replaces the labels of ``moe_build_info`` after a reload."""
         if self.exporter is not None:
             self.exporter.set_build(build)
 
 
 def outcome(error: ServingError) -> str:
-    """The label of ``moe_requests_total`` for a refusal.
+    """Returns the label of ``moe_requests_total`` for a refusal.
 
     Example:
         >>> outcome(ServingError("rate_limited", "")), outcome(ServingError("internal", ""))

@@ -178,12 +178,15 @@ def _components(parts: Parts, results: Results, served: Served) -> dict[str, dic
         "shared": bool(parts.access.limiter.redis_ok),
         "blocked_clients": parts.access.blocks.blocked,
     }
-    components["logging"] = {
-        "status": "losing_lines" if parts.log_failure else "ok",
-        "error": parts.log_failure or None,
-        "lines_dropped": parts.log_lines_dropped,
+    if parts.log_failure:
+        monitoring = "losing_log_lines"
+    else:
+        monitoring = "off" if parts.recorder.traffic is None else "ok"
+    components["monitoring"] = {
+        "status": monitoring,
+        "log_error": parts.log_failure or None,
+        "log_lines_dropped": parts.log_lines_dropped,
     }
-    components["monitoring"] = {"status": "off" if parts.recorder.traffic is None else "ok"}
     components["security"] = {"status": "ok", "level": parts.level.name}
     return components
 

@@ -23,7 +23,7 @@ class Client:
 LOCAL = Client("local")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Query:
     """One request, as the caller wrote it. ``RouterEngine.infer`` describes the fields.
 
@@ -50,7 +50,7 @@ class Query:
     call: Call | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
     """A checked query, bound to the weights that answer it.
 

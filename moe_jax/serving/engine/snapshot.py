@@ -1,4 +1,4 @@
-"""What is served: one immutable set of router, parameters, state and compiled buckets.
+"""The snapshot: an immutable set of router, parameters, state and compiled buckets.
 
 A request takes the snapshot once and uses nothing else, so a reload between two requests is one
 assignment, and no answer mixes two checkpoints.
@@ -32,7 +32,7 @@ from moe_jax.serving.engine.buckets import (
 from moe_jax.serving.errors import ServingError
 from moe_jax.types import Params
 
-# Estimators that look at more than the hidden states, which is all that a request brings.
+# Estimators that need more than hidden states; a request brings nothing else.
 _NEED_CONTEXT = ("attention_entropy", "gradient_norm", "surprisal", "prediction_entropy")
 _CALIBRATION_TOKENS = 4096
 _COMPILERS = 4  # threads; XLA compiles outside of Python's lock
@@ -46,10 +46,10 @@ class Weights:
         router: the rule.
         params: its parameters.
         state: its state.
-        experts: the expert of the model ``moe``, or None where there are no experts.
+        experts: the expert of the model ``moe``, or None without experts.
         layer: parameters of ``moe_layer``, or None.
         trained: whether they come from a checkpoint.
-        source: where they come from, for people.
+        source: the checkpoint folder or the seed, for reports.
     """
 
     router: Router
@@ -63,14 +63,15 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Weights with their compiled buckets. ``version`` tells any two weights apart.
+    """Weights with their compiled buckets.
 
     Attributes:
         weights: router, parameters, state.
-        version: 16 hex digits over the rule, its parameters and its state, experts included.
+        version: 16 hex digits over the rule, its parameters and its state, experts included. It
+            differs between any two weights.
         models: ``router``, and ``moe`` if it is served.
-        host_models: the same on the host's CPU, for when the device fails; None where the device
-            is the host's CPU.
+        host_models: the same on the host's CPU, used if the device fails; None if the device is the
+            host's CPU.
     """
 
     weights: Weights
@@ -151,7 +152,7 @@ class Snapshot:
         }
 
     def served_as(self) -> dict[str, int]:
-        """What the router is, in the words of ``router_config``."""
+        """Returns the sizes of the router in the words of ``router_config``."""
         return router_sizes(self.router, self.width)
 
 
@@ -161,7 +162,7 @@ def _largest_first(every: list[Buckets]) -> list[tuple[Buckets, int]]:
 
 
 def load_weights(config: Config, checkpoint: str | None = None) -> Weights:
-    """The weights that a configuration names: a checkpoint's, or seeded ones.
+    """Returns the weights that a configuration names: a checkpoint's, or random ones from a seed.
 
     Raises:
         CheckpointError, ValueError: the checkpoint cannot be used; see the message.
@@ -182,7 +183,7 @@ def build_snapshot(
         config: the configuration.
         weights: what to serve.
         device: None is JAX's first.
-        host_fallback: whether to keep the same functions on the host's CPU; None is wherever that is
+        host_fallback: whether to keep the same functions on the host's CPU; None means if that is
             another device.
     """
     device = jax.devices()[0] if device is None else device
@@ -214,14 +215,14 @@ def _models(config: Config, weights: Weights, device: Any) -> dict[str, Buckets]
             dataclasses.replace(program, experts=weights.experts),
             jax.device_put(weights.layer, device),
             state,
-            # Seeded experts are there to be looked at: not worth the compiling of every size.
+            # Untrained demo experts: compile only every third bucket, to start faster.
             sizes if weights.trained or config.serving.bucket_sizes else sizes[::-3][::-1],
         )
     return models
 
 
 def version_of(weights: Weights) -> str:
-    """16 hex digits that change whenever an answer could."""
+    """Returns 16 hex digits that change whenever an answer could."""
     parts: list[object] = [weights.router.fingerprint()]
     for tree in (weights.params, weights.state, weights.layer):
         parts += [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
@@ -229,7 +230,7 @@ def version_of(weights: Weights) -> str:
 
 
 def router_width(weights: Weights) -> int:
-    """D, from the router's kernel f32[D, E]."""
+    """Returns D, the first axis of the router's kernel f32[D, E]."""
     return int(weights.params["kernel"].shape[0])
 
 
@@ -237,17 +238,18 @@ def router_width(weights: Weights) -> int:
 
 
 def _seeded(config: Config) -> Weights:
-    """Weights from a seed, their budget calibrated on seeded normal data.
+    """Returns weights from a seed, with a budget that is calibrated on normal data from the same seed.
 
-    Without a calibration a raw score would not spread over [0, 1], and "dynamic" would be a fixed k.
-    Weights are the softmax over the experts a token uses, as the guide has it; a checkpoint's rule
-    keeps the weights that it was trained with.
+    Without a calibration a raw score would not spread over [0, 1], and every token would have the same
+    k. The combine weights are the softmax over the experts that a token uses, as the guide says. A
+    checkpoint's rule keeps the weights that it was trained with.
     """
     router = _summing_to_one(build_router(config))
     _check_servable(router)
     width = config.router_config.input_dim
     keys = jax.random.split(jax.random.key(config.serving.seed), 3)
-    params = router.init(keys[0], width)  # its decisions are the same with experts and without
+    # Drawn apart from the experts, so that decisions are the same with experts and without.
+    params = router.init(keys[0], width)
     experts, layer = None, None
     if config.serving.serve_moe != "off":
         experts = FeedForward()
@@ -260,18 +262,26 @@ def _seeded(config: Config) -> Weights:
         middle = (router.min_k + router.max_k) / 2
         state = router.fit(params, state, x, target_mean_k=middle)
         if isinstance(router, DynamicK):
-            # Calibrated difficulty is uniform, so plain rounding has this mean by itself.
+            # Calibrated difficulty is uniform on [0, 1], so rounding gives the middle as its mean.
             steps = budget.rounding_thresholds(router.min_k, router.max_k)
             state = dataclasses.replace(state, thresholds=steps)
     return Weights(
-        router=router, params=params, state=state, experts=experts, layer=layer,
-        trained=False, source=f"untrained, seed {config.serving.seed}",
-    )  # fmt: skip
+        router=router,
+        params=params,
+        state=state,
+        experts=experts,
+        layer=layer,
+        trained=False,
+        source=f"untrained, seed {config.serving.seed}",
+    )
 
 
 def _summing_to_one(router: Router) -> Router:
-    """The rule with a token's weights divided by their sum; with softmax scores that is the softmax
-    over the selected. Only for serving: training would starve it (``warn_starved_router``)."""
+    """Returns the rule with each token's weights divided by their sum.
+
+    With softmax scores that is the softmax over the selected experts. Only for serving: in training it
+    would starve the router of gradients (``warn_starved_router``).
+    """
     scoring = getattr(router, "scoring", None)
     if scoring is None or scoring.renormalizes:
         return router

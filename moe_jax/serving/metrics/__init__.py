@@ -1,4 +1,4 @@
-"""Counters of the service: the contract, its exporter, recent traffic, the process. Knows no JAX."""
+"""Metrics: the contract, its exporter, recent traffic, memory and processor. Uses no JAX."""
 
 from moe_jax.serving.metrics.contract import CONTRACT, MAX_EXPERT_LABELS, NAMES, Metric
 from moe_jax.serving.metrics.export import Exporter

@@ -1,4 +1,4 @@
-"""Memory and processor of this process, sampled every few seconds and never for a request."""
+"""Memory and processor use of this process, sampled every few seconds, never for a request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SystemSampler:
     """Keeps the last minutes of resident memory and processor use.
 
     Args:
-        read: ``() -> (rss_bytes, cpu_percent)``; the process's own unless a test gives another.
+        read: ``() -> (rss_bytes, cpu_percent)``; None reads those of this process.
 
     Example:
         >>> sampler = SystemSampler(read=lambda: (100, 50.0))
@@ -33,7 +33,7 @@ class SystemSampler:
 
     def __init__(self, read: Callable[[], tuple[int, float]] | None = None) -> None:
         self._process = psutil.Process()
-        self._process.cpu_percent(None)  # the first call only sets the mark to measure from
+        self._process.cpu_percent(None)  # the first call only sets the start of the measurement
         self._read = self._read_process if read is None else read
         self._history: collections.deque[tuple[int, float]] = collections.deque(maxlen=120)
         self._stop = threading.Event()
@@ -59,17 +59,18 @@ class SystemSampler:
         self._thread.start()
 
     def stop(self) -> None:
+        """Ends the sampling thread."""
         self._stop.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=1.0)
 
     def spike_ratio(self) -> float:
-        """Resident memory now over its median in the last ten minutes; 1 where nothing is known."""
+        """Returns resident memory over its median of the last ten minutes; 1 without samples."""
         rss = [r for r, _ in self._history]
         return rss[-1] / max(statistics.median(rss), 1) if rss else 1.0
 
     def report(self) -> dict[str, Any]:
-        """What the last sample said, in bytes and percent of one core."""
+        """Returns the last sample, in bytes and percent of one core."""
         if not self._history:
             self.sample()
         rss, cpu = self._history[-1]
@@ -83,7 +84,7 @@ class SystemSampler:
 
 
 def memory_limit() -> int:
-    """Bytes that this process may use: the container's limit, else the machine's memory."""
+    """Returns the bytes that this process may use: the container's limit, or the machine's memory."""
     total = int(psutil.virtual_memory().total)
     for file in _MEMORY_LIMITS:
         try:

@@ -1,4 +1,4 @@
-"""The last five minutes of traffic, and all of it since the start, in bounded memory."""
+"""Traffic of the last five minutes and since the start, in bounded memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Traffic:
     Args:
         num_experts: E.
         max_k: K.
-        clock: seconds that never go back.
+        clock: monotonic clock in seconds.
 
     Example:
         >>> traffic = Traffic(num_experts=2, max_k=2, clock=lambda: 0.0)
@@ -56,7 +56,7 @@ class Traffic:
         self._shape = (num_experts, max_k)
         self._clock = clock
         self._lock = threading.Lock()
-        self._left = _Slot(0.0, num_experts, max_k)  # all that has left the window
+        self._left = _Slot(0.0, num_experts, max_k)  # sum of the slots that have left the window
         self._slots: collections.deque[_Slot] = collections.deque()
         self._latencies: collections.deque[tuple[float, float]] = collections.deque(
             maxlen=_MAX_SAMPLES
@@ -73,8 +73,8 @@ class Traffic:
 
     def answered(self, seconds: float, *, load: np.ndarray, histogram: np.ndarray) -> None:
         """Counts an answer: int[E] uses of experts, int[K + 1] tokens by their number of experts."""
-        # One slot and nothing that can be summed later: small as they are, operations of numpy
-        # take microseconds right after the device's work.
+        # Sums are left for later: even small operations of numpy take microseconds right after the
+        # device's work, whose threads still hold the caches.
         with self._lock:
             now = self._clock()
             self._latencies.append((now, seconds))
@@ -84,7 +84,7 @@ class Traffic:
             slot.histogram[: len(histogram)] += histogram
 
     def failed(self, seconds: float) -> None:
-        """Counts a request that failed for a fault of ours."""
+        """Counts a server-side failure."""
         with self._lock:
             now = self._clock()
             self._latencies.append((now, seconds))
@@ -93,7 +93,7 @@ class Traffic:
             slot.errors += 1
 
     def recent(self) -> dict[str, Any]:
-        """Rates and percentiles of the last five minutes."""
+        """Returns rates and percentiles of the last five minutes."""
         with self._lock:
             now = self._clock()
             summed = self._recent(now)
@@ -136,7 +136,7 @@ class Traffic:
         return summed
 
     def router_stats(self) -> dict[str, Any]:
-        """The guide's statistics of experts since the start.
+        """Returns the guide's statistics of experts since the start.
 
         ``avg_usage_per_expert`` are shares of all assignments and sum to 1 once there are any;
         ``usage_variance`` is their variance.
@@ -158,7 +158,7 @@ class Traffic:
         }
 
     def totals(self) -> dict[str, Any]:
-        """Counts since the start."""
+        """Returns the counts since the start."""
         total = self._total()
         return {
             "answered": total.answered,
@@ -170,7 +170,7 @@ class Traffic:
 
 
 def balance_score(load: np.ndarray) -> float:
-    """``1 / (1 + CV^2)``, the effective share of experts; 1 where nothing was counted.
+    """Returns ``1 / (1 + CV^2)``, the effective share of experts; 1 without any count.
 
     Example:
         >>> balance_score(np.array([4, 4, 0, 0]))

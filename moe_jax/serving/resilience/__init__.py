@@ -1,8 +1,9 @@
 """Protection against a failing or overloaded device: breaker, bulkhead, one retry. Knows no JAX."""
 
 from moe_jax.serving.resilience.breaker import STATES, BreakerPolicy, CircuitBreaker, Ticket
-from moe_jax.serving.resilience.bulkhead import Bulkhead, Call
+from moe_jax.serving.resilience.bulkhead import Bulkhead
 from moe_jax.serving.resilience.fair_queue import FairQueue
+from moe_jax.serving.resilience.job import Call
 from moe_jax.serving.resilience.retry import BadOutput, is_transient, retry_once
 
 __all__ = [

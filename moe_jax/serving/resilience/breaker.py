@@ -17,13 +17,13 @@ class BreakerPolicy:
     """When the breaker opens, and for how long.
 
     Attributes:
-        window: last calls that count.
-        minimum: fewest calls in the window before rates say anything.
+        window: number of last calls that count.
+        minimum: fewest calls in the window for which rates are computed.
         failure_rate: share of failed calls at which it opens.
         slow_rate: share of slow calls at which it opens.
-        slow_seconds: what is slow.
-        open_seconds: how long it stays open before a probe; doubles with every failed probe.
-        max_open_seconds: the longest.
+        slow_seconds: seconds above which a call is slow.
+        open_seconds: seconds that it stays open before a probe; doubles with each failed probe.
+        max_open_seconds: upper bound of ``open_seconds``.
     """
 
     window: int = 100
@@ -36,7 +36,7 @@ class BreakerPolicy:
 
 
 class Ticket:
-    """Leave to make one call. The first of ``success``, ``failure`` and ``cancel`` counts."""
+    """Permission for one call. The first of ``success``, ``failure`` and ``cancel`` counts."""
 
     __slots__ = ("_breaker", "_done", "_generation", "probe")
 
@@ -47,15 +47,15 @@ class Ticket:
         self.probe = probe
 
     def success(self, seconds: float) -> None:
-        """The call ended well after so many seconds."""
+        """Reports that the call succeeded after ``seconds``."""
         self._breaker._report(self, failed=False, seconds=seconds)
 
     def failure(self, seconds: float = 0.0) -> None:
-        """The call failed, or nobody waits for it any more."""
+        """Reports that the call failed, or that nobody waits for it any more."""
         self._breaker._report(self, failed=True, seconds=seconds)
 
     def cancel(self) -> None:
-        """The call was never made."""
+        """Reports that the call was not made, or says nothing about the device."""
         self._breaker._report(self, failed=None, seconds=0.0)
 
 
@@ -64,8 +64,8 @@ class CircuitBreaker:
 
     Args:
         policy: when it opens.
-        clock: seconds that never go back.
-        on_transition: called as ``on_transition(new_state)``, outside of the lock.
+        clock: monotonic clock in seconds.
+        on_transition: called as ``on_transition(new_state)`` without the lock.
 
     Example:
         >>> breaker = CircuitBreaker(BreakerPolicy(minimum=2), clock=lambda: 0.0)
@@ -87,16 +87,17 @@ class CircuitBreaker:
         self._on_transition = on_transition
         self._lock = threading.Lock()
         self._calls: collections.deque[tuple[bool, bool]] = collections.deque()
-        self._bad = [0, 0]  # failed and slow ones among them
+        self._bad = [0, 0]  # numbers of failed and of slow calls in the window
         self._state = "closed"
-        self._generation = 0  # calls that began before the last transition say nothing any more
+        # Calls that began before the last transition do not count: they met another device state.
+        self._generation = 0
         self._open_for = policy.open_seconds
         self._until = 0.0
         self._probing = False
 
     @property
     def state(self) -> str:
-        """``closed``, ``open`` or ``half_open``. Open lasts until somebody asks for a probe."""
+        """``closed``, ``open`` or ``half_open``. It is open until a call is admitted as a probe."""
         return self._state
 
     @property
@@ -108,7 +109,7 @@ class CircuitBreaker:
             return max(self._until - self._clock(), 0.1)
 
     def would_admit(self) -> bool:
-        """Whether ``acquire`` would give a ticket now. Changes nothing."""
+        """Returns whether ``acquire`` would return a ticket now. Changes nothing."""
         with self._lock:
             return self._would_admit()
 
@@ -120,7 +121,7 @@ class CircuitBreaker:
         return not self._probing
 
     def acquire(self) -> Ticket:
-        """Leave for one call.
+        """Returns a ticket for one call.
 
         Raises:
             ServingError: ``circuit_open``, with the seconds until a probe is due.
@@ -131,7 +132,7 @@ class CircuitBreaker:
                 left = max(self._until - self._clock(), 0.1)
                 raise ServingError(
                     "circuit_open",
-                    "the device failed too often and is given time. Try again as Retry-After says.",
+                    "the device failed too often and gets no calls now. Try again as Retry-After says.",
                     retry_after=left,
                 )
             if self._state == "open":

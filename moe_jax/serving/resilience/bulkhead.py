@@ -18,151 +18,17 @@ import collections
 import threading
 import time
 from collections.abc import Callable
-from types import GeneratorType
 from typing import Any
 
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.resilience.fair_queue import FairQueue
+from moe_jax.serving.resilience.job import Call, Job
 
 # A caller without a `Call` works itself only if its deadline is at least this far, and this many times
 # as far as the longest of the last works took: it could not leave work that hangs.
 _FAR_SECONDS = 1.0
 _FAR_TIMES = 100.0
 _REMEMBERED = 32
-
-
-class Call:
-    """Lets the side that waits for a call leave it at its deadline, while its thread is still at work.
-
-    Example:
-        >>> call, events = Call(), []
-        >>> call.on_leave(lambda: events.append("left"))
-        >>> call.leave()
-        >>> call.left, events
-        (True, ['left'])
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._listeners: list[Callable[[], object]] = []
-        self.left = False
-
-    def on_leave(self, listener: Callable[[], object]) -> None:
-        """Calls ``listener`` when the caller leaves, or now if it has left."""
-        with self._lock:
-            if not self.left:
-                self._listeners.append(listener)
-                return
-        listener()
-
-    def leave(self) -> None:
-        """Leaves the call. What it holds is released when its work ends."""
-        with self._lock:
-            self.left = True
-            listeners, self._listeners = self._listeners, []
-        for listener in listeners:
-            listener()
-
-
-class Job:
-    """One piece of work in the bulkhead.
-
-    Attributes:
-        client: whose turn in the queue it uses.
-        cost: cost of its next piece.
-        submitted: when it was submitted, on ``time.perf_counter``.
-        started: when it last began to run; None while it waits.
-        queue_seconds: how long it waited, between pieces included.
-        begun: whether its first piece has begun.
-        abandoned: whether nobody waits for it any more.
-        turn: set when it may run on its caller's thread; None if a worker runs it.
-    """
-
-    __slots__ = (
-        "_done",
-        "_error",
-        "_function",
-        "_pieces",
-        "_value",
-        "abandoned",
-        "begun",
-        "client",
-        "cost",
-        "queue_seconds",
-        "started",
-        "submitted",
-        "turn",
-        "work_seconds",
-    )
-
-    def __init__(self, function: Callable[[], Any], client: str, cost: int, *, own: bool) -> None:
-        self._function = function
-        self._pieces: GeneratorType[int, None, Any] | None = None
-        self._done = threading.Event()
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self.client = client
-        self.cost = cost
-        self.submitted = time.perf_counter()
-        self.started: float | None = None
-        self.queue_seconds = 0.0
-        self.work_seconds = 0.0
-        self.begun = False
-        self.abandoned = False
-        self.turn = threading.Event() if own else None
-
-    @property
-    def done(self) -> bool:
-        """Whether it has a value or an error."""
-        return self._done.is_set()
-
-    def step(self) -> bool:
-        """Runs the next piece; returns whether it was the last one. Raises nothing."""
-        start = time.perf_counter()
-        try:
-            if self._pieces is None:
-                value = self._function()
-                if not isinstance(value, GeneratorType):
-                    self._finish(value, None)
-                    return True
-                self._pieces = value
-            self.cost = next(self._pieces)
-            return False
-        except StopIteration as end:
-            self._finish(end.value, None)
-        except BaseException as error:
-            self._finish(None, error)
-        finally:
-            self.work_seconds += time.perf_counter() - start
-        return True
-
-    def stop(self, error: BaseException) -> None:
-        """Ends it before its next piece; its result is this error."""
-        if self._pieces is not None:
-            self._pieces.close()
-        self._finish(None, error)
-        if self.turn is not None:
-            self.turn.set()
-
-    def _finish(self, value: Any, error: BaseException | None) -> None:
-        self._value, self._error = value, error
-        # What the work closed over must not be kept alive by a late reader.
-        self._function, self._pieces = _nothing, None
-        self._done.set()
-
-    def wait(self, timeout: float | None) -> bool:
-        """Waits until it is done; returns whether it is."""
-        return self._done.wait(timeout)
-
-    def result(self) -> Any:
-        """Returns its value or raises its error."""
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-def _nothing() -> None:
-    return None
 
 
 class Bulkhead:
@@ -249,15 +115,15 @@ class Bulkhead:
             Exception: whatever the function raises.
         """
         if call is not None:
-            job = Job(function, client, cost, own=True)
+            job = Job(function, client, cost, own_thread=True)
             self._submit(job)
             call.on_leave(lambda: self._leave(job, timeout, on_abandon))
             return self._run_inline(job, timeout)
         if may_run_inline:
-            job = Job(function, client, cost, own=True)
+            job = Job(function, client, cost, own_thread=True)
             if self._begin_inline(job, timeout):
                 return self._run_inline(job, timeout)
-        job = Job(function, client, cost, own=False)
+        job = Job(function, client, cost, own_thread=False)
         self._submit(job)
         if job.wait(timeout):
             return job.result(), job.queue_seconds
@@ -269,7 +135,6 @@ class Bulkhead:
     # --- on the caller's thread
 
     def _begin_inline(self, job: Job, timeout: float) -> bool:
-        assert job.turn is not None
         with self._changed:
             now = time.perf_counter()
             # Work that takes far longer than usual may hang, and so might this.
@@ -279,16 +144,15 @@ class Bulkhead:
             if not far or self._closed or self._waiting or len(self._running) >= self._workers:
                 return False
             self._start(job)
-            job.turn.set()
         return True
 
     def _run_inline(self, job: Job, timeout: float) -> tuple[Any, float]:
         """Runs a job on this thread whenever it is its turn."""
-        assert job.turn is not None
         while True:
-            left = job.submitted + timeout - time.perf_counter()
-            if not job.turn.is_set() and not job.turn.wait(max(left, 0.0)):
-                self._withdraw(job, timeout)
+            if job.turn is not None:
+                left = job.submitted + timeout - time.perf_counter()
+                if not job.turn.wait(max(left, 0.0)):
+                    self._withdraw(job, timeout)
             if job.done:  # stopped while it waited
                 return job.result(), job.queue_seconds
             if job.step():
@@ -308,6 +172,11 @@ class Bulkhead:
                 )
             if len(self._running) >= self._workers and len(self._waiting) >= self._queue_size:
                 self._make_room(job)
+            if job.own_thread:
+                if not self._waiting and len(self._running) < self._workers:
+                    self._start(job)
+                    return
+                job.turn = threading.Event()
             self._waiting.push(job.client, job.cost, job)
             self._dispatch()
 
@@ -334,7 +203,8 @@ class Bulkhead:
         while self._waiting and len(self._running) < self._workers:
             job = self._waiting.pop()
             self._start(job)
-            if job.turn is not None:
+            if job.own_thread:
+                assert job.turn is not None
                 job.turn.set()
                 continue
             self._handed += 1
@@ -355,7 +225,7 @@ class Bulkhead:
     def _stop_running(self, job: Job) -> None:
         self._running.discard(job)
         job.started = None
-        if job.turn is None:
+        if not job.own_thread:
             self._handed -= 1
 
     def _give_way(self, job: Job) -> bool:
@@ -371,8 +241,8 @@ class Bulkhead:
             if not self._waiting:
                 return False
             self._stop_running(job)
-            if job.turn is not None:
-                job.turn.clear()
+            if job.own_thread:
+                job.turn = threading.Event()
             self._waiting.push(job.client, job.cost, job, first=True)
             self._dispatch()
         return True

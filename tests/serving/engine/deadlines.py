@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from moe_jax.serving.resilience.bulkhead import Job
+from moe_jax.serving.resilience.job import Job
 
 
 @contextlib.contextmanager
@@ -22,7 +22,7 @@ def passing_at_work() -> Iterator[Callable[[], object]]:
 
     def wait(job: Job, timeout: float | None) -> bool:
         assert begun.acquire(timeout=60.0), "the work did not begin"
-        return job._done.is_set()
+        return job.done
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Job, "wait", wait)

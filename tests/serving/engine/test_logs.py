@@ -117,10 +117,10 @@ def test_an_engine_answers_and_reports_while_its_log_is_lost(states, monkeypatch
             for seed in range(5):
                 assert engine.route(states(seed=seed))["expert_indices"].shape == (2, 5, 4)
             assert engine.reload()["trained"] is False, "a reload that was made is not refused"
-            component = engine.health_check()["components"]["logging"]
-            assert component["status"] == "losing_lines"
-            assert component["error"] == "No space left on device"
-            assert component["lines_dropped"] >= 7
+            component = engine.health_check()["components"]["monitoring"]
+            assert component["status"] == "losing_log_lines"
+            assert component["log_error"] == "No space left on device"
+            assert component["log_lines_dropped"] >= 7
             text = engine.metrics_text().decode()
             count = next(
                 line
