@@ -22,15 +22,15 @@ import jax.numpy as jnp
 from moe_jax.experts.base import Implementation, one_expert, vary_like
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
 from moe_jax.experts.tiered import (
-    Sizes,
+    TierSizes,
     backward,
-    run_sizes,
+    run_with_sizes,
     slots_executed_with,
     sum_over_slots,
 )
 from moe_jax.types import Array, DispatchPlan, Params
 
-_ONE_ROW = Sizes(bulk=(0,), pieces=(1,))
+_ONE_ROW = TierSizes(bulk=(0,), pieces=(1,))
 _MOST_SLICES = 32  # rows of a matrix that one fused sum reads; more compile longer and gain nothing
 
 
@@ -108,7 +108,7 @@ def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weigh
     check_params(expert_fn, params, d_model=x.shape[1], num_experts=plan.assignments.num_experts)
     if isinstance(expert_fn, FeedForward) and jax.default_backend() == "cpu":
         return _stream(expert_fn, params, x, weights, plan)
-    return run_sizes(expert_fn, _ONE_ROW, params, x, weights, plan)
+    return run_with_sizes(expert_fn, _ONE_ROW, params, x, weights, plan)
 
 
 def slots_executed(plan: DispatchPlan) -> Array:

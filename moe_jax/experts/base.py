@@ -68,6 +68,20 @@ def num_experts_of(params: Params) -> int:
     return sizes[0]
 
 
+def mask_rows(live: Array, rows: Array) -> Array:
+    """``rows`` [..., W] where ``live`` bool[...] holds, zeros elsewhere.
+
+    Selects instead of multiplying: 0 * NaN is NaN, and an empty row must not carry a token's NaN.
+    """
+    return jnp.where(live[..., None], rows, jnp.zeros((), rows.dtype))
+
+
+def output_shape(expert_fn: ExpertFn, params: Params, x: Array) -> jax.ShapeDtypeStruct:
+    """Shape [1, D_out] and dtype of one expert's output for one row of x, without running it."""
+    one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), params)
+    return jax.eval_shape(expert_fn, one, jax.ShapeDtypeStruct((1, x.shape[1]), x.dtype))
+
+
 def to_bits(array: Array) -> Array:
     """16-bit floats as their bits, u16 of the same shape; anything else as it is.
 

@@ -1,7 +1,7 @@
-"""How rows reach the devices of their experts and come back: buffers, counts, messages.
+"""The exchange of rows between devices: buffers, counts and messages, there and back.
 
-For ``expert_parallel``, inside ``shard_map``. P devices share the experts, L on each; a buffer has S
-rows.
+For ``expert_parallel``, inside ``shard_map``. P devices share the experts, L on each; the buffer for
+one device has S rows.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.checks import check_choice
-from moe_jax.experts.base import vary_like
+from moe_jax.experts.base import mask_rows, vary_like
 from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.routing.dispatch import plan_dispatch
 from moe_jax.types import Array, Assignments, DispatchPlan
 
 EXCHANGES = ("all_to_all", "ragged")
 
-# Digits of a row count in the buffer's own dtype: 0 to 255 is exact even in bfloat16.
+# Row counts travel as digits in the dtype of the buffer: 0 to 255 is exact even in bfloat16.
 _BASE, COUNT_DIGITS = 256, 3
 
 
@@ -90,15 +90,15 @@ class ExpertParallel:
         return math.prod(jax.lax.axis_size(a) for a in self.expert_axes)
 
 
-class How(NamedTuple):
-    """Everything static of a run."""
+class ExchangeSpec(NamedTuple):
+    """Static arguments of one exchange."""
 
     expert_fn: ExpertFn
     parallel: ExpertParallel
     implementation: str | tuple[str, ...] | None
     devices: int
     sizes: tuple[int, ...]  # S to choose from, ascending
-    bounded: bool  # whether the largest S holds any load, so that one round is enough
+    bounded: bool  # whether the largest S holds any load, so that one round suffices
 
 
 def send_sizes(
@@ -106,34 +106,35 @@ def send_sizes(
     tokens: int,
     slots: int,
     rows: int,
-    here: int,
+    local: int,
     devices: int,
     capacity: int | None,
     shares: tuple[float, ...],
 ) -> tuple[tuple[int, ...], bool]:
-    """The static buffer sizes S to choose from, ascending, and whether the largest holds any load.
+    """Returns the static buffer sizes S to choose from, ascending; and whether the largest holds any
+    load.
 
     Args:
         tokens: T of one device.
-        slots: K, most experts of one token.
-        rows: most assignments that one device's plan can keep.
-        here: L, experts of each device.
-        devices: P, that share the experts.
+        slots: K, the most experts of one token.
+        rows: the most assignments that the plan of one device can keep.
+        local: L, experts of each device.
+        devices: P, the devices that share the experts.
         capacity: C of one expert, or None.
         shares: ``ExpertParallel.send_shares``.
 
     Example:
-        >>> send_sizes(tokens=1024, slots=2, rows=2048, here=2, devices=8, capacity=160, shares=(1,))
+        >>> send_sizes(tokens=1024, slots=2, rows=2048, local=2, devices=8, capacity=160, shares=(1,))
         ((320,), True)
-        >>> send_sizes(tokens=1024, slots=2, rows=2048, here=2, devices=8, capacity=None, shares=(1,))
+        >>> send_sizes(tokens=1024, slots=2, rows=2048, local=2, devices=8, capacity=None, shares=(1,))
         ((304,), False)
     """
-    bound = min(rows, tokens * min(slots, here))
+    bound = min(rows, tokens * min(slots, local))
     if capacity is not None:
-        return (min(bound, capacity * here),), True
-    # Chance alone spreads a load of n rows by about sqrt(n).
+        return (min(bound, capacity * local),), True
+    # Chance alone spreads a load of n rows by about sqrt(n): three times that is rarely exceeded.
     loads = [share * rows / devices for share in shares]
-    sizes = [math.ceil((load + 3.0 * math.sqrt(load)) / 8) * 8 for load in loads]
+    sizes = [math.ceil((load + 3.0 * math.sqrt(load)) / 8) * 8 for load in loads]  # multiples of 8
     ascending = tuple(sorted({min(size, bound) for size in sizes}))
     return ascending, ascending[-1] == bound
 
@@ -141,54 +142,56 @@ def send_sizes(
 # --- where rows go --------------------------------------------------------------------------
 
 
-class Ways(NamedTuple):
-    """Where the sorted rows of a plan go; P devices, L experts on each."""
+class SendLayout(NamedTuple):
+    """Where the sorted rows of a plan go.
 
-    ends: Array  # i32[P, L]: among the rows for a device, where those of each expert end
+    The plan sorts rows by expert, and experts are laid out device after device, so the rows for one
+    device are one run of the sorted rows: a start and a length say all.
+    """
+
+    ends: Array  # i32[P, L]: among the rows for one device, the end of each expert's rows
     sizes: Array  # i32[P, L]: rows for each expert
     first: Array  # i32[P]: first sorted row for each device
     held: Array  # i32[P]: rows for each device
 
 
-def ways_of(plan: DispatchPlan, devices: int) -> Ways:
+def send_layout(plan: DispatchPlan, devices: int) -> SendLayout:
+    """Returns where the sorted rows of a plan go; experts past E are padding and get no rows."""
     experts = plan.assignments.num_experts
-    here = -(-experts // devices)
-    sizes = jnp.pad(plan.group_sizes, (0, devices * here - experts)).reshape(devices, here)
+    local = -(-experts // devices)
+    sizes = jnp.pad(plan.group_sizes, (0, devices * local - experts)).reshape(devices, local)
     held = sizes.sum(axis=1)
-    return Ways(jnp.cumsum(sizes, axis=1), sizes, jnp.cumsum(held) - held, held)
+    return SendLayout(jnp.cumsum(sizes, axis=1), sizes, jnp.cumsum(held) - held, held)
 
 
-class Sent(NamedTuple):
-    """The rows of a buffer, [P, S]."""
+class SentRows(NamedTuple):
+    """The rows of the buffers, [P, S]."""
 
-    live: Array
-    assignments: Array
-    tokens: Array
+    live: Array  # bool[P, S]: False for rows that carry nothing
+    assignments: Array  # i32[P, S]
+    tokens: Array  # i32[P, S]
 
 
-def sent_rows(plan: DispatchPlan, ways: Ways, start: Array, size: int) -> Sent:
+def sent_rows(plan: DispatchPlan, layout: SendLayout, start: Array, size: int) -> SentRows:
+    """Returns the ``size`` rows for each device from ``start`` on, ``start`` counted by device."""
     slot = start + jnp.arange(size, dtype=jnp.int32)
-    row = ways.first[:, None] + slot[None, :]
+    row = layout.first[:, None] + slot[None, :]
     n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
-    return Sent(slot[None, :] < ways.held[:, None], n, plan.assignments.token_indices[n])
-
-
-def zero_unless(live: Array, rows: Array) -> Array:
-    # Selects instead of multiplying: 0 * NaN is NaN, and an empty row must not carry a token's.
-    return jnp.where(live[..., None], rows, jnp.zeros((), rows.dtype))
+    return SentRows(slot[None, :] < layout.held[:, None], n, plan.assignments.token_indices[n])
 
 
 def _window(values: Array, start: Array, size: int) -> Array:
     return jnp.clip(values, start, start + size)
 
 
-def counts_sent(ways: Ways, start: Array, size: int) -> Array:
+def counts_sent(layout: SendLayout, start: Array, size: int) -> Array:
     """i32[P, L]: rows for each expert among the ``size`` rows from ``start`` on."""
-    return _window(ways.ends, start, size) - _window(ways.ends - ways.sizes, start, size)
+    # What an expert has in the window is the difference of its clipped end and its clipped begin.
+    return _window(layout.ends, start, size) - _window(layout.ends - layout.sizes, start, size)
 
 
 def _write_counts(counts: Array, width: int, dtype: Any) -> Array:
-    """Counts [P, L] as whole rows [P, H, width] of digits."""
+    """Counts [P, L] as whole rows [P, H, width] of digits, to be sent in front of the buffer."""
     digits = [counts // _BASE**i % _BASE for i in range(COUNT_DIGITS)]
     flat = jnp.stack(digits, axis=-1).reshape(counts.shape[0], -1).astype(dtype)
     rows = -(-flat.shape[1] // width)
@@ -196,49 +199,55 @@ def _write_counts(counts: Array, width: int, dtype: Any) -> Array:
     return flat.reshape(counts.shape[0], rows, width)
 
 
-def _read_counts(rows: Array, here: int) -> Array:
-    flat = rows.reshape(rows.shape[0], -1)[:, : here * COUNT_DIGITS].astype(jnp.int32)
+def _read_counts(rows: Array, local: int) -> Array:
+    """i32[P, L]: the counts that ``_write_counts`` wrote."""
+    flat = rows.reshape(rows.shape[0], -1)[:, : local * COUNT_DIGITS].astype(jnp.int32)
     scale = jnp.asarray([_BASE**i for i in range(COUNT_DIGITS)], jnp.int32)
-    return (flat.reshape(-1, here, COUNT_DIGITS) * scale[None, None, :]).sum(axis=-1)
+    return (flat.reshape(-1, local, COUNT_DIGITS) * scale[None, None, :]).sum(axis=-1)
 
 
-def received(counts: Array, size: int) -> DispatchPlan:
-    """The plan of what arrived: row r of [P * S] is a token with one expert, or empty."""
-    devices, here = counts.shape
+def plan_received(counts: Array, size: int) -> DispatchPlan:
+    """Returns the plan for the rows that arrived: row r of [P * S] is a token with one expert, or
+    empty.
+    """
+    devices, local = counts.shape
     ends = jnp.cumsum(counts, axis=1)
+    # Rows of one buffer are sorted by expert, so the expert of a row is the number of ends before it.
     slot = jnp.arange(size, dtype=jnp.int32)
     expert = (ends[:, None, :] <= slot[None, :, None]).sum(axis=-1, dtype=jnp.int32).reshape(-1)
-    valid, rows = expert < here, devices * size
+    valid, rows = expert < local, devices * size
     arrived = Assignments(
         token_indices=jnp.arange(rows, dtype=jnp.int32),
         expert_indices=expert,
         weights=valid.astype(jnp.float32),
         valid=valid,
         num_tokens=rows,
-        num_experts=here,
+        num_experts=local,
         slots_per_token=1,
     )
     return plan_dispatch(arrived)
 
 
-def take_home(
-    plan: DispatchPlan, ways: Ways, start: Array, rows: Array, before: Array | None
+def rows_by_assignment(
+    plan: DispatchPlan, layout: SendLayout, start: Array, rows: Array, before: Array | None
 ) -> Array:
-    """From returned rows [P, S, W] to assignments [N, W]; ``before`` where the row is not here."""
+    """Picks each assignment's row [N, W] from the returned buffers [P, S, W].
+
+    An assignment whose row was not in this round keeps what ``before`` [N, W] holds for it; None holds
+    zeros.
+    """
     devices, size, _ = rows.shape
     a = plan.assignments
-    here = -(-a.num_experts // devices)
+    local = -(-a.num_experts // devices)
     expert = jnp.minimum(a.expert_indices, a.num_experts - 1)
-    device = expert // here
-    slot = plan.group_offsets[expert] + plan.position - ways.first[device] - start
+    device = expert // local
+    slot = plan.group_offsets[expert] + plan.position - layout.first[device] - start
     arrived = plan.kept & (slot >= 0) & (slot < size)
-    home = jnp.where(arrived, device * size + slot, 0)
-    taken = rows.reshape(devices * size, -1)[home]
-    return (
-        zero_unless(arrived, taken)
-        if before is None
-        else jnp.where(arrived[:, None], taken, before)
-    )
+    row = jnp.where(arrived, device * size + slot, 0)
+    picked = rows.reshape(devices * size, -1)[row]
+    if before is None:
+        return mask_rows(arrived, picked)
+    return jnp.where(arrived[:, None], picked, before)
 
 
 # --- messages -------------------------------------------------------------------------------
@@ -249,6 +258,8 @@ def _swap(parallel: ExpertParallel, buffer: Array) -> Array:
     if not parallel.two_level:
         return jax.lax.all_to_all(buffer, parallel.expert_axes, 0, 0, tiled=True)
     hosts, inside = parallel.expert_axes
+    # First all blocks for one host go to its one device with our place inside a host, then between
+    # hosts: two all-to-alls of few partners instead of one between all devices.
     shape = (jax.lax.axis_size(hosts), jax.lax.axis_size(inside), *buffer.shape[1:])
     grid = jax.lax.all_to_all(buffer.reshape(shape), inside, 1, 1, tiled=True)
     return jax.lax.all_to_all(grid, hosts, 0, 0, tiled=True).reshape(buffer.shape)
@@ -258,79 +269,99 @@ def _pad_slots(rows: Array, size: int) -> Array:
     return jnp.pad(rows, ((0, 0), (0, size - rows.shape[1]), (0, 0)))
 
 
-def _swap_ragged(how: How, rows: Array, ours: Array, theirs: Array) -> Array:
-    """``_swap`` of buffers [P, S, W] of which only the first rows are sent: i32[P] to and from each."""
+class RowCounts(NamedTuple):
+    """Rows in use in each buffer. Only the ragged exchange sends by these counts."""
+
+    sent: Array  # i32[P]: from this device to each
+    arrived: Array  # i32[P]: from each device to this one
+
+
+def _swap_ragged(spec: ExchangeSpec, rows: Array, counts: RowCounts) -> Array:
+    """``_swap`` of buffers [P, S, W] of which only the rows in use are sent."""
     devices, size, width = rows.shape
-    axis = how.parallel.expert_axes[0]
-    block = jnp.arange(devices, dtype=jnp.int32) * size
-    mine = jnp.full((devices,), size, jnp.int32) * jax.lax.axis_index(axis)
+    axis = spec.parallel.expert_axes[0]
+    starts = jnp.arange(devices, dtype=jnp.int32) * size
+    # In every receiver's buffer this device's rows begin at the block with its index.
+    offsets = jnp.full((devices,), size, jnp.int32) * jax.lax.axis_index(axis)
     flat = rows.reshape(devices * size, width)
-    empty = vary_like(jnp.zeros_like(flat), flat)
-    there = jax.lax.ragged_all_to_all(
-        flat, empty, vary_like(block, flat), ours, vary_like(mine, flat), theirs, axis_name=axis
+    received = jax.lax.ragged_all_to_all(
+        flat,
+        vary_like(jnp.zeros_like(flat), flat),
+        vary_like(starts, flat),
+        counts.sent,
+        vary_like(offsets, flat),
+        counts.arrived,
+        axis_name=axis,
     )
-    return there.reshape(rows.shape)
-
-
-class Sizes(NamedTuple):
-    """Rows in each buffer, i32[P], which only the ragged exchange needs to know."""
-
-    ours: Array
-    theirs: Array
+    return received.reshape(rows.shape)
 
 
 def send(
-    how: How,
+    spec: ExchangeSpec,
     tier: Array,
-    make: Callable[[int], Array],
+    build: Callable[[int], Array],
     counts: Array | None,
-    sizes: Sizes | None = None,
+    agreed: RowCounts | None = None,
 ) -> Any:
-    """Builds and sends a buffer of the chosen size: (counts received, rows [P, largest S, W]).
+    """Builds and sends a buffer of the chosen size.
 
-    Either ``counts`` to send along, or the ``sizes`` that both sides know already.
+    Args:
+        spec: static arguments.
+        tier: i32[], index of the size in ``spec.sizes``.
+        build: size S -> buffer [P, S, W].
+        counts: i32[P, L], row counts to send along; None if both sides know them already.
+        agreed: the counts that both sides know, for the ragged exchange without ``counts``.
+
+    Returns:
+        i32[P, L], the counts that arrived (None without ``counts``), and rows [P, largest S, W].
     """
-    if how.parallel.exchange == "ragged":
-        read = None
+    if spec.parallel.exchange == "ragged":
+        arrived = None
         if counts is not None:
-            read = _swap(how.parallel, counts)
-            sizes = Sizes(counts.sum(axis=1), read.sum(axis=1))
-        assert sizes is not None
-        return read, _swap_ragged(how, make(how.sizes[-1]), sizes.ours, sizes.theirs)
+            arrived = _swap(spec.parallel, counts)
+            agreed = RowCounts(counts.sum(axis=1), arrived.sum(axis=1))
+        assert agreed is not None
+        return arrived, _swap_ragged(spec, build(spec.sizes[-1]), agreed)
 
-    def at(size: int) -> tuple[Array | None, Array]:
-        rows, head = make(size), None
+    def exchange(size: int) -> tuple[Array | None, Array]:
+        rows = build(size)
         if counts is None:
-            return None, _pad_slots(_swap(how.parallel, rows), how.sizes[-1])
+            return None, _pad_slots(_swap(spec.parallel, rows), spec.sizes[-1])
         head = _write_counts(counts, rows.shape[2], rows.dtype)
-        there = _swap(how.parallel, jnp.concatenate([head, rows], axis=1))
+        both = _swap(spec.parallel, jnp.concatenate([head, rows], axis=1))
         lines = head.shape[1]
-        read = _read_counts(there[:, :lines], counts.shape[1])
-        return read, _pad_slots(there[:, lines:], how.sizes[-1])
+        arrived = _read_counts(both[:, :lines], counts.shape[1])
+        return arrived, _pad_slots(both[:, lines:], spec.sizes[-1])
 
-    if len(how.sizes) == 1:
-        return at(how.sizes[0])
-    return jax.lax.switch(tier, [functools.partial(at, size) for size in how.sizes])
-
-
-def send_back(how: How, tier: Array, rows: Array, sizes: Sizes) -> Array:
-    return send(how, tier, lambda size: rows[:, :size], None, Sizes(sizes.theirs, sizes.ours))[1]
+    if len(spec.sizes) == 1:
+        return exchange(spec.sizes[0])
+    # Every device takes the same branch (see ``choose_size``), so the messages in it match.
+    return jax.lax.switch(tier, [functools.partial(exchange, size) for size in spec.sizes])
 
 
-def tier_of(how: How, ways: Ways) -> tuple[Array, Array]:
-    """(which size, how many rounds), the same on all devices."""
-    if len(how.sizes) == 1 and how.bounded:
+def send_back(spec: ExchangeSpec, tier: Array, rows: Array, counts: RowCounts) -> Array:
+    """Sends rows [P, largest S, W] back where they came from; ``counts`` are those of the way there."""
+    back = RowCounts(counts.arrived, counts.sent)
+    return send(spec, tier, lambda size: rows[:, :size], None, back)[1]
+
+
+def choose_size(spec: ExchangeSpec, layout: SendLayout) -> tuple[Array, Array]:
+    """Returns i32[] the index of the size and i32[] the number of rounds, the same on all devices."""
+    if len(spec.sizes) == 1 and spec.bounded:
         return jnp.int32(0), jnp.int32(1)
-    most = jax.lax.pmax(ways.held.max(), how.parallel.axes)
+    # One number over all devices: a device with a small load must still answer the full ones.
+    most = jax.lax.pmax(layout.held.max(), spec.parallel.axes)
     tier = jnp.int32(0)
-    for size in how.sizes[:-1]:
+    for size in spec.sizes[:-1]:
         tier += (most > size).astype(jnp.int32)
-    return tier, jnp.maximum(-(-most // how.sizes[-1]), 1)
+    return tier, jnp.maximum(-(-most // spec.sizes[-1]), 1)
 
 
-def in_rounds(how: How, rounds: Array, step: Callable[[Array, Any], Any], zeros: Any) -> Any:
-    """``step(start, carry)`` for every round; the carry is None where one round is all."""
-    if how.bounded:
+def run_rounds(
+    spec: ExchangeSpec, rounds: Array, step: Callable[[Array, Any], Any], zeros: Any
+) -> Any:
+    """Runs ``step(start, carry)`` for every round; carry is None if a single round suffices."""
+    if spec.bounded:
         return step(jnp.int32(0), None)
-    size = how.sizes[-1]
+    size = spec.sizes[-1]
     return jax.lax.fori_loop(0, rounds, lambda i, carry: step(i * size, carry), zeros)

@@ -37,18 +37,20 @@ from moe_jax.experts.base import (
     Implementation,
     all_experts,
     from_bits,
+    mask_rows,
     one_expert,
+    output_shape,
     to_bits,
     vary_like,
 )
 from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.types import Array, DispatchPlan, Params
 
-# Sizes of the bulk as shares of the mean load (rows / E). Dense around 1, where the padding of a
+# TierSizes of the bulk as shares of the mean load (rows / E). Dense around 1, where the padding of a
 # balanced load is decided.
 _BULK_SHARES = {"cpu": (0.0,), "": (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0625, 1.125, 1.25)}
 
-# Sizes of the pieces. Where the mean load is a piece or less, one piece holds most experts, so the
+# TierSizes of the pieces. Where the mean load is a piece or less, one piece holds most experts, so the
 # sizes are dense around the loads to expect; above it, only the last piece of an expert is padded, by
 # half a step on average: with steps of a quarter, 13 % of the rows at a mean k of 1.3 were padding.
 _MOST_PIECE_ROWS = 512
@@ -63,7 +65,7 @@ _STREAM_ROWS = 12
 _C = TypeVar("_C")
 
 
-class Sizes(NamedTuple):
+class TierSizes(NamedTuple):
     """The static sizes that a run chooses among, each ascending."""
 
     bulk: tuple[int, ...]  # C; 0 is no bulk
@@ -115,11 +117,11 @@ def _fitting(sizes: tuple[int, ...], rows: Array) -> Array:
     return smaller
 
 
-def sizes_for(plan: DispatchPlan) -> Sizes:
-    return Sizes(bulk_sizes(plan), piece_sizes(plan))
+def sizes_for(plan: DispatchPlan) -> TierSizes:
+    return TierSizes(bulk_sizes(plan), piece_sizes(plan))
 
 
-def _layout(plan: DispatchPlan, sizes: Sizes) -> _Layout:
+def _layout(plan: DispatchPlan, sizes: TierSizes) -> _Layout:
     pieces, bulk = sizes.pieces, jnp.asarray(sizes.bulk, jnp.int32)
     beyond = jnp.maximum(plan.group_sizes[None, :] - bulk[:, None], 0)  # [tiers, E]
     count = -(-beyond // pieces[-1])
@@ -153,11 +155,6 @@ def _bulk_rows(plan: DispatchPlan, size: int) -> _Rows:
     return _rows(plan, plan.group_offsets[:, None] + slot, slot < plan.group_sizes[:, None])
 
 
-def _zero_unless(live: Array, rows: Array) -> Array:
-    # Selects instead of multiplying: 0 * NaN is NaN, and an empty row must not carry a token's.
-    return jnp.where(live[..., None], rows, jnp.zeros((), rows.dtype))
-
-
 def _sort_bulk(plan: DispatchPlan, flat: Array, size: int, length: int) -> Array:
     """From rows of the bulk, [E*C, D], to sorted rows, [length, D]; zero where it has none."""
     row = jnp.arange(length, dtype=jnp.int32)
@@ -165,7 +162,7 @@ def _sort_bulk(plan: DispatchPlan, flat: Array, size: int, length: int) -> Array
     position = plan.position[n]
     here = (row < plan.group_sizes.sum()) & (position < size)
     home = jnp.where(here, plan.assignments.expert_indices[n] * size + position, 0)
-    return _zero_unless(here, flat[home])
+    return mask_rows(here, flat[home])
 
 
 def _sum_bulk(plan: DispatchPlan, flat: Array, size: int, weights: Array | None) -> Array:
@@ -190,7 +187,7 @@ def _sum_over_slots(
     a, home = plan.assignments, jnp.where(here, home, 0)
 
     def fetch(here: Array, home: Array, weights: Array | None) -> Array:
-        fetched = _zero_unless(here, rows[home]).astype(jnp.float32)
+        fetched = mask_rows(here, rows[home]).astype(jnp.float32)
         return fetched if weights is None else fetched * weights[:, None]
 
     if not a.slots_per_token:
@@ -212,7 +209,7 @@ def _sum_over_slots(
 
 
 def _run_layout(
-    sizes: Sizes,
+    sizes: TierSizes,
     plan: DispatchPlan,
     params: Params,
     bulk: Callable[[int], _C],
@@ -297,15 +294,9 @@ class _Collect(NamedTuple):
     put: Callable[[Array, Array, Array, _Rows, Array], Array]  # as in ``_run_layout``
 
 
-def _output_of(expert_fn: ExpertFn, params: Params, x: Array) -> jax.ShapeDtypeStruct:
-    """What one expert makes of one row, [1, D_out]."""
-    one = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), params)
-    return jax.eval_shape(expert_fn, one, jax.ShapeDtypeStruct((1, x.shape[1]), x.dtype))
-
-
 def _collected(
     expert_fn: ExpertFn,
-    sizes: Sizes,
+    sizes: TierSizes,
     params: Params,
     x: Array,
     plan: DispatchPlan,
@@ -318,11 +309,11 @@ def _collected(
         if size == 0:
             return collect.start()
         rows = _bulk_rows(plan, size)
-        made = all_experts(expert_fn, params, _zero_unless(rows.live, x[rows.tokens]))
+        made = all_experts(expert_fn, params, mask_rows(rows.live, x[rows.tokens]))
         return collect.bulk(size, made.reshape(-1, made.shape[-1]))
 
     def gather(rows: _Rows) -> tuple[Array]:
-        return (_zero_unless(rows.live, x[rows.tokens]),)
+        return (mask_rows(rows.live, x[rows.tokens]),)
 
     def piece(size: int, one: Params, block: Array) -> Array:
         return _pad(expert_fn(one, block[:size]), most)
@@ -331,10 +322,10 @@ def _collected(
 
 
 def _outputs(
-    expert_fn: ExpertFn, sizes: Sizes, params: Params, x: Array, plan: DispatchPlan
+    expert_fn: ExpertFn, sizes: TierSizes, params: Params, x: Array, plan: DispatchPlan
 ) -> Array:
     """Every kept assignment's expert output, [num_rows + B, D_out] in sorted order."""
-    out, length = _output_of(expert_fn, params, x), plan.num_rows + sizes.pieces[-1]
+    out, length = output_shape(expert_fn, params, x), plan.num_rows + sizes.pieces[-1]
 
     def start() -> Array:
         return vary_like(to_bits(jnp.zeros((length, out.shape[1]), out.dtype)), (params, x, plan))
@@ -348,13 +339,18 @@ def _outputs(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def run_sizes(
-    expert_fn: ExpertFn, sizes: Sizes, params: Params, x: Array, weights: Array, plan: DispatchPlan
+def run_with_sizes(
+    expert_fn: ExpertFn,
+    sizes: TierSizes,
+    params: Params,
+    x: Array,
+    weights: Array,
+    plan: DispatchPlan,
 ) -> Array:
     """``run`` with the sizes given."""
 
     def start() -> Array:
-        zeros = jnp.zeros((x.shape[0], _output_of(expert_fn, params, x).shape[1]), jnp.float32)
+        zeros = jnp.zeros((x.shape[0], output_shape(expert_fn, params, x).shape[1]), jnp.float32)
         return vary_like(zeros, (params, x, weights, plan))
 
     def put(total: Array, expert: Array, row: Array, rows: _Rows, made: Array) -> Array:
@@ -371,7 +367,7 @@ def _fwd(expert_fn, sizes, params, x, weights, plan):
     return sum_over_slots(plan, outputs, weights), (params, x, weights, plan, outputs)
 
 
-def backward(expert_fn: ExpertFn, sizes: Sizes, residuals, dy: Array):
+def backward(expert_fn: ExpertFn, sizes: TierSizes, residuals, dy: Array):
     """Gradients of (params, x, weights), and None for the plan, from what ``_fwd`` kept."""
     params, x, weights, plan, outputs = residuals
     a = plan.assignments
@@ -379,21 +375,21 @@ def backward(expert_fn: ExpertFn, sizes: Sizes, residuals, dy: Array):
 
     def gradient_rows(rows: _Rows) -> Array:
         scaled = dy[rows.tokens] * weights[rows.assignments][..., None]
-        return _zero_unless(rows.live, scaled).astype(outputs.dtype)
+        return mask_rows(rows.live, scaled).astype(outputs.dtype)
 
     def bulk(size: int) -> tuple[Params, Array]:
         if size == 0:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, _wide(p.dtype)), params)
             return vary_like((zeros, jnp.zeros(x.shape, jnp.float32)), (params, x, plan, dy))
         rows = _bulk_rows(plan, size)
-        blocks = _zero_unless(rows.live, x[rows.tokens])
+        blocks = mask_rows(rows.live, x[rows.tokens])
         _, pull = jax.vjp(functools.partial(all_experts, expert_fn), params, blocks)
         dparams, dblocks = pull(gradient_rows(rows))
         dparams = jax.tree.map(lambda d: d.astype(_wide(d.dtype)), dparams)
         return dparams, _sum_bulk(plan, dblocks.reshape(-1, x.shape[1]), size, None)
 
     def gather(rows: _Rows) -> tuple[Array, Array]:
-        return _zero_unless(rows.live, x[rows.tokens]), gradient_rows(rows)
+        return mask_rows(rows.live, x[rows.tokens]), gradient_rows(rows)
 
     def piece(size: int, one: Params, block: Array, dblock: Array) -> tuple[Params, Array]:
         _, pull = jax.vjp(expert_fn, one, block[:size])
@@ -414,15 +410,15 @@ def backward(expert_fn: ExpertFn, sizes: Sizes, residuals, dy: Array):
     return dparams, dx.astype(x.dtype), dweights, None
 
 
-run_sizes.defvjp(_fwd, backward)
+run_with_sizes.defvjp(_fwd, backward)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
-    return run_sizes(expert_fn, sizes_for(plan), params, x, weights, plan)
+    return run_with_sizes(expert_fn, sizes_for(plan), params, x, weights, plan)
 
 
-def slots_executed_with(plan: DispatchPlan, sizes: Sizes) -> Array:
+def slots_executed_with(plan: DispatchPlan, sizes: TierSizes) -> Array:
     """f32[]: the rows computed, padding included, as the loop and the switches choose them."""
     layout = _layout(plan, sizes)
     rows = plan.assignments.num_experts * layout.base

@@ -70,18 +70,18 @@ def exchange_cost(
         >>> cost.buffer_rows, round(cost.forward_bytes_per_token / 1024)
         (512, 221)
     """
-    here = -(-num_experts // devices)
+    local = -(-num_experts // devices)
     capacity = None
     if capacity_factor is not None:
         capacity = expert_capacity(tokens, num_experts, k, capacity_factor)
     rows = tokens * k if capacity is None else min(tokens * k, capacity * num_experts)
     shares = ExpertParallel().send_shares if send_shares is None else tuple(send_shares)
     sizes, bounded = send_sizes(
-        tokens=tokens, slots=k, rows=rows, here=here, devices=devices,
+        tokens=tokens, slots=k, rows=rows, local=local, devices=devices,
         capacity=capacity, shares=shares,
     )  # fmt: skip
     buffer = sizes[size]
-    digits = COUNT_DIGITS * here
+    digits = COUNT_DIGITS * local
     row = d_model * itemsize
     forward = devices * row * (2 * buffer + -(-digits // d_model))
     if len(sizes) == 1 and bounded:  # what arrived was kept: gradients alone travel
