@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -11,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_jax.checks import (
     check_array,
@@ -33,7 +36,7 @@ from moe_jax.experts import (
 )
 from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.experts.expert_parallel import bias_once, run_parallel
-from moe_jax.routers import Router
+from moe_jax.routers import ExpertChoiceRouter, Router
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.dispatch import (
     PRIORITIES,
@@ -231,6 +234,12 @@ def moe_layer(
     check_layer(router, expert_fn, params, options, parallel)
     check_hidden_states(x)
     check_key(key)
+    mesh = None if parallel else explicit_mesh((x, params, token_mask, context))
+    if mesh is not None:
+        layer = functools.partial(moe_layer, router, expert_fn, options=options)
+        return with_auto_axes(
+            layer, mesh, router, params, state, x, key=key, token_mask=token_mask, context=context
+        )
     lead, width = x.shape[:-1], x.shape[-1]
     flat = x.reshape(math.prod(lead), width)
     mask = flat_token_mask(token_mask, lead)
@@ -250,6 +259,68 @@ def moe_layer(
     if "shared" in params:
         y = y + _shared(expert_fn, params, flat, mask, parallel)
     return y.astype(x.dtype).reshape(*lead, -1), LayerAux(routing=routing, stats=stats)
+
+
+def explicit_mesh(tree: Any) -> AbstractMesh | None:
+    """Returns the mesh with Explicit axes that any array of a tree is split over, or None.
+
+    ``jax.make_mesh`` makes such axes by default. Arrays on meshes with Auto axes, on no mesh, or inside
+    ``shard_map`` have no split in their type.
+    """
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+        if sharding is None or sharding.mesh.empty:
+            continue
+        if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+            return sharding.mesh
+    return None
+
+
+def with_auto_axes(
+    layer: Callable[..., tuple[Array, LayerAux]],
+    mesh: AbstractMesh,
+    router: Router,
+    params: dict[str, Params],
+    state: Any,
+    x: Array,
+    **arguments: Any,
+) -> tuple[Array, LayerAux]:
+    """Runs a layer on arrays whose split over ``mesh`` is part of their type (Explicit axes).
+
+    Counting tokens is a scatter over split tokens, and JAX asks for the split of the result of every
+    such operation. So the axes are Auto inside, where the compiler decides, and only what comes out
+    has a stated split: y that of x, routing that of the tokens, statistics none.
+    """
+    spec = jax.typeof(x).sharding.spec if x.ndim else ()
+    spec = P(*spec) if len(spec) == x.ndim else P(*[None] * x.ndim)
+    # Flattened tokens are split like the first leading axis, if that is the only one.
+    rows = P(spec[0]) if x.ndim > 1 and not any(spec[1:-1]) else P()
+    if isinstance(router, ExpertChoiceRouter):
+        rows = P()  # its arrays lead with experts
+    explicit = tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
+    call = jax.sharding.auto_axes(
+        lambda params, state, x, arguments: layer(params, state, x, **arguments),
+        axes=explicit,
+        out_sharding=(spec, LayerAux(routing=rows, stats=P())),  # pyright: ignore[reportArgumentType]
+    )
+    with _mesh_context(mesh, (params, state, x, arguments)):
+        return call(params, state, x, arguments)
+
+
+def _mesh_context(mesh: AbstractMesh, tree: Any) -> Any:
+    """The mesh as context, unless the caller has set one: ``auto_axes`` needs it."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    # Outside of jit the devices must be known too: those of any array that is no tracer.
+    for leaf in jax.tree.leaves(tree):
+        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
+            return jax.set_mesh(sharding.mesh)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def run_routing(

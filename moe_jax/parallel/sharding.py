@@ -35,7 +35,7 @@ from moe_jax.checks import (
 )
 from moe_jax.experts import ExpertFn
 from moe_jax.experts.exchange import ExpertParallel
-from moe_jax.layer import LayerAux, LayerOptions, check_layer, moe_layer
+from moe_jax.layer import LayerAux, LayerOptions, check_layer, moe_layer, with_auto_axes
 from moe_jax.routers import ExpertChoiceRouter, Router
 from moe_jax.routing.difficulty import Context
 from moe_jax.types import Array, Params
@@ -369,6 +369,22 @@ def sharded_moe_layer(
     where: AnyMesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if where.empty:
         raise ValueError("mesh: expected one, got none. Pass mesh=, or call jax.set_mesh first.")
+    if AxisType.Explicit in where.axis_types:
+        layer = functools.partial(
+            sharded_moe_layer, router, expert_fn, parallel=parallel, options=options
+        )
+        abstract = where.abstract_mesh if isinstance(where, Mesh) else where
+        return with_auto_axes(
+            layer,
+            abstract,
+            router,
+            params,
+            state,
+            x,
+            key=key,
+            token_mask=token_mask,
+            context=context,
+        )
     if isinstance(router, ExpertChoiceRouter):
         raise ValueError(
             "router: expected a rule that routes each token by itself, got ExpertChoiceRouter, whose "
