@@ -23,20 +23,16 @@ ROOT = Path(__file__).parents[1]
 # A room is a module or package directly under moe_jax (under moe_jax.serving for the service). It may
 # import its own modules and rooms of lower floors, nothing else of moe_jax.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("types", "checks", "serving.errors"),
+    ("types", "checks"),
     ("routing",),
     ("routers", "experts"),
-    (
-        "layer",
-        "config",
-        "serving.admission",
-        "serving.cache",
-        "serving.resilience",
-        "serving.metrics",
-    ),
-    ("parallel", "interop", "checkpoint"),
-    ("nn", "serving.engine", "testing"),
-    ("models", "lab", "serving.http"),
+    ("layer",),
+    ("parallel", "config", "interop", "serving.errors"),
+    ("nn", "checkpoint"),
+    ("models",),
+    ("lab", "serving.admission", "serving.cache", "serving.resilience", "serving.metrics"),
+    ("serving.engine",),
+    ("serving.http", "testing"),
     ("bench",),
     ("cli",),
 )

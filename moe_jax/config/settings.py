@@ -142,6 +142,8 @@ class ServingConfig:
         trusted_proxies: networks whose X-Forwarded-For is believed, e.g. ``10.0.0.0/8,::1``.
         checkpoint: folder of the weights; empty serves seeded, untrained ones.
         checkpoint_router: which of the checkpoint's routers, e.g. ``layer_0``; empty is the first.
+        reload_folder: folder below which ``POST /admin/reload`` may name a checkpoint; empty is the
+            parent of ``checkpoint``.
         seed: of untrained weights.
         serve_moe: whether the model ``moe`` is served; ``auto`` is whenever there are experts: those
             of the checkpoint, or seeded ones without a checkpoint.
@@ -186,6 +188,7 @@ class ServingConfig:
     )
     checkpoint: str = setting("", "Give a checkpoint folder, or leave it empty.", text=LINE)
     checkpoint_router: str = setting("", "See moe-jax inspect for the names.", text=LINE)
+    reload_folder: str = setting("", "Give a folder, or leave it empty.", text=LINE)
     seed: int = setting(0, "Any whole number.", low=0, high=2**31 - 1)
     serve_moe: str = setting("auto", "Choose one of these.", choices=("auto", "on", "off"))
     expert_hidden_dim: int = setting(

@@ -94,6 +94,7 @@ VARIABLES = {
     "MOE_TRUSTED_PROXIES": ("10.0.0.0/8, ::1", "10.0.0.0/8, ::1"),
     "MOE_CHECKPOINT": ("runs/demo", "runs/demo"),
     "MOE_CHECKPOINT_ROUTER": ("layer_1", "layer_1"),
+    "MOE_RELOAD_FOLDER": ("runs", "runs"),
     "MOE_SEED": ("7", 7),
     "MOE_SERVE_MOE": ("on", "on"),
     "MOE_EXPERT_HIDDEN_DIM": ("64", 64),
@@ -293,6 +294,7 @@ TEXTS = {
     ),
     "checkpoint": ("a line of text", [" ", "a\nb", "\x00", "x" * 4097]),
     "checkpoint_router": ("a line of text", [" ", "a\nb", "\x1b[0m", "x" * 4097]),
+    "reload_folder": ("a line of text", [" ", "a\nb", "x" * 4097]),
     "api_keys": (
         "keys of printable ASCII without blanks",
         [",", ",,", " ", "hunter2,hunter 3", "hunter2é", "hunter2\n,b", "hunter2" * 1000],

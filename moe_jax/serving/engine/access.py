@@ -121,6 +121,20 @@ class AccessControl:
         """See ``RouterEngine.is_admin``."""
         return self._admin.valid(bearer)
 
+    def authorize_admin(self, bearer: str | None, peer: str, forwarded_for: str | None) -> None:
+        """See ``RouterEngine.authorize_admin``."""
+        address = Client(self._proxies.client_address(peer, forwarded_for))
+        if not self._admin:
+            error = ServingError(
+                "unauthorized", "this service has no admin key: its operator sets MOE_ADMIN_KEY."
+            )
+            self._recorder.refused(error)  # no key can be guessed, so it is no violation
+            raise error
+        # A block does not shut the operator out, who may share an address with whoever is blocked.
+        if not self._admin.valid(bearer):
+            message = "expected the admin key as a bearer token."
+            raise self.refused(ServingError("unauthorized", message), address)
+
     def admit(self, client: Client, *, tokens: int, requests: int) -> None:
         """See ``RouterEngine.admit``."""
         try:

@@ -109,6 +109,22 @@ class RouterEngine:
         """Returns whether this is the admin key; False if none is configured."""
         return self.access.is_admin(bearer)
 
+    def authorize_admin(
+        self, bearer: str | None, *, peer: str = "unknown", forwarded_for: str | None = None
+    ) -> None:
+        """Checks that a remote request presents the admin key.
+
+        Args:
+            bearer: the key that it presents, or None.
+            peer: address of the connection.
+            forwarded_for: the ``X-Forwarded-For`` header, believed from trusted proxies only.
+
+        Raises:
+            ServingError: ``unauthorized``: a wrong key, none, or none is configured. A wrong or missing
+                key counts as a violation of the address, which is then blocked from inference.
+        """
+        self.access.authorize_admin(bearer, peer, forwarded_for)
+
     def admit(self, client: Client, *, tokens: int = 0, requests: int = 1) -> None:
         """Counts a request, or its tokens once they are known, against the client's limits.
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,15 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import moe_jax
-from moe_jax.checkpoint import CheckpointError
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.errors import ServingError
-from moe_jax.serving.http.door import Door
-from moe_jax.serving.http.exchange import Envelope, Exchange
+from moe_jax.serving.http.http_request import HttpRequest
 from moe_jax.serving.http.infer import infer, lookup
+from moe_jax.serving.http.middleware import RequestMiddleware
 from moe_jax.serving.http.openapi import document
-from moe_jax.serving.http.request_body import Body
+from moe_jax.serving.http.request_body import RequestBody
 from moe_jax.serving.http.strict_json import malformed, parse_object
+from moe_jax.serving.http.transport import TransportContext
 
 SERVER_NAME = "moe_jax"
 EXTENSIONS = ("binary_tensor_data",)
@@ -35,26 +36,27 @@ _PAGE_POLICY = (
 )
 
 
-def create_app(engine: RouterEngine) -> Envelope:
-    """The service as an ASGI application.
+def create_app(engine: RouterEngine) -> RequestMiddleware:
+    """Returns the service as an ASGI application.
 
-    It does not own the engine: whoever made the engine shuts it down.
+    The application does not shut the engine down: whoever made the engine does.
 
     Args:
         engine: what answers.
 
     Returns:
-        An ASGI application; ``app.door`` is what its endpoints share.
+        An ASGI application; ``app.transport`` is what its endpoints share.
     """
-    door = Door(engine)
+    transport = TransportContext(engine)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
         yield
-        door.close()
+        transport.close()
 
-    # The router alone: Starlette's own handlers of errors would answer before the envelope can.
-    return Envelope(Router(ROUTES, redirect_slashes=False, lifespan=lifespan), door)
+    # The bare router: Starlette's handlers of errors would answer before the middleware can.
+    routes = Router(ROUTES, redirect_slashes=False, lifespan=lifespan)
+    return RequestMiddleware(routes, transport)
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -62,32 +64,31 @@ def _json(value: Any, status: int = 200) -> Response:
     return Response(text, status, media_type="application/json")
 
 
-def _exchange(request: Request) -> Exchange:
-    return request.scope["exchange"]
+def _moe_request(request: Request) -> HttpRequest:
+    return request.scope["moe_request"]
 
 
 # --- metadata -------------------------------------------------------------------------------
 
 
 async def server_metadata(request: Request) -> Response:
-    exchange = _exchange(request)
-    exchange.client()
+    _moe_request(request).admitted_client()
     return _json(
         {"name": SERVER_NAME, "version": moe_jax.__version__, "extensions": list(EXTENSIONS)}
     )
 
 
 async def model_metadata(request: Request) -> Response:
-    exchange = _exchange(request)
-    exchange.client()
+    asked = _moe_request(request)
+    asked.admitted_client()
     model, version = request.path_params["model"], request.path_params.get("version")
-    spec = exchange.door.spec(model, version)
-    described = exchange.door.describe(model)
+    spec = asked.transport.spec(model, version)
+    metadata = asked.transport.describe(model)
     return _json(
         {
-            "name": described["name"],
-            "versions": list(described["versions"]),
-            "platform": described["platform"],
+            "name": metadata["name"],
+            "versions": list(metadata["versions"]),
+            "platform": metadata["platform"],
             "inputs": [
                 {"name": t.name, "datatype": t.datatypes[0], "shape": list(t.shape)}
                 for t in spec.inputs
@@ -105,12 +106,12 @@ async def model_metadata(request: Request) -> Response:
 
 
 async def live(request: Request) -> Response:
-    alive = _exchange(request).door.engine.live()
+    alive = _moe_request(request).transport.engine.live()
     return Response(status_code=200 if alive else 503)
 
 
-def _readiness(exchange: Exchange) -> Response:
-    is_ready, reasons = exchange.door.engine.readiness()
+def _readiness(asked: HttpRequest) -> Response:
+    is_ready, reasons = asked.transport.engine.readiness()
     response = _json({"ready": is_ready, "reasons": list(reasons)}, 200 if is_ready else 503)
     if not is_ready:
         response.headers["retry-after"] = "1"
@@ -118,29 +119,37 @@ def _readiness(exchange: Exchange) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    return _readiness(_exchange(request))
+    return _readiness(_moe_request(request))
 
 
 async def model_ready(request: Request) -> Response:
-    exchange = _exchange(request)
-    exchange.door.spec(request.path_params["model"], request.path_params.get("version"))
-    return _readiness(exchange)
+    asked = _moe_request(request)
+    asked.transport.spec(request.path_params["model"], request.path_params.get("version"))
+    return _readiness(asked)
 
 
 async def health(request: Request) -> Response:
-    exchange = _exchange(request)
-    door = exchange.door
-    found = await door.aside(door.engine.health_check)
-    if door.level.metrics_need_bearer:
-        try:
-            exchange.require_admin()
-        except ServingError:
-            found = {"status": found["status"]}
-    return _json(_finite(found), 200 if door.engine.live() else 503)
+    asked = _moe_request(request)
+    transport = asked.transport
+    report = await transport.aside(transport.engine.health_check)
+    if transport.level.metrics_need_bearer and not _is_operator(asked):
+        report = {"status": report["status"]}
+    return _json(_finite(report), 200 if transport.engine.live() else 503)
+
+
+def _is_operator(asked: HttpRequest) -> bool:
+    """Returns whether the admin key was sent. A probe sends none, which is no violation."""
+    if asked.key is None:
+        return False
+    try:
+        asked.require_admin()
+    except ServingError:
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for what JSON cannot hold."""
+    """Returns the value with null in place of what JSON cannot hold."""
     if isinstance(value, dict):
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -154,53 +163,109 @@ def _finite(value: Any) -> Any:
 
 
 async def metrics(request: Request) -> Response:
-    exchange = _exchange(request)
-    door = exchange.door
-    if door.level.metrics_need_bearer:
-        exchange.require_admin()
-    text = await door.aside(door.engine.metrics_text)
+    asked = _moe_request(request)
+    transport = asked.transport
+    if transport.level.metrics_need_bearer:
+        asked.require_admin()
+    text = await transport.aside(transport.engine.metrics_text)
     return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 async def reload(request: Request) -> Response:
-    """Swaps in another checkpoint: ``{"checkpoint": folder}``, or nothing for the configured one."""
-    exchange = _exchange(request)
-    exchange.require_admin()
-    door = exchange.door
-    with Body(
-        declared=exchange.headers.get("content-length"), limit=_RELOAD_LIMIT, buffers=door.buffers
-    ) as body:
-        data = await body.read(request.receive, door.engine.config.serving.request_timeout_seconds)
-        exchange.body_complete = True
-        asked = parse_object(data, "the body") if len(data) else {}
+    """Swaps in another checkpoint: ``{"checkpoint": folder}``, or nothing for the configured one.
+
+    Answers hold nothing of the disk: not which folders there are, nor what is in them.
+    """
+    asked = _moe_request(request)
+    transport = asked.transport
+    serving = transport.engine.config.serving
+    if not serving.admin_key:
+        # A proxy on this machine would pass on anybody's request, so the peer's address is no proof.
+        raise ServingError(
+            "not_found",
+            "reload over HTTP is off, because this service has no admin key. Set MOE_ADMIN_KEY, or "
+            "send SIGHUP to the process.",
+        )
+    asked.require_admin()
+    with transport.account.lease() as lease:
+        body = RequestBody(
+            declared=asked.headers.get("content-length"), limit=_RELOAD_LIMIT, lease=lease
+        )
+        data = await body.read(request.receive, serving.request_timeout_seconds)
+        asked.body_complete = True
+        options = parse_object(data, "the body") if len(data) else {}
         del data
-    checkpoint = asked.get("checkpoint")
-    if not isinstance(checkpoint, str | None) or set(asked) - {"checkpoint"}:
+    checkpoint = options.get("checkpoint")
+    if not isinstance(checkpoint, str | None) or set(options) - {"checkpoint"}:
         raise malformed('the body: expected {"checkpoint": "FOLDER"}, or nothing.')
+    report = await transport.aside(_reload, transport.engine, checkpoint or None)
+    return _json(_finite(report))
+
+
+def _reload(engine: RouterEngine, name: str | None) -> dict[str, Any]:
+    refusal = ServingError(
+        "invalid_values",
+        "not reloaded, the old one serves on. The reason is in the service's log. A "
+        "checkpoint must be below MOE_RELOAD_FOLDER, or beside the configured one.",
+    )
+    folder = None
+    if name is not None:
+        serving = engine.config.serving
+        root = serving.reload_folder or (serving.checkpoint and Path(serving.checkpoint).parent)
+        try:
+            folder = str(checkpoint_below(root, name))
+        except (ValueError, OSError, RuntimeError) as error:
+            engine.log.error("reload_refused", checkpoint=name[:200], error=str(error))
+            raise refusal from None
     try:
-        told = await door.aside(door.engine.reload, checkpoint or None)
-    except (CheckpointError, OSError, ValueError) as error:
-        raise ServingError("invalid_values", f"not reloaded, the old one serves on: {error}") \
-            from None  # fmt: skip
-    return _json(_finite(told))
+        report = engine.reload(folder)
+    except ServingError:
+        raise
+    except Exception:  # the engine has logged it
+        raise refusal from None
+    return {key: value for key, value in report.items() if key != "source"}
+
+
+def checkpoint_below(root: str | Path, name: str) -> Path:
+    """Returns the folder of a checkpoint that may be named in a request.
+
+    Links are followed first, so that none leads out of ``root``.
+
+    Args:
+        root: the folder that holds the checkpoints; "" holds none.
+        name: a path below it: absolute, or relative to it.
+
+    Raises:
+        ValueError: the path is not below ``root``.
+        OSError: the path cannot be resolved.
+    """
+    if not root:
+        raise ValueError(
+            "reload: expected MOE_RELOAD_FOLDER or a configured checkpoint, got neither, so that no "
+            "folder may be named. Set MOE_RELOAD_FOLDER."
+        )
+    top = Path(root).resolve()
+    path = (top / name).resolve()
+    if top not in path.parents:
+        raise ValueError(f"reload: expected a checkpoint below {top}, got {path}.")
+    return path
 
 
 async def openapi(request: Request) -> Response:
-    exchange = _exchange(request)
-    return _json(document(exchange.door.body_limit))
+    return _json(document(_moe_request(request).transport.body_limit))
 
 
-def _asset(name: str, kind: str) -> Any:
+def _asset(name: str, media_type: str) -> Any:
     async def asset(request: Request) -> Response:
         data = resources.files("moe_jax.serving.http").joinpath("page", name).read_bytes()
         headers = {"content-security-policy": _PAGE_POLICY, "referrer-policy": "no-referrer"}
-        return Response(data, media_type=kind, headers=headers)
+        return Response(data, media_type=media_type, headers=headers)
 
     return asset
 
 
-class _Plain:
-    """An ASGI function as Starlette's ``Route`` knows one from a view: it is no function."""
+class _AsgiEndpoint:
+    """Wraps an ASGI callable in an object, because ``Route`` treats plain functions as views."""
 
     def __init__(self, function: ASGIApp) -> None:
         self.function = function
@@ -211,9 +276,9 @@ class _Plain:
 
 # One table for the router and for the test that holds the OpenAPI document to it.
 ROUTES = (
-    Route("/v2/models/{model}/infer", _Plain(infer), methods=["POST"]),
-    Route("/v2/models/{model}/versions/{version}/infer", _Plain(infer), methods=["POST"]),
-    Route("/v2/models/{model}/routes/{digest}", _Plain(lookup), methods=["GET"]),
+    Route("/v2/models/{model}/infer", _AsgiEndpoint(infer), methods=["POST"]),
+    Route("/v2/models/{model}/versions/{version}/infer", _AsgiEndpoint(infer), methods=["POST"]),
+    Route("/v2/models/{model}/routes/{digest}", _AsgiEndpoint(lookup), methods=["GET"]),
     Route("/v2", server_metadata, methods=["GET"]),
     Route("/v2/models/{model}", model_metadata, methods=["GET"]),
     Route("/v2/models/{model}/versions/{version}", model_metadata, methods=["GET"]),

@@ -54,6 +54,7 @@ MIN_RATE = 128 * 1024
 
 # An answer is handed to the transport in pieces, so that no more than one waits there unaccounted.
 _PIECE = 128 * 1024
+_PARSED_AT_ONCE = 4 * 1024
 
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 # Connection-specific fields of an upgrade, which go when it is ignored (RFC 9113, 3.1).
@@ -76,6 +77,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _ends = False
     _head_bytes = 0
     _unframed_bytes = 0
+    _unparsed = b""
+    _body_left = 0
     _broken_cycle: RequestResponseCycle | None = None
 
     # --- events of the transport
@@ -98,16 +101,35 @@ class BoundedProtocol(HttpToolsProtocol):
             if self._unframed_bytes > 16 * HEAD_BYTES:
                 self._close()
             return
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            self._restart_without_upgrade(data[upgrade.args[0] :])
-            return
-        except httptools.HttpParserError:
-            if not self._stopped:
-                self._framing_is_broken("the request is not valid HTTP/1.1")
-            return
-        if self._unframed_bytes > HEAD_BYTES:
+        self._unparsed = self._unparsed + data if self._unparsed else data
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parses what has come, as far as the requests in it can be answered soon.
+
+        A request in the parser takes a hundred times the memory of its bytes. Of the many that may
+        stand in one read, only those of the next few kilobytes become requests at once.
+        """
+        data, at = self._unparsed, 0
+        self._unparsed = b""
+        while at < len(data) and not self._stopped:
+            if self.pipeline:
+                self._unparsed = data[at:]
+                self.flow.pause_reading()
+                return
+            size = max(_PARSED_AT_ONCE, self._body_left)
+            part = data if not at and size >= len(data) else data[at : at + size]
+            try:
+                self.parser.feed_data(part)
+                at += len(part)
+            except httptools.HttpParserUpgrade as upgrade:
+                at += upgrade.args[0]
+                self._restart_without_upgrade()
+            except httptools.HttpParserError:
+                if not self._stopped:
+                    self._framing_is_broken("the request is not valid HTTP/1.1")
+                return
+        if self._unframed_bytes > HEAD_BYTES and not self._stopped:
             if self._in_head:
                 self._refuse(431, "too_large", "the headers are too large")
             elif self._in_body:
@@ -126,7 +148,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._unset_keepalive_if_required()
-        self._in_head, self._in_body = True, False
+        self._in_head, self._in_body, self._body_left = True, False, 0
         self._head_bytes = self._unframed_bytes = 0
         if self._timer is None:
             self._set_timer(HEAD_SECONDS, self._head_is_late)
@@ -151,10 +173,13 @@ class BoundedProtocol(HttpToolsProtocol):
             # The parser skips the body of such a request; see _restart_without_upgrade.
             self._ignores_upgrade = True
             return
+        lengths = [value for name, value in self.headers if name == b"content-length"]
+        self._body_left = int(lengths[0]) if lengths else 0  # the parser has checked it
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._unframed_bytes = 0
+        self._body_left -= len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -204,7 +229,7 @@ class BoundedProtocol(HttpToolsProtocol):
             query = b"?" + parsed.query if parsed.query else b""
             self.url = (parsed.path or b"/") + query
 
-    def _restart_without_upgrade(self, rest: bytes) -> None:
+    def _restart_without_upgrade(self) -> None:
         """Reads a request that offers an upgrade as if it did not (RFC 9110, 7.8).
 
         The parser takes whatever follows such a head for another protocol. Java's HttpClient and
@@ -221,9 +246,7 @@ class BoundedProtocol(HttpToolsProtocol):
             lines.append(name + b": " + value)
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n")
-        if rest:
-            self.data_received(rest)
+        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
 
     # --- answers
 
@@ -245,6 +268,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._unparsed and not self.pipeline:
+            self.loop.call_soon(self._parse)
         if self.transport.is_closing():
             self._abort_if_unread()
             return

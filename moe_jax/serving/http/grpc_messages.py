@@ -116,3 +116,61 @@ def _add_field(message: Any, name: str, number: int, field: str) -> None:
 
 MESSAGES: dict[str, Any] = _build()
 """Message classes by name, e.g. ``MESSAGES["ModelInferRequest"]``."""
+
+# The tag of ModelInferRequest.raw_input_contents: field 7, length-delimited.
+_RAW_CONTENTS = 7 << 3 | 2
+
+
+def split_raw_contents(message: bytes) -> tuple[bytes | bytearray, list[memoryview]]:
+    """Splits a serialized ``ModelInferRequest`` into its tensors and everything else.
+
+    Parsing copies every tensor, and each look at one copies it again. Views on the message do not.
+
+    Args:
+        message: the serialized message.
+
+    Returns:
+        The message without ``raw_input_contents``, and those as views on ``message``. Bytes that
+        are no message are returned as they are, so that parsing them reports it.
+
+    Example:
+        >>> request = MESSAGES["ModelInferRequest"](id="7", raw_input_contents=[b"abc", b""])
+        >>> rest, raw = split_raw_contents(request.SerializeToString())
+        >>> MESSAGES["ModelInferRequest"].FromString(bytes(rest)).id, [bytes(view) for view in raw]
+        ('7', [b'abc', b''])
+    """
+    view, rest, raw = memoryview(message), bytearray(), []
+    at, end = 0, len(message)
+    while at < end:
+        start = at
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _varint(message, at)
+        elif kind == 2:
+            length, at = _varint(message, at)
+            at += length
+            if tag == _RAW_CONTENTS and 0 < at <= end:
+                raw.append(view[at - length : at])
+                continue
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        else:
+            return message, []
+        if not start < at <= end:
+            return message, []
+        rest += view[start:at]
+    return rest, raw
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """Returns the number at ``at`` and where it ends; an end beyond the message if it is broken."""
+    value = shift = 0
+    while at < len(message) and shift < 64:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+        shift += 7
+    return 0, len(message) + 1

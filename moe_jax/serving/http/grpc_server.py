@@ -1,13 +1,16 @@
 """gRPC, optional: the same engine, limits and errors behind the protocol's gRPC service.
 
-Requests arrive as bytes and are parsed after the client's limits are checked, as over HTTP.
+A call is identified and admitted by its metadata. Only then is its message received, for which the
+largest size is taken from the account of bytes first, because gRPC does not say how long a message
+is until it is there. Messages stay bytes until the client's limits are checked, as over HTTP.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import unquote
@@ -20,10 +23,11 @@ import moe_jax
 from moe_jax.serving.engine import Client
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.app import EXTENSIONS, SERVER_NAME
-from moe_jax.serving.http.client_address import presented_key, request_id
+from moe_jax.serving.http.byte_account import Lease, Turns
+from moe_jax.serving.http.connection import MIN_RATE, WRITE_SECONDS
 from moe_jax.serving.http.datatypes import DATATYPES, NO_JSON, datatype_of
-from moe_jax.serving.http.door import Door, retry_after
-from moe_jax.serving.http.grpc_messages import MESSAGES, SERVICE
+from moe_jax.serving.http.deadlines import Deadlines
+from moe_jax.serving.http.grpc_messages import MESSAGES, SERVICE, split_raw_contents
 from moe_jax.serving.http.infer import facts, run
 from moe_jax.serving.http.protocol import (
     InferRequest,
@@ -34,13 +38,16 @@ from moe_jax.serving.http.protocol import (
     from_buffer,
     request_timeout,
 )
+from moe_jax.serving.http.request_headers import presented_key, request_id
 from moe_jax.serving.http.strict_json import malformed, shown
+from moe_jax.serving.http.transport import TransportContext, as_serving_error, retry_after
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     422: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -49,20 +56,46 @@ _CODES = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _CONTENTS = {
-    "BOOL": "bool_contents", "INT8": "int_contents", "INT16": "int_contents",
-    "INT32": "int_contents", "INT64": "int64_contents", "UINT8": "uint_contents",
-    "UINT16": "uint_contents", "UINT32": "uint_contents", "UINT64": "uint64_contents",
-    "FP32": "fp32_contents", "FP64": "fp64_contents",
-}  # fmt: skip
-_Call = Callable[["_Caller", Any], Any]
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+}
+# Threads beyond those of inference, so that probes are answered while it is busy.
+_SPARE_THREADS = 4
+# Lists whose lines are joined; of any other key of metadata one line must come.
+_JOINED_KEYS = frozenset({"x-forwarded-for"})
+_ONCE_KEYS = frozenset({"authorization", "x-api-key"})
+
+
+def grpc_address(host: str, port: int) -> str:
+    """Returns ``host:port`` as gRPC reads it: an IPv6 address goes in brackets.
+
+    Example:
+        >>> grpc_address("127.0.0.1", 80), grpc_address("::1", 80), grpc_address("[::1]", 80)
+        ('127.0.0.1:80', '[::1]:80', '[::1]:80')
+    """
+    try:
+        is_version_6 = ipaddress.ip_address(host.partition("%")[0]).version == 6
+    except ValueError:
+        is_version_6 = False
+    return f"[{host}]:{port}" if is_version_6 else f"{host}:{port}"
 
 
 class GrpcServer:
     """The gRPC service on its own port.
 
     Args:
-        door: what it shares with HTTP.
-        address: ``host:port``; port 0 takes a free one.
+        transport: what it shares with HTTP.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
 
     Attributes:
         port: the port in use.
@@ -71,31 +104,39 @@ class GrpcServer:
         ValueError: nothing can listen there.
     """
 
-    def __init__(self, door: Door, address: str) -> None:
-        self.door = door
+    def __init__(self, transport: TransportContext, host: str, port: int) -> None:
+        self.transport = transport
+        self._turns = Turns()
+        self._deadlines = Deadlines()
+        self._calls = threading.BoundedSemaphore(transport.capacity)
+        threads = transport.capacity + _SPARE_THREADS
         self._server = grpc.server(
-            ThreadPoolExecutor(door.capacity + 4, thread_name_prefix="moe-grpc"),
-            maximum_concurrent_rpcs=door.capacity + 4,
+            ThreadPoolExecutor(threads, thread_name_prefix="moe-grpc"),
+            maximum_concurrent_rpcs=threads,
             options=[
-                ("grpc.max_receive_message_length", door.body_limit),
+                ("grpc.max_receive_message_length", transport.body_limit),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.max_concurrent_streams", threads),
                 ("grpc.so_reuseport", 0),
             ],
         )
+        # To gRPC every method takes a stream, which has the same form on the wire for one message:
+        # its handler is called before the message is received, and can refuse it unread.
         handlers = {
-            name: grpc.unary_unary_rpc_method_handler(
-                self._handler(name, method), response_serializer=_serialized
-            )
+            name: grpc.stream_unary_rpc_method_handler(self._handler(name, method))
             for name, method in _METHODS.items()
         }
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
         )
+        address = grpc_address(host, port)
         try:
             self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise ValueError(f"{address}: gRPC cannot listen there. Give another --grpc-port.") \
-                from error  # fmt: skip
+            raise ValueError(
+                f"{address}: expected an address where gRPC can listen. Give another --host or "
+                "--grpc-port."
+            ) from error
 
     def start(self) -> None:
         """Starts taking requests."""
@@ -103,66 +144,189 @@ class GrpcServer:
 
     def stop(self, seconds: float) -> threading.Event:
         """Takes no more requests; those in flight have ``seconds``. The event is set at the end."""
-        return self._server.stop(seconds)
+        ended = self._server.stop(seconds)
+        self._deadlines.close()
+        return ended
 
-    def _handler(self, name: str, method: _Call) -> Callable[[bytes, Any], Any]:
-        def handle(data: bytes, context: grpc.ServicerContext) -> Any:
-            started = time.monotonic()
-            caller: _Caller | None = None
-            code = "ok"
+    def _handler(self, name: str, method: _Method) -> Callable[[Iterator[bytes], Any], bytes]:
+        def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+            call: Call | None = None
             try:
-                caller = _Caller(self.door, context, started)
-                if name in _LIMITED:
-                    self.door.engine.admit(caller.client())
-                    caller.refuses = True
-                request = MESSAGES[f"{name}Request"].FromString(data)
-                return method(caller, request)
+                call = Call(self.transport, context)
+                return self._answer(name, method, call, messages)
             except DecodeError:
                 error = malformed("the message: expected the protocol's, got other bytes.")
-            except ServingError as raised:
-                error = raised
-            except Exception:
-                self.door.engine.log.exception("failed", method=name)
-                error = ServingError("internal", "an internal error, which is in the log.")
-            code = error.code
-            if caller is not None and caller.refuses:
-                self.door.engine.violation(caller.client(), error.code)
-            trailing = [("moe-code", code)]
+            except Exception as raised:
+                refusal = as_serving_error(raised)
+                if refusal is None and not context.is_active():
+                    raise  # the client has cancelled the call: nobody waits for an answer
+                if refusal is None:
+                    self.transport.engine.log.exception("failed", method=name)
+                    refusal = ServingError("internal", "an internal error, which is in the log.")
+                error = refusal
+            if call is not None and call.refuses:
+                self.transport.engine.violation(call.client(), error.code)
+            trailing = [("moe-code", error.code)]
             if (seconds := retry_after(error)) is not None:
                 trailing.append(("retry-after", seconds))
             context.set_trailing_metadata(tuple(trailing))
-            context.abort(_CODES[error.status], self.door.told(error))
+            context.abort(_CODES[error.status], self.transport.message(error))
             raise AssertionError("unreachable")
 
         return handle
 
+    def _answer(self, name: str, method: _Method, call: Call, messages: Iterator[bytes]) -> bytes:
+        """Returns the serialized answer of a call."""
+        if name in _UNREAD:
+            return method(call, None).SerializeToString()
+        # A probe of readiness needs no key, as over HTTP.
+        if name != "ModelReady" or call.key or not self.transport.level.api_key_required:
+            call.admit(requests=int(name in _LIMITED))
+        if not self._calls.acquire(blocking=False):
+            raise ServingError(
+                "queue_full",
+                f"{self.transport.capacity} requests are being answered or wait. Try again soon.",
+                retry_after=1.0,
+            )
+        lease = self.transport.account.lease()
+        try:
+            data = self._receive(call, messages, lease)
+            raw: list[memoryview] = []
+            if name in _LIMITED:
+                # Without a copy of the tensors, which may be nearly all of the message.
+                data, raw = split_raw_contents(data)
+            request = MESSAGES[f"{name}Request"].FromString(bytes(data))
+            call.raw_contents = raw
+            answer = method(call, request).SerializeToString()
+            del data, raw, request
+            call.raw_contents = []
+            lease.keep(0)
+            lease.take(len(answer))
+        except BaseException:
+            lease.release()
+            raise
+        finally:
+            self._calls.release()
+        self._watch_answer(call.context, lease)
+        return answer
 
-def _serialized(message: Any) -> bytes:
-    return message.SerializeToString()
+    def _receive(self, call: Call, messages: Iterator[bytes], lease: Lease) -> bytes:
+        """Returns the message of a call.
+
+        Raises:
+            ServingError: ``queue_full`` if there was no room for it, or not this client's turn, in
+                time; ``request_timeout`` if it did not arrive in time; ``malformed`` if none came.
+        """
+        seconds = self.transport.engine.config.serving.request_timeout_seconds
+        allowed = min(seconds, call.context.time_remaining())
+        until = call.started + allowed
+        turn_until = until - allowed / 2  # a client whose turn comes late has time to send
+        client = call.turn
+        # One message of a client at a time, so that slow ones of one client do not fill the account.
+        if not self._turns.begin(client, turn_until - time.monotonic()):
+            raise ServingError(
+                "queue_full",
+                "an earlier message of this client is still arriving. Try again soon.",
+                retry_after=1.0,
+            )
+        late = threading.Event()
+
+        def cancel() -> None:
+            late.set()
+            call.context.cancel()
+
+        try:
+            lease.take(self.transport.body_limit, turn_until - time.monotonic())
+            deadline = self._deadlines.start(max(0.0, until - time.monotonic()), cancel)
+            try:
+                data = next(messages, None)
+            except Exception:
+                if late.is_set():
+                    raise _late(seconds) from None
+                raise
+            finally:
+                self._deadlines.cancel(deadline)
+        finally:
+            self._turns.end(client)
+        if data is None:
+            raise _late(seconds) if late.is_set() else malformed("the call: expected a message.")
+        lease.keep(len(data))
+        return data
+
+    def _watch_answer(self, context: grpc.ServicerContext, lease: Lease) -> None:
+        """Keeps an answer in the account until its client has read it, or is cut off."""
+        seconds = WRITE_SECONDS + lease.held / MIN_RATE
+        deadline = self._deadlines.start(seconds, context.cancel)
+
+        def ended() -> None:
+            self._deadlines.cancel(deadline)
+            lease.release()
+
+        if not context.add_callback(ended):
+            ended()
 
 
-class _Caller:
-    """Who calls: its address and key from the call's metadata."""
+def _late(seconds: float) -> ServingError:
+    return ServingError(
+        "request_timeout",
+        f"the message: expected all of it within {seconds:g} seconds, got part. Send faster.",
+    )
 
-    def __init__(self, door: Door, context: grpc.ServicerContext, started: float) -> None:
-        self.door, self.context, self.started = door, context, started
-        metadata = {k: v for k, v in context.invocation_metadata() if isinstance(v, str)}
+
+class Call:
+    """One call: its client and its request id, from the peer's address and the metadata.
+
+    Attributes:
+        refuses: whether a refusal would be this transport's, and not the engine's.
+        raw_contents: the tensors of ``ModelInfer``, as views on its message.
+    """
+
+    def __init__(self, transport: TransportContext, context: grpc.ServicerContext) -> None:
+        self.transport, self.context = transport, context
+        self.started = time.monotonic()
+        self.raw_contents: list[memoryview] = []
+        self.refuses = False
+        self._client: Client | None = None
+        metadata: dict[str, str] = {}
+        for key, value in context.invocation_metadata() or ():
+            if not isinstance(value, str):
+                continue
+            if key in metadata and key in _ONCE_KEYS:
+                raise malformed(f"{key}: expected once, got more than once.")
+            joins = key in metadata and key in _JOINED_KEYS
+            metadata[key] = f"{metadata[key]}, {value}" if joins else value
         self.request_id = request_id(metadata.get("x-request-id"))
         self.forwarded_for = metadata.get("x-forwarded-for")
-        self.refuses = False  # whether a refusal would be this transport's, and not the engine's
         self.key = presented_key(metadata.get("authorization"), metadata.get("x-api-key"))
-        self._client: Client | None = None
 
     def client(self) -> Client:
+        """Returns the client. Raises ``unauthorized`` or ``blocked``."""
         if self._client is None:
-            self._client = self.door.engine.identify(
-                api_key=self.key, peer=_peer(self.context.peer()), forwarded_for=self.forwarded_for
+            self._client = self.transport.engine.identify(
+                api_key=self.key,
+                peer=peer_of(self.context.peer()),
+                forwarded_for=self.forwarded_for,
             )
         return self._client
 
+    @property
+    def turn(self) -> str:
+        """Whose messages arrive one at a time: the client's; the peer's until the client is known."""
+        return peer_of(self.context.peer()) if self._client is None else self._client.id
 
-def _peer(text: str) -> str:
-    """The address in ``ipv4:127.0.0.1:4242`` or ``ipv6:%5B::1%5D:4242``."""
+    def admit(self, requests: int) -> None:
+        """Admits the client, and counts ``requests`` against its limits."""
+        self.transport.engine.admit(self.client(), requests=requests)
+        self.refuses = requests > 0
+
+
+def peer_of(text: str) -> str:
+    """Returns the address in gRPC's name of a peer; "unknown" if it has none.
+
+    Example:
+        >>> peer_of("ipv4:127.0.0.1:4242"), peer_of("ipv6:%5B::1%5D:4242"), peer_of("unix:/x")
+        ('127.0.0.1', '::1', 'unknown')
+    """
     family, _, rest = unquote(text).partition(":")
     if family not in ("ipv4", "ipv6"):
         return "unknown"
@@ -172,54 +336,62 @@ def _peer(text: str) -> str:
 # --- methods --------------------------------------------------------------------------------
 
 
-def _server_live(caller: _Caller, request: Any) -> Any:
-    return MESSAGES["ServerLiveResponse"](live=caller.door.engine.live())
+def _server_live(call: Call, request: Any) -> Any:
+    return MESSAGES["ServerLiveResponse"](live=call.transport.engine.live())
 
 
-def _server_ready(caller: _Caller, request: Any) -> Any:
-    return MESSAGES["ServerReadyResponse"](ready=caller.door.engine.readiness()[0])
+def _server_ready(call: Call, request: Any) -> Any:
+    return MESSAGES["ServerReadyResponse"](ready=call.transport.engine.readiness()[0])
 
 
-def _model_ready(caller: _Caller, request: Any) -> Any:
-    caller.door.spec(request.name, request.version or None)
-    return MESSAGES["ModelReadyResponse"](ready=caller.door.engine.readiness()[0])
+def _model_ready(call: Call, request: Any) -> Any:
+    ready = call.transport.engine.readiness()[0]
+    if ready:
+        try:
+            call.transport.spec(request.name, request.version or None)
+        except ServingError as error:
+            # A model that is not served is not ready; the method has no other word for it.
+            if error.code != "not_found":
+                raise
+            ready = False
+    return MESSAGES["ModelReadyResponse"](ready=ready)
 
 
-def _server_metadata(caller: _Caller, request: Any) -> Any:
-    caller.client()
+def _server_metadata(call: Call, request: Any) -> Any:
+    call.admit(requests=0)
     return MESSAGES["ServerMetadataResponse"](
         name=SERVER_NAME, version=moe_jax.__version__, extensions=EXTENSIONS
     )
 
 
-def _model_metadata(caller: _Caller, request: Any) -> Any:
-    caller.client()
-    spec = caller.door.spec(request.name, request.version or None)
-    described = caller.door.describe(request.name)
+def _model_metadata(call: Call, request: Any) -> Any:
+    spec = call.transport.spec(request.name, request.version or None)
+    metadata = call.transport.describe(request.name)
 
     def tensors(specs: Any) -> list[dict[str, Any]]:
         return [{"name": t.name, "datatype": t.datatypes[0], "shape": t.shape} for t in specs]
 
     return MESSAGES["ModelMetadataResponse"](
         name=spec.name,
-        versions=described["versions"],
-        platform=described["platform"],
+        versions=metadata["versions"],
+        platform=metadata["platform"],
         inputs=tensors(t for t in spec.inputs if not t.optional),
         outputs=tensors(spec.outputs),
     )
 
 
-def _model_infer(caller: _Caller, request: Any) -> Any:
-    spec = caller.door.spec(request.model_name, request.model_version or None)
+def _model_infer(call: Call, request: Any) -> Any:
+    spec = call.transport.spec(request.model_name, request.model_version or None)
     parameters = _parameters(request.parameters, "the request")
     asked = InferRequest(
         id=request.id or None,
-        inputs=_inputs(request, spec),
+        inputs=_inputs(request, call.raw_contents, spec),
         outputs=_outputs(request, spec),
-        timeout_seconds=_timeout(caller, parameters),
+        timeout_seconds=_timeout(call, parameters),
     )
-    caller.refuses = False
-    result = run(caller.door, caller.client(), spec, asked, caller.request_id, caller.started)
+    call.refuses = False
+    result = run(call.transport, call.client(), spec, asked, call.request_id, call.started)
+    call.refuses = True
     answer = MESSAGES["ModelInferResponse"](
         model_name=spec.name, model_version=str(result.info["model_version"]), id=request.id
     )
@@ -233,8 +405,8 @@ def _model_infer(caller: _Caller, request: Any) -> Any:
     return answer
 
 
-def _timeout(caller: _Caller, parameters: Mapping[str, Any]) -> float | None:
-    asked = [request_timeout(parameters), caller.context.time_remaining()]
+def _timeout(call: Call, parameters: Mapping[str, Any]) -> float | None:
+    asked = [request_timeout(parameters), call.context.time_remaining()]
     # grpc gives a deadline of years where the client gave none.
     found = [seconds for seconds in asked if seconds is not None and seconds < 1e6]
     return min(found) if found else None
@@ -254,12 +426,11 @@ def _parameters(given: Any, what: str) -> dict[str, Any]:
     return found
 
 
-def _inputs(request: Any, spec: ModelSpec) -> dict[str, np.ndarray]:
+def _inputs(request: Any, raw: Sequence[memoryview], spec: ModelSpec) -> dict[str, np.ndarray]:
     names = [tensor.name for tensor in request.inputs]
     if len(set(names)) != len(names):
         raise malformed("inputs: expected every name once, got one again.")
     check_names(names, spec.inputs, spec.name)
-    raw: Sequence[bytes] = request.raw_input_contents
     if raw and len(raw) != len(names):
         raise malformed(f"raw_input_contents: expected {len(names)}, one an input, got {len(raw)}.")
     specs = {tensor.name: tensor for tensor in spec.inputs}
@@ -312,7 +483,8 @@ def _outputs(request: Any, spec: ModelSpec) -> tuple[tuple[str, bool], ...]:
     return tuple((n, True) for n in names or [s.name for s in spec.outputs if not s.optional])
 
 
-_METHODS: dict[str, _Call] = {
+_Method = Callable[[Call, Any], Any]
+_METHODS: dict[str, _Method] = {
     "ServerLive": _server_live,
     "ServerReady": _server_ready,
     "ModelReady": _model_ready,
@@ -320,4 +492,7 @@ _METHODS: dict[str, _Call] = {
     "ModelMetadata": _model_metadata,
     "ModelInfer": _model_infer,
 }
+# Methods that count against a client's limits.
 _LIMITED = frozenset({"ModelInfer"})
+# Methods whose message has no field: it is not received at all.
+_UNREAD = frozenset({"ServerLive", "ServerReady", "ServerMetadata"})

@@ -1,4 +1,4 @@
-"""``POST /v2/models/M/infer`` and the digest-first lookup: the two paths that are hot.
+"""``POST /v2/models/M/infer`` and the lookup by digest: the two hot paths.
 
 The order of a request: headers and sizes, then who asks and whether they may, then the body, then
 one hop to a worker thread, which decodes, routes and encodes.
@@ -18,69 +18,90 @@ from starlette.types import Receive, Scope, Send
 
 from moe_jax.serving.engine import Client, Result
 from moe_jax.serving.errors import ServingError
-from moe_jax.serving.http.answer import encode_response
 from moe_jax.serving.http.compression import (
     compress,
     decompress,
     request_encoding,
     response_encoding,
 )
-from moe_jax.serving.http.door import Door
-from moe_jax.serving.http.exchange import Exchange, Parts
+from moe_jax.serving.http.http_request import Headers, HttpRequest, Parts
 from moe_jax.serving.http.protocol import (
     InferRequest,
     ModelSpec,
     decode_request,
     header_length,
 )
-from moe_jax.serving.http.request_body import Body
+from moe_jax.serving.http.request_body import RequestBody
+from moe_jax.serving.http.response_body import encode_response
 from moe_jax.serving.http.strict_json import malformed, shown
+from moe_jax.serving.http.transport import TransportContext
 
 _MEDIA_TYPES = ("application/json", "application/octet-stream")
 _LENGTH = "inference-header-content-length"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Answer:
-    """A body that is ready to be sent."""
+class EncodedResponse:
+    """A body that is ready to be sent.
+
+    Attributes:
+        parts: its bytes.
+        json_length: bytes of JSON before binary data; None if it is JSON alone.
+        encoding: its ``Content-Encoding``, or None.
+    """
 
     parts: Parts
     json_length: int | None
     encoding: str | None
 
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return sum(len(part) for part in self.parts)
+
+    async def send(self, request: HttpRequest, send: Send, more: Headers) -> None:
+        """Sends it with status 200."""
+        headers = list(more)
+        if self.encoding is not None:
+            headers.append((b"content-encoding", self.encoding.encode()))
+        if self.json_length is None:
+            media_type = b"application/json"
+        else:
+            media_type = b"application/octet-stream"
+            headers.append((_LENGTH.encode(), str(self.json_length).encode()))
+        await request.send_parts(send, 200, media_type, self.parts, headers)
+
 
 async def infer(scope: Scope, receive: Receive, send: Send) -> None:
     """The ASGI endpoint of inference."""
-    exchange: Exchange = scope["exchange"]
-    door, headers = exchange.door, exchange.headers
-    client = exchange.client()
-    door.engine.admit(client)
-    try:
-        encoding = _check_headers(headers)
-        body = Body(
-            declared=headers.get("content-length"),
-            limit=door.body_limit,
-            buffers=door.buffers,
-            json_length=None if encoding else headers.get(_LENGTH),
-        )
-        model = scope["path_params"]["model"]
-        spec = door.spec(model, scope["path_params"].get("version"))
-        with body:
-            data = await body.read(receive, door.engine.config.serving.request_timeout_seconds)
-            exchange.body_complete = True
-            answer = await door.work(_answer, exchange, client, spec, data, encoding)
+    request: HttpRequest = scope["moe_request"]
+    transport, headers = request.transport, request.headers
+    client = request.client()
+    transport.engine.admit(client)
+    # The lease holds the request's bytes until it is answered, then the answer's until it is read.
+    with transport.account.lease() as lease:
+        try:
+            encoding = _check_headers(headers)
+            body = RequestBody(
+                declared=headers.get("content-length"),
+                limit=transport.body_limit,
+                lease=lease,
+                json_length=None if encoding else headers.get(_LENGTH),
+            )
+            model = scope["path_params"]["model"]
+            spec = transport.spec(model, scope["path_params"].get("version"))
+            seconds = transport.engine.config.serving.request_timeout_seconds
+            data = await body.read(receive, seconds)
+            request.body_complete = True
+            response = await transport.work(_response, request, client, spec, data, encoding)
             del data
-    except ServingError as error:
-        if not exchange.counted:
-            door.engine.violation(client, error.code)
-        raise
-    told: list[tuple[bytes, bytes]] = [(b"vary", b"accept-encoding")]
-    if answer.encoding is not None:
-        told.append((b"content-encoding", answer.encoding.encode()))
-    if answer.json_length is not None:
-        told.append((_LENGTH.encode(), str(answer.json_length).encode()))
-    kind = b"application/json" if answer.json_length is None else b"application/octet-stream"
-    await exchange.send_parts(send, 200, kind, answer.parts, told)
+            lease.keep(0)
+            lease.take(response.size)
+        except ServingError as error:
+            if not request.counted:
+                transport.engine.violation(client, error.code)
+            raise
+        await response.send(request, send, [(b"vary", b"accept-encoding")])
 
 
 def _check_headers(headers: Mapping[str, str]) -> str | None:
@@ -93,47 +114,55 @@ def _check_headers(headers: Mapping[str, str]) -> str | None:
     return request_encoding(headers.get("content-encoding"))
 
 
-def _answer(
-    exchange: Exchange, client: Client, spec: ModelSpec, data: memoryview, encoding: str | None
-) -> Answer:
+def _response(
+    request: HttpRequest, client: Client, spec: ModelSpec, data: memoryview, encoding: str | None
+) -> EncodedResponse:
     """Everything between the bytes of a request and those of its answer, on a worker thread."""
-    door, headers = exchange.door, exchange.headers
-    with door.buffers.lease() as take:
+    transport, headers = request.transport, request.headers
+    with transport.account.lease() as lease:
         if encoding is not None:
-            data = memoryview(decompress(data, encoding, door.body_limit, take))
+            data = memoryview(decompress(data, encoding, transport.body_limit, lease.take))
         length = header_length(headers.get(_LENGTH), len(data))
         # Numbers as JSON become Python objects of many times their size: few requests at a time.
-        with door.json_turn if length is None else contextlib.nullcontext():
-            request = decode_request(data, length, spec)
-        return _routed(exchange, client, spec, request)
+        with transport.json_turn if length is None else contextlib.nullcontext():
+            asked = decode_request(data, length, spec)
+        request.counted = True  # the engine counts its own refusals
+        result = run(transport, client, spec, asked, request.request_id, request.started)
+        request.counted = False
+        return _encoded(spec, asked, result, response_encoding(headers.get("accept-encoding")))
 
 
-def _routed(exchange: Exchange, client: Client, spec: ModelSpec, request: InferRequest) -> Answer:
-    door, headers = exchange.door, exchange.headers
-    exchange.counted = True  # the engine counts its own refusals
-    result = run(door, client, spec, request, exchange.request_id, exchange.started)
-    exchange.counted = False
-    parts, length = encode_response(
-        spec, str(result.info["model_version"]), request, result.arrays, facts(result.info)
-    )
-    chosen = response_encoding(headers.get("accept-encoding"))
-    packed = compress(parts, chosen) if chosen is not None else None
+def _encoded(
+    spec: ModelSpec, asked: InferRequest, result: Result, encoding: str | None
+) -> EncodedResponse:
+    version = str(result.info["model_version"])
+    parts, length = encode_response(spec, version, asked, result.arrays, facts(result.info))
+    packed = compress(parts, encoding) if encoding is not None else None
     if packed is not None:
-        return Answer([packed], length, chosen)
-    return Answer(parts, length, None)
+        return EncodedResponse([packed], length, encoding)
+    return EncodedResponse(parts, length, None)
 
 
 def run(
-    door: Door,
+    transport: TransportContext,
     client: Client,
     spec: ModelSpec,
     request: InferRequest,
     request_id: str,
     started: float,
 ) -> Result:
-    """Asks the engine, within what is left of the client's deadline."""
+    """Asks the engine, within what is left of the client's deadline.
+
+    Args:
+        transport: what transports share.
+        client: who asks.
+        spec: the model.
+        request: what is asked.
+        request_id: for logs and the answer.
+        started: ``time.monotonic()`` when the request came.
+    """
     hidden = request.inputs["hidden_states"]
-    door.engine.admit(client, requests=0, tokens=math.prod(hidden.shape[:-1]))
+    transport.engine.admit(client, requests=0, tokens=math.prod(hidden.shape[:-1]))
     seconds = request.timeout_seconds
     if seconds is not None:
         seconds -= time.monotonic() - started
@@ -144,7 +173,7 @@ def run(
         options["token_mask"] = mask
     if spec.name == "router" and any(name == "router_logits" for name, _ in request.outputs):
         options["return_router_logits"] = True
-    return door.engine.infer(
+    return transport.engine.infer(
         spec.name,
         hidden,
         client=client,
@@ -155,7 +184,7 @@ def run(
 
 
 def facts(info: Mapping[str, Any]) -> dict[str, str | bool | int | float]:
-    """What ``production_info`` says, as protocol parameters: scalars, and finite ones."""
+    """Returns ``production_info`` as protocol parameters: its finite scalars."""
     kept: dict[str, str | bool | int | float] = {}
     for name, value in info.items():
         plain = value.item() if isinstance(value, np.generic) else value
@@ -169,29 +198,27 @@ def facts(info: Mapping[str, Any]) -> dict[str, str | bool | int | float]:
 
 async def lookup(scope: Scope, receive: Receive, send: Send) -> None:
     """The ASGI endpoint of ``GET /v2/models/M/routes/{digest}``: an answer without its request."""
-    exchange: Exchange = scope["exchange"]
-    door = exchange.door
-    client = exchange.client()
-    door.engine.admit(client)
+    request: HttpRequest = scope["moe_request"]
+    transport = request.transport
+    client = request.client()
+    transport.engine.admit(client)
     model, digest = scope["path_params"]["model"], scope["path_params"]["digest"]
-    spec = door.spec(model, scope["path_params"].get("version"))
+    spec = transport.spec(model, scope["path_params"].get("version"))
     if not (8 <= len(digest) <= 128 and digest.isascii() and digest.isalnum()):
-        door.engine.violation(client, "malformed")
+        transport.engine.violation(client, "malformed")
         raise malformed("digest: expected the hex digits of an earlier answer's digest.")
-    if door.engine.config.serving.redis_url:  # a second level on the network may block
-        result = await door.work(lambda: door.engine.lookup(model, digest, client=client))
+    if transport.engine.config.serving.redis_url:  # a second level on the network may block
+        result = await transport.work(lambda: transport.engine.lookup(model, digest, client=client))
     else:
-        result = door.engine.lookup(model, digest, client=client)
+        result = transport.engine.lookup(model, digest, client=client)
     if result is None:
         raise ServingError("not_found", "no answer with this digest is held. Send the tensor.")
-    binary = exchange.query.get("binary", "true").lower() not in ("false", "0")
+    binary = request.query.get("binary", "true").lower() not in ("false", "0")
     names = [s.name for s in spec.outputs if s.name in result.arrays]
-    request = InferRequest(
+    asked = InferRequest(
         id=None, inputs={}, outputs=tuple((n, binary) for n in names), timeout_seconds=None
     )
-    parts, length = encode_response(
-        spec, str(result.info["model_version"]), request, result.arrays, facts(result.info)
-    )
-    kind = b"application/json" if length is None else b"application/octet-stream"
-    told = [] if length is None else [(_LENGTH.encode(), str(length).encode())]
-    await exchange.send_parts(send, 200, kind, parts, told)
+    response = _encoded(spec, asked, result, None)
+    with transport.account.lease() as lease:
+        lease.take(response.size)
+        await response.send(request, send, [])

@@ -14,7 +14,7 @@ _MOST_FILES = 65_536
 
 
 def _allow_many_connections() -> None:
-    """Each connection is an open file, and the usual soft limit is 1,024 of them."""
+    """Raises the limit of open files: each connection is one, and the usual limit is 1,024."""
     try:
         import resource
     except ImportError:  # not on this system
@@ -30,18 +30,24 @@ def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: A
 
     Args:
         config_file: JSON file, or None.
-        grpc_port: serves gRPC there too; None does not.
-        **settings: settings that win over environment and file; None where not given.
+        grpc_port: port of gRPC; None serves HTTP only.
+        **settings: settings that win over environment and file; None leaves one to them.
 
     Raises:
-        ConfigError: a setting that is wrong.
-        ValueError: an address that is taken, or weights that cannot be served.
+        ConfigError: a setting is wrong.
+        ValueError: an address is taken or does not exist, or the weights cannot be served.
     """
     config = load_config(config_file, **settings)
     _allow_many_connections()
     host, port = config.serving.host, config.serving.port
     # Taken before minutes are spent on warming up; connections are refused until it listens.
     sock = bind(host, port)
+    if grpc_port:
+        try:
+            bind(host, grpc_port).close()  # gRPC itself listens only once there is an engine
+        except ValueError:
+            sock.close()
+            raise
     log = make_logger(config.log_level, config.environment, stream="stdout")
     with RouterEngine(config, background=True, logger=log) as engine:
         server = Server(engine)
@@ -49,7 +55,7 @@ def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: A
         if grpc_port is not None:
             from moe_jax.serving.http.grpc_server import GrpcServer
 
-            grpc = GrpcServer(server.door, f"{host}:{grpc_port}")
+            grpc = GrpcServer(server.transport, host, grpc_port)
             grpc.start()
             seconds = config.serving.request_timeout_seconds
             server.on_stop = lambda: stopped.append(grpc.stop(seconds))

@@ -1,14 +1,13 @@
-"""Reading a request body: bounded in bytes, in time, and over all requests together."""
+"""Reading of a request body: bounded in bytes, in time, and over all requests together."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from moe_jax.serving.errors import ServingError
+from moe_jax.serving.http.byte_account import Lease
 from moe_jax.serving.http.strict_json import malformed, shown
 
 Message = MutableMapping[str, Any]
@@ -16,113 +15,70 @@ Receive = Callable[[], Awaitable[Message]]
 
 _ALIGNMENT = 64
 
+# What uvicorn may have read of a body before it is asked for: its buffer and one read of the socket.
+_READ_AHEAD = 320 * 1024
+
 
 class Disconnected(Exception):
-    """The client went away before its request was complete. There is nobody to answer."""
+    """The client is gone, or reads nothing. Nobody waits for an answer."""
 
 
-class Buffers:
-    """Bytes that all bodies being read and served hold together, from any thread.
-
-    Args:
-        limit: most bytes at once; what goes beyond it is refused with ``queue_full``.
-
-    Example:
-        >>> buffers = Buffers(10)
-        >>> with buffers.lease() as take:
-        ...     take(4), buffers.held
-        (None, 4)
-        >>> buffers.held
-        0
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.held = 0
-        self._lock = threading.Lock()
-
-    def take(self, count: int) -> None:
-        with self._lock:
-            if self.held + count <= self.limit:
-                self.held += count
-                return
-        raise ServingError(
-            "queue_full",
-            "the service holds as many request bodies as it may. Try again soon.",
-            retry_after=1.0,
-        )
-
-    def give(self, count: int) -> None:
-        with self._lock:
-            self.held -= count
-
-    @contextlib.contextmanager
-    def lease(self) -> Iterator[Callable[[int], None]]:
-        """A function that takes bytes; they are given back at the end of the block."""
-        taken = [0]
-
-        def take(count: int) -> None:
-            self.take(count)
-            taken[0] += count
-
-        try:
-            yield take
-        finally:
-            self.give(taken[0])
-
-
-class Body:
-    """The body of one request, from its headers until it is answered.
-
-    Used as a context manager: what it held of ``buffers`` is given back at the end.
+class RequestBody:
+    """The body of one request.
 
     Args:
         declared: ``Content-Length``, or None.
         limit: most bytes.
-        buffers: shared account.
-        json_length: ``Inference-Header-Content-Length`` as it came, or None. Where it is a number,
-            the bytes after so many lie on a 64-byte boundary of the buffer, so that binary tensors
+        lease: takes the bytes before they are read. They stay taken until its owner releases it.
+        json_length: ``Inference-Header-Content-Length`` as it came, or None. If it is a number, the
+            bytes after the JSON lie on a 64-byte boundary of the buffer, so that binary tensors
             need no copy to be aligned.
 
     Raises:
-        ServingError: ``malformed`` for a length that is none; ``too_large`` for one above ``limit``.
+        ServingError: ``malformed`` if ``declared`` is no length; ``too_large`` if it is above
+            ``limit``; ``queue_full`` if there is no room for it now.
     """
 
     def __init__(
-        self, *, declared: str | None, limit: int, buffers: Buffers, json_length: str | None = None
+        self, *, declared: str | None, limit: int, lease: Lease, json_length: str | None = None
     ) -> None:
-        self.limit, self.buffers = limit, buffers
-        self.complete = False
+        self._limit, self._lease = limit, lease
+        self._room = limit  # bytes that may still come
         if declared is not None:
             if not (declared.isascii() and declared.isdigit()):
                 raise malformed(f"Content-Length: expected a number, got {shown(declared)}.")
             if len(declared) > 18 or int(declared) > limit:
                 raise _too_large(limit)
-        known = json_length is not None and json_length.isascii() and json_length.isdigit()
-        self.padding = -int(json_length[:9]) % _ALIGNMENT if known and json_length else 0
-        self._buffer = bytearray(self.padding)
+            self._room = int(declared)
+            lease.check_room(self._room)  # better refused now than in the middle of the body
+        is_number = json_length is not None and json_length.isascii() and json_length.isdigit()
+        self._padding = -int(json_length[:9]) % _ALIGNMENT if is_number and json_length else 0
 
     async def read(self, receive: Receive, seconds: float) -> memoryview:
-        """The whole body.
+        """Returns the whole body.
 
         Raises:
-            ServingError: ``too_large``, ``queue_full``, or ``request_timeout`` where it did not come
+            ServingError: ``too_large``, ``queue_full``, or ``request_timeout`` if it does not come
                 within ``seconds``.
             Disconnected: the client went away.
         """
-        buffer, room = self._buffer, self.limit
+        buffer, size, taken = bytearray(self._padding), 0, 0
         try:
             async with asyncio.timeout(seconds):
                 more = True
                 while more:
+                    ahead = size + min(self._room, _READ_AHEAD)
+                    if ahead > taken:
+                        self._lease.take(ahead - taken)
+                        taken = ahead
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Disconnected
                     chunk = message.get("body", b"")
-                    room -= len(chunk)
-                    if room < 0:
-                        raise _too_large(self.limit)
-                    self.buffers.take(len(chunk))
+                    size += len(chunk)
+                    self._room -= len(chunk)
+                    if self._room < 0:
+                        raise _too_large(self._limit)
                     buffer += chunk
                     more = message.get("more_body", False)
         except TimeoutError:
@@ -130,14 +86,8 @@ class Body:
                 "request_timeout",
                 f"the body: expected all of it within {seconds:g} seconds, got part. Send faster.",
             ) from None
-        self.complete = True
-        return memoryview(buffer)[self.padding :]
-
-    def __enter__(self) -> Body:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.buffers.give(len(self._buffer) - self.padding)
+        self._lease.keep(size)
+        return memoryview(buffer)[self._padding :]
 
 
 def _too_large(limit: int) -> ServingError:

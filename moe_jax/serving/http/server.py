@@ -57,7 +57,7 @@ class Server(uvicorn.Server):
     def __init__(self, engine: RouterEngine, on_stop: Callable[[], None] = lambda: None) -> None:
         self.engine, self.on_stop = engine, on_stop
         app = create_app(engine)
-        self.door = app.door
+        self.transport = app.transport
         self._signals = 0
         self._drain_until: float | None = None
         self._asked_to_reload = False
@@ -100,7 +100,7 @@ class Server(uvicorn.Server):
         if self._signals and self._drain_until is None:
             seconds = self.engine.config.serving.drain_seconds
             self._drain_until = time.monotonic() + seconds
-            self.door.draining = True
+            self.transport.draining = True
             self.engine.begin_drain()
         if self.engine.load_error is not None:
             self.should_exit = True  # it would never be ready; the process says why and ends
@@ -113,7 +113,7 @@ class Server(uvicorn.Server):
     async def _reload(self) -> None:
         # Whatever goes wrong, the engine has logged it and the old checkpoint serves on.
         with contextlib.suppress(Exception):
-            await self.door.aside(self.engine.reload)
+            await self.transport.aside(self.engine.reload)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.on_stop()

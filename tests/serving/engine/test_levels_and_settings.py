@@ -313,7 +313,8 @@ SHOWN = {
         }.items()
     },
 }  # fmt: skip
-ELSEWHERE = {"redis_url", "checkpoint", "checkpoint_router"}
+# Their tests are in test_redis.py, test_reload.py and http/test_access.py.
+ELSEWHERE = {"redis_url", "checkpoint", "checkpoint_router", "reload_folder"}
 
 
 def test_every_setting_is_in_the_table():

@@ -12,6 +12,8 @@ from moe_jax.config import load_config
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.app import create_app
+from tests.serving.engine.conftest import Log
+from tests.serving.engine.test_reload import write
 from tests.serving.http.fuzz import ask
 from tests.serving.served import SMALL, WIDTH, served, small_engine, tensor
 
@@ -24,7 +26,7 @@ def strict():
     with small_engine(security_level="strict", api_keys="alice,bob", admin_key="root") as engine:
         app = create_app(engine)
         yield app
-        app.door.close()
+        app.transport.close()
 
 
 def asked(app, method, path, body=b"", **headers):
@@ -70,7 +72,7 @@ def test_a_key_is_optional_below_strict_but_a_wrong_one_is_told():
         assert asked(app, "POST", INFER, BODY)[0] == 200
         assert asked(app, "POST", INFER, BODY, x_api_key="alice")[0] == 200
         assert asked(app, "POST", INFER, BODY, x_api_key="mallory")[0] == 401
-        app.door.close()
+        app.transport.close()
 
 
 def test_limits_are_checked_before_the_body_is_read(monkeypatch):
@@ -95,7 +97,7 @@ def test_limits_are_checked_before_the_body_is_read(monkeypatch):
             "headers": [(b"content-length", b"10")], "client": ("127.0.0.1", 1),
         }  # fmt: skip
         asyncio.run(app(scope, receive, send))
-        app.door.close()
+        app.transport.close()
     assert sent[0]["status"] == 429
     assert (b"retry-after", b"3") in sent[0]["headers"]
 
@@ -109,7 +111,7 @@ def test_a_fault_of_ours_is_a_500_that_says_nothing_of_it(monkeypatch):
 
         monkeypatch.setattr(engine, "infer", broken)
         status, told = asked(app, "POST", INFER, BODY)
-        app.door.close()
+        app.transport.close()
     assert (status, told["code"]) == (500, "internal")
     assert "secret" not in told["error"]
 
@@ -117,12 +119,12 @@ def test_a_fault_of_ours_is_a_500_that_says_nothing_of_it(monkeypatch):
 def test_more_requests_than_may_wait_are_told_to_come_back():
     with small_engine(max_inflight=1, max_queue=1) as engine:
         app = create_app(engine)
-        door = app.door
-        assert door.capacity == 2
+        transport = app.transport
+        assert transport.capacity == 2
         block = threading.Event()
 
         async def crowd():
-            tasks = [asyncio.create_task(door.work(block.wait)) for _ in range(2)]
+            tasks = [asyncio.create_task(transport.work(block.wait)) for _ in range(2)]
             await asyncio.sleep(0)
             status, data = await ask(app, ("POST", INFER, [], BODY))
             block.set()
@@ -131,7 +133,7 @@ def test_more_requests_than_may_wait_are_told_to_come_back():
 
         assert asyncio.run(crowd()) == (503, "queue_full")
         assert asked(app, "POST", INFER, BODY)[0] == 200
-        door.close()
+        transport.close()
 
 
 def statuses(app, count, body=BODY, **headers):
@@ -153,7 +155,7 @@ def test_limits_and_blocks_act_over_http():
         assert statuses(app, 9, x_forwarded_for="192.0.2.1")[-1] == 403
         assert asked(app, "GET", "/ready", x_forwarded_for="192.0.2.1")[0] == 200
         assert statuses(app, 1, x_forwarded_for="192.0.2.3") == [200]
-        app.door.close()
+        app.transport.close()
 
 
 def test_malformed_requests_are_counted_and_block_and_good_ones_never_do():
@@ -164,14 +166,14 @@ def test_malformed_requests_are_counted_and_block_and_good_ones_never_do():
         assert statuses(app, 1) == [403]
         counted = engine.get_metrics()["errors_by_code"]
         assert counted == {"malformed": 10, "blocked": 1}
-        app.door.close()
+        app.transport.close()
 
 
 def test_tokens_are_limited_once_the_size_is_known():
     with small_engine(security_level="standard", rate_limit_tokens=5) as engine:
         app = create_app(engine)
         assert statuses(app, 3) == [200, 200, 429]  # two tokens each
-        app.door.close()
+        app.transport.close()
 
 
 def test_nobody_is_a_new_client_by_claiming_another_address():
@@ -184,13 +186,188 @@ def test_nobody_is_a_new_client_by_claiming_another_address():
 
 
 @pytest.mark.parametrize("header", [None, "x_forwarded_for", "forwarded", "via", "origin"])
-def test_without_an_admin_key_only_the_machine_itself_may_reload(header):
+@pytest.mark.parametrize("key", [None, "guess"])
+def test_without_an_admin_key_nobody_reloads_over_http(header, key):
+    """A proxy on the same host makes every client look local, so being local proves nothing."""
     with small_engine() as engine:
         app = create_app(engine)
         headers = {} if header is None else {header: "192.0.2.1"}
-        wanted = 200 if header is None else 401
-        assert asked(app, "POST", "/admin/reload", **headers)[0] == wanted
-        app.door.close()
+        if key is not None:
+            headers["authorization"] = f"Bearer {key}"
+        for body in (b"", b'{"checkpoint": "/etc"}'):
+            status, answer = asked(app, "POST", "/admin/reload", body, **headers)
+            assert (status, answer["code"]) == (404, "not_found")
+            assert "MOE_ADMIN_KEY" in answer["error"]
+        app.transport.close()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """``releases/one`` and a link ``latest`` to it, and ``secrets`` beside the folder."""
+    releases = tmp_path / "releases"
+    write(releases / "one", seed=1)
+    (releases / "latest").symlink_to(releases / "one")
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "hidden-name").write_text("hidden-text")
+    (releases / "exit").symlink_to(tmp_path / "secrets")
+    (releases / "broken").mkdir()
+    (releases / "broken" / "hidden-name").write_text("hidden-text")
+    return releases
+
+
+def test_reload_takes_checkpoints_below_one_folder_and_tells_nothing_of_the_disk(checkpoints):
+    secrets = checkpoints.parent / "secrets"
+    lines = Log()
+    with small_engine(
+        logger=lines, admin_key="root", reload_folder=str(checkpoints), serve_moe="auto"
+    ) as engine:
+        app = create_app(engine)
+
+        def reload(name):
+            body = json.dumps({"checkpoint": str(name)}).encode()
+            return asked(app, "POST", "/admin/reload", body, authorization="Bearer root")
+
+        for name in ("one", checkpoints / "one", "latest", "broken/../one"):
+            status, answer = reload(name)
+            assert status == 200, answer
+            assert "source" not in answer
+            assert str(checkpoints) not in json.dumps(answer)
+        refusals = [
+            reload(name)
+            for name in (
+                "/etc", "/etc/passwd", "/", "/nowhere", secrets, secrets / "hidden-name",
+                "..", ".", "../secrets", "one/../../secrets", "exit", "exit/hidden-name", "nothing",
+                "broken", checkpoints, "~", "a\0b", "x" * 5000, "\ud800",
+            )
+        ]  # fmt: skip
+        app.transport.close()
+    assert {status for status, _ in refusals} <= {400, 422}
+    refused = {json.dumps(answer) for status, answer in refusals if status == 422}
+    assert len(refused) == 1, "what is missing, forbidden or broken is answered alike"
+    for _, answer in refusals:
+        assert "hidden" not in json.dumps(answer)
+        assert str(checkpoints.parent) not in json.dumps(answer)
+    assert "hidden-name" in lines.text() or "broken" in lines.text(), "the log has the reason"
+
+
+def test_without_a_reload_folder_only_checkpoints_beside_the_configured_one_may_be_named(
+    checkpoints,
+):
+    for settings, status in [({"checkpoint": str(checkpoints / "one")}, 200), ({}, 422)]:
+        with small_engine(admin_key="root", serve_moe="auto", **settings) as engine:
+            app = create_app(engine)
+            body = b'{"checkpoint": "latest"}'
+            found = asked(app, "POST", "/admin/reload", body, authorization="Bearer root")
+            assert found[0] == status, found
+            app.transport.close()
+
+
+@pytest.mark.parametrize(
+    ("level", "method", "path", "refused"),
+    [
+        ("standard", "POST", "/admin/reload", 401),
+        ("strict", "GET", "/metrics", 401),
+        ("strict", "GET", "/health", 200),  # only less is told
+    ],
+)
+def test_wrong_admin_keys_are_counted_and_block(level, method, path, refused):
+    with small_engine(security_level=level, admin_key="root", api_keys="alice") as engine:
+        app = create_app(engine)
+        after = engine.level.block_after or 0
+        for _ in range(after):
+            assert engine.access.blocks.blocked == 0
+            assert asked(app, method, path, authorization="Bearer guess")[0] == refused
+        assert engine.access.blocks.blocked == 1
+        assert asked(app, "POST", INFER, BODY)[0] == 403
+        assert asked(app, "POST", "/admin/reload", authorization="Bearer root")[0] == 200, (
+            "the operator is not shut out"
+        )
+        assert engine.get_metrics()["errors_by_code"]["unauthorized"] >= after
+        assert 'moe_errors_total{code="unauthorized"}' in engine.metrics_text().decode()
+        app.transport.close()
+
+
+def test_probes_without_a_key_are_no_violations():
+    with small_engine(security_level="strict", admin_key="root") as engine:
+        app = create_app(engine)
+        for _ in range(20):
+            assert asked(app, "GET", "/health")[0] == 200
+            assert asked(app, "GET", "/ready")[0] == 200
+        assert asked(app, "GET", "/metrics", authorization="Bearer root")[0] == 200
+        app.transport.close()
+
+
+def test_a_blocked_client_reads_no_metadata_either():
+    with small_engine(security_level="standard") as engine:
+        app = create_app(engine)
+        assert asked(app, "GET", "/v2")[0] == 200
+        assert statuses(app, 10, b"{}") == [400] * 10
+        for path in ("/v2", "/v2/models/router", "/v2/models/router/versions/1"):
+            assert asked(app, "GET", path)[0] == 403
+        app.transport.close()
+
+
+def test_what_can_never_pass_is_413_without_retry_after_and_no_violation():
+    with served(small_engine(security_level="standard", rate_limit_tokens=1)) as service:
+        for _ in range(15):
+            status, headers, body = service.request("POST", INFER, BODY)
+            assert (status, json.loads(body)["code"]) == (413, "too_large")
+            assert "retry-after" not in headers
+        assert service.engine.access.blocks.blocked == 0
+
+
+def test_lines_of_a_list_header_are_joined(monkeypatch):
+    with small_engine(trusted_proxies="127.0.0.0/8") as engine:
+        app = create_app(engine)
+        seen = []
+        identify = engine.identify
+
+        def watched(**options):
+            seen.append(identify(**options).id)
+            return identify(**options)
+
+        monkeypatch.setattr(engine, "identify", watched)
+        for lines, _ in FORWARDED:
+            headers = [(b"x-forwarded-for", line.encode()) for line in lines]
+            asyncio.run(ask(app, ("GET", "/v2", headers, b"")))
+        app.transport.close()
+    assert seen == [client for _, client in FORWARDED]
+
+
+FORWARDED = [
+    (["6.6.6.6", "192.0.2.7"], "192.0.2.7"),
+    (["192.0.2.7", "127.0.0.9"], "192.0.2.7"),
+    (["192.0.2.7", "127.0.0.9, 127.0.0.8", "127.0.0.7"], "192.0.2.7"),
+    (["6.6.6.6, 203.0.113.7:52344", "127.0.0.9"], "203.0.113.7"),
+    (["[2001:db8:1:2::9]:443", ""], "2001:db8:1:2::/64"),
+]
+
+
+@pytest.mark.parametrize("name", ["authorization", "x-api-key", "content-type", "host"])
+def test_a_header_that_is_no_list_comes_once(name):
+    with small_engine() as engine:
+        app = create_app(engine)
+        pairs = [(name.encode(), b"application/json")] * 2
+        status, _ = asyncio.run(ask(app, ("POST", INFER, pairs, BODY)))
+        assert status == 400
+        app.transport.close()
+
+
+def test_a_host_without_memory_is_503(monkeypatch):
+    with small_engine() as engine:
+        app = create_app(engine)
+
+        def exhausted(*args, **options):
+            raise MemoryError
+
+        for place in ("decode_request", "encode_response"):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"moe_jax.serving.http.infer.{place}", exhausted)
+                status, answer = asked(app, "POST", INFER, BODY)
+                assert (status, answer["code"]) == (503, "queue_full")
+        assert asked(app, "POST", INFER, BODY)[0] == 200
+        assert app.transport.account.held == 0
+        app.transport.close()
 
 
 def test_while_it_warms_up_probes_are_answered_and_requests_told_to_come_back(monkeypatch):
@@ -216,4 +393,4 @@ def test_while_it_warms_up_probes_are_answered_and_requests_told_to_come_back(mo
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert asked(app, "GET", "/ready")[1]["reasons"] == ["params_missing"]
-        app.door.close()
+        app.transport.close()

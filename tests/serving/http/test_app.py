@@ -157,7 +157,7 @@ def drop():
 
 
 def test_a_body_above_the_limit_is_refused_before_it_is_read(service):
-    limit = service.server.door.body_limit
+    limit = service.server.transport.body_limit
     with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as sock:
         sock.sendall(
             f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: {limit + 1}\r\n\r\n".encode()
@@ -168,8 +168,8 @@ def test_a_body_above_the_limit_is_refused_before_it_is_read(service):
 
 
 def test_a_body_that_never_says_how_long_it_is_is_bounded_too(service, monkeypatch):
-    door = service.server.door
-    monkeypatch.setattr(door, "body_limit", 1000)
+    transport = service.server.transport
+    monkeypatch.setattr(transport, "body_limit", 1000)
     chunk = b"64\r\n" + b"x" * 100 + b"\r\n"
     with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as sock:
         sock.sendall(
@@ -177,11 +177,11 @@ def test_a_body_that_never_says_how_long_it_is_is_bounded_too(service, monkeypat
         )
         sock.sendall(chunk * 11)
         assert read_answer(sock)[0] == 413
-    assert door.buffers.held == 0
+    assert transport.account.held == 0
 
 
 def test_a_bomb_is_bounded_by_what_it_becomes(service, monkeypatch):
-    monkeypatch.setattr(service.server.door, "body_limit", 100_000)
+    monkeypatch.setattr(service.server.transport, "body_limit", 100_000)
     bomb = gzip.compress(bytes(10_000_000))
     assert len(bomb) < 100_000
     status, _, data = service.request("POST", INFER, bomb, {"Content-Encoding": "gzip"})
@@ -189,19 +189,19 @@ def test_a_bomb_is_bounded_by_what_it_becomes(service, monkeypatch):
 
 
 def test_what_bodies_become_counts_against_the_memory_of_all(service, monkeypatch):
-    buffers = service.server.door.buffers
-    monkeypatch.setattr(buffers, "limit", 1_000_000)
+    account = service.server.transport.account
+    monkeypatch.setattr(account, "limit", 1_000_000)
     bomb = gzip.compress(bytes(10_000_000))
     status, headers, data = service.request("POST", INFER, bomb, {"Content-Encoding": "gzip"})
     assert (status, json.loads(data)["code"]) == (503, "queue_full")
     assert headers["retry-after"] == "1"
-    assert buffers.held == 0
+    assert account.held == 0
     packed = gzip.compress(BODY)
     assert service.request("POST", INFER, packed, {"Content-Encoding": "gzip"})[0] == 200
 
 
 def test_a_body_that_comes_too_slowly_is_cut_off_and_disturbs_nobody(service, monkeypatch):
-    config, buffers = service.engine.config, service.server.door.buffers
+    config, account = service.engine.config, service.server.transport.account
     hasty = dataclasses.replace(config.serving, request_timeout_seconds=1.0)
     with socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE) as slow:
         with monkeypatch.context() as patch:  # for this one alone
@@ -210,7 +210,7 @@ def test_a_body_that_comes_too_slowly_is_cut_off_and_disturbs_nobody(service, mo
                 f"POST {INFER} HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n ".encode()
             )
             deadline = time.monotonic() + PATIENCE
-            while not buffers.held:  # it is being read
+            while not account.held:  # it is being read
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
         for _ in range(4):
@@ -218,7 +218,7 @@ def test_a_body_that_comes_too_slowly_is_cut_off_and_disturbs_nobody(service, mo
             assert service.request("POST", INFER, BODY)[0] == 200
         status, reply = read_answer(slow)
     assert (status, reply["code"]) == (408, "request_timeout")
-    assert buffers.held == 0
+    assert account.held == 0
 
 
 def test_a_head_that_comes_too_slowly_is_cut_off(service, monkeypatch):

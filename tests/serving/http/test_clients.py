@@ -31,7 +31,7 @@ def client(service):
 
 @pytest.fixture(scope="module")
 def grpc_client(service):
-    server = GrpcServer(service.server.door, "127.0.0.1:0")
+    server = GrpcServer(service.server.transport, "127.0.0.1", 0)
     server.start()
     with triton_grpc.InferenceServerClient(f"127.0.0.1:{server.port}") as found:
         yield found

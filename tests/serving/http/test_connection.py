@@ -182,7 +182,7 @@ def test_what_http_forbids_is_refused_and_the_connection_ends(service, data, sta
         assert headers["connection"] == "close"
         assert set(json.loads(body)) == {"error", "code"}
         assert connection.ended()
-    assert service.server.door.buffers.held == 0
+    assert service.server.transport.account.held == 0
 
 
 def test_a_broken_request_after_a_good_one_does_not_cost_the_good_one_its_answer(service):

@@ -83,7 +83,7 @@ def test_no_edge_case_was_taken_for_a_fault_of_ours(service):
         "unsupported_media_type",
     }
     assert service.engine.breaker.state == "closed"
-    assert service.server.door.buffers.held == 0
+    assert service.server.transport.account.held == 0
     assert service.json("GET", "/ready")[0] == 200
 
 

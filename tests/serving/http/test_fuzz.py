@@ -23,7 +23,7 @@ def app():
     with small_engine(admin_key="operator") as engine:
         found = create_app(engine)
         yield found
-        found.door.close()
+        found.transport.close()
 
 
 @pytest.mark.parametrize("turn", range(4))
@@ -34,8 +34,8 @@ def test_10_000_malformed_requests_are_told_so(app, turn):
     assert seen[400] > 1_000
     assert seen[200] > 50
     assert {404, 405, 415} <= set(seen)
-    assert app.door.buffers.held == 0
-    assert app.door.pending == 0
+    assert app.transport.account.held == 0
+    assert app.transport.pending == 0
 
 
 def test_memory_stays_flat(app):
@@ -83,7 +83,7 @@ def request_of(case):
 
 
 def test_answers_have_the_statuses_that_the_openapi_document_lists(app):
-    told = document(app.door.body_limit)
+    told = document(app.transport.body_limit)
     seen: set[int] = set()
 
     async def everything():

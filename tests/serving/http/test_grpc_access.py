@@ -4,9 +4,9 @@ import grpc
 import numpy as np
 import pytest
 
-from moe_jax.serving.http.door import Door
 from moe_jax.serving.http.grpc_messages import MESSAGES, SERVICE
 from moe_jax.serving.http.grpc_server import GrpcServer
+from moe_jax.serving.http.transport import TransportContext
 from tests.serving.served import WIDTH, small_engine
 
 X = np.ones((1, 2, WIDTH), np.float32)
@@ -17,8 +17,8 @@ def call():
     with small_engine(
         security_level="strict", api_keys="alice,bob", rate_limit_requests=3
     ) as engine:
-        door = Door(engine)
-        server = GrpcServer(door, "127.0.0.1:0")
+        transport = TransportContext(engine)
+        server = GrpcServer(transport, "127.0.0.1", 0)
         server.start()
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
 
@@ -33,7 +33,7 @@ def call():
 
             yield ask
         server.stop(1.0).wait()
-        door.close()
+        transport.close()
 
 
 def request():

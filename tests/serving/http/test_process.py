@@ -184,6 +184,21 @@ def test_a_port_that_is_taken_is_exit_code_2():
     assert "another --host or --port" in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "999.1.1.1"], "host: expected"),
+        (["--host", "127.0.0.1", "--grpc-port", "TAKEN"], "another --host or --port"),
+    ],
+)
+def test_an_address_of_either_transport_is_checked_before_anything_is_loaded(arguments, said):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = [str(taken.getsockname()[1]) if a == "TAKEN" else a for a in arguments]
+        result = runner.invoke(app, ["serve", "--port", "0", *words])
+    assert result.exit_code == 2
+    assert said in " ".join(result.stderr.split())
+
+
 def test_reload_needs_the_admin_key(process):
     refused = runner.invoke(app, ["reload", process.url])
     assert refused.exit_code == 1
@@ -258,7 +273,7 @@ def test_a_second_signal_skips_the_wait():
         assert engine.readiness() == (False, ["draining"])
         server.handle_exit(signal.SIGTERM, None)
         assert asyncio.run(server.on_tick(2)) is True
-        server.door.close()
+        server.transport.close()
 
 
 def test_without_a_second_signal_the_wait_ends_by_itself():
@@ -267,7 +282,7 @@ def test_without_a_second_signal_the_wait_ends_by_itself():
         server.handle_exit(signal.SIGTERM, None)
         assert asyncio.run(server.on_tick(1)) is False
         until(lambda: asyncio.run(server.on_tick(2)))
-        server.door.close()
+        server.transport.close()
 
 
 class Worker(threading.Thread):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moe_jax.serving.errors import ServingError
-from moe_jax.serving.http.answer import encode_response
 from moe_jax.serving.http.compression import compress, decompress, request_encoding
 from moe_jax.serving.http.protocol import (
     InferRequest,
@@ -16,6 +15,7 @@ from moe_jax.serving.http.protocol import (
     decode_request,
     header_length,
 )
+from moe_jax.serving.http.response_body import encode_response
 
 SPEC = ModelSpec(
     name="router",

@@ -189,6 +189,13 @@ def test_each_client_behind_a_proxy_has_its_own_limit(service, proxy):
         assert statuses == [200, 200, 200, 429]
 
 
+def test_reload_through_a_proxy_needs_the_key(service, proxy):
+    head = "POST /admin/reload HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    body = b'{"checkpoint": "/etc"}'
+    framed = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    assert sent(proxy, framed, source="127.0.0.9") == 404
+
+
 # --- clients that offer HTTP/2 ------------------------------------------------------------------
 
 

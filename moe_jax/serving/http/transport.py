@@ -1,4 +1,4 @@
-"""What every transport shares: who may ask, which threads answer, how an error is told."""
+"""What HTTP and gRPC share: the engine, worker threads, the account of bytes, texts of errors."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import asyncio
 import contextvars
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.errors import ServingError
+from moe_jax.serving.http.byte_account import ByteAccount
 from moe_jax.serving.http.protocol import HEADER_LIMIT, JSON_LIMIT, ModelSpec, TensorSpec
-from moe_jax.serving.http.request_body import Buffers
 from moe_jax.serving.http.strict_json import shown
 
 T = TypeVar("T")
 
-# Under strict a client is told what kind of fault it was and no more.
+# Under strict a client learns what kind of fault it was and no more.
 _TERSE = {
     "malformed": "malformed request",
     "unauthorized": "an API key is required",
@@ -45,21 +45,26 @@ _MASK = TensorSpec(name="token_mask", datatypes=("BOOL",), shape=(-1, -1), optio
 _ON_REQUEST = frozenset({"router_logits"})
 
 CURRENT = "1"
-"""The version under which whatever is served now can be asked for: Triton's versions are whole
-numbers, so its clients ask for 1 where a model has but one. Answers name the fingerprint."""
+"""The version under which clients may ask for whatever is served now: Triton's versions are whole
+numbers, so its clients ask for 1 where a model has one version. Answers name the fingerprint."""
 
-# Bodies of all requests together, compressed ones as what they become.
-_BUFFER_LIMIT = 512 * 1024 * 1024
+# All requests and answers together, compressed bodies as what they become.
+_ACCOUNT_LIMIT = 512 * 1024 * 1024
 _MOST_THREADS = 512
-# Parsing holds the interpreter's lock, so that more at once would be no faster.
+# Parsing holds the interpreter's lock, so more requests at once would be no faster.
 _JSON_AT_ONCE = 2
 
 
-class Door:
+class TransportContext:
     """The engine as transports see it.
 
     Args:
         engine: what answers. Its configuration says who may ask and how much at once.
+
+    Attributes:
+        account: bytes of all requests and unread answers.
+        body_limit: most bytes of one request.
+        capacity: most inference requests that are answered or wait at once.
     """
 
     def __init__(self, engine: RouterEngine) -> None:
@@ -68,9 +73,9 @@ class Door:
         self.level = engine.level
         # Four bytes an element, as FP32, and the JSON beside them.
         self.body_limit = max(
-            JSON_LIMIT, min(4 * security.max_tensor_size + HEADER_LIMIT, _BUFFER_LIMIT // 2)
+            JSON_LIMIT, min(4 * security.max_tensor_size + HEADER_LIMIT, _ACCOUNT_LIMIT // 2)
         )
-        self.buffers = Buffers(_BUFFER_LIMIT)
+        self.account = ByteAccount(_ACCOUNT_LIMIT)
         self.capacity = min(serving.max_inflight + serving.max_queue, _MOST_THREADS)
         self.json_turn = threading.BoundedSemaphore(_JSON_AT_ONCE)
         self.pending = 0
@@ -84,27 +89,10 @@ class Door:
         self._workers.shutdown(wait=True)
         self._side.shutdown(wait=True)
 
-    # --- who asks ---
-
-    def require_admin(self, peer: str | None, key: str | None) -> None:
-        """Raises ``unauthorized`` unless the admin key was given.
-
-        Without an admin key, and not under strict, requests from the machine itself are trusted.
-        """
-        if self.engine.is_admin(key):
-            return
-        if self.engine.config.serving.admin_key:
-            told = "expected the admin key as a bearer token."
-        elif self.level.api_key_required or peer not in ("127.0.0.1", "::1"):
-            told = "this service has no admin key: its operator sets MOE_ADMIN_KEY."
-        else:
-            return
-        raise ServingError("unauthorized", told)
-
-    # --- who answers ---
+    # --- threads ---
 
     async def work(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs ``function`` on a worker thread; refuses with ``queue_full`` where all are taken."""
+        """Runs ``function`` on a worker thread. Raises ``queue_full`` if all of them are taken."""
         if self.pending >= self.capacity:
             raise ServingError(
                 "queue_full",
@@ -124,39 +112,53 @@ class Door:
         """Runs ``function`` on a thread that inference never takes."""
         return await asyncio.get_running_loop().run_in_executor(self._side, lambda: function(*args))
 
-    # --- what is said ---
+    # --- texts ---
 
-    def told(self, error: ServingError) -> str:
-        """The error's text for a client."""
+    def message(self, error: ServingError) -> str:
+        """Returns the text of an error for a client."""
         return _TERSE[error.code] if self.level.terse_errors else error.message
 
     def spec(self, model: str, version: str | None = None) -> ModelSpec:
-        """What a model takes and gives.
+        """Returns the inputs and outputs of a model.
 
         Raises:
-            ServingError: ``not_found`` for a model or a version that is not served.
+            ServingError: ``not_found`` if the model or the version is not served.
         """
-        described = self.describe(model)
-        if version is not None and version not in described["versions"]:
+        metadata = self.describe(model)
+        if version is not None and version not in metadata["versions"]:
             raise ServingError(
                 "not_found",
-                f"model {model}: expected version {' or '.join(described['versions'])}, got "
-                f"{shown(version)}. Leave it out to ask what is served.",
+                f"model {model}: expected version {' or '.join(metadata['versions'])}, got "
+                f"{shown(version)}. Leave it out to ask for what is served.",
             )
-        return model_spec(described)
+        return model_spec(metadata)
 
     def describe(self, model: str) -> dict[str, Any]:
-        """``RouterEngine.describe`` with every version that may be asked for.
+        """Returns ``RouterEngine.describe`` with every version that clients may ask for.
 
         Raises:
-            ServingError: ``not_found`` for a model that is not served.
+            ServingError: ``not_found`` if the model is not served.
         """
-        described = self.engine.describe(model)
-        return {**described, "versions": [*described["versions"], CURRENT]}
+        metadata = self.engine.describe(model)
+        return {**metadata, "versions": [*metadata["versions"], CURRENT]}
+
+
+def as_serving_error(error: Exception) -> ServingError | None:
+    """Returns the refusal that an exception of a transport amounts to; None if it is a defect.
+
+    Too little memory for one request is a state of the host, as a full queue is, and no defect.
+    """
+    if isinstance(error, ServingError):
+        return error
+    if isinstance(error, MemoryError):
+        return ServingError(
+            "queue_full", "the host has too little memory now. Try again soon.", retry_after=1.0
+        )
+    return None
 
 
 def retry_after(error: ServingError) -> str | None:
-    """``Retry-After`` in whole seconds, or None.
+    """Returns ``Retry-After`` in whole seconds, or None.
 
     Example:
         >>> retry_after(ServingError("queue_full", "busy", retry_after=0.2))
@@ -167,20 +169,20 @@ def retry_after(error: ServingError) -> str | None:
     return str(max(1, math.ceil(error.retry_after)))
 
 
-def model_spec(described: dict[str, Any]) -> ModelSpec:
-    """``RouterEngine.describe`` as the codec wants it."""
+def model_spec(metadata: Mapping[str, Any]) -> ModelSpec:
+    """Returns ``RouterEngine.describe`` as the codec reads it."""
 
-    def tensor(told: dict[str, Any]) -> TensorSpec:
-        name = told["name"]
+    def tensor(entry: Mapping[str, Any]) -> TensorSpec:
+        name = entry["name"]
         return TensorSpec(
             name=name,
-            datatypes=_HIDDEN if name == "hidden_states" else (told["datatype"],),
-            shape=tuple(told["shape"]),
+            datatypes=_HIDDEN if name == "hidden_states" else (entry["datatype"],),
+            shape=tuple(entry["shape"]),
             optional=name in _ON_REQUEST,
         )
 
     return ModelSpec(
-        name=described["name"],
-        inputs=(*(tensor(t) for t in described["inputs"] if t["name"] != "token_mask"), _MASK),
-        outputs=tuple(tensor(t) for t in described["outputs"]),
+        name=metadata["name"],
+        inputs=(*(tensor(t) for t in metadata["inputs"] if t["name"] != "token_mask"), _MASK),
+        outputs=tuple(tensor(t) for t in metadata["outputs"]),
     )

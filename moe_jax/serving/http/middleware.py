@@ -1,0 +1,102 @@
+"""The outermost layer of the ASGI application: ids, answers to faults, and log lines."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moe_jax.serving.errors import ServingError
+from moe_jax.serving.http.http_request import HttpRequest, repeated_header
+from moe_jax.serving.http.request_body import Disconnected
+from moe_jax.serving.http.request_headers import trace_of
+from moe_jax.serving.http.transport import TransportContext, as_serving_error
+
+# Prometheus and Kubernetes ask for these every few seconds: logged at the level of debugging.
+_QUIET = frozenset({"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
+_STATUS_CODES = {404: "not_found", 405: "method_not_allowed"}
+
+
+class RequestMiddleware:
+    """Gives every request an id, every fault an answer, and every answer its headers.
+
+    Args:
+        app: the routes.
+        transport: what they share.
+    """
+
+    def __init__(self, app: ASGIApp, transport: TransportContext) -> None:
+        self.app, self.transport = app, transport
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+                return
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        request = HttpRequest(self.transport, scope)
+        scope["moe_request"] = request
+        scope["app"] = self  # tells Starlette's router that its errors are handled
+        common = [
+            (b"x-request-id", request.request_id.encode()),
+            (b"x-content-type-options", b"nosniff"),
+            (b"cache-control", b"no-store"),
+        ]
+        if self.transport.draining:
+            # Clients with a pool of connections open the next one elsewhere.
+            common.append((b"connection", b"close"))
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                request.status = message["status"]
+                names = {name for name, _ in message["headers"]}
+                added = [pair for pair in common if pair[0] not in names]
+                message["headers"] = [*message["headers"], *added]
+            await send(message)
+
+        names = {"request_id": request.request_id}
+        if (trace := trace_of(request.headers.get("traceparent"))) is not None:
+            names |= {"trace_id": trace.trace_id, "parent_id": trace.parent_id}
+        with structlog.contextvars.bound_contextvars(**names):
+            code = await self._answered(scope, receive, answer, request)
+            log = self.transport.engine.log
+            (log.debug if request.path in _QUIET else log.info)(
+                "request",
+                method=scope["method"],
+                path=request.path[:200],
+                status=request.status,
+                code=code,
+                client=request.client_id,
+                ms=round(1e3 * (time.monotonic() - request.started), 2),
+            )
+
+    async def _answered(
+        self, scope: Scope, receive: Receive, send: Send, request: HttpRequest
+    ) -> str:
+        """Answers a request and returns the code for its log line."""
+        try:
+            if (name := repeated_header(scope["headers"])) is not None:
+                raise ServingError("malformed", f"{name}: expected once, got more than once.")
+            await self.app(scope, receive, send)
+        except HTTPException as error:
+            code = _STATUS_CODES.get(error.status_code, "malformed")
+            more = [(k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items()]
+            text = f"{scope['method']} {request.path[:100]}: {error.detail}."
+            await request.send_error(send, ServingError(code, text), more)
+            return code
+        except Disconnected:
+            return "disconnected"
+        except Exception as error:
+            refusal = as_serving_error(error)
+            if refusal is None:
+                self.transport.engine.log.exception("failed", path=request.path[:200])
+                refusal = ServingError("internal", "an internal error; the service's log has it.")
+            if request.status:  # the answer has begun; uvicorn ends the connection
+                raise
+            await request.send_error(send, refusal)
+            return refusal.code
+        return "ok"
