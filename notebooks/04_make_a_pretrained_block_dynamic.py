@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Make a pretrained block dynamic
 #
-# A published checkpoint has a fixed k. moe_jax reads its MoE block with routing reproduced exactly,
-# then gives it a dynamic twin under a budget, and tells you what that changed.
+# A published checkpoint has a fixed k. moe_jax loads its MoE block, reproduces the routing exactly,
+# fits a dynamic twin to a budget, and reports what that changed.
 #
 # **The weights here are made up**, with the names and shapes of a Mixtral checkpoint, so that
 # nothing is downloaded. Random weights prove the mechanics, not the quality: how much a real model
@@ -20,8 +20,8 @@ from moe_jax.interop.retrofit import DriftMonitor, make_dynamic, make_model_dyna
 # ## A tiny Mixtral-like checkpoint
 #
 # Tensor names are those of the Hub's safetensors files. For a real one, `load_hf_block(folder,
-# layer)` reads the same names lazily from disk. Routers differ by layer: the larger the kernel, the
-# more decided the router.
+# layer)` reads the same names lazily from disk. The routers differ by layer: the larger the kernel,
+# the larger the gaps between an expert's probability and the next one's.
 
 # %%
 WIDTH, INNER, EXPERTS, TRAINED_K = 32, 48, 16, 4
@@ -53,8 +53,9 @@ for layer, scale in DECISION.items():
 # %% [markdown]
 # ## Read the blocks
 #
-# Config and tensors in, a block out: `block(x)` is the output, `block.route(x)` the decision. What
-# is missing, left over or of another shape is named in the error, before anything runs.
+# A config and its tensors give a block: `block(x)` is the output, `block.route(x)` the decision. A
+# tensor that is missing, left over, quantised in an unknown way or of another shape is named in an
+# error before anything runs, and so is a routing key of the config that the block would not honour.
 
 # %%
 blocks = {
@@ -82,15 +83,16 @@ dynamic, report = make_dynamic(block, x, target_saving=0.25)
 print(report.summary())
 
 # %% [markdown]
-# ## Beside the controls
+# ## Compare with the controls
 #
-# Saving calls is easy. A rule earns its place where it changes the output less than dropping as
-# many experts without looking, so every report carries two controls at the same budget: one drops
-# the lowest-ranked expert of random tokens, one drops random experts.
+# A rule is useful where it changes the output less than dropping as many experts without looking at
+# the token. So every report has two controls at the same budget: one drops the lowest-ranked expert
+# of random tokens, one drops random experts.
 #
-# Where the router is nearly indifferent (layer 0), its confidence says little, and the plain control
-# wins; where it is decided (layer 2), the rule does. So on your own model believe this comparison,
-# not the saving alone. `rule=` takes `"MinP"`, `"DynamicK"` and `"ExpertThreshold"` as well.
+# Where the router is nearly indifferent (layer 0), its confidence says little, and the control that
+# drops the lowest expert wins; where it is decided (layer 2), the rule wins. On your own model rely
+# on this comparison, not on the saving alone. `rule=` also accepts `"MinP"`, `"DynamicK"` and
+# `"ExpertThreshold"`.
 
 # %%
 reports = {layer: make_dynamic(b, x, target_saving=0.25)[1] for layer, b in blocks.items()}
@@ -121,27 +123,28 @@ plt.show()
 # %% [markdown]
 # ## One budget for the whole model
 #
-# Layers differ in what they lose. `make_model_dynamic` measures each one's sensitivity and takes
-# experts where that changes the output least, until the *mean over layers* is the target. A block
-# that keeps its trained k is returned as it was, without a report.
+# The same saving changes some layers more than others. `make_model_dynamic` measures this for each
+# block and removes experts where the output changes least, until the *mean over layers* is the
+# target. A block that keeps its trained k is returned unchanged, without a report of its own; the
+# report of the whole counts it.
 
 # %%
-inputs = dict.fromkeys(blocks, x)  # in a real model, each block has its own
-made, layer_reports = make_model_dynamic(blocks, inputs, target_saving=0.25, steps=4)
-means = []
+inputs = dict.fromkeys(blocks, x)  # in a real model, each block has its own inputs
+_, model_report = make_model_dynamic(blocks, inputs, target_saving=0.25, steps=4)
 for layer in blocks:
-    own = layer_reports.get(layer)
-    means.append(own.held_out_mean_k if own else TRAINED_K)
-    change = f"{own.output_change:.1%}" if own else "none"
-    print(f"{layer}: mean k {means[-1]:.2f} of {TRAINED_K}, output change {change}")
-print(f"mean over layers {np.mean(means):.2f}, target {0.75 * TRAINED_K:.2f}")
+    if layer in model_report:
+        r = model_report[layer]
+        print(f"{layer}: mean k {r.held_out_mean_k:.2f}, output change {r.output_change:.1%}")
+    else:
+        print(f"{layer}: mean k {TRAINED_K}, unchanged")
+print(f"mean {model_report.held_out_mean_k:.2f}, target {model_report.target_mean_k:.2f}")
 
 # %% [markdown]
 # ## Watch it in use
 #
 # A budget fitted on one kind of input drifts on another (see notebook 03). `DriftMonitor` averages
-# the observed mean k and hands back the trained block once that leaves its band. Here the inputs
-# shrink to half their size half-way.
+# the observed mean k and returns the trained block once the average leaves its band. In this example
+# the inputs shrink to half their size half-way.
 
 # %%
 monitor = DriftMonitor(static=block, dynamic=dynamic, band=0.1, decay=0.7)

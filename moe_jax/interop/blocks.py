@@ -317,7 +317,7 @@ def moe_block_from_hf(
 
 
 def _with_biases_of(params: Params, expert_fn: ExpertFn) -> ExpertFn:
-    """The expert with biases where the checkpoint has them: few configurations say so."""
+    """The expert, with biases if its parameters have them; few configs say so."""
     if not isinstance(expert_fn, FeedForward):
         return expert_fn
     return dataclasses.replace(expert_fn, use_bias=any(n.endswith("_bias") for n in params))
@@ -411,7 +411,7 @@ def _averages(c: HFConfig) -> bool:
     if c.get(key) not in ("sum", "average"):
         raise ValueError(
             f"config of {c.model_type!r}: expected {key} to be 'sum' or 'average', got "
-            f"{c.get(key)!r}. Nothing else is known to exist."
+            f"{c.get(key)!r}. If a model was trained with that, this library has no block for it."
         )
     return c.get(key) == "average"
 

@@ -124,4 +124,5 @@ def activation_name(name: Any, *, model_type: str) -> str:
 
 
 def feed_forward(activation: str, *, gated: bool = True, use_bias: bool = False) -> ExpertFn:
+    """``FeedForward`` with these settings."""
     return FeedForward(activation=activation, gated=gated, use_bias=use_bias)

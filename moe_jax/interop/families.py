@@ -1,8 +1,9 @@
-"""Which published model routes how: one table from model type to rule.
+"""How each published model routes: one table from model type to routing rule and experts.
 
-Read in the modeling files of transformers 5.23 and checked against their numbers (tests/goldens/hf).
-Defaults are those of the config classes there. A new family is a function of ten lines or none, and a
-row; a new member of a family is a name in a row.
+The rows follow the modeling files of transformers 5.23 and are checked against their numbers
+(tests/goldens/hf). Defaults are those of the config classes there. A new family is a row and, if its
+rule differs from all others, a function in ``router_settings``; a new member of a family is a name in
+a row.
 """
 
 from __future__ import annotations
@@ -303,7 +304,7 @@ FAMILIES: tuple[Family, ...] = (
         # transformers allocates this bias and never adds it.
         accepts={"router_bias": (True, False)},
     ),
-    # rules of their own
+    # rules that only one model has
     _row(
         "inkling inkling_text inkling_mm_model",
         router_settings.inkling,
@@ -366,7 +367,7 @@ FAMILIES: tuple[Family, ...] = (
 
 BY_TYPE: dict[str, Family] = {name: family for family in FAMILIES for name in family.types}
 
-# Model types that route in ways no rule here has: why, and what comes closest.
+# Model types whose way of routing no rule implements: the reason, and the nearest model type.
 REFUSED: dict[str, tuple[str, str]] = {
     "vitpose_backbone": ("picks the expert by data set, not by token", "deepseek_v4 with a table"),
     "dots3_note_vision_encoder": ("routes image patches in its own layout", "dots3_note_text"),
@@ -374,7 +375,7 @@ REFUSED: dict[str, tuple[str, str]] = {
 
 
 def supported_model_types() -> tuple[str, ...]:
-    """Every model type that ``router_from_hf`` takes, sorted.
+    """Returns every model type that ``router_from_hf`` accepts, sorted.
 
     Example:
         >>> "mixtral" in supported_model_types(), len(supported_model_types()) >= 60
@@ -408,19 +409,20 @@ def read(config: Mapping[str, Any]) -> tuple[Family, HFConfig]:
 
 
 def router_from_hf(config: Mapping[str, Any]) -> Router:
-    """The routing rule of a published model, from its ``config.json``.
+    """Returns the routing rule of a published model, from its ``config.json``.
 
     Args:
-        config: the config as a dict. Of a composite model the text part counts. Keys that are not
-            there have the defaults of transformers 5.23.
+        config: the config as a dict. Of a composite model the text part counts. Missing keys have
+            the defaults of transformers 5.23.
 
     Returns:
         A router whose parameters are still to be set; ``moe_block_from_hf`` does that too.
 
     Raises:
         TypeError: not a dict.
-        ValueError: an unknown model type (the nearest known are named), one whose rule the library
-            does not have (the nearest that it has is named), or a value that it cannot honour.
+        ValueError: an unknown model type, one whose rule the library does not have (the nearest
+            model types are named), a value of the wrong kind, or a routing key that says something
+            else than models of this type do.
 
     Example:
         >>> router_from_hf({"model_type": "mixtral", "num_local_experts": 8}).scoring.norm

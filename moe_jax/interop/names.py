@@ -1,7 +1,7 @@
-"""What a tensor of a checkpoint is, from its name inside the MoE block.
+"""The meaning of a checkpoint's tensor, from its name inside the MoE block.
 
 One table serves all families: the names that transformers 5 uses in memory, and those of the
-safetensors files on the Hub. A name means the same wherever it occurs, so no family needs its own.
+safetensors files on the Hub. No name has two meanings, so the families share the table.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ _PART = {
 }
 _PARTS = "|".join(_PART)
 _ONE_EXPERT = re.compile(rf"experts\.(?:expert_)?(\d+)\.({_PARTS})\.(weight|bias)")
-# Doge keeps its shared expert beside the others, without a name of its own.
+# Doge keeps the projections of its shared expert directly in the block.
 _BARE = re.compile(r"(gate_proj|up_proj|down_proj)\.(weight|bias)")
 _SHARED = re.compile(rf"(?:shared_experts?|shared_mlp|share_expert)\.({_PARTS})\.(weight|bias)")
 
-# Say in messages what a canonical name may be called; the first is the one of transformers 5.
+# For messages: the names that a tensor may have; the first is that of transformers 5.
 SPELLINGS: dict[str, str] = {
     "router.kernel": "gate.weight, router.weight, router.classifier.weight, router.proj.weight",
     "router.bias": "router.bias",
@@ -121,7 +121,7 @@ SPELLINGS: dict[str, str] = {
 
 
 def canonical(name: str) -> str | None:
-    """What a tensor is, or None if no family has such a name.
+    """The canonical name of a tensor, or None if no family has a tensor of this name.
 
     ``experts.3.gate`` is the gate of one expert, ``experts.gate_up`` both projections of all.
 

@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to the parameters of this library, with every mismatch named."""
+"""Parameters of this library from the tensors of a checkpoint; every mismatch is named."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Tensor = Any  # np.ndarray (memory-mapped or not) or jax.Array, tracers included
 
 
 class Tensors:
-    """The tensors of one block by canonical name; remembers what was taken.
+    """The tensors of one block by canonical name; records which were taken.
 
     Args:
         tensors: name -> array.
-        prefix: only names that start with it count, and it is cut off.
+        prefix: names that start with it belong to the block; it is cut off.
         what: for messages, e.g. ``"'mixtral' block"``.
-        ignore: which names inside the block are known to be no part of it.
+        ignore: whether a name under the prefix is no part of the block.
 
     Raises:
-        ValueError: no name has the prefix, a name is unknown, two names mean the same tensor, or the
-            tensors are quantised.
+        ValueError: no name has the prefix, a name is unknown, two names mean the same tensor, or a
+            tensor does not hold plain numbers (see ``quantization.dequantize``).
     """
 
     def __init__(
@@ -74,9 +74,11 @@ class Tensors:
         return meaning in self._by_meaning
 
     def name(self, meaning: str) -> str:
+        """The full name of the tensor in the checkpoint."""
         return self.prefix + self._by_meaning[meaning][0]
 
     def shape(self, meaning: str) -> tuple[int, ...]:
+        """The shape of the tensor, as the checkpoint has it."""
         return tuple(self._by_meaning[meaning][1].shape)
 
     def take(self, meaning: str, shape: tuple[int | None, ...], axes: str) -> Tensor:
@@ -137,8 +139,8 @@ def _check_numbers(where: str, meaning: str, tensor: Tensor) -> None:
         )
 
 
-# Host arrays stay on the host until a block is whole (views of the file, as far as that goes); what is
-# a JAX array stays one, so that a block can be differentiated by its tensors.
+# Host arrays stay on the host until a block is whole, as views of the file where possible. JAX arrays
+# stay JAX arrays, so that a block can be differentiated by its tensors.
 
 
 def linear(tensor: Tensor) -> Tensor:
@@ -147,6 +149,7 @@ def linear(tensor: Tensor) -> Tensor:
 
 
 def f32(tensor: Tensor) -> Tensor:
+    """The tensor in float32."""
     return tensor.astype(np.float32)
 
 
@@ -178,14 +181,14 @@ def expert_params(
 
 
 def _rows(tensors: Tensors, experts: int, width: int) -> Params:
-    """Doge: an expert is one hidden unit, a row that reads x and a row that is written."""
+    """Doge: an expert is one hidden unit, with one row for its input and one for its output."""
     read = tensors.take("experts.row_in", (experts, width), "E D")
     write = tensors.take("experts.row_out", (experts, width), "E D")
     return {"up": read[:, :, None], "down": write[:, None, :]}
 
 
 def _flat(tensors: Tensors, experts: int, width: int) -> Params:
-    """DBRX: all experts below each other, [E * F, D] each."""
+    """DBRX: the experts of a projection in one matrix, [E * F, D]."""
     rows = tensors.shape("experts.flat_gate")[0]
     if rows % experts:
         raise ValueError(
@@ -219,7 +222,8 @@ def _stacked(tensors: Tensors, e: int, d: int, gated: bool, interleaved: bool) -
     if not separate and "experts.gate_up_interleaved" in tensors:
         meaning, interleaved = "experts.gate_up_interleaved", True
     wide = f if separate else 2 * f
-    # torch keeps [out, in]; some files keep [in, out]. The two tensors together always tell.
+    # torch keeps [out, in]; some files keep [in, out]. One tensor may be square; the two together are
+    # ambiguous only if all their axes are equal.
     first = tensors.shape(meaning)[1:] if meaning in tensors else None
     torch_like = ((rows, columns) == (d, f)) and (f != d or first == (wide, d))
     if torch_like:
@@ -257,7 +261,7 @@ def _one_by_one(tensors: Tensors, e: int, d: int, gated: bool) -> Params:
 
 
 def _stack(each: list[Tensor]) -> Tensor:
-    """On the host where that is possible, so that a block is copied to the device once."""
+    """Stacks on the host where possible, so that a block is copied to the device once."""
     plain = all(isinstance(t, np.ndarray) for t in each)
     return np.stack(each) if plain else jnp.stack(each)
 

@@ -184,11 +184,29 @@ def test_the_chosen_implementation_gives_the_same(name):
 def test_router_from_hf_is_the_router_of_the_block(name):
     _, tensors, config = load(name)
     router = moe_block_from_hf(config, tensors).router
-    if not name.endswith("__hash"):  # told by its tensors, not by the config
+    if not name.endswith("__hash"):  # its tensors decide, not the config
         assert router_from_hf(config) == router
 
 
-def test_inkling_as_its_checkpoints_spell_it():
+def test_a_context_that_the_weights_call_for_is_required():
+    """Zaya's router adds the state of the layer before, DeepSeek-V4's hash layers look up token ids."""
+    for name, key in (("zaya__depth", "router_states"), ("deepseek_v4__hash", "token_ids")):
+        arrays, tensors, config = load(name)
+        block = moe_block_from_hf(config, tensors)
+        with pytest.raises(ValueError, match=f"context: expected '{key}'"):
+            jax.eval_shape(block, jnp.asarray(arrays["x"]))
+
+
+@pytest.mark.parametrize("name", ["gemma4", "ernie4_5_moe", "inkling_text", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_no_array_of_a_block_is_in_it_twice(name):
+    """A training step may donate the block."""
+    _, tensors, config = load(name)
+    step = jax.jit(lambda b: jax.tree.map(lambda v: v + jnp.ones((), v.dtype), b), donate_argnums=0)
+    assert step(moe_block_from_hf(config, tensors)).router.num_experts == 8
+
+
+def test_inkling_by_the_names_of_its_checkpoints():
     """Gate and up alternate there; transformers parts them (its conversion_mapping)."""
     _, tensors, config = load("inkling_text")
 

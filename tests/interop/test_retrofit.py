@@ -1,4 +1,4 @@
-"""A trained block made dynamic: the budget is met, never above the trained k, and told honestly."""
+"""A trained block made dynamic meets its budget, stays below the trained k, and reports its effect."""
 
 import dataclasses
 

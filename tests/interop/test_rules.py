@@ -1,4 +1,4 @@
-"""The rules of single models keep what every rule promises, and their own examples by hand."""
+"""The rules of single models keep what every rule promises, and give numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_sparse_mixer_weights_stand_alone():
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (lambda: TokenTable(num_experts=2, k=1, vocab_size=2)(*_two()), "expected 'token_ids'"),
         (
@@ -284,8 +284,8 @@ def test_sparse_mixer_weights_stand_alone():
         ),
     ],
 )
-def test_refusals(call, told):
-    with pytest.raises(ValueError, match=told):
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 

@@ -348,7 +348,7 @@ def test_a_dense_layer_is_refused(tmp_path):
         load_hf_block(tmp_path, 0)
 
 
-def test_two_stacks_must_be_told_apart(tmp_path):
+def test_two_stacks_need_a_prefix(tmp_path):
     checkpoint(tmp_path, "mixtral", shards=1)
     one = dict(SafetensorsFile(tmp_path / "model.safetensors"))
     both = {f"{stack}.{n}": t for stack in ("thinker", "talker") for n, t in one.items()}

@@ -1,4 +1,4 @@
-"""Routing rules that one published model needs and ``Scoring`` cannot say.
+"""Routing rules of single published models, beyond what ``TopK`` with a ``Scoring`` expresses.
 
 They are rules like those of ``moe_jax.routers``, which imports them by name when a checkpoint or a
 JSON file has one. What a rule needs beyond x comes in ``context``, by the names in each docstring.
