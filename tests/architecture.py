@@ -23,16 +23,20 @@ ROOT = Path(__file__).parents[1]
 # A room is a module or package directly under moe_jax (under moe_jax.serving for the service). It may
 # import its own modules and rooms of lower floors, nothing else of moe_jax.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("types", "checks"),
+    ("types", "checks", "serving.errors"),
     ("routing",),
     ("routers", "experts"),
-    ("layer",),
-    ("parallel", "config", "interop", "serving.errors"),
-    ("nn", "checkpoint"),
-    ("models",),
-    ("lab", "serving.admission", "serving.cache", "serving.resilience", "serving.metrics"),
-    ("serving.engine",),
-    ("serving.http", "testing"),
+    (
+        "layer",
+        "config",
+        "serving.admission",
+        "serving.cache",
+        "serving.resilience",
+        "serving.metrics",
+    ),
+    ("parallel", "interop", "checkpoint"),
+    ("nn", "serving.engine", "testing"),
+    ("models", "lab", "serving.http"),
     ("bench",),
     ("cli",),
 )
