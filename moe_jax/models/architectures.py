@@ -15,7 +15,7 @@ from moe_jax.interop.expert_functions import activation_name
 from moe_jax.interop.families import BY_TYPE
 from moe_jax.interop.model_config import ALIASES, NESTED, normal_name
 from moe_jax.models.config_keys import ConfigKeys, read_rope
-from moe_jax.models.decoder_config import DecoderConfig, LatentConfig, LayerConfig
+from moe_jax.models.decoder_config import DecoderConfig, LatentConfig, LayerConfig, RopeConfig
 
 # --- which layers have experts ----------------------------------------------------------------
 
@@ -37,6 +37,36 @@ def sparse_step(keys: ConfigKeys, layers: int) -> list[bool]:
     """Every ``decoder_sparse_step``-th layer that is not in ``mlp_only_layers``."""
     step, dense = keys.get("decoder_sparse_step", 1), keys.get("mlp_only_layers", [])
     return [i not in dense and (i + 1) % step == 0 for i in range(layers)]
+
+
+def by_types(first: str = "", dense: int = 0) -> Callable[[ConfigKeys, int], list[bool]]:
+    """As ``mlp_layer_types`` say; where there are none, all but the first few.
+
+    Args:
+        first: the key that says how many are dense.
+        dense: how many, where that key is not there.
+    """
+
+    def experts(keys: ConfigKeys, layers: int) -> list[bool]:
+        skipped = keys.get(first, dense) if first else dense
+        given = keys.get("mlp_layer_types")
+        if given is None:
+            return [i >= skipped for i in range(layers)]
+        unknown = sorted(set(given) - {"dense", "sparse"})
+        if unknown:
+            raise keys.error("mlp_layer_types", "'dense' or 'sparse' in each layer", unknown[0])
+        flags = _one_a_layer(keys, "mlp_layer_types", given, layers)
+        return [flag == "sparse" for flag in flags]
+
+    return experts
+
+
+def interval(keys: ConfigKeys, layers: int) -> list[bool]:
+    """Every ``moe_layer_interval``-th layer from a first to a last one (Ernie)."""
+    every = keys.get("moe_layer_interval", 1)
+    first, last = keys.get("moe_layer_start_index", 1), keys.get("moe_layer_end_index", -1)
+    last = layers - 1 if last == -1 else last
+    return [(i + 1) % every == 0 and first <= i <= last for i in range(layers)]
 
 
 # --- which layers see how far -----------------------------------------------------------------
@@ -90,6 +120,45 @@ def _alternating(keys: ConfigKeys, i: int) -> str:
     return FULL if i % 2 else SLIDING
 
 
+def _late(keys: ConfigKeys, i: int) -> str:
+    first = keys.get("max_window_layers", 62)
+    return SLIDING if keys.get("sliding_window") is not None and i >= first else FULL
+
+
+def _every(period: int, key: str = "") -> Callable[[ConfigKeys, int], str]:
+    """Every so-many-th layer sees all; the others have a window."""
+
+    def kind(keys: ConfigKeys, i: int) -> str:
+        every = keys.get(key, period) if key else period
+        if not isinstance(every, int) or every < 1:
+            raise keys.error(key, "a positive whole number, or layer_types beside it", every)
+        return SLIDING if (i + 1) % every else FULL
+
+    return kind
+
+
+def _flint_type(keys: ConfigKeys, i: int) -> str:
+    whole = i < 2 or i % 4 == 1 or i == keys.number("num_hidden_layers") - 1
+    return FULL if whole else SLIDING
+
+
+def _granite_type(keys: ConfigKeys, i: int) -> str:
+    return SLIDING if i % 4 else FULL
+
+
+def _all_full(keys: ConfigKeys, i: int) -> str:
+    return FULL
+
+
+# --- names of norms ---------------------------------------------------------------------------
+
+BEFORE = (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
+AFTER = (
+    ("attention_post_norm", "post_attention_layernorm"),
+    ("mlp_post_norm", "post_feedforward_layernorm"),
+)
+
+
 # --- the table --------------------------------------------------------------------------------
 
 
@@ -111,11 +180,19 @@ class Architecture:
         interleaved: see ``RopeConfig``; the name of a key in braces asks that key.
         partial: part of a head that is rotated, where the config states none.
         norm: see ``DecoderConfig``.
+        norms: see ``DecoderConfig``.
+        rope_on: "all" layers, or those with a "window" alone; "window_if_any" is the latter where the
+            config has ``sliding_window``.
+        qk_norm_after_rope: see ``DecoderConfig``.
+        output_gate: see ``DecoderConfig``.
         sinks: see ``DecoderConfig``.
         granite: whether the four multipliers of Granite are read.
+        shared: key of ``DecoderConfig.shared_d_ff``; "" is none.
         clip: key of ``DecoderConfig.qkv_clip``; "" is none.
         fixed: keys that the maths depends on, with the values that are implemented, default first.
         ignored: further keys that transformers does not read for these types.
+        renames: (old, new) parts of tensor names, where a checkpoint spells them otherwise.
+        unused_when_dense: tensors that transformers leaves out in layers without experts.
         block: the name of the experts' module in a layer.
     """
 
@@ -132,11 +209,18 @@ class Architecture:
     interleaved: bool | str = False
     partial: float = 1.0
     norm: str = "rms"
+    norms: tuple[tuple[str, str], ...] = BEFORE
+    rope_on: str = "all"
+    qk_norm_after_rope: bool = False
+    output_gate: bool = False
     sinks: bool = False
     granite: bool = False
     clip: str = ""
+    shared: str = ""
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    unused_when_dense: tuple[str, ...] = ()
     block: str = "mlp"
 
 
@@ -235,6 +319,179 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         norm="layer",
         block="block_sparse_moe",
     ),
+    # The following have no golden of a whole model in tests/goldens; their parts do.
+    Architecture(
+        types=("flex_olmo",),
+        defaults={"rope_theta": 5e5},
+        qk_norm="full",
+        norms=AFTER,
+    ),
+    Architecture(
+        types=("dots1",),
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096},
+        experts=after_first,
+        windows=listed(_late),
+        qk_norm="head",
+        fixed={"scoring_func": ("noaux_tc", "sigmoid"), "topk_method": ("noaux_tc",)},
+        ignored=("max_window_layers", "sliding_window"),
+    ),
+    Architecture(
+        types=("ernie4_5_moe",),
+        defaults={"rope_theta": 5e5, "rms_norm_eps": 1e-5, "num_key_value_heads": 4,
+                  "tie_word_embeddings": True},
+        experts=interval,
+        qkv_bias="use_bias",
+        out_bias="use_bias",
+        mlp_bias="use_bias",
+        head_bias="use_bias",
+        interleaved=True,
+    ),
+    Architecture(
+        types=("hunyuan_v1_moe",),
+        defaults={"rms_norm_eps": 1e-5},
+        qk_norm="head",
+        qk_norm_after_rope=True,
+        fixed={"use_cla": (False,), "use_qk_norm": (True,)},
+        renames=(("query_layernorm", "q_norm"), ("key_layernorm", "k_norm")),
+    ),
+    Architecture(
+        types=("mellum",),
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "sliding_window": 1024,
+            "rope_parameters": {
+                FULL: {"rope_type": "default", "rope_theta": 5e5},
+                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        experts=by_types(),
+        windows=listed(_all_full),
+        qk_norm="head",
+        ignored=("sliding_window", "mtp_layer_types", "mtp_mlp_layer_types"),
+    ),
+    Architecture(
+        types=("solar_open",),
+        defaults={"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_key_value_heads": 8,
+                  "head_dim": 128},
+        out_bias="",
+    ),
+    Architecture(
+        types=("exaone_moe",),
+        defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096,
+                  "sliding_window_pattern": 4},
+        experts=by_types("first_k_dense_replace", 1),
+        windows=listed(_every(4, "sliding_window_pattern")),
+        qkv_bias="",
+        out_bias="",
+        qk_norm="head",
+        rope_on="window_if_any",
+        ignored=("sliding_window_pattern", "first_k_dense_replace"),
+    ),
+    Architecture(
+        types=("flint",),
+        defaults={"num_key_value_heads": 4, "head_dim": 128, "sliding_window": 513,
+                  "mlp_only_layers": [0, 1]},
+        experts=sparse_step,
+        windows=listed(_flint_type),
+        qk_norm="head",
+        rope_on="window",
+        sinks=True,
+        renames=(("softmax_offset", "sinks"),),
+    ),
+    Architecture(
+        types=("kolibri1",),
+        defaults={"num_key_value_heads": 4, "head_dim": 128, "sliding_window": 513},
+        windows=listed(_every(5)),
+        qkv_bias="",
+        out_bias="",
+        qk_norm="head",
+        norms=(
+            ("attention_norm", "input_layernorm"),
+            ("attention_post_norm", "post_self_attn_layernorm"),
+            ("mlp_norm", "post_attention_layernorm"),
+            ("mlp_post_norm", "post_mlp_layernorm"),
+        ),
+        rope_on="window_if_any",
+        renames=(
+            ("moe.router.expert_bias", "mlp.gate.e_score_correction_bias"),
+            ("post_attn_norm", "post_self_attn_layernorm"),
+            ("post_ffn_norm", "post_mlp_layernorm"),
+        ),
+    ),
+    Architecture(
+        types=("hy_v3",),
+        defaults={"rope_theta": 11_158_840.0, "rms_norm_eps": 1e-5, "num_key_value_heads": 8,
+                  "head_dim": 128},
+        experts=by_types("", 1),
+        mlp_bias="mlp_bias",
+        qk_norm="head",
+        ignored=("enable_moe_fp32_combine",),
+    ),
+    Architecture(
+        types=("minimax_m2",),
+        defaults={"rope_theta": 5e6, "num_key_value_heads": 8, "head_dim": 128},
+        qkv_bias="",
+        out_bias="",
+        qk_norm="full",
+        fixed={"use_qk_norm": (True,), "qk_norm_type": ("per_layer",), "scoring_func": ("sigmoid",),
+               "use_routing_bias": (True,), "shared_intermediate_size": (0,)},
+        block="block_sparse_moe",
+    ),
+    Architecture(
+        types=("glm4_moe_lite",),
+        defaults={"q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192,
+                  "qk_rope_head_dim": 64, "v_head_dim": 256, "rms_norm_eps": 1e-5},
+        experts=by_types("", 1),
+        latent=True,
+        interleaved="rope_interleave",
+        fixed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    ),
+    Architecture(
+        types=("axk1",),
+        defaults={"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+                  "qk_rope_head_dim": 64, "v_head_dim": 128},
+        experts=by_types("first_k_dense_replace", 1),
+        latent=True,
+        interleaved="rope_interleave",
+        fixed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
+        # The norm of the experts' output stands beside their module in the files.
+        renames=(("mlp.post_mlp_layernorm", "post_mlp_layernorm"),
+                 ("post_mlp_layernorm", "mlp.post_mlp_layernorm")),
+        unused_when_dense=("mlp.post_mlp_layernorm.weight",),
+    ),
+    Architecture(
+        types=("granitemoeshared",),
+        granite=True,
+        shared="shared_intermediate_size",
+        block="block_sparse_moe",
+    ),
+    Architecture(
+        types=("granitemoe_swa",),
+        defaults={"sliding_window": 128},
+        windows=listed(_granite_type),
+        granite=True,
+        sinks=True,
+        shared="shared_intermediate_size",
+        block="block_sparse_moe",
+    ),
+    Architecture(
+        types=("afmoe",),
+        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "sliding_window": 1024,
+                  "global_attn_every_n_layers": 4, "num_dense_layers": 1},
+        experts=by_types("num_dense_layers", 1),
+        windows=listed(_every(4, "global_attn_every_n_layers")),
+        qk_norm="head",
+        norms=(
+            ("attention_norm", "input_layernorm"),
+            ("attention_post_norm", "post_attention_layernorm"),
+            ("mlp_norm", "pre_mlp_layernorm"),
+            ("mlp_post_norm", "post_mlp_layernorm"),
+        ),
+        rope_on="window",
+        output_gate=True,
+        ignored=("global_attn_every_n_layers", "load_balance_coeff"),
+    ),
 )  # fmt: skip
 
 BY_MODEL_TYPE: dict[str, Architecture] = {t: row for row in ARCHITECTURES for t in row.types}
@@ -275,6 +532,13 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         )
     model_type = normal_name(stated)
     if model_type in BY_MODEL_TYPE:
+        quantised = config.get("quantization_config")
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+            raise ValueError(
+                f"config of {model_type!r}: expected plain weights, got a quantised checkpoint "
+                f"({method!r}). Dequantise it first, for example by loading and saving it in bfloat16."
+            )
         nested = [name for name in NESTED if isinstance(config.get(name), Mapping)]
         if nested:
             raise ValueError(
@@ -349,6 +613,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         )
         for kind in sorted(set(types))
     }
+    thetas = _layer_thetas(keys, layers)
     scale = head_dim**-0.5
     if latent is not None:
         scale *= ropes[types[0]][1]
@@ -372,22 +637,26 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
             LayerConfig(
                 experts=experts,
                 window=window if kind == SLIDING else None,
-                rope=ropes[kind][0],
+                rope=_rope_of(keys, row, ropes[kind][0], kind, theta),
             )
-            for experts, kind in zip(row.experts(keys, layers), types, strict=True)
+            for experts, kind, theta in zip(row.experts(keys, layers), types, thetas, strict=True)
         ),
         latent=latent,
         qkv_bias=_flag(keys, row.qkv_bias),
         out_bias=_flag(keys, row.out_bias),
         qk_norm=qk_norm,
+        qk_norm_after_rope=row.qk_norm_after_rope,
         qkv_clip=None if clip is None else float(clip),
         sinks=row.sinks,
+        output_gate=row.output_gate,
         norm=row.norm,
+        norms=row.norms,
         norm_eps=float(keys.get("rms_norm_eps", 1e-6)),
         activation=activation_name(keys.get("hidden_act", "silu"), model_type=model_type),
         mlp_bias=_flag(keys, row.mlp_bias),
         d_ff=keys.get("intermediate_size", 0),
-        embedding_multiplier=_multiplier(keys, row, "embedding_multiplier"),
+        shared_d_ff=keys.get(row.shared, 0) if row.shared else 0,
+        embedding_multiplier=_embedding_multiplier(keys, row, width),
         residual_multiplier=_multiplier(keys, row, "residual_multiplier"),
         logits_multiplier=1.0 / _multiplier(keys, row, "logits_scaling"),
         tied=bool(keys.get("tie_word_embeddings", False)),
@@ -395,6 +664,34 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     )
     keys.finish(_EXPERT_KEYS | frozenset(BY_TYPE[model_type].defaults) | frozenset(row.ignored))
     return decoder
+
+
+def _layer_thetas(keys: ConfigKeys, layers: int) -> list[float | None]:
+    """A base of the rotary wavelengths for each layer, None where the config has one for all."""
+    given = keys.get("layer_rope_theta") if keys.model_type == "granitemoe_swa" else None
+    if given is None:
+        return [None] * layers
+    return _one_a_layer(keys, "layer_rope_theta", given, layers)
+
+
+def _rope_of(
+    keys: ConfigKeys, row: Architecture, rope: RopeConfig | None, kind: str, theta: float | None
+) -> RopeConfig | None:
+    """The rotary positions of one layer."""
+    windows_only = row.rope_on == "window" or (
+        row.rope_on == "window_if_any" and keys.get("sliding_window") is not None
+    )
+    if windows_only and kind == FULL:
+        return None
+    if rope is None or theta is None:
+        return rope
+    return dataclasses.replace(rope, theta=float(theta)) if theta else None
+
+
+def _embedding_multiplier(keys: ConfigKeys, row: Architecture, width: int) -> float:
+    if keys.model_type == "afmoe":
+        return width**0.5 if keys.get("mup_enabled", False) else 1.0
+    return _multiplier(keys, row, "embedding_multiplier")
 
 
 def _flag(keys: ConfigKeys, key: str) -> bool:

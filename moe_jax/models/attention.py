@@ -128,7 +128,11 @@ def attend(
     out = jnp.einsum(
         "bkgsl,blkd->bskgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    return project(params["o"], out.astype(x.dtype).reshape(batch, length, -1)), cache
+    out = out.astype(x.dtype).reshape(batch, length, -1)
+    if config.output_gate:
+        gate = project(params["gate"], x).astype(jnp.float32)
+        out = (out * jax.nn.sigmoid(gate).astype(x.dtype)).astype(x.dtype)
+    return project(params["o"], out), cache
 
 
 def _norm_qk(config: DecoderConfig, params: Params, q: Array, k: Array) -> tuple[Array, Array]:

@@ -13,10 +13,10 @@ from flax import nnx
 from jax.core import Tracer
 
 from moe_jax.checks import check_array
-from moe_jax.experts import FeedForward
+from moe_jax.experts import ACTIVATIONS, FeedForward
 from moe_jax.interop import MoEBlock
 from moe_jax.layer import LayerAux
-from moe_jax.models.attention import TokenLayout, attend, normalize
+from moe_jax.models.attention import TokenLayout, attend, normalize, project
 from moe_jax.models.decoder_config import DecoderConfig, LayerConfig
 from moe_jax.models.kv_cache import KVCache
 from moe_jax.nn.nnx import RouterState, arrays, hold
@@ -138,11 +138,20 @@ def decoder_layer(
             implementation=implementation,
             return_aux=True,
         )
+        if config.shared_d_ff:
+            y = y + _shared_mlp(config, params["shared_mlp"], x)
     else:
         dense = FeedForward(activation=config.activation, gated=True, use_bias=config.mlp_bias)
         y = dense(params["mlp"], x.reshape(-1, x.shape[-1])).reshape(x.shape)
     h = add(h, _norm_if(config, params, "mlp_post_norm", y))
     return h, cache, aux if report else None
+
+
+def _shared_mlp(config: DecoderConfig, params: Params, x: Array) -> Array:
+    """A feed-forward part beside the experts, with gate and up in one kernel (Granite)."""
+    both = project(params["gate_up"], x)
+    gate, up = both[..., : config.shared_d_ff], both[..., config.shared_d_ff :]
+    return project(params["down"], ACTIVATIONS[config.activation](gate) * up)
 
 
 def _norm_if(config: DecoderConfig, params: Params, name: str, x: Array) -> Array:

@@ -137,6 +137,8 @@ def read_rope(
     """
     theta = keys.get("rope_theta", keys.default("rope_theta") or 10_000.0)
     partial = keys.get("partial_rotary_factor", partial)
+    if keys.model_type == "minimax_m2" and keys.get("rotary_dim") is not None:
+        partial = keys.get("rotary_dim") / head_dim
     scaling = keys.get("rope_scaling")
     stated = scaling or keys.get("rope_parameters") or keys.default("rope_parameters") or {}
     if not isinstance(stated, Mapping):
@@ -145,13 +147,18 @@ def read_rope(
         stated = stated[layer_type]
         if stated is None:
             return None, 1.0
-    unknown = sorted(set(stated) - _ROPE_KEYS)
+    alpha = stated.get("alpha") if keys.model_type == "hunyuan_v1_moe" else None
+    unknown = sorted(set(stated) - _ROPE_KEYS - ({"alpha"} if alpha is not None else set()))
     if unknown:
         where = "rope_scaling" if scaling else "rope_parameters"
         raise keys.error(f"{where}.{unknown[0]}", "absent", stated[unknown[0]])
     kind = stated.get("rope_type") or stated.get("type") or "default"
     if kind not in KINDS:
         raise keys.error("rope_type", f"one of {', '.join(KINDS)}", kind)
+    if kind == "dynamic" and alpha:
+        # HunYuan stretches the base by a fixed factor, whatever the length.
+        theta = stated.get("rope_theta", theta) * alpha ** (head_dim / (head_dim - 2))
+        kind, stated = "default", {}
     longest = keys.get("max_position_embeddings", 0)
     original = (
         keys.get("original_max_position_embeddings")

@@ -103,12 +103,17 @@ class DecoderConfig:
         qk_norm_after_rope: whether queries and keys are rotated before their norm.
         qkv_clip: bound on queries, keys and values after their norms; None is none.
         sinks: whether each head has a logit that takes attention from nothing (gpt-oss).
+        output_gate: whether the sigmoid of a projection of attention's input weighs its output.
         norm: "rms" or "layer" (with biases).
         norm_eps: eps of the norms.
-        norm_place: "before" attention and experts, "after" them, or "both".
+        norms: (parameter, name of the tensor's module) of a layer's norms. Parameters are
+            ``attention_norm`` and ``mlp_norm`` before, ``attention_post_norm`` and ``mlp_post_norm``
+            after attention and experts.
         activation: of dense feed-forward parts, a name in ``moe_jax.experts.ACTIVATIONS``.
         mlp_bias: whether dense feed-forward parts have biases.
         d_ff: width of dense feed-forward parts.
+        shared_d_ff: width of a feed-forward part beside the experts' block; 0 is none. Most models
+            keep shared experts inside the block, where ``moe_jax.interop`` reads them.
         embedding_multiplier: multiplies embeddings.
         residual_multiplier: multiplies what attention and experts add.
         logits_multiplier: multiplies the logits.
@@ -132,12 +137,17 @@ class DecoderConfig:
     qk_norm_after_rope: bool = False
     qkv_clip: float | None = None
     sinks: bool = False
+    output_gate: bool = False
     norm: str = "rms"
     norm_eps: float = 1e-6
-    norm_place: str = "before"
+    norms: tuple[tuple[str, str], ...] = (
+        ("attention_norm", "input_layernorm"),
+        ("mlp_norm", "post_attention_layernorm"),
+    )
     activation: str = "silu"
     mlp_bias: bool = False
     d_ff: int = 0
+    shared_d_ff: int = 0
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_multiplier: float = 1.0

@@ -22,11 +22,23 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 @dataclasses.dataclass(frozen=True)
 class TensorRecord:
-    """Where a checkpoint keeps a tensor, and as what."""
+    """Where a checkpoint keeps a tensor, as what, and which part of the model it is.
+
+    Attributes:
+        file: name of the file.
+        dtype: in the file.
+        shape: in the file.
+        layer: number of its layer, or None.
+        name: inside its layer or its block, as ``Entry.name`` and ``moe_jax.interop`` spell it.
+        in_block: whether it belongs to the layer's Mixture-of-Experts block.
+    """
 
     file: str
     dtype: np.dtype
     shape: tuple[int, ...]
+    layer: int | None
+    name: str
+    in_block: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +49,6 @@ class HubSource:
         folder: where it was.
         config: ``config.json`` as text.
         index: ``model.safetensors.index.json`` as text, or None where there is one file.
-        block: the name of the experts' module in a layer, with a dot.
         tensors: the tensors that the model is made of, by name.
         metadata: each file's own metadata, by file.
     """
@@ -45,7 +56,6 @@ class HubSource:
     folder: str
     config: str
     index: str | None
-    block: str
     tensors: Mapping[str, TensorRecord]
     metadata: Mapping[str, Mapping[str, str]]
 
@@ -74,8 +84,13 @@ def layer_entries(config: DecoderConfig, layer: LayerConfig) -> Iterator[Entry]:
     """The tensors of one layer, but for those of its Mixture-of-Experts block."""
     yield from _attention_entries(config)
     d = config.d_model
-    for norm in _norms(config):
-        yield from _norm(config, (norm[0],), norm[1], d)
+    for parameter, name in config.norms:
+        yield from _norm(config, (parameter,), name, d)
+    if layer.experts and config.shared_d_ff:
+        fused = (2 * config.shared_d_ff, d)
+        yield Entry(("shared_mlp", "gate_up", "kernel"), "shared_mlp.input_linear.weight", fused)
+        out = (d, config.shared_d_ff)
+        yield Entry(("shared_mlp", "down", "kernel"), "shared_mlp.output_linear.weight", out)
     if not layer.experts:
         sizes = {"gate": (config.d_ff, d), "up": (config.d_ff, d), "down": (d, config.d_ff)}
         for part, (out, into) in sizes.items():
@@ -94,16 +109,6 @@ def end_entries(config: DecoderConfig) -> Iterator[Entry]:
         yield Entry(("head", "kernel"), "lm_head.weight", (v, d))
     if config.head_bias:
         yield Entry(("head", "bias"), "lm_head.bias", (v,))
-
-
-def _norms(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
-    """(parameter, tensor) of a layer's norms."""
-    if config.norm_place == "after":
-        return (
-            ("attention_post_norm", "post_attention_layernorm"),
-            ("mlp_post_norm", "post_feedforward_layernorm"),
-        )
-    return (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
 
 
 def _norm(config: DecoderConfig, path: tuple[str, ...], name: str, size: int) -> Iterator[Entry]:
@@ -146,6 +151,8 @@ def _attention_entries(config: DecoderConfig) -> Iterator[Entry]:
             path = ("attention", f"{part}_norm", "scale")
             name = f"self_attn.{part}_norm.weight"
             yield Entry(path, name, (size if whole else config.head_dim,))
+    if config.output_gate:
+        yield from _linear("gate", "gate_proj", queries, d, False)
     if config.sinks:
         yield Entry(("attention", "sinks"), "self_attn.sinks", (heads,))
 

@@ -50,17 +50,23 @@ class HubFolder:
         self.folder = Path(folder)
         self.raw = _read_config(self.folder)
         self.config: DecoderConfig = decoder_config(self.raw)
-        self._block = architecture_of(self.raw).block + "."
+        row = architecture_of(self.raw)
         self._tensors = SafetensorsFolder(self.folder)
         self._by_layer: dict[int, dict[str, str]] = {}
         self._ends: list[str] = []
         for name in self._tensors:
             match = LAYER.fullmatch(name)
             if match is None:
-                self._ends.append(name)
-            # Layers beyond the last predict further tokens; transformers leaves them out too.
+                # Heads that predict further tokens; transformers leaves them out too.
+                if not name.startswith(("mtp", "model.mtp")):
+                    self._ends.append(name)
+            # So are layers beyond the last.
             elif int(match[1]) < self.config.num_layers:
-                self._by_layer.setdefault(int(match[1]), {})[match[2]] = name
+                short = match[2]
+                for old, new in row.renames:
+                    short = short.replace(old, new)
+                self._by_layer.setdefault(int(match[1]), {})[short] = name
+        self._row = row
         self.dtype = jnp.dtype(_dtype(self._stored() if dtype is None else dtype))
 
     def _stored(self) -> str:
@@ -81,43 +87,66 @@ class HubFolder:
     def layer(self, number: int) -> Params:
         """The parameters of one layer, its tensors and no others read from disk."""
         where = f"{self.folder}, layer {number}"
-        names = self._by_layer.get(number, {})
         layer = self.config.layers[number]
         entries = list(layer_entries(self.config, layer))
+        outside, inside, prefix = self._split(number)
         wanted = {e.name for e in entries}
-        tensors = {short: self._tensors[full] for short, full in names.items() if short in wanted}
-        rest = {short: full for short, full in names.items() if short not in wanted}
-        inside = {s: f for s, f in rest.items() if layer.experts and s.startswith(self._block)}
-        check_unused([s for s in rest if s not in inside], where=where)
+        unused = () if layer.experts else self._row.unused_when_dense
+        check_unused([s for s in outside if s not in wanted and s not in unused], where=where)
+        tensors = {s: self._tensors[f] for s, f in outside.items() if s in wanted}
         params = take(tensors, iter(entries), dtype=self.dtype, where=where)
         if layer.experts:
             if not inside:
                 raise ValueError(
-                    f"{where}: expected experts under {self._block!r}, got none. Check the config "
-                    "against the checkpoint."
+                    f"{where}: expected experts, got none. Check the config against the checkpoint."
                 )
-            block = {s: self._tensors[f] for s, f in inside.items()}
-            params["moe"] = _cast(moe_block_from_hf(self.raw, block, self._block), self.dtype)
+            block = {prefix + s: self._tensors[f] for s, f in inside.items()}
+            params["moe"] = _cast(moe_block_from_hf(self.raw, block, prefix), self.dtype)
         return params
+
+    def _split(self, number: int) -> tuple[dict[str, str], dict[str, str], str]:
+        """Tensors outside and inside a layer's block, by name there; and the block's prefix."""
+        names = self._by_layer.get(number, {})
+        if not self.config.layers[number].experts:
+            return names, {}, ""
+        # Most checkpoints have "mlp"; transformers 5 also writes some with the older module's name.
+        prefixes = (f"{self._row.block}.", "mlp.", "block_sparse_moe.")
+        prefix = next((p for p in prefixes if any(s.startswith(p) for s in names)), prefixes[0])
+        outside = {s: f for s, f in names.items() if not s.startswith(prefix)}
+        inside = {s.removeprefix(prefix): f for s, f in names.items() if s.startswith(prefix)}
+        return outside, inside, prefix
 
     def source(self) -> HubSource:
         """What ``save_model`` needs of this folder."""
-        own = [*self._ends, *(n for names in self._by_layer.values() for n in names.values())]
-        records = {n: self._record(n) for n in own}
+        kept = {e.name for e in end_entries(self.config)} | {"lm_head.weight"}
+        records = {n: self._record(n, None, n, False) for n in self._ends if n in kept}
+        for number, layer in enumerate(self.config.layers):
+            outside, inside, _ = self._split(number)
+            kept = {e.name for e in layer_entries(self.config, layer)}
+            records |= {
+                f: self._record(f, number, s, False) for s, f in outside.items() if s in kept
+            }
+            records |= {f: self._record(f, number, s, True) for s, f in inside.items()}
         files = sorted({record.file for record in records.values()})
         index = self.folder / "model.safetensors.index.json"
         return HubSource(
             folder=str(self.folder),
             config=(self.folder / "config.json").read_text("utf-8"),
             index=index.read_text("utf-8") if index.is_file() else None,
-            block=self._block,
             tensors=records,
             metadata={file: self._tensors.metadata_of(file) for file in files},
         )
 
-    def _record(self, name: str) -> TensorRecord:
-        tensor = self._tensors[name]  # a view: nothing is read
-        return TensorRecord(self._tensors.file_of(name), tensor.dtype, tuple(tensor.shape))
+    def _record(self, full: str, layer: int | None, name: str, in_block: bool) -> TensorRecord:
+        tensor = self._tensors[full]  # a view: nothing is read
+        return TensorRecord(
+            file=self._tensors.file_of(full),
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            layer=layer,
+            name=name,
+            in_block=in_block,
+        )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

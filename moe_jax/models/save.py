@@ -21,7 +21,6 @@ from moe_jax.interop.names import canonical
 from moe_jax.interop.safetensors import write_safetensors
 from moe_jax.models.causal_lm import CausalLM
 from moe_jax.models.hub_layout import (
-    LAYER,
     BlockTensors,
     HubSource,
     TensorRecord,
@@ -80,9 +79,7 @@ def save_model(model: CausalLM, folder: str | Path) -> Path:
         )
     get = _reader(model, source)
     config = _config(source.config, model)
-    records = {
-        name: _as_held(name, record, model, source.block) for name, record in source.tensors.items()
-    }
+    records = {name: _as_held(record, model) for name, record in source.tensors.items()}
     # Written beside the target and renamed, so that no half-written model has its name.
     part = target.parent / f".{target.name}.writing-{os.getpid()}"
     part.mkdir(parents=True)
@@ -124,40 +121,34 @@ def _reader(model: CausalLM, source: HubSource) -> Callable[[str], np.ndarray]:
     def tensors_of(number: int, layer: Params) -> BlockTensors:
         if number not in block:
             block.clear()
-            prefix = f"model.layers.{number}.{source.block}"
-            shapes = {
-                name.removeprefix(prefix): record.shape
-                for name, record in source.tensors.items()
-                if name.startswith(prefix)
-            }
+            inside = (r for r in source.tensors.values() if r.layer == number and r.in_block)
+            shapes = {record.name: record.shape for record in inside}
             held = layer["moe"]
             block[number] = BlockTensors(shapes, held.params, held.state, interleaved=interleaved)
         return block[number]
 
     def get(name: str) -> np.ndarray:
-        match = LAYER.fullmatch(name)
-        if match is None:
-            return give(params, ends[name])
-        number, short = int(match[1]), match[2]
-        layer = params["layers"][number]
-        if short in layers[number]:
-            return give(layer, layers[number][short])
-        return tensors_of(number, layer)[short.removeprefix(source.block)]
+        record = source.tensors[name]
+        if record.layer is None:
+            return give(params, ends[record.name])
+        layer = params["layers"][record.layer]
+        if record.in_block:
+            return tensors_of(record.layer, layer)[record.name]
+        return give(layer, layers[record.layer][record.name])
 
     return get
 
 
-def _as_held(name: str, record: TensorRecord, model: CausalLM, block: str) -> TensorRecord:
+def _as_held(record: TensorRecord, model: CausalLM) -> TensorRecord:
     """The record in the dtype to write: the model's, or float32 where the checkpoint keeps that.
 
     Routers compute in float32 whatever the model's dtype is. Those that the checkpoint keeps in
     bfloat16 go back to it together with the model, without loss unless they were trained.
     """
-    match = LAYER.fullmatch(name)
-    meaning = canonical(match[2].removeprefix(block)) if match else None
-    of_router = (meaning or "").startswith(("router.", "expert_bias"))
+    meaning = (canonical(record.name) or "") if record.in_block else ""
+    of_router = meaning.startswith(("router.", "expert_bias"))
     dtype = jnp.promote_types(record.dtype, model.dtype) if of_router else model.dtype
-    return TensorRecord(record.file, np.dtype(dtype), record.shape)
+    return dataclasses.replace(record, dtype=np.dtype(dtype))
 
 
 def _index(text: str, records: Mapping[str, TensorRecord]) -> str:
