@@ -121,6 +121,13 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
         """The shape of a tensor, from the header alone."""
         return self._header[name].shape
 
+    def release(self) -> None:
+        """Lets go of the mapped file; it is mapped again when a tensor is asked for.
+
+        What was read stays in memory until every view of it is gone too.
+        """
+        self._bytes = None
+
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._header[name]
         if entry.dtype not in DTYPES:
@@ -248,6 +255,11 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def release(self) -> None:
+        """Lets go of all mapped files, see ``SafetensorsFile.release``."""
+        for file in self._open.values():
+            file.release()
 
     def file_of(self, name: str) -> str:
         """The name of the file that holds a tensor."""

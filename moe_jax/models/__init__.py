@@ -3,23 +3,28 @@
 from moe_jax.models.architectures import decoder_config, supported_decoders
 from moe_jax.models.causal_lm import CausalLM, DecoderOutput
 from moe_jax.models.decoder_config import DecoderConfig
+from moe_jax.models.evaluation import Evaluation, evaluate
 from moe_jax.models.generate import Sampling, generate, stream_tokens
 from moe_jax.models.kv_cache import KVCache, init_cache
-from moe_jax.models.load import HubFolder, load_model
+from moe_jax.models.load import HubFolder, StreamedLayer, load_model, stream_layers
 from moe_jax.models.save import save_model
 
 __all__ = [
     "CausalLM",
     "DecoderConfig",
     "DecoderOutput",
+    "Evaluation",
     "HubFolder",
     "KVCache",
     "Sampling",
+    "StreamedLayer",
     "decoder_config",
+    "evaluate",
     "generate",
     "init_cache",
     "load_model",
     "save_model",
+    "stream_layers",
     "stream_tokens",
     "supported_decoders",
 ]

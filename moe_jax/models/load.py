@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 
 from moe_jax.interop import MoEBlock, moe_block_from_hf
 from moe_jax.interop.safetensors import SafetensorsFolder
+from moe_jax.layer import LayerAux
 from moe_jax.models.architectures import architecture_of, decoder_config
-from moe_jax.models.causal_lm import CausalLM
+from moe_jax.models.attention import TokenLayout
+from moe_jax.models.causal_lm import CausalLM, Implementation, decoder_layer
 from moe_jax.models.decoder_config import DecoderConfig
 from moe_jax.models.hub_layout import (
     LAYER,
@@ -24,7 +27,7 @@ from moe_jax.models.hub_layout import (
     layer_entries,
     take,
 )
-from moe_jax.types import Params
+from moe_jax.types import Array, Params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -116,6 +119,10 @@ class HubFolder:
         inside = {s.removeprefix(prefix): f for s, f in names.items() if s.startswith(prefix)}
         return outside, inside, prefix
 
+    def release(self) -> None:
+        """Lets go of the pages of the files that were read, so that they do not count as memory."""
+        self._tensors.release()
+
     def source(self) -> HubSource:
         """What ``save_model`` needs of this folder."""
         kept = {e.name for e in end_entries(self.config)} | {"lm_head.weight"}
@@ -204,3 +211,65 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> CausalLM:
     params = opened.ends()
     params["layers"] = [opened.layer(i) for i in range(opened.config.num_layers)]
     return CausalLM(opened.config, params, source=opened.source())
+
+
+@dataclasses.dataclass
+class StreamedLayer:
+    """One layer of a model that is read layer by layer.
+
+    Attributes:
+        number: of the layer.
+        config: the decoder.
+        params: of this layer alone, see ``decoder_layer``. They are let go of when the next layer is
+            read: keep no reference to them.
+    """
+
+    number: int
+    config: DecoderConfig
+    params: Params
+
+    @property
+    def block(self) -> MoEBlock | None:
+        """The layer's Mixture-of-Experts block, None in a dense layer."""
+        return self.params.get("moe")
+
+    def __call__(
+        self, h: Array, layout: TokenLayout, *, implementation: Implementation = None
+    ) -> tuple[Array, LayerAux | None]:
+        """float[B, S, D] after the layer, and its block's routing and statistics, if it has one."""
+        h, _, aux = decoder_layer(
+            self.config,
+            self.config.layers[self.number],
+            self.params,
+            h,
+            layout,
+            implementation=implementation,
+            report=True,
+        )
+        return h, aux
+
+
+def stream_layers(folder: str | Path | HubFolder, *, dtype: Any = None) -> Iterator[StreamedLayer]:
+    """Yields a model's layers in order, one in memory at a time.
+
+    Pass all sequences through a layer before the next is asked for. Embedding and head come from
+    ``HubFolder.ends``.
+
+    Args:
+        folder: see ``load_model``, or the folder already opened.
+        dtype: see ``HubFolder``; not together with an opened folder.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``load_model``.
+
+    Example:
+        >>> [layer.block is not None for layer in stream_layers("tests/goldens/models/qwen3_moe")]
+        [False, True]
+    """
+    opened = folder if isinstance(folder, HubFolder) else HubFolder(folder, dtype=dtype)
+    for number in range(opened.config.num_layers):
+        layer = StreamedLayer(number, opened.config, opened.layer(number))
+        opened.release()
+        yield layer
+        # The consumer's loop variable still refers to the layer while the next one is read.
+        layer.params = {}

@@ -1,0 +1,124 @@
+"""The loss that is read layer by layer is the model's; memory holds one layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.models import evaluate, load_model, stream_layers
+from moe_jax.routers import MinP
+from tests.models.made import SMALL, block_shapes, make_folder
+
+MODELS = Path(__file__).parents[1] / "goldens" / "models"
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.compile_cheaply
+
+
+@pytest.fixture(scope="module")
+def text() -> tuple[np.ndarray, np.ndarray]:
+    ids = np.random.default_rng(0).integers(0, 96, (5, 12))
+    mask = np.ones_like(ids)
+    mask[1, :4] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
+def test_the_streamed_loss_is_that_of_the_models_logits(name, text):
+    ids, mask = text
+    model = load_model(MODELS / name)
+    seen = []
+    streamed = evaluate(MODELS / name, ids, mask, batch_size=2, progress=lambda *a: seen.append(a))
+    whole = evaluate(model, ids, mask, batch_size=5)
+    log_probs = jax.nn.log_softmax(model(jnp.asarray(ids), jnp.asarray(mask))[:, :-1])
+    chosen = np.take_along_axis(np.asarray(log_probs), ids[:, 1:, None], axis=-1)[..., 0]
+    real = (mask[:, 1:] & mask[:, :-1]).astype(bool)
+    want = -chosen[real].astype(np.float64).mean()
+    assert abs(streamed.loss - whole.loss) <= 1e-6
+    assert abs(streamed.loss - want) <= 1e-6
+    assert streamed.tokens == real.sum() == 51
+    np.testing.assert_allclose(
+        streamed.sequence_loss @ streamed.sequence_tokens / 51, streamed.loss, rtol=1e-12
+    )
+    assert streamed.perplexity == pytest.approx(np.exp(want))
+    assert seen == [(1, 2, "layers"), (2, 2, "layers")]
+    assert streamed.experts_per_token == dict.fromkeys(model.config.moe_layers, 2.0)
+
+
+def test_another_rule_in_every_block_is_what_is_evaluated(text):
+    ids, mask = text
+
+    def fewer(layer, block):
+        rule = MinP(num_experts=8, max_k=2)
+        return dataclasses.replace(block, router=rule, state=rule.init_state())
+
+    changed = evaluate(MODELS / "olmoe", ids, mask, change_block=fewer)
+    assert set(changed.experts_per_token) == {0, 1}
+    assert all(1 <= k < 2 for k in changed.experts_per_token.values())
+    assert changed.loss != evaluate(MODELS / "olmoe", ids, mask).loss
+
+
+def test_text_with_nothing_to_predict_is_refused():
+    with pytest.raises(ValueError, match="at least two real tokens"):
+        evaluate(MODELS / "olmoe", [[1], [2]])
+    with pytest.raises(ValueError, match="at least two real tokens"):
+        evaluate(MODELS / "olmoe", [[1, 2]], [[0, 1]])
+
+
+def test_a_layer_is_let_go_of_before_the_next_is_read():
+    before = None
+    for layer in stream_layers(MODELS / "olmoe"):
+        assert before is None or not before.params
+        assert layer.block is not None
+        before = layer
+
+
+SCRIPT = """
+import sys, threading, time
+import numpy as np
+from moe_jax.models import evaluate
+
+def anonymous():  # memory that no file backs
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+ids = np.arange(64).reshape(2, 32)
+evaluate(sys.argv[1], ids)  # imports and compiled programs are in memory before the count starts
+start, peak, done = anonymous(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.0005)
+
+thread = threading.Thread(target=watch)
+thread.start()
+evaluate(sys.argv[2], ids)
+done = True
+thread.join()
+print(peak - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_of_24_layers_is_that_of_one(tmp_path):
+    config = SMALL | {
+        "model_type": "olmoe", "hidden_size": 256, "intermediate_size": 512, "num_experts": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 24,
+    }  # fmt: skip
+    block = dict(block_shapes(config, bias=False))
+    one = make_folder(tmp_path / "one", config | {"num_hidden_layers": 1}, block)
+    deep = make_folder(tmp_path / "deep", config, block, shared_layers=True)
+    layer = 32 * 3 * 256 * 512 * 4
+    script = [sys.executable, "-c", SCRIPT, str(one), str(deep)]
+    ran = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert int(ran.stdout) <= 1.5 * layer, f"{int(ran.stdout) / layer:.2f} layers"
