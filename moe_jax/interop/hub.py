@@ -50,7 +50,7 @@ def load_hf_block(folder: str | Path, layer: int, *, prefix: str | None = None) 
         raise ValueError(f"{path}: expected JSON, got something else. Download it again.") from None
     if not isinstance(config, Mapping):
         raise ValueError(f"{path}: expected a JSON object, got a {type(config).__name__}.")
-    config = _of_layer(config, layer)
+    config = config_of_layer(config, layer)
     family, _ = read(config)
     tensors = SafetensorsFolder(folder)
     if prefix is None:
@@ -83,12 +83,12 @@ def _check_listed(tensors: SafetensorsFolder, names: Mapping[str, str], *, where
         )
 
 
-def _of_layer(config: Mapping[str, Any], layer: int) -> dict[str, Any]:
+def config_of_layer(config: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """The config with per-layer lists and overrides replaced by this layer's values."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if key in NESTED and isinstance(value, Mapping):
-            out[key] = _of_layer(value, layer)
+            out[key] = config_of_layer(value, layer)
         elif key in _PER_LAYER and isinstance(value, list) and layer < len(value):
             out[key] = value[layer]
         else:

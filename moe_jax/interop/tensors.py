@@ -256,8 +256,22 @@ def _one_by_one(tensors: Tensors, e: int, d: int, gated: bool) -> Params:
     for part in ("gate", "up", "down") if gated else ("up", "down"):
         shape, axes = ((d, f), "D F") if part == "down" else ((f, d), "F D")
         each = [tensors.take(f"experts.{i}.{part}", shape, axes) for i in range(e)]
-        out[part] = linear(_stack(each))
+        out[part] = _stack_transposed(each)
     return out
+
+
+def _stack_transposed(each: list[Tensor]) -> Tensor:
+    """[E, in, out] from E matrices [out, in].
+
+    Copied from the file into place and on to the device at once, so that at no time both a host and a
+    device copy of all projections are in memory: a layer may be most of what fits.
+    """
+    if not all(isinstance(t, np.ndarray) for t in each):
+        return linear(jnp.stack(each))
+    out = np.empty((len(each), *each[0].shape[::-1]), each[0].dtype)
+    for i, tensor in enumerate(each):
+        out[i] = tensor.T
+    return jnp.asarray(out)
 
 
 def _stack(each: list[Tensor]) -> Tensor:

@@ -11,8 +11,10 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moe_jax.interop import router_from_hf
 from moe_jax.interop.expert_functions import activation_name
 from moe_jax.interop.families import BY_TYPE
+from moe_jax.interop.hub import config_of_layer
 from moe_jax.interop.model_config import ALIASES, NESTED, normal_name
 from moe_jax.models.config_keys import ConfigKeys, read_rope
 from moe_jax.models.decoder_config import DecoderConfig, LatentConfig, LayerConfig, RopeConfig
@@ -286,7 +288,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         latent=True,
         mlp_bias="mlp_bias",
         interleaved=True,
-        fixed={"scoring_func": ("softmax",)},
     ),
     Architecture(
         types=("deepseek_v3",),
@@ -295,7 +296,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         experts=after_first,
         latent=True,
         interleaved="rope_interleave",
-        fixed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     ),
     Architecture(
         types=("glm4_moe",),
@@ -304,7 +304,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         out_bias="",
         qk_norm="{use_qk_norm}",
         partial=0.5,
-        fixed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     ),
     Architecture(
         types=("granitemoe",),
@@ -332,7 +331,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         experts=after_first,
         windows=listed(_late),
         qk_norm="head",
-        fixed={"scoring_func": ("noaux_tc", "sigmoid"), "topk_method": ("noaux_tc",)},
         ignored=("max_window_layers", "sliding_window"),
     ),
     Architecture(
@@ -434,8 +432,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         qkv_bias="",
         out_bias="",
         qk_norm="full",
-        fixed={"use_qk_norm": (True,), "qk_norm_type": ("per_layer",), "scoring_func": ("sigmoid",),
-               "use_routing_bias": (True,), "shared_intermediate_size": (0,)},
+        fixed={"use_qk_norm": (True,), "qk_norm_type": ("per_layer",),
+               "shared_intermediate_size": (0,)},
         block="block_sparse_moe",
     ),
     Architecture(
@@ -445,7 +443,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         experts=by_types("", 1),
         latent=True,
         interleaved="rope_interleave",
-        fixed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     ),
     Architecture(
         types=("axk1",),
@@ -454,7 +451,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         experts=by_types("first_k_dense_replace", 1),
         latent=True,
         interleaved="rope_interleave",
-        fixed={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,)},
+        fixed={"moe_layer_freq": (1,)},
         # The norm of the experts' output stands beside their module in the files.
         renames=(("mlp.post_mlp_layernorm", "post_mlp_layernorm"),
                  ("post_mlp_layernorm", "mlp.post_mlp_layernorm")),
@@ -496,10 +493,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 
 BY_MODEL_TYPE: dict[str, Architecture] = {t: row for row in ARCHITECTURES for t in row.types}
 
-# Keys of the experts' half of a config, which ``moe_jax.interop`` reads.
+# Keys of the experts' half of a config: ``moe_jax.interop`` reads them, or refuses what they say.
 _EXPERT_KEYS = frozenset(name for names in ALIASES.values() for name in names) | {
-    "moe_intermediate_size", "shared_expert_intermediate_size",
-}  # fmt: skip
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "topk_method",
+    "quantization_config",
+    "compression_config",
+}
 
 
 def supported_decoders() -> tuple[str, ...]:
@@ -532,13 +533,6 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         )
     model_type = normal_name(stated)
     if model_type in BY_MODEL_TYPE:
-        quantised = config.get("quantization_config")
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
-            raise ValueError(
-                f"config of {model_type!r}: expected plain weights, got a quantised checkpoint "
-                f"({method!r}). Dequantise it first, for example by loading and saving it in bfloat16."
-            )
         nested = [name for name in NESTED if isinstance(config.get(name), Mapping)]
         if nested:
             raise ValueError(
@@ -662,6 +656,8 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         tied=bool(keys.get("tie_word_embeddings", False)),
         head_bias=_flag(keys, row.head_bias),
     )
+    if decoder.moe_layers:
+        router_from_hf(config_of_layer(config, decoder.moe_layers[0]))
     keys.finish(_EXPERT_KEYS | frozenset(BY_TYPE[model_type].defaults) | frozenset(row.ignored))
     return decoder
 

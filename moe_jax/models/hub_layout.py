@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.interop.names import canonical
-from moe_jax.interop.quantization import part_of
 from moe_jax.interop.tensors import Tensor
 from moe_jax.models.decoder_config import DecoderConfig, LayerConfig
 from moe_jax.types import Params
@@ -51,6 +50,7 @@ class HubSource:
         index: ``model.safetensors.index.json`` as text, or None where there is one file.
         tensors: the tensors that the model is made of, by name.
         metadata: each file's own metadata, by file.
+        quantised: whether its weights were restored from a quantised form.
     """
 
     folder: str
@@ -58,6 +58,7 @@ class HubSource:
     index: str | None
     tensors: Mapping[str, TensorRecord]
     metadata: Mapping[str, Mapping[str, str]]
+    quantised: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,17 +219,11 @@ def check_unused(names: list[str], *, where: str) -> None:
     """Refuses tensors that no parameter was made of.
 
     Raises:
-        ValueError: they are quantised, or something that the config does not state.
+        ValueError: there are some.
     """
     left = [n for n in names if not n.endswith("rotary_emb.inv_freq")]
     if not left:
         return
-    quantised = [n for n in left if part_of(n)]
-    if quantised:
-        raise ValueError(
-            f"{where}: expected plain weights, got a quantised checkpoint ({quantised[0]!r}). "
-            "Dequantise it first, for example by loading and saving it in bfloat16."
-        )
     raise ValueError(
         f"{where}: expected no further tensors, got {', '.join(map(repr, sorted(left)[:6]))}. The "
         "config describes a layer without them, so the model would give other numbers."

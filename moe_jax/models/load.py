@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.interop import MoEBlock, moe_block_from_hf
+from moe_jax.interop.hub import config_of_layer
+from moe_jax.interop.quantization import dequantize, part_of, quantization_of
 from moe_jax.interop.safetensors import SafetensorsFolder
 from moe_jax.layer import LayerAux
 from moe_jax.models.architectures import architecture_of, decoder_config
@@ -82,9 +84,10 @@ class HubFolder:
         """Embedding, last norm and head, in ``dtype``."""
         where = f"{self.folder}"
         entries = list(end_entries(self.config))
-        named = {n: self._tensors[n] for n in self._ends if n in {e.name for e in entries}}
+        named = self._plain({n: n for n in self._ends}, "", where=where)
         tied = ["lm_head.weight"] if self.config.tied else []
-        check_unused([n for n in self._ends if n not in named and n not in tied], where=where)
+        wanted = {e.name for e in entries}
+        check_unused([n for n in named if n not in wanted and n not in tied], where=where)
         return take(named, iter(entries), dtype=self.dtype, where=where)
 
     def layer(self, number: int) -> Params:
@@ -94,9 +97,9 @@ class HubFolder:
         entries = list(layer_entries(self.config, layer))
         outside, inside, prefix = self._split(number)
         wanted = {e.name for e in entries}
+        tensors = self._plain(outside, f"model.layers.{number}.", where=where)
         unused = () if layer.experts else self._row.unused_when_dense
-        check_unused([s for s in outside if s not in wanted and s not in unused], where=where)
-        tensors = {s: self._tensors[f] for s, f in outside.items() if s in wanted}
+        check_unused([s for s in tensors if s not in wanted and s not in unused], where=where)
         params = take(tensors, iter(entries), dtype=self.dtype, where=where)
         if layer.experts:
             if not inside:
@@ -104,8 +107,16 @@ class HubFolder:
                     f"{where}: expected experts, got none. Check the config against the checkpoint."
                 )
             block = {prefix + s: self._tensors[f] for s, f in inside.items()}
-            params["moe"] = _cast(moe_block_from_hf(self.raw, block, prefix), self.dtype)
+            config = config_of_layer(self.raw, number)
+            params["moe"] = _cast(moe_block_from_hf(config, block, prefix), self.dtype)
         return params
+
+    def _plain(self, names: Mapping[str, str], prefix: str, *, where: str) -> dict[str, Any]:
+        """The tensors of those names, quantised weights restored."""
+        tensors = {short: self._tensors[full] for short, full in names.items()}
+        if not any(part_of(short) for short in tensors):
+            return tensors
+        return dequantize(tensors, self.raw, what=where, prefix=prefix)
 
     def _split(self, number: int) -> tuple[dict[str, str], dict[str, str], str]:
         """Tensors outside and inside a layer's block, by name there; and the block's prefix."""
@@ -141,6 +152,7 @@ class HubFolder:
             config=(self.folder / "config.json").read_text("utf-8"),
             index=index.read_text("utf-8") if index.is_file() else None,
             tensors=records,
+            quantised=quantization_of(self.raw) is not None,
             metadata={file: self._tensors.metadata_of(file) for file in files},
         )
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_jax.interop import router_from_hf
 from moe_jax.interop.families import BY_TYPE
+from moe_jax.interop.hub import config_of_layer
 from moe_jax.interop.model_config import ALIASES
 from moe_jax.interop.names import canonical
 from moe_jax.interop.safetensors import write_safetensors
@@ -71,6 +72,11 @@ def save_model(model: CausalLM, folder: str | Path) -> Path:
         raise ValueError(
             "model: expected one from load_model, which knows the checkpoint's layout, got one without "
             "it. Save its params with moe_jax.checkpoint instead."
+        )
+    if source.quantised:
+        raise ValueError(
+            "model: expected one from a plain checkpoint, got one from a quantised checkpoint. Its "
+            "tensors have no place for restored weights: save its params with moe_jax.checkpoint."
         )
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -173,7 +179,7 @@ def _config(text: str, model: CausalLM) -> str:
     for key in ("dtype", "torch_dtype"):
         if key in config:
             changed[key] = model.dtype.name
-    trained: Any = router_from_hf(config)
+    trained: Any = router_from_hf(config_of_layer(config, model.config.moe_layers[0]))
     counts = set()
     for number, block in model.blocks().items():
         rule: Any = block.router

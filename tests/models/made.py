@@ -51,7 +51,6 @@ def make_folder(
     *,
     prefix: str = "mlp.",
     seed: int = 0,
-    shared_layers: bool = False,
 ) -> Path:
     """Writes ``config.json`` and ``model.safetensors``.
 
@@ -61,8 +60,6 @@ def make_folder(
         block: name inside the block -> shape.
         prefix: of the block inside its layer.
         seed: of the weights.
-        shared_layers: whether all layers are the same bytes of the file, so that a deep model is a
-            small file.
     """
     decoder = decoder_config(config)
     shapes = {e.name: e.shape for e in end_entries(decoder)}
@@ -83,19 +80,6 @@ def make_folder(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     path = folder / "model.safetensors"
-    if not shared_layers:
-        specs = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
-        write_safetensors(path, specs, draw, metadata={"format": "pt"})
-        return folder
-    first = {n: s for n, s in shapes.items() if ".layers." not in n or ".layers.0." in n}
-    specs = {name: (np.dtype(np.float32), shape) for name, shape in first.items()}
-    write_safetensors(path, specs, draw)
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + length])
-    for name in shapes:
-        number = name.split(".")[2] if ".layers." in name else "0"
-        header[name] = header[name.replace(f".layers.{number}.", ".layers.0.")]
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    specs = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
+    write_safetensors(path, specs, draw, metadata={"format": "pt"})
     return folder

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -147,28 +148,43 @@ def test_tensors_that_the_config_does_not_state_are_refused(tmp_path):
         load_model(folder)
 
 
-@pytest.mark.parametrize(
-    "tensor", ["self_attn.q_proj.weight", "block_sparse_moe.experts.0.w1.weight"]
-)
-def test_quantised_checkpoints_are_never_read_as_plain_numbers(tmp_path, tensor):
+@pytest.mark.parametrize("tensor", ["self_attn.q_proj", "block_sparse_moe.experts.0.w1"])
+def test_integers_are_never_read_as_plain_weights(tmp_path, tensor):
     folder = copy("mixtral", tmp_path / "a")
-    name = f"model.layers.0.{tensor}"
-
-    def quantise(tensors):
-        tensors[f"{name}_scale_inv"] = np.ones((1, 1), np.float32)
-
-    rewrite(folder, quantise)
-    with pytest.raises(ValueError, match="quantised"):
+    name = f"model.layers.0.{tensor}.weight"
+    rewrite(folder, lambda t: t.update({name: t[name].astype(np.int8)}))
+    with pytest.raises(ValueError, match=r"int8"):
         load_model(folder)
 
-    def integers(tensors):
-        del tensors[f"{name}_scale_inv"]
-        tensors[name] = tensors[name].astype(np.int8)
 
-    if tensor.startswith("self_attn"):
-        rewrite(folder, integers)
-        with pytest.raises(ValueError, match=r"q_proj.*int8"):
-            load_model(folder)
+def test_quantised_weights_are_restored_and_unknown_methods_refused(tmp_path):
+    plain, folder = copy("mixtral", tmp_path / "plain"), copy("mixtral", tmp_path / "int8")
+
+    def quantise(tensors, *, keep):
+        for name in [
+            n for n in tensors if ".layers." in n and "norm" not in n and "gate." not in n
+        ]:
+            scale = np.abs(tensors[name]).max(axis=1, keepdims=True) / np.float32(127)
+            numbers = np.round(tensors[name] / scale).astype(np.int8)
+            tensors[name] = numbers if keep else numbers.astype(np.float32) * scale
+            if keep:
+                tensors[name.replace(".weight", ".weight_scale")] = scale
+
+    rewrite(plain, lambda t: quantise(t, keep=False))
+    rewrite(folder, lambda t: quantise(t, keep=True))
+    for method in ("compressed-tensors", "gguf"):
+        config = config_of("mixtral", quantization_config={"quant_method": method})
+        (folder / "config.json").write_text(json.dumps(config))
+        if method == "gguf":
+            with pytest.raises(ValueError, match="gguf"):
+                load_model(folder)
+            continue
+        restored = load_model(folder)
+        wanted = jax.tree.leaves(load_model(plain).params())
+        for got, want in zip(jax.tree.leaves(restored.params()), wanted, strict=True):
+            np.testing.assert_array_equal(got, want)
+        with pytest.raises(ValueError, match="quantised checkpoint"):
+            save_model(restored, tmp_path / "saved")
 
 
 def test_an_unknown_dtype_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,36 +90,42 @@ def anonymous():  # memory that no file backs
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
-ids = np.arange(64).reshape(2, 32)
-evaluate(sys.argv[1], ids)  # imports and compiled programs are in memory before the count starts
-start, peak, done = anonymous(), 0, False
+def peak(folder):
+    most, done = [0], [False]
 
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
+    def watch():
+        while not done[0]:
+            most[0] = max(most[0], anonymous())
+            time.sleep(0.0005)
 
-thread = threading.Thread(target=watch)
-thread.start()
-evaluate(sys.argv[2], ids)
-done = True
-thread.join()
-print(peak - start)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    evaluate(folder, np.arange(64).reshape(2, 32))
+    done[0] = True
+    thread.join()
+    return most[0]
+
+print(peak(sys.argv[1]), peak(sys.argv[2]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_of_24_layers_is_that_of_one(tmp_path):
+def test_memory_does_not_hold_the_whole_model(tmp_path):
     config = SMALL | {
-        "model_type": "olmoe", "hidden_size": 256, "intermediate_size": 512, "num_experts": 32,
-        "num_experts_per_tok": 2, "num_hidden_layers": 24,
+        "model_type": "olmoe", "hidden_size": 256, "intermediate_size": 512, "num_experts": 16,
+        "num_experts_per_tok": 2, "num_hidden_layers": 8,
     }  # fmt: skip
     block = dict(block_shapes(config, bias=False))
-    one = make_folder(tmp_path / "one", config | {"num_hidden_layers": 1}, block)
-    deep = make_folder(tmp_path / "deep", config, block, shared_layers=True)
-    layer = 32 * 3 * 256 * 512 * 4
-    script = [sys.executable, "-c", SCRIPT, str(one), str(deep)]
-    ran = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
+    few = make_folder(tmp_path / "few", config | {"num_hidden_layers": 2}, block)
+    many = make_folder(tmp_path / "many", config, block)
+    layer = 16 * 3 * 256 * 512 * 4
+    script = [sys.executable, "-c", SCRIPT, str(few), str(many)]
+    # Freed memory goes back to the system at once, instead of being kept for the next tensor.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
+    ran = subprocess.run(
+        script, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=300
+    )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert int(ran.stdout) <= 1.5 * layer, f"{int(ran.stdout) / layer:.2f} layers"
+    of_few, of_many = map(int, ran.stdout.split())
+    # Six layers more on disk. Copies in flight and the allocator's own caches are some of a layer.
+    assert of_many - of_few <= 3 * layer, f"{(of_many - of_few) / layer:.2f} layers more"
