@@ -1,12 +1,12 @@
 #!/bin/sh
-# Sends the traffic to a colour once it has proved itself, or back:
+# Sends the traffic to a colour after checking it, or back:
 #
 #   deploy/blue-green/switch.sh green
 #   deploy/blue-green/switch.sh back
 #
-# The order is: every pod of the colour rolled out and ready, a smoke test of one of them that the
-# Service does not touch yet, and only then the one patch that moves all new connections. The other
-# colour keeps running, so "back" is the same patch and takes no start.
+# First every pod of the colour must be rolled out and ready. Then one of them, which gets no traffic from
+# the Service yet, must pass the smoke test. Only then one patch moves all new connections. The other
+# colour keeps running, so "back" is the same patch and needs no start.
 set -eu
 
 service=dynamic-moe-router-service
@@ -16,14 +16,14 @@ fail() { echo "switch.sh: $1" >&2; exit 1; }
 
 [ $# -eq 1 ] || { echo "usage: switch.sh blue|green|back" >&2; exit 2; }
 current=$(kubectl get service "$service" -o 'jsonpath={.spec.selector.color}') ||
-  fail "expected $service to exist. kubectl apply -k deploy/blue-green/shared"
+  fail "expected $service to exist. Run: kubectl apply -k deploy/blue-green/shared"
 case "$1" in
   blue | green) target=$1 ;;
   back) [ "$current" = blue ] && target=green || target=blue ;;
   *) echo "usage: switch.sh blue|green|back" >&2; exit 2 ;;
 esac
 if [ "$current" = "$target" ]; then
-  echo "$service points at $target already: nothing changed"
+  echo "$service already points at $target: nothing changed"
   exit 0
 fi
 
@@ -40,4 +40,4 @@ moe-jax smoke "http://127.0.0.1:$port" ||
 kubectl patch service "$service" --type merge \
   -p "{\"spec\":{\"selector\":{\"app\":\"dynamic-moe-router\",\"color\":\"$target\"}}}" ||
   fail "the patch was refused, $service still points at $current."
-echo "$service: $current -> $target. Watch errors and latency; back: switch.sh back"
+echo "$service: $current -> $target. Watch errors and latency. To go back: switch.sh back"

@@ -1,10 +1,10 @@
 #!/bin/sh
-# What a process cannot see by itself in a container: how many CPUs it asked for, and where it may
-# write. Then the command, as process 1, so that SIGTERM reaches it.
+# Sets what a process in a container cannot see: the number of CPUs that it may use, and a folder that
+# it may write to. Then runs the command as process 1, so that SIGTERM reaches it.
 set -eu
 
-# CPU_REQUEST is the pod's request in whole CPUs (downward API); without it the cgroup's quota; without
-# that every CPU in sight. XLA would start a thread a CPU of the *node* and be throttled for it.
+# CPU_REQUEST is the pod's request in whole CPUs (downward API). Without it the cgroup's quota counts, and
+# without a quota every CPU. By itself XLA starts one thread for each CPU of the *node* and is throttled.
 cpus="${CPU_REQUEST:-}"
 if [ -z "$cpus" ]; then
   quota="" period=""
@@ -21,8 +21,8 @@ if [ -z "$cpus" ]; then
 fi
 export PJRT_NPROC="$cpus" OMP_NUM_THREADS="$cpus" OPENBLAS_NUM_THREADS="$cpus"
 
-# The root file system is read-only, so the compile cache that the build warmed is copied to where JAX
-# may add to it.
+# The root file system is read-only, so the compile cache of the build is copied to a folder that JAX may
+# add to.
 mkdir -p "$JAX_COMPILATION_CACHE_DIR"
 warmed="${WARMED_CACHE:-/app/compile-cache}"
 if [ -d "$warmed" ]; then cp -rn "$warmed/." "$JAX_COMPILATION_CACHE_DIR"/; fi

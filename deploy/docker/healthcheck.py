@@ -1,4 +1,4 @@
-"""Exit code 0 while the service says that it lives. A slim image has no curl."""
+"""Ends with 0 while the service answers that it is live. Python, because a slim image has no curl."""
 
 import os
 import sys

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Renews the lock files from pyproject.toml: every version and the digest of every file, so that an
-# image built tomorrow holds what was tested today. Needs uv, which pip installs.
+# Renews the lock files from pyproject.toml: every version and the digest of every file, so that a later
+# build of the image installs the tested files. Needs uv, which pip installs.
 set -eu
 cd "$(dirname "$0")/../.."
-command -v uv >/dev/null || { echo "lock.sh: expected uv on the path, got none. pip install uv"; exit 2; }
+command -v uv >/dev/null || { echo "lock.sh: expected uv on the path, but it is missing. Run: pip install uv"; exit 2; }
 build=$(mktemp) cuda=$(mktemp)
 trap 'rm -f "$build" "$cuda"' EXIT
 printf 'setuptools>=77\nwheel\n' >"$build"

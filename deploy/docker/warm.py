@@ -1,7 +1,7 @@
-"""Compiles what a configuration serves, into JAX's compile cache: python warm.py CONFIG.
+"""Compiles the functions of a configuration into JAX's compile cache: python warm.py CONFIG.
 
-Run while the image is built. The engine warms itself as it does at every start; that its compiled
-functions land in the cache is JAX's own doing, by JAX_COMPILATION_CACHE_DIR.
+Run while the image is built. The engine compiles its functions as at every start, and JAX writes them to
+the folder JAX_COMPILATION_CACHE_DIR.
 """
 
 import os
@@ -13,8 +13,8 @@ from moe_jax import RouterFactory
 with RouterFactory.create_from_config_file(sys.argv[1]) as router:
     ready, reasons = router.readiness()
 if not ready:
-    sys.exit(f"expected a router that is ready, got one that is not: {', '.join(reasons)}")
+    sys.exit(f"expected a router that is ready, but it is not: {', '.join(reasons)}")
 entries = len(list(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).iterdir()))
 if not entries:
-    sys.exit("expected compiled functions in the cache, got none: is it writable?")
+    sys.exit("expected compiled functions in the cache, got none. Check that the folder is writable.")
 print(f"{entries} entries in the compile cache")

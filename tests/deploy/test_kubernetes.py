@@ -125,7 +125,8 @@ def plain_environment() -> dict[str, str]:
 def test_every_moe_variable_is_a_setting_and_secrets_come_from_a_secret():
     secrets = {e["name"] for e in container()["env"] if "secretKeyRef" in e.get("valueFrom", {})}
     assert secrets == {"MOE_REDIS_URL", "MOE_API_KEYS", "MOE_ADMIN_KEY"}
-    environment = {**plain_environment(), **dict.fromkeys(secrets, "x" * 32)}
+    address = {"MOE_REDIS_URL": "redis://redis:6379/0"}
+    environment = {**plain_environment(), **dict.fromkeys(secrets, "x" * 32), **address}
     config = load_config(ROOT / "configs" / "production.json", env=environment)
     assert config.environment == "production"
 
