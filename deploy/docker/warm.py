@@ -16,5 +16,7 @@ if not ready:
     sys.exit(f"expected a router that is ready, but it is not: {', '.join(reasons)}")
 entries = len(list(Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).iterdir()))
 if not entries:
-    sys.exit("expected compiled functions in the cache, got none. Check that the folder is writable.")
+    sys.exit(
+        "expected compiled functions in the cache, got none. Check that the folder is writable."
+    )
 print(f"{entries} entries in the compile cache")
