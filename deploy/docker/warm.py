@@ -1,7 +1,7 @@
 """Compiles the functions of a configuration into JAX's compile cache: python warm.py CONFIG.
 
-Run while the image is built. The engine compiles its functions as at every start, and JAX writes them to
-the folder JAX_COMPILATION_CACHE_DIR.
+Run while the image is built. The engine compiles its functions as at every start, and JAX writes them
+to the folder JAX_COMPILATION_CACHE_DIR.
 """
 
 import os
