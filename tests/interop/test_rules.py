@@ -274,7 +274,9 @@ def test_sparse_mixer_weights_stand_alone():
     [
         (lambda: TokenTable(num_experts=2, k=1, vocab_size=2)(*_two()), "expected 'token_ids'"),
         (
-            lambda: CapacityTopK(num_experts=2, sequence_length=2)(*_two()),
+            lambda: CapacityTopK(num_experts=2, sequence_length=2)(
+                {"kernel": jnp.eye(2)}, NoState(), jnp.ones((3, 2))
+            ),
             "multiple of sequence_len",
         ),
         (lambda: CapacityTopK(num_experts=2, capacity=0), "capacity: expected at least 1"),

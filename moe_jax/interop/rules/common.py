@@ -20,15 +20,18 @@ class PublishedRule(TokenChoice, abc.ABC):
     k: int
 
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_classes, min_k=0, max_k=self.k)
+        check_k(num_experts=self.num_experts + self.num_free, min_k=0, max_k=self.k)
         super().__post_init__()
-        free = self.num_classes - self.num_experts
-        self.gate.check(num_experts=self.num_experts, k=self.k - free)
+        self.gate.check(num_experts=self.num_experts, k=self.k - self.num_free)
+
+    @property
+    def num_free(self) -> int:
+        """How many of the classes to choose from are no experts; choosing them fills no slot."""
+        return 0
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are to choose from; E unless some are no experts."""
-        return self.num_experts
+        return self.num_experts + self.num_free
 
     @property
     def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -36,7 +39,7 @@ class PublishedRule(TokenChoice, abc.ABC):
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return max(0, self.k - (self.num_classes - self.num_experts))
+        return max(0, self.k - self.num_free)
 
     @property
     def num_choices(self) -> int:

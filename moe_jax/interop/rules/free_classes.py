@@ -87,8 +87,8 @@ class ZeroExperts(FreeClasses):
     scoring: Scoring = Scoring()
 
     @property
-    def num_classes(self) -> int:
-        return self.num_experts + self.num_zero_experts
+    def num_free(self) -> int:
+        return self.num_zero_experts
 
     def init(self, key: Array, d_model: int) -> Params:
         return self.gate.init(key, d_model=d_model, num_experts=self.num_classes)
@@ -137,8 +137,8 @@ class DepthRouter(FreeClasses):
     scoring: Scoring = Scoring()
 
     @property
-    def num_classes(self) -> int:
-        return self.num_experts + 1
+    def num_free(self) -> int:
+        return 1
 
     def init(self, key: Array, d_model: int) -> Params:
         h, keys = self.hidden_size, jax.random.split(key, 4)

@@ -57,9 +57,12 @@ class JointShared(PublishedRule):
                 "TopK with sigmoid scores."
             )
 
+    @property
+    def num_classes(self) -> int:
+        return self.num_experts + self.num_shared
+
     def init(self, key: Array, d_model: int) -> Params:
-        both = self.num_experts + self.num_shared
-        params = self.gate.init(key, d_model=d_model, num_experts=both)
+        params = self.gate.init(key, d_model=d_model, num_experts=self.num_classes)
         return params | {"global_scale": jnp.ones((1,), jnp.float32)}
 
     def init_state(self) -> BiasState:

@@ -71,8 +71,8 @@ class MoEPlusPlus(FreeClasses):
         super().__post_init__()
 
     @property
-    def num_classes(self) -> int:
-        return self.num_experts + self.num_constant + self.num_copy + self.num_zero
+    def num_free(self) -> int:
+        return self.num_constant + self.num_copy + self.num_zero
 
     def init(self, key: Array, d_model: int) -> Params:
         gate_key, mix_key = jax.random.split(key)
