@@ -275,9 +275,16 @@ def drive_alerts(
     drill({"MoeMemorySpike", "MoeHighLatency"}, burst(first, huge, most=400, threads=3), wait)
 
     # Work that takes longer than the second instance's breaker calls slow: the circuit opens, and
-    # until its probe succeeds requests are refused.
+    # until its probe succeeds requests are refused. Large requests let small ones pass, and enough
+    # quick ones among them would keep the circuit closed, so the steady traffic goes elsewhere.
     large = rng.standard_normal((64, 1024, WIDTH), dtype=np.float32)
-    drill({"MoeHighErrorRate", "MoeCircuitOpen"}, burst(second, large, most=1000, threads=4), wait)
+    slow_work = burst(second, large, most=1000, threads=4)
+
+    def slow_down(done: Callable[[], bool]) -> None:
+        change(ports=(first,))(done)
+        slow_work(done)
+
+    drill({"MoeHighErrorRate", "MoeCircuitOpen"}, slow_down, change(ports=(first, second)))
 
     # Tokens that all look like the easiest one: few experts, always the same.
     same = np.broadcast_to(easy, (32, 1024, WIDTH)).astype(np.float32)
