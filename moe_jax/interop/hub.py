@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moe_jax.checks import check_count
 from moe_jax.interop.blocks import MoEBlock, moe_block_from_hf
 from moe_jax.interop.families import Family, read
 from moe_jax.interop.model_config import NESTED
@@ -38,6 +39,7 @@ def load_hf_block(folder: str | Path, layer: int, *, prefix: str | None = None) 
         ValueError: the layer is dense or does not exist, several blocks of it have experts, index
             and shards disagree, or anything that ``moe_block_from_hf`` refuses.
     """
+    check_count("layer", layer, least=0, fix="Layers are numbered from 0.")
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(

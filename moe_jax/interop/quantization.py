@@ -71,8 +71,9 @@ def part_of(name: str) -> tuple[str, str] | None:
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The settings of the quantisation that a config states, at the top or in a nested config."""
     for key in ("quantization_config", "compression_config"):
-        if isinstance(config.get(key), Mapping):
-            return config[key]
+        stated = config.get(key)
+        if stated:
+            return stated if isinstance(stated, Mapping) else {"quant_method": repr(stated)}
     for value in config.values():
         if isinstance(value, Mapping) and (found := quantization_of(value)):
             return found
@@ -96,9 +97,16 @@ def dequantize(
             that are not quantised.
 
     Raises:
+        TypeError: a tensor is not an array.
         ValueError: a method or a format that is not restored, parts that do not fit each other, or
             a config that says "quantised" for tensors that are not.
     """
+    for name, tensor in tensors.items():
+        if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
+            raise TypeError(
+                f"{what}, {prefix + name!r}: expected an array, got {describe_array(tensor)}. Convert "
+                "it with np.asarray."
+            )
     settings = quantization_of(config)
     method = str(settings.get("quant_method", "unnamed")) if settings else None
     weights, parts = _sort(tensors)

@@ -76,6 +76,8 @@ def check_router_keys(family: Family, c: HFConfig, router: Router) -> None:
             known.add(key)
             _check(c, key, family.accepts.get(key, accepted))
     for key, value in c.stated.items():
+        if not isinstance(key, str):
+            continue
         about = _ROUTING_WORD.search(key) and not _NO_ROUTING.search(key)
         if about and key not in known and key not in c.read and not isinstance(value, Mapping):
             _check(c, key, family.accepts.get(key, _off(True)))

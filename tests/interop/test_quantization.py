@@ -303,6 +303,19 @@ def test_other_methods_are_refused_with_method_and_tensor(method):
         moe_block_from_hf(config, plain)
 
 
+@pytest.mark.parametrize("settings", ["fp8", ["awq"], 8])
+def test_settings_that_are_no_object_are_refused(settings):
+    _, plain = one_by_one(E4M3, lambda r, c: (), "weight_scale")
+    with pytest.raises(ValueError, match="expected plain weights or a quantisation among"):
+        moe_block_from_hf({**CONFIG, "quantization_config": settings}, plain)
+
+
+def test_a_tensor_that_is_no_array_is_named():
+    _, plain = one_by_one(E4M3, lambda r, c: (), "weight_scale")
+    with pytest.raises(TypeError, match=r"'experts\.0\.w1\.weight': expected an array, got a list"):
+        moe_block_from_hf(CONFIG, {**plain, "experts.0.w1.weight": [[1.0]]})
+
+
 def test_a_config_that_says_quantised_and_tensors_that_are_not():
     _, plain = one_by_one(E4M3, lambda r, c: (), "weight_scale")
     prefix = "model.layers.0.mlp."

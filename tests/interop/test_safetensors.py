@@ -200,6 +200,12 @@ def test_a_broken_config_is_named(tmp_path, text):
         load_hf_block(tmp_path, 0)
 
 
+@pytest.mark.parametrize(("layer", "error"), [(-1, ValueError), ("1", TypeError), (1.0, TypeError)])
+def test_a_layer_is_a_number_from_0(tmp_path, layer, error):
+    with pytest.raises(error, match="layer: expected"):
+        load_hf_block(tmp_path, layer)
+
+
 def test_a_prefix_that_no_tensor_has(tmp_path):
     checkpoint(tmp_path, "mixtral", shards=1)
     with pytest.raises(ValueError, match=r"under the prefix 'model\.layers\.7\.', got none"):
