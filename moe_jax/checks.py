@@ -108,31 +108,34 @@ def flat_token_mask(token_mask: Any, lead: tuple[int, ...]) -> Any:
     return token_mask.reshape(-1)
 
 
-def check_key(key: Any) -> None:
-    """Raises TypeError unless ``key`` is None or one JAX key, typed or raw.
+def check_key(key: Any, *, required: bool = False) -> None:
+    """Raises TypeError unless ``key`` is one JAX key, typed or raw, or None where it may be.
 
     Example:
         >>> check_key(jax.random.key(0))
     """
-    if key is None:
+    if key is None and not required:
         return
-    if hasattr(key, "shape") and hasattr(key, "dtype"):
+    if key is not None and hasattr(key, "shape") and hasattr(key, "dtype"):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             fits = key.shape == ()
         else:  # raw keys have two words with threefry, four with rbg
             fits = key.dtype == jnp.uint32 and key.shape in ((2,), (4,))
         if fits:
             return
+    none = "" if required else " None switches randomness off."
     raise TypeError(
-        f"key: expected one JAX key or None, got {describe_array(key)}. Pass jax.random.key(0) or a "
-        "part of jax.random.split; None switches randomness off."
+        f"key: expected one JAX key{'' if required else ' or None'}, got {describe_value(key)}. Pass "
+        f"jax.random.key(0), or a part of jax.random.split.{none}"
     )
 
 
-def check_instance(name: str, value: Any, kind: type, *, fix: str) -> None:
-    """Raises TypeError unless ``value`` is an instance of ``kind``."""
+def check_instance(name: str, value: Any, kind: type | tuple[type, ...], *, fix: str) -> None:
+    """Raises TypeError unless ``value`` is an instance of ``kind``, or of one of these."""
     if not isinstance(value, kind):
-        raise TypeError(f"{name}: expected {kind.__name__}, got {describe_value(value)}. {fix}")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(k.__name__ for k in kinds)
+        raise TypeError(f"{name}: expected {wanted}, got {describe_value(value)}. {fix}")
 
 
 def check_count(name: str, value: Any, *, least: int = 1, fix: str) -> None:
@@ -165,15 +168,25 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises TypeError unless ``value`` is a Python or NumPy number that can be compared.
+    """Raises TypeError unless ``value`` is a Python or NumPy number, ValueError if it is NaN.
 
     Example:
         >>> check_number("scale", 1.5)
     """
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        shown = describe_array(value) if hasattr(value, "shape") else repr(value)
         raise TypeError(
-            f"{name}: expected a number, got {value!r}. Give a Python number, not text or an array."
+            f"{name}: expected a number, got {shown}. Give a Python number, not text or an array."
         )
+    if value != value:
+        raise ValueError(f"{name}: expected a number, got nan. Look at how it was calculated.")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raises TypeError unless ``value`` is a number, ValueError unless it is finite."""
+    check_number(name, value)
+    if abs(value) == float("inf"):
+        raise ValueError(f"{name}: expected a finite number, got {value}. Give a finite one.")
 
 
 def check_at_least_0(name: str, value: Any) -> None:
@@ -188,10 +201,10 @@ def check_at_least_0(name: str, value: Any) -> None:
 def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:
     """Raises ValueError unless ``0 <= min_k <= max_k <= num_experts`` and ``max_k >= 1``.
 
-    Raises TypeError where one is no integer: 8.0 would be a shape later.
+    Raises TypeError if one is not an integer: 8.0 would become a shape later.
     """
     for name, value in (("num_experts", num_experts), ("k", min_k), ("k", max_k)):
-        if not isinstance(value, numbers.Integral):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an integer, got {value!r}. Write 8, not 8.0 or '8'.")
     if num_experts < 1:
         raise ValueError(
@@ -208,8 +221,20 @@ def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:
         )
 
 
+def check_expert_tuple(name: str, values: tuple[int, ...]) -> None:
+    """Raises TypeError unless ``values`` is a tuple of integers, which stays hashable."""
+    integers = isinstance(values, tuple) and all(
+        isinstance(v, numbers.Integral) and not isinstance(v, bool) for v in values
+    )
+    if not integers:
+        raise TypeError(
+            f"{name}: expected a tuple of integers, got {values!r}. Write (0, 3), and (3,) for one."
+        )
+
+
 def check_expert_index(name: str, values: tuple[int, ...], num_experts: int) -> None:
     """Raises ValueError unless every entry is an expert's index and at least one expert is left."""
+    check_expert_tuple(name, values)
     bad = [v for v in values if not 0 <= v < num_experts]
     if bad or len(set(values)) >= num_experts:
         raise ValueError(

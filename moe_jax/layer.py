@@ -118,9 +118,7 @@ class LayerOptions:
             tokens, k = routing.expert_indices.shape
         else:
             tokens, k = routing.num_tokens, routing.num_experts
-        return expert_capacity(
-            tokens // self.groups, routing.num_experts, k, float(self.capacity_factor)
-        )
+        return expert_capacity(tokens // self.groups, routing.num_experts, k, self.capacity_factor)
 
 
 @pytree

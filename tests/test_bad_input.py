@@ -37,12 +37,15 @@ from moe_jax import (
     plan_dispatch,
     router_from_json,
     routing_stats,
+    row_budget,
     run_experts,
     to_assignments,
 )
 from moe_jax.interop.rules import MoEPlusPlus
 from moe_jax.routing.difficulty import register_estimator
-from moe_jax.routing.losses import aux_loss
+from moe_jax.routing.dispatch import plan_in_groups
+from moe_jax.routing.losses import aux_loss, relu_l1_loss, router_z_loss
+from moe_jax.routing.stats import merge_stats
 from moe_jax.types import Params, Routing
 
 pytestmark = pytest.mark.compile_cheaply
@@ -113,6 +116,20 @@ def report(**kwargs: Any) -> Any:
     return flops_report(stats, d_model=D, flops_per_row=10, max_k=2, **kwargs)
 
 
+def route(
+    *,
+    params: Any = "init",
+    state: Any = "init",
+    token_mask: Any = None,
+    key: Any = None,
+    context: Any = None,
+) -> Any:
+    params = ROUTER.init(jax.random.key(0), D) if isinstance(params, str) else params
+    state = ROUTER.init_state() if isinstance(state, str) else state
+    return ROUTER(params, state, X, key=key, token_mask=token_mask, context=context)
+
+
+DYNAMIC = DynamicK(num_experts=E, min_k=1, max_k=3)
 NAN = jnp.ones((40, D)).at[3, 2].set(jnp.nan)
 
 TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
@@ -192,9 +209,9 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "experts as a float": (
         TypeError,
         lambda: ReLURouter(num_experts=8.0, target_k=2.0),
-        "an integer, got 8.0",  # pyright: ignore[reportArgumentType]
+        "an integer, got 8.0",
     ),
-    "k as text": (TypeError, lambda: TopK(num_experts=4, k="2"), "k: .*got '2'"),  # pyright: ignore[reportArgumentType]
+    "k as text": (TypeError, lambda: TopK(num_experts=4, k="2"), "k: .*got '2'"),
     "MoE++ without experts": (
         ValueError,
         lambda: MoEPlusPlus(num_experts=0),
@@ -265,7 +282,7 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         TypeError,
         lambda: TopAny(num_experts=4, scale="a"),
         "number, got 'a'",
-    ),  # pyright: ignore[reportArgumentType]
+    ),
     "top-any diversity below 0": (
         ValueError,
         lambda: TopAny(num_experts=4, diversity=-1.0),
@@ -284,7 +301,7 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "relu target as text": (
         TypeError,
         lambda: ReLURouter(num_experts=4, target_k="2"),
-        "target_k: .*got '2'",  # pyright: ignore[reportArgumentType]
+        "target_k: .*got '2'",
     ),
     "relu lambda above its bound": (
         ValueError,
@@ -462,6 +479,443 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     ),
     "baseline unknown": (ValueError, lambda: report(baseline="best"), "'trained_k'.*got 'best'"),
     "trained k not given": (ValueError, lambda: report(baseline="trained_k"), "got None"),
+    # --- keys, states, parameters and context of a router
+    "seed instead of a key": (
+        TypeError,
+        lambda: route(key=0),
+        r"key: expected one JAX key.*got 0.*key\(0\)",
+    ),
+    "several keys": (
+        TypeError,
+        lambda: route(key=jax.random.split(jax.random.key(0), 3)),
+        r"got key<fry>\[3\]",
+    ),
+    "seed to init": (TypeError, lambda: ROUTER.init(0, D), "one JAX key, got 0"),
+    "no key to init": (TypeError, lambda: ROUTER.init(None, D), "one JAX key, got None"),
+    "width as a float": (
+        TypeError,
+        lambda: ROUTER.init(jax.random.key(0), 8.0),
+        "d_model.*got 8.0",
+    ),
+    "width of 0": (
+        ValueError,
+        lambda: ROUTER.init(jax.random.key(0), 0),
+        "d_model.*at least 1, got 0",
+    ),
+    "no state": (
+        TypeError,
+        lambda: route(state=None),
+        "state: expected a TopKState.*got a NoneType",
+    ),
+    "parameters as the state": (
+        TypeError,
+        lambda: route(state=ROUTER.init(jax.random.key(0), D)),
+        "TopKState.*got a dict",
+    ),
+    "state of another rule": (
+        TypeError,
+        lambda: route(state=TopP(num_experts=E).init_state()),
+        "TopKState.*got a TopPState",
+    ),
+    "state of other experts": (
+        ValueError,
+        lambda: route(state=TopK(num_experts=8, k=2).init_state()),
+        r"expert_bias of shape \[8\] instead of \[4\]",
+    ),
+    "state fitted for another k": (
+        ValueError,
+        lambda: dataclasses.replace(DYNAMIC, max_k=2)(
+            DYNAMIC.init(jax.random.key(0), D), DYNAMIC.init_state(), X
+        ),
+        r"thresholds of shape \[2\] instead of \[1\].*calibrate again",
+    ),
+    "update of another rule's state": (
+        TypeError,
+        lambda: TopP(num_experts=E).update(ROUTER.init_state(), routing_stats(routing(), plan())),
+        "expected a TopPState.*got a TopKState",
+    ),
+    "observe with another rule's state": (
+        TypeError,
+        lambda: ROUTER.observe(DYNAMIC.init_state(), routing()),
+        "got a DynamicKState",
+    ),
+    "regularization with another rule's state": (
+        TypeError,
+        lambda: ROUTER.regularization({}, DYNAMIC.init_state(), routing()),
+        "got a DynamicKState",
+    ),
+    "the layer's parameters": (
+        ValueError,
+        lambda: route(params=layer_params()),
+        r"got experts, router\..*params\['router'\]",
+    ),
+    "no parameters": (ValueError, lambda: route(params=None), "with kernel, got a NoneType"),
+    "parameters of a gate with a bias": (
+        ValueError,
+        lambda: route(
+            params=TopK(num_experts=E, k=2, gate=Gate(use_bias=True)).init(jax.random.key(0), D)
+        ),
+        "no 'bias' for a gate without use_bias=True",
+    ),
+    "parameters of a gate without a bias": (
+        ValueError,
+        lambda: TopK(num_experts=E, k=2, gate=Gate(use_bias=True))(
+            ROUTER.init(jax.random.key(0), D), ROUTER.init_state(), X
+        ),
+        "with kernel, bias, got kernel",
+    ),
+    "parameters of other experts": (
+        ValueError,
+        lambda: route(params=TopK(num_experts=6, k=2).init(jax.random.key(0), D)),
+        "for 4 classes of experts, got ones for 6",
+    ),
+    "expert choice with parameters of other experts": (
+        ValueError,
+        lambda: ExpertChoiceRouter(num_experts=E)(
+            TopK(num_experts=6, k=2).init(jax.random.key(0), D),
+            ExpertChoiceRouter(num_experts=E).init_state(),
+            X,
+        ),
+        "4.*got ones for 6",
+    ),
+    "top-any without thresholds": (
+        ValueError,
+        lambda: TopAny(num_experts=E)(
+            ROUTER.init(jax.random.key(0), D), TopAny(num_experts=E).init_state(), X
+        ),
+        "thresholds.*got kernel",
+    ),
+    "no expert scale": (
+        ValueError,
+        lambda: TopK(num_experts=E, k=2, use_expert_scale=True)(
+            ROUTER.init(jax.random.key(0), D), ROUTER.init_state(), X
+        ),
+        "expert_scale.*got kernel",
+    ),
+    "context misspelt": (
+        ValueError,
+        lambda: dynamic("gradient_norm", gradient=X),
+        "among.*gradients.*got gradient",
+    ),
+    "context of another rule misspelt": (
+        ValueError,
+        lambda: route(context={"router_state": X}),
+        "router_states.*got router_state",
+    ),
+    "context that is an array": (TypeError, lambda: route(context=X), "mapping.*got float32"),
+    "mask as a list": (TypeError, lambda: route(token_mask=[True] * T), "token_mask.*got a list"),
+    "mask of integers": (
+        TypeError,
+        lambda: route(token_mask=jnp.ones((T,), jnp.int32)),
+        "bool.*got int32",
+    ),
+    # --- numbers of rules
+    "k as a float": (TypeError, lambda: TopK(num_experts=4, k=2.0), "k: .*got 2.0"),
+    "k as a flag": (TypeError, lambda: TopK(num_experts=4, k=True), "k: .*got True"),
+    "max as a float": (TypeError, lambda: DynamicK(num_experts=4, min_k=1, max_k=2.0), "got 2.0"),
+    "p as text": (TypeError, lambda: TopP(num_experts=4, p="0.4"), "p: .*got '0.4'"),
+    "p that is none": (ValueError, lambda: TopP(num_experts=4, p=float("nan")), "p: .*got nan"),
+    "gain as text": (TypeError, lambda: TopP(num_experts=4, kp="0.1"), "kp: .*got '0.1'"),
+    "gain that is none": (
+        ValueError,
+        lambda: TopP(num_experts=4, ki=float("nan")),
+        "ki: .*got nan",
+    ),
+    "steered target as text": (
+        TypeError,
+        lambda: TopP(num_experts=4, target_mean_k="2"),
+        "target_mean_k: .*got '2'",
+    ),
+    "ratio as an array": (
+        TypeError,
+        lambda: MinP(num_experts=4, ratio=jnp.ones(2)),
+        r"float32\[2\]",
+    ),
+    "random mean as text": (
+        TypeError,
+        lambda: RandomSkip(num_experts=4, k=2, mean_k="1.5"),
+        "mean_k: .*got '1.5'",
+    ),
+    "gate by name": (
+        TypeError,
+        lambda: TopK(num_experts=4, k=2, gate="linear"),
+        "Gate, got 'linear'",
+    ),
+    "no gate": (TypeError, lambda: ExpertChoiceRouter(num_experts=4, gate=None), "Gate, got None"),
+    "scoring by name": (
+        TypeError,
+        lambda: TopK(num_experts=4, k=2, scoring="softmax"),
+        "Scoring, got 'softmax'",
+    ),
+    "scale of experts as text": (
+        TypeError,
+        lambda: TopK(num_experts=4, k=2, use_expert_scale="yes"),
+        "True or False, got 'yes'",
+    ),
+    "difficulty at construction": (
+        ValueError,
+        lambda: DynamicK(num_experts=4, min_k=1, max_k=2, difficulty="norm"),
+        "got 'norm'",
+    ),
+    # --- gate and scoring
+    "jitter below 0": (ValueError, lambda: Gate(jitter=-0.1), "jitter.*got -0.1"),
+    "jitter as text": (TypeError, lambda: Gate(jitter="0.1"), "jitter: .*got '0.1'"),
+    "noise as text": (TypeError, lambda: Gate(noise="1"), "noise: .*got '1'"),
+    "noise that is none": (ValueError, lambda: Gate(noise=float("nan")), "noise: .*got nan"),
+    "softcap as text": (TypeError, lambda: Gate(softcap="30"), "softcap: .*got '30'"),
+    "multiplier as text": (TypeError, lambda: Gate(multiplier="2"), "multiplier: .*got '2'"),
+    "multiplier without bound": (ValueError, lambda: Gate(multiplier=float("inf")), "got inf"),
+    "eps as text": (TypeError, lambda: Gate(input_norm_eps="1e-6"), "input_norm_eps: .*'1e-6'"),
+    "bias as text": (TypeError, lambda: Gate(use_bias="no"), "use_bias: .*got 'no'"),
+    "disabled expert as a number": (
+        TypeError,
+        lambda: Gate(disabled_experts=3),
+        r"tuple.*got 3.*\(3,\)",
+    ),
+    "disabled experts as a list": (
+        TypeError,
+        lambda: Gate(disabled_experts=[0, 1]),
+        r"got \[0, 1\]",
+    ),
+    "disabled experts as floats": (
+        TypeError,
+        lambda: Gate(disabled_experts=(1.0,)),
+        r"got \(1.0,\)",
+    ),
+    "more experts than are enabled": (
+        ValueError,
+        lambda: TopK(num_experts=4, k=3, gate=Gate(disabled_experts=(0, 1))),
+        "at most 2.*got 3",
+    ),
+    "weight scale as text": (TypeError, lambda: Scoring(scale="2.5"), "scale: .*got '2.5'"),
+    "weight scale that is none": (
+        ValueError,
+        lambda: Scoring(scale=float("nan")),
+        "scale: .*got nan",
+    ),
+    "norm eps below 0": (ValueError, lambda: Scoring(norm_eps=-1.0), "norm_eps.*got -1.0"),
+    "norm p as text": (TypeError, lambda: Scoring(norm="p", norm_p="2"), "norm_p: .*got '2'"),
+    "groups as a float": (TypeError, lambda: Scoring(num_groups=2.0), "num_groups: .*got 2.0"),
+    "groups of 0": (ValueError, lambda: Scoring(num_groups=0), "num_groups: .*got 0"),
+    "norm of None": (ValueError, lambda: Scoring(norm=None), "'none'.*got None"),
+    # --- calibration
+    "fit under jit": (
+        TypeError,
+        lambda: jax.jit(lambda x: fit(x).thresholds)(jnp.ones((40, D))),
+        "outside jit",
+    ),
+    "fit target as text": (TypeError, lambda: fit(target="1.5"), "target_mean_k: .*got '1.5'"),
+    "fit target that is none": (
+        ValueError,
+        lambda: fit(target=float("nan")),
+        "target_mean_k: .*nan",
+    ),
+    "fit target as an array": (
+        TypeError,
+        lambda: fit(target=jnp.float32(1.5)),
+        r"target_mean_k: .*got float32\[\]",
+    ),
+    "fit on sequences": (
+        ValueError,
+        lambda: fit(jnp.ones((4, 10, D))),
+        r"float\[T, D\], got float32\[4, 10, 8\]",
+    ),
+    "fit on integers": (TypeError, lambda: fit(jnp.ones((40, D), jnp.int32)), "got int32"),
+    "fit with a mask of floats": (
+        TypeError,
+        lambda: fit(token_mask=jnp.ones((40,))),
+        "token_mask.*got float32",
+    ),
+    "fit with a mask of another length": (
+        ValueError,
+        lambda: fit(token_mask=jnp.ones((4,), bool)),
+        r"bool\[T=40\], got bool\[4\]",
+    ),
+    "fit_thresholds: NaN": (
+        ValueError,
+        lambda: fit_thresholds(np.array([0.1, np.nan]), min_k=1, max_k=3, target_mean_k=2.0),
+        r"finite numbers in \[0, 1\]",
+    ),
+    "fit_thresholds: raw scores": (
+        ValueError,
+        lambda: fit_thresholds(np.array([0.1, 7.0]), min_k=1, max_k=3, target_mean_k=2.0),
+        r"in \[0, 1\], got 0.1 to 7.*calibrated_difficulty",
+    ),
+    "fit_thresholds: no tokens": (
+        ValueError,
+        lambda: fit_thresholds(np.array([]), min_k=1, max_k=3, target_mean_k=2.0),
+        r"got float64\[0\]",
+    ),
+    "row budget: histogram that sums to 2": (
+        ValueError,
+        lambda: row_budget(np.array([1.0, 1.0]), num_tokens=8),
+        "sum 2",
+    ),
+    "row budget: negative share": (
+        ValueError,
+        lambda: row_budget(np.array([-0.5, 1.5]), num_tokens=8),
+        "at least 0",
+    ),
+    "row budget: text": (TypeError, lambda: row_budget("all", num_tokens=8), "got 'all'"),
+    "row budget: tokens as a float": (
+        TypeError,
+        lambda: row_budget(np.array([0.0, 1.0]), num_tokens=8.5),
+        "num_tokens.*got 8.5",
+    ),
+    "row budget: no tokens": (
+        ValueError,
+        lambda: row_budget(np.array([0.0, 1.0]), num_tokens=0),
+        "num_tokens.*got 0",
+    ),
+    "row budget: probability as text": (
+        TypeError,
+        lambda: row_budget(np.array([0.0, 1.0]), num_tokens=8, overflow_probability="0.1"),
+        "overflow_probability.*'0.1'",
+    ),
+    "row budget: negative effect": (
+        ValueError,
+        lambda: row_budget(np.array([0.0, 1.0]), num_tokens=8, design_effect=-1.0),
+        "design_effect.*got -1.0",
+    ),
+    # --- dispatch, losses, reports
+    "capacity factor as text": (
+        TypeError,
+        lambda: expert_capacity(4, 4, 1, "1.25"),
+        "capacity_factor: .*got '1.25'",
+    ),
+    "capacity factor without bound": (
+        ValueError,
+        lambda: expert_capacity(4, 4, 1, float("inf")),
+        "capacity_factor.*got inf",
+    ),
+    "capacity factor that is none": (
+        ValueError,
+        lambda: expert_capacity(4, 4, 1, float("nan")),
+        "capacity_factor.*got nan",
+    ),
+    "capacity of a fraction of a token": (
+        TypeError,
+        lambda: expert_capacity(4.5, 4, 1, 1.0),
+        "num_tokens: .*got 4.5",
+    ),
+    "capacity without experts": (
+        ValueError,
+        lambda: expert_capacity(4, 0, 1, 1.0),
+        "num_experts: .*got 0",
+    ),
+    "capacity as a float": (TypeError, lambda: plan(capacity=2.5), "capacity: .*got 2.5"),
+    "row budget as text": (TypeError, lambda: plan(max_rows="8"), "max_rows: .*got '8'"),
+    "priority of None": (ValueError, lambda: plan(priority=None), "'choice', got None"),
+    "plan of a routing": (
+        TypeError,
+        lambda: plan_dispatch(routing()),
+        r"Assignments, got a Routing.*to_assignments",
+    ),
+    "plan in groups as text": (
+        TypeError,
+        lambda: plan_in_groups(to_assignments(routing()), "2"),
+        "groups: .*got '2'",
+    ),
+    "plan in no group": (
+        ValueError,
+        lambda: plan_in_groups(to_assignments(routing()), 0),
+        "groups: .*got 0",
+    ),
+    "assignments of a layer's report": (
+        TypeError,
+        lambda: to_assignments(layer()[1]),
+        "got a LayerAux.*aux.routing",
+    ),
+    "weights of a routing": (
+        TypeError,
+        lambda: kept_weights(routing()),
+        "DispatchPlan, got a Routing",
+    ),
+    "statistics of assignments": (
+        TypeError,
+        lambda: routing_stats(routing(), to_assignments(routing())),
+        "DispatchPlan, got a Assignments",
+    ),
+    "statistics of a layer's report": (
+        TypeError,
+        lambda: routing_stats(layer()[1], plan()),
+        "got a LayerAux.*aux.routing",
+    ),
+    "observed of other experts": (
+        ValueError,
+        lambda: routing_stats(routing(), plan(), observed=jnp.zeros(3)),
+        r"E=4\], got float32\[3\]",
+    ),
+    "merged without a list": (
+        TypeError,
+        lambda: merge_stats(routing_stats(routing(), plan())),
+        r"merge_stats\(\[stats\]\)",
+    ),
+    "merged reports": (TypeError, lambda: merge_stats([layer()[1]]), "got a LayerAux"),
+    "loss of a layer's report": (
+        TypeError,
+        lambda: aux_loss(layer()[1], LossWeights()),
+        "got a LayerAux.*aux.routing",
+    ),
+    "z-loss of a layer's report": (TypeError, lambda: router_z_loss(layer()[1]), "got a LayerAux"),
+    "loss with a number as weights": (
+        TypeError,
+        lambda: aux_loss(routing(), 0.01),
+        "LossWeights, got 0.01",
+    ),
+    "loss weight as text": (TypeError, lambda: LossWeights(router_z="1e-3"), "router_z: .*'1e-3'"),
+    "loss weight that is none": (
+        ValueError,
+        lambda: LossWeights(entropy=float("nan")),
+        "entropy: .*got nan",
+    ),
+    "sequence length as a float": (
+        TypeError,
+        lambda: aux_loss(routing(), LossWeights(), sequence_length=3.0),
+        "sequence_length: .*got 3.0",
+    ),
+    "sequence length of 0": (
+        ValueError,
+        lambda: aux_loss(routing(), LossWeights(), sequence_length=0),
+        "sequence_length: .*got 0",
+    ),
+    "relu loss without a target": (
+        ValueError,
+        lambda: relu_l1_loss(routing(), target_k=0),
+        "target_k: .*got 0",
+    ),
+    "report of a layer": (
+        TypeError,
+        lambda: flops_report(layer()[1], baseline="dense", d_model=8, flops_per_row=1, max_k=2),
+        "got a LayerAux.*aux.stats",
+    ),
+    "report with costs as text": (
+        TypeError,
+        lambda: flops_report(
+            routing_stats(routing(), plan()),
+            baseline="dense",
+            d_model=8,
+            flops_per_row="9",
+            max_k=2,
+        ),
+        "flops_per_row: .*got '9'",
+    ),
+    "report against k of 0": (
+        ValueError,
+        lambda: report(baseline="trained_k", trained_k=0),
+        "trained_k: .*got 0",
+    ),
+    "estimator that is no function": (
+        TypeError,
+        lambda: register_estimator("mine", 3),
+        "function .*got a int",
+    ),
+    "estimator without a name": (
+        TypeError,
+        lambda: register_estimator(3, lambda x, c: x[:, 0]),
+        "estimator name: .*got 3",
+    ),
+    "router kind that is a number": (ValueError, lambda: router_from_json({"kind": 3}), "got 3"),
     # --- routers as data
     "router kind unknown": (
         ValueError,

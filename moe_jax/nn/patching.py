@@ -16,6 +16,7 @@ from moe_jax.nn.capture import check_has_layers, watching
 from moe_jax.routers import DynamicK, TopK
 from moe_jax.routers.base import calibrates
 from moe_jax.routing.difficulty import Estimator
+from moe_jax.routing.numerics import exact
 
 
 def patch_model_with_dynamic_routing(
@@ -84,9 +85,9 @@ def patch_model_with_dynamic_routing(
                 f"{path}: expected a layer with a fixed k (TopK), got {type(trained).__name__}. "
                 "Patch the model as it was trained, and only once."
             )
-        most = max(1, math.floor(max_experts_ratio * trained.num_experts))
+        most = max(1, math.floor(exact(max_experts_ratio) * trained.num_experts))
         most = most if elastic else min(most, trained.k)
-        least = min(most, max(1, math.ceil(min_experts_ratio * trained.num_experts)))
+        least = min(most, max(1, math.ceil(exact(min_experts_ratio) * trained.num_experts)))
         rules[path] = DynamicK(
             num_experts=trained.num_experts,
             min_k=least,

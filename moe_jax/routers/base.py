@@ -8,13 +8,20 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_k
+from moe_jax.checks import check_instance, check_k, check_key
 from moe_jax.routers import registry
-from moe_jax.routing.budget import Fit, check_target, record_fit
+from moe_jax.routers.arguments import (
+    check_classes,
+    check_concrete,
+    check_context,
+    check_state,
+    check_stats,
+)
+from moe_jax.routers.fit import finish_fit, real_tokens
+from moe_jax.routing.budget import check_target
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.losses import Axes
@@ -50,19 +57,55 @@ class Traits:
     budget: str
 
 
-def _of_statistics(update: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a rule's ``update`` so that it refuses anything that is not ``RoutingStats``."""
+def _checked_call(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``__call__`` of a rule: checks the state, the key and the names in the context."""
 
-    @functools.wraps(update)
-    def checked(self: Router, state: Any, stats: RoutingStats) -> Any:
-        if not isinstance(stats, RoutingStats):
-            raise TypeError(
-                f"stats: expected RoutingStats, got a {type(stats).__name__}. Pass aux.stats of what "
-                "moe_layer returned, or what routing_stats returns."
-            )
-        return update(self, state, stats)
+    @functools.wraps(method)
+    def call(self, params, state, x, *, key=None, token_mask=None, context=None):
+        check_state(self, state)
+        check_key(key)
+        check_context(self, context)
+        return method(self, params, state, x, key=key, token_mask=token_mask, context=context)
 
-    return checked
+    return call
+
+
+def _checked_observe(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def observe(self, state, routing):
+        check_state(self, state)
+        return method(self, state, routing)
+
+    return observe
+
+
+def _checked_regularization(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def regularization(self, params, state, routing, *, axis_name=None):
+        check_state(self, state)
+        return method(self, params, state, routing, axis_name=axis_name)
+
+    return regularization
+
+
+def _checked_update(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def update(self, state, stats):
+        check_stats(self, stats)
+        check_state(self, state)
+        return method(self, state, stats)
+
+    return update
+
+
+# The methods of a rule that are wrapped when its class is defined. The checks read types and shapes
+# only: under jit they run while tracing, and cost nothing after it.
+_CHECKED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "__call__": _checked_call,
+    "observe": _checked_observe,
+    "regularization": _checked_regularization,
+    "update": _checked_update,
+}
 
 
 class Router(abc.ABC):
@@ -85,10 +128,14 @@ class Router(abc.ABC):
     max_k: int  # K: most experts one token may use
     gate: Gate
 
+    # Keys that the rule reads from `context` beyond difficulty.CONTEXT_KEYS; None is any.
+    context_keys: ClassVar[frozenset[str] | None] = frozenset()
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "update" in vars(cls):
-            cls.update = _of_statistics(cls.update)
+        for name, checked in _CHECKED.items():
+            if name in vars(cls):
+                setattr(cls, name, checked(vars(cls)[name]))
         if abc.ABC in cls.__bases__:
             return
         for base in cls.__mro__[1:]:
@@ -117,6 +164,7 @@ class Router(abc.ABC):
 
         A rule with further checks calls ``super().__post_init__()`` first.
         """
+        check_instance("gate", self.gate, Gate, fix="Write Gate(use_bias=True), for example.")
         if self.max_k is None:
             object.__setattr__(self, "max_k", self.num_experts)
         check_k(num_experts=self.num_experts, min_k=self.min_k, max_k=self.max_k)
@@ -161,9 +209,14 @@ class Router(abc.ABC):
             x: float[T, D].
             key: randomness for the gate's noise; None means none.
             token_mask: bool[T], False for padding, which then counts in nothing.
-            context: what difficulty estimators may need beyond x.
+            context: what difficulty estimators may need beyond x, see ``difficulty.CONTEXT_KEYS``.
+
+        Raises:
+            TypeError: the state of another rule; a key that is not one JAX key; a wrong dtype.
+            ValueError: a state, parameters or tokens of other sizes; an unknown key in ``context``.
         """
 
+    @_checked_observe
     def observe(self, state: Any, routing: Routing | ExpertChoice) -> Array:
         """f32[E]: what ``update`` needs of a batch beyond counts; may be averaged over shards.
 
@@ -171,6 +224,7 @@ class Router(abc.ABC):
         """
         return jnp.zeros((self.num_experts,), jnp.float32)
 
+    @_checked_regularization
     def regularization(
         self,
         params: Params,
@@ -186,12 +240,13 @@ class Router(abc.ABC):
         """
         return jnp.zeros((), jnp.float32)
 
-    @_of_statistics
+    @_checked_update
     def update(self, state: Any, stats: RoutingStats) -> Any:
         """The state after a training batch with these statistics. By default the same state.
 
         Raises:
-            TypeError: ``stats`` is not ``RoutingStats``.
+            TypeError: ``stats`` is not ``RoutingStats``, or the state is another rule's.
+            ValueError: the state or the statistics are of another number of experts.
         """
         return state
 
@@ -279,11 +334,19 @@ class TokenChoice(Router, abc.ABC):
     scoring: Scoring
 
     def __post_init__(self) -> None:
+        check_instance(
+            "scoring", self.scoring, Scoring, fix="Write Scoring(norm='sum'), for example."
+        )
         super().__post_init__()
+        self.check_within_reach(self.min_k)
+
+    def check_within_reach(self, k: int) -> None:
+        """Raises ValueError unless a token can use ``k`` of the enabled experts, within its groups."""
+        self.gate.check(num_experts=self.num_experts, k=k)
         self.scoring.check(
             num_experts=self.num_experts,
             max_k=self.max_k,
-            min_k=self.min_k,
+            min_k=k,
             disabled=self.gate.disabled_experts,
         )
 
@@ -338,6 +401,11 @@ class TokenChoice(Router, abc.ABC):
         """How many slots are scored for a token: ``max_k``, unless some choices are no experts."""
         return self.max_k
 
+    @property
+    def num_classes(self) -> int:
+        """Number of logits: E, more for rules whose choices include experts that cost nothing."""
+        return self.num_experts
+
     # --- the steps of the frame, in order
 
     def logits(
@@ -381,6 +449,7 @@ class TokenChoice(Router, abc.ABC):
         """Scores x float[T, D] and sorts the ``max_k`` best experts of each token that are enabled."""
         context = context or {}
         logits = self.logits(params, x, key=key, token_mask=token_mask, context=context)
+        check_classes(logits, self.num_classes)
         scores = self.scoring.scores(logits)
         probs = self.probs(logits, scores)
         selection = self.selection_scores(params, state, logits, scores, context)
@@ -407,7 +476,12 @@ class TokenChoice(Router, abc.ABC):
 
     def weights(self, slots: Slots, keep: Array) -> Array:
         """f32[T, K]: combine weights of the slots in ``keep`` bool[T, K], as ``scoring`` says."""
-        return self.scoring.weights(slots.scores, keep & slots.available, min_k=self.min_k)
+        logits = None
+        if self.scoring.reads_slot_logits:
+            logits = jnp.take_along_axis(slots.logits, slots.indices, axis=-1)
+        return self.scoring.weights(
+            slots.scores, keep & slots.available, min_k=self.min_k, slot_logits=logits
+        )
 
     def build(self, slots: Slots, keep: Array, weights: Array, token_mask: Array | None) -> Routing:
         """The routing of what was selected."""
@@ -449,6 +523,9 @@ class TokenChoice(Router, abc.ABC):
     ) -> Any:
         if not calibrates(type(self)):
             return super().fit(params, state, x, target_mean_k=target_mean_k)
+        check_concrete("fit", params, state, x, token_mask, context)
+        check_state(self, state)
+        check_context(self, context)
         check_target(target_mean_k, min_k=self.min_k, max_k=self.max_k)
         real = real_tokens(token_mask, x)
         slots = self.score(params, state, x, token_mask=token_mask, context=context)
@@ -475,50 +552,3 @@ def calibrates(rule: type[Router]) -> bool:
 
 def _calibrated_rules() -> list[str]:
     return sorted(name for name, rule in registry.registered_rules().items() if calibrates(rule))
-
-
-def real_tokens(token_mask: Array | None, x: Array) -> np.ndarray:
-    """Returns bool[T] on the host; refuses calibration data without a finite real token."""
-    mask = np.ones(x.shape[0], bool) if token_mask is None else np.asarray(token_mask)
-    rows = np.asarray(x).astype(np.float32)[mask]
-    if not mask.any():
-        raise ValueError(
-            "token_mask: expected at least one real token, got only padding. "
-            "Calibrate on real tokens; True in the mask marks them."
-        )
-    if not np.isfinite(rows).all():
-        bad = int((~np.isfinite(rows).all(axis=-1)).sum())
-        raise ValueError(
-            f"x: expected finite calibration data, got {bad} of {len(rows)} tokens with NaN or "
-            "inf. Drop those tokens, or mask them with token_mask."
-        )
-    return mask
-
-
-def finish_fit(
-    router: Router,
-    params: Params,
-    state: Any,
-    x: Array,
-    *,
-    target_mean_k: float,
-    token_mask: Array | None,
-    context: Context | None,
-) -> Any:
-    """Routes the calibration data with the fitted state and records what was reached."""
-    routing = jax.jit(type(router).__call__, static_argnums=0)(
-        router, params, state, x, token_mask=token_mask, context=context
-    )
-    mask = np.ones(x.shape[0], bool) if token_mask is None else np.asarray(token_mask)
-    counts = np.asarray(routing.num_experts_per_token)[mask]
-    fit: Fit = record_fit(
-        data=np.asarray(x)[mask],
-        router_parts=(
-            registry.identity(router),
-            *[np.asarray(p) for p in jax.tree.leaves(params)],
-        ),
-        target_mean_k=target_mean_k,
-        counts=counts,
-        max_k=router.max_k,
-    )
-    return dataclasses.replace(state, fit=fit)

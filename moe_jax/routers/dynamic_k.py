@@ -11,7 +11,13 @@ from moe_jax.checks import check_at_least_0
 from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import loss_free_bias
-from moe_jax.routing.difficulty import Context, Estimator, raw_difficulty, resolve_estimator
+from moe_jax.routing.difficulty import (
+    Context,
+    Estimator,
+    context_keys_of,
+    raw_difficulty,
+    resolve_estimator,
+)
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import first_k
@@ -77,6 +83,10 @@ class DynamicK(TokenChoice):
             may_leave_token_empty=self.min_k == 0,
             budget="expected",
         )
+
+    @property
+    def context_keys(self) -> frozenset[str] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return context_keys_of(self.difficulty)
 
     def init_state(self) -> DynamicKState:
         return DynamicKState(

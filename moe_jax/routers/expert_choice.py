@@ -7,7 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_number
+from moe_jax.checks import check_instance, check_number
+from moe_jax.routers.arguments import check_classes
 from moe_jax.routers.base import Router, Traits
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.dispatch import expert_capacity
@@ -49,6 +50,7 @@ class ExpertChoiceRouter(Router):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_instance("scoring", self.scoring, Scoring, fix="Write Scoring(score='sigmoid').")
         check_number("mean_k", self.mean_k)
         if not 0 < self.mean_k <= self.num_experts:
             raise ValueError(
@@ -89,6 +91,7 @@ class ExpertChoiceRouter(Router):
         context: Context | None = None,
     ) -> ExpertChoice:
         logits = self.gate(params, x, key=key, token_mask=token_mask)
+        check_classes(logits, self.num_experts)
         scores = self.scoring.scores(logits)
         weights = jax.nn.sigmoid(scores) if self.scoring.post == "sigmoid" else scores
         return choose_tokens(

@@ -59,7 +59,7 @@ class RandomSkip(TokenChoice):
     def __post_init__(self) -> None:
         check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
         super().__post_init__()
-        self.gate.check(num_experts=self.num_experts, k=self.k)
+        self.check_within_reach(self.k)
         check_choice("drop", self.drop, ("lowest", "random"))
         check_number("mean_k", self.mean_k)
         if not 1 <= self.mean_k <= self.k:

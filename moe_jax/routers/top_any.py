@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import check_array, check_at_least_0, check_number
+from moe_jax.routers.arguments import check_params
 from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
 from moe_jax.routing.gate import Gate
@@ -108,6 +109,7 @@ class TopAny(TokenChoice):
 
     def logits(self, params, x: Array, *, key=None, token_mask=None, context=None) -> Array:
         """f32[T, E]: scaled cosines."""
+        check_params(params, "kernel", "thresholds")
         check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
         if token_mask is not None:
             check_array(

@@ -7,7 +7,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_at_least_0, check_choice
+from moe_jax.checks import check_at_least_0, check_choice, check_flag
+from moe_jax.routers.arguments import check_params
 from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing.balancing import balancing_bias, loss_free_bias, quantile_bias
 from moe_jax.routing.gate import Gate
@@ -61,6 +62,8 @@ class TopK(TokenChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_within_reach(self.k)
+        check_flag("use_expert_scale", self.use_expert_scale)
         check_choice("balance", self.balance, BALANCES)
         check_at_least_0("balance_rate", self.balance_rate)
         if self.balance == "quantile":
@@ -115,6 +118,7 @@ class TopK(TokenChoice):
         keep = jnp.ones(slots.indices.shape, bool)
         weights = self.weights(slots, keep)
         if self.use_expert_scale:
+            check_params(params, "kernel", "expert_scale")
             weights = weights * params["expert_scale"].astype(jnp.float32)[slots.indices]
         return keep, weights
 
@@ -122,8 +126,7 @@ class TopK(TokenChoice):
         if self.balance != "quantile" or not self.balance_rate:
             return jnp.zeros((self.num_experts,), jnp.float32)
         logits = jax.lax.stop_gradient(routing.router_logits)
-        none = jnp.zeros((self.num_experts,), jnp.float32)
-        scores = self.scoring.selection_scores(logits, self.scoring.scores(logits), none)
+        scores = logits if self.scoring.select_by == "logit" else self.scoring.scores(logits)
         return balancing_bias(scores, state.expert_bias, routing.token_mask, k=self.k)
 
     def update(self, state: TopKState, stats: RoutingStats) -> TopKState:

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_number
+from moe_jax.checks import check_finite, check_number
 from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import pi_controller
@@ -66,6 +66,8 @@ class TopP(TokenChoice):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("p", self.p)
+        check_finite("kp", self.kp)
+        check_finite("ki", self.ki)
         if not 0 <= self.p <= 1:
             raise ValueError(f"p: expected 0 <= p <= 1, got {self.p}. 0.4 is usual.")
         if self.min_k < 1:

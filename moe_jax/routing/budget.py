@@ -11,10 +11,10 @@ import math
 import statistics
 from importlib import metadata
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.checks import check_at_least_0, check_count, check_finite, check_number
 from moe_jax.types import Array, pytree
 
 NUM_KNOTS = 257  # quantile knots of the raw-score map: 1 KB, resolution 0.4 %
@@ -116,7 +116,8 @@ def row_budget(
     overflow_probability: float = 1e-3,
     design_effect: float = 1.0,
 ) -> int:
-    """R for ``plan_dispatch(max_rows=R)``: rows that a batch needs, save with a tolerated chance.
+    """Returns R for ``plan_dispatch(max_rows=R)``: the number of rows that a batch exceeds with
+    probability at most ``overflow_probability``.
 
     A batch of T tokens with this histogram of experts per token asks for ``T * mean`` rows with
     variance ``T * var * design_effect``; R is the normal quantile above which a batch falls with
@@ -140,12 +141,23 @@ def row_budget(
         >>> row_budget(np.array([0.0, 0.7, 0.3]), num_tokens=8192)
         10778
     """
-    shares = np.asarray(histogram, np.float64)
-    if shares.ndim != 1 or shares.size < 2 or abs(shares.sum() - 1.0) > 1e-3:
+    try:
+        shares = np.asarray(histogram, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"histogram: expected shares of tokens that use 0..K experts, got {histogram!r}. Use the "
+            "histogram of a fitted state."
+        ) from None
+    valid = shares.ndim == 1 and shares.size >= 2 and (shares >= 0).all()
+    if not valid or not abs(shares.sum() - 1.0) <= 1e-3:
         raise ValueError(
-            f"histogram: expected shares of tokens that use 0..K experts, summing to 1, got sum "
-            f"{shares.sum():g}. Use the histogram of a fitted state."
+            "histogram: expected shares of tokens that use 0..K experts, at least 0 and summing to "
+            f"1, got shape {list(shares.shape)} with sum {shares.sum():g}. Use the histogram of a "
+            "fitted state."
         )
+    check_count("num_tokens", num_tokens, fix="It is the number of tokens of a batch.")
+    check_at_least_0("design_effect", design_effect)
+    check_number("overflow_probability", overflow_probability)
     if not 0 < overflow_probability < 1:
         raise ValueError(
             f"overflow_probability: expected a number in (0, 1), got {overflow_probability}. "
@@ -156,7 +168,9 @@ def row_budget(
     variance = float((np.square(k - mean) * shares).sum()) * design_effect
     quantile = statistics.NormalDist().inv_cdf(1.0 - overflow_probability)
     rows = num_tokens * mean + quantile * math.sqrt(num_tokens * variance)
-    return int(min(max(math.ceil(rows), num_tokens), num_tokens * (shares.size - 1)))
+    # Rounding of the sums above must not add a row: 100 tokens of mean 1.1 are 110.00000000000001.
+    rows = math.ceil(rows * (1.0 - 1e-12))
+    return int(min(max(rows, num_tokens), num_tokens * (shares.size - 1)))
 
 
 def batch_design_effect(counts: np.ndarray, *, num_tokens: int) -> float:
@@ -169,6 +183,7 @@ def batch_design_effect(counts: np.ndarray, *, num_tokens: int) -> float:
     Raises:
         ValueError: fewer than two whole batches.
     """
+    check_count("num_tokens", num_tokens, fix="It is the number of tokens of a batch.")
     batches = np.asarray(counts, np.float64)[: len(counts) // num_tokens * num_tokens]
     if batches.size < 2 * num_tokens:
         raise ValueError(
@@ -271,6 +286,17 @@ def fit_thresholds(
         ValueError: the target is out of reach.
     """
     check_target(target_mean_k, min_k=min_k, max_k=max_k)
+    difficulty = np.asarray(difficulty)
+    if difficulty.ndim != 1 or not difficulty.size or difficulty.dtype.kind not in "fiu":
+        raise ValueError(
+            "difficulty: expected numbers of at least one token, f32[T], got "
+            f"{difficulty.dtype}{list(difficulty.shape)}. Pass one calibrated difficulty a token."
+        )
+    if not (np.isfinite(difficulty).all() and (abs(difficulty - 0.5) <= 0.5).all()):
+        raise ValueError(
+            f"difficulty: expected finite numbers in [0, 1], got {difficulty.min():g} to "
+            f"{difficulty.max():g}. Map raw scores by calibrated_difficulty first."
+        )
     base = np.asarray(rounding_thresholds(min_k, max_k), np.float64)
     scores = np.sort(np.asarray(difficulty, np.float32))
 
@@ -316,7 +342,11 @@ def _split_ties(thresholds: np.ndarray, scores: np.ndarray, target: float) -> np
 
 
 def check_target(target_mean_k: float, *, min_k: float, max_k: float) -> None:
-    """Raises ValueError unless the target lies strictly between min_k and max_k."""
+    """Raises ValueError unless the target lies strictly between min_k and max_k.
+
+    Raises TypeError unless it is a Python or NumPy number.
+    """
+    check_number("target_mean_k", target_mean_k)
     if not min_k < target_mean_k < max_k:
         raise ValueError(
             f"target_mean_k: expected a number strictly between min_k={min_k} and max_k={max_k}, "
@@ -334,6 +364,14 @@ def mean_k_after(target_saving: float, *, min_k: float, trained_k: float) -> flo
         >>> mean_k_after(0.25, min_k=1, trained_k=4)
         3.0
     """
+    check_number("target_saving", target_saving)
+    check_finite("min_k", min_k)
+    check_finite("trained_k", trained_k)
+    if not 0 < min_k <= trained_k:
+        raise ValueError(
+            f"min_k: expected 0 < min_k <= trained_k={trained_k:g}, got {min_k:g}. Saving starts "
+            "from the trained k."
+        )
     most = 1.0 - min_k / trained_k
     if not 0.0 < target_saving < most:
         raise ValueError(
@@ -384,8 +422,3 @@ def per_expert_quantiles(scores: Array, token_mask: Array, rate: float) -> Array
     part = place - low.astype(jnp.float32)
     value = ordered[low] * (1.0 - part) + ordered[high] * part
     return jnp.where(count > 0, value, 0.0)
-
-
-def as_host(x: Array) -> np.ndarray:
-    """A NumPy copy of a device array, for the fitting code above."""
-    return np.asarray(jax.device_get(x))

@@ -4,19 +4,9 @@ An estimator is any function ``(x float[T, D], context) -> f32[T]``, larger mean
 does not matter: ``budget.calibrated_difficulty`` maps raw scores to [0, 1] by the quantiles that were
 seen at calibration. (The guide calls this a complexity estimator.)
 
-``context`` is a mapping of what the model can offer beyond x. The router adds ``"router_logits"``
-itself; the rest comes from the caller:
-
-================= ==================================== =========================================
-key               shape                                used by
-================= ==================================== =========================================
-router_logits     f32[T, E]                            router_entropy, router_margin
-gradients         float[T, D], dLoss/dx                gradient_norm
-attention         float[T, S] or [H, T, S], rows sum 1 attention_entropy
-attention_mask    bool[T, S], visible keys (optional)  attention_entropy
-logits            float[T, V], the model's prediction  surprisal, prediction_entropy
-targets           int[T], what really came             surprisal
-================= ==================================== =========================================
+``context`` is a mapping of what the model can offer beyond x. ``CONTEXT_KEYS`` lists the keys that the
+library reads; the router adds ``"router_logits"`` itself, the rest comes from the caller. A key that
+nothing reads is refused, since it is probably misspelt.
 """
 
 from __future__ import annotations
@@ -27,11 +17,25 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_array
+from moe_jax.checks import check_array, check_instance
+from moe_jax.routing.numerics import entropy, entropy_of_log
 from moe_jax.types import Array
 
 Context = Mapping[str, Array]
 Estimator = Callable[[Array, Context], Array]
+
+# What the estimators below and the rules of single models read, with the shape of each.
+CONTEXT_KEYS: dict[str, str] = {
+    "router_logits": "f32[T, E]; the router adds it",
+    "gradients": "float[T, D], dLoss/dx: gradient_norm",
+    "attention": "float[T, S] or [H, T, S], rows sum to 1: attention_entropy",
+    "attention_mask": "bool[T, S], visible keys, optional: attention_entropy",
+    "logits": "float[T, V], the model's own prediction: surprisal, prediction_entropy",
+    "targets": "int[T], the tokens that came: surprisal",
+    "token_ids": "int[T]: the rule TokenTable",
+    "router_states": "float[T, H], of the MoE layer before: the rule DepthRouter",
+    "logits_before": "float[T, E + Z], of the MoE layer before: the rule MoEPlusPlus",
+}
 
 
 def activation_norm(x: Array, context: Context) -> Array:
@@ -62,7 +66,7 @@ def gradient_norm(x: Array, context: Context) -> Array:
 def router_entropy(x: Array, context: Context) -> Array:
     """f32[T]: entropy of softmax(router logits) / log E, in [0, 1]."""
     logits = _need(context, "router_logits", "router_entropy", "f32[T, E]")
-    return _entropy(jax.nn.log_softmax(logits, axis=-1)) / _log_size(logits)
+    return entropy_of_log(jax.nn.log_softmax(logits, axis=-1)) / _log_size(logits)
 
 
 def router_margin(x: Array, context: Context) -> Array:
@@ -89,18 +93,20 @@ def attention_entropy(x: Array, context: Context) -> Array:
     if weights.ndim == 2:
         weights = weights[None]
     check_array(
-        "attention", weights, "H T S", sizes={"T": x.shape[0]},
+        "attention",
+        weights,
+        "H T S",
+        sizes={"T": x.shape[0]},
         fix="Pass attention weights [T, S] or [heads, T, S] with one row a token.",
-    )  # fmt: skip
+    )
     visible = context.get("attention_mask")
     visible = weights > 0 if visible is None else jnp.broadcast_to(visible[None], weights.shape)
     weights = jnp.where(visible, weights, 0.0)
     total = weights.sum(axis=-1, keepdims=True)
     p = weights / jnp.where(total > 0, total, 1.0)
-    entropy = -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum(axis=-1)
     keys = visible.sum(axis=-1)
     most = jnp.log(jnp.maximum(keys, 2).astype(jnp.float32))
-    return jnp.where(keys > 1, entropy / most, 0.0).mean(axis=0)
+    return jnp.where(keys > 1, entropy(p) / most, 0.0).mean(axis=0)
 
 
 def surprisal(x: Array, context: Context) -> Array:
@@ -108,15 +114,15 @@ def surprisal(x: Array, context: Context) -> Array:
     logits = _need(context, "logits", "surprisal", "the model's logits [T, V]")
     targets = _need(context, "targets", "surprisal", "the tokens that came, int[T]")
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    own = jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
-    return -own / _log_size(logits)
+    log_p_target = jnp.take_along_axis(log_p, targets[:, None], axis=-1)[:, 0]
+    return -log_p_target / _log_size(logits)
 
 
 def prediction_entropy(x: Array, context: Context) -> Array:
     """f32[T]: entropy of the model's own prediction / log V, from ``logits`` [T, V]; no targets."""
     logits = _need(context, "logits", "prediction_entropy", "the model's logits [T, V]")
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    return _entropy(log_p) / _log_size(logits)
+    return entropy_of_log(log_p) / _log_size(logits)
 
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -134,12 +140,22 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
+_BUILT_IN = frozenset(ESTIMATORS.values())
+
+
 def register_estimator(name: str, estimator: Estimator) -> None:
     """Makes ``estimator`` available by name, so that routers using it can be written to JSON.
 
     Raises:
+        TypeError: the name is not text, or the estimator is not a function.
         ValueError: the name is taken by another function.
     """
+    check_instance("estimator name", name, str, fix="Give the name that routers refer to it by.")
+    if not callable(estimator):
+        raise TypeError(
+            f"estimator: expected a function (x, context) -> f32[T], got a "
+            f"{type(estimator).__name__}. Write a function of x [T, D] and context."
+        )
     if ESTIMATORS.get(name, estimator) is not estimator:
         raise ValueError(f"estimator name: expected a free name, got {name!r}. Choose another.")
     ESTIMATORS[name] = estimator
@@ -167,6 +183,19 @@ def resolve_estimator(estimator: str | Estimator) -> Estimator:
     return ESTIMATORS[estimator]
 
 
+def context_keys_of(estimator: str | Estimator) -> frozenset[str] | None:
+    """Returns the context keys that an estimator reads beyond ``CONTEXT_KEYS``; None is any.
+
+    The library's estimators read keys of ``CONTEXT_KEYS`` alone. Your own function may say what it
+    reads, ``estimator.context_keys = ("speaker",)``; without that it may read anything.
+    """
+    function = resolve_estimator(estimator)
+    if function in _BUILT_IN:
+        return frozenset()
+    declared = getattr(function, "context_keys", None)
+    return None if declared is None else frozenset(declared)
+
+
 def raw_difficulty(estimator: str | Estimator, x: Array, context: Context) -> Array:
     """f32[T]: runs an estimator and checks what it returns. No gradient flows through it.
 
@@ -175,14 +204,13 @@ def raw_difficulty(estimator: str | Estimator, x: Array, context: Context) -> Ar
     """
     raw = resolve_estimator(estimator)(x, context)
     check_array(
-        "difficulty", raw, "T", sizes={"T": x.shape[0]},
+        "difficulty",
+        raw,
+        "T",
+        sizes={"T": x.shape[0]},
         fix="An estimator returns one float a token: (x [T, D], context) -> f32[T].",
-    )  # fmt: skip
+    )
     return jax.lax.stop_gradient(raw.astype(jnp.float32))
-
-
-def _entropy(log_p: Array) -> Array:
-    return -(jnp.exp(log_p) * log_p).sum(axis=-1)
 
 
 def _log_size(logits: Array) -> float:

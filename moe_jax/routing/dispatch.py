@@ -7,7 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_choice
+from moe_jax.checks import check_choice, check_count, check_finite, check_instance
+from moe_jax.routing.numerics import divide, exact
 from moe_jax.types import Array, Assignments, DispatchPlan, ExpertChoice, Routing
 
 PRIORITIES = ("score", "order", "choice")
@@ -24,21 +25,28 @@ def expert_capacity(num_tokens: int, num_experts: int, k: float, capacity_factor
         num_tokens: T.
         num_experts: E.
         k: experts per token; a mean such as 1.3 is fine.
-        capacity_factor: head room over perfect balance; 1.0 is none.
+        capacity_factor: head room over perfect balance; 1.0 is none. Read as the decimal it is
+            written as: 1.1 of 10 rows are 11, although 1.1 in binary is a little more.
 
     Raises:
-        ValueError: ``capacity_factor`` or ``k`` is not positive.
+        TypeError: an argument is not a number.
+        ValueError: an argument is not positive and finite.
 
     Example:
         >>> expert_capacity(4096, 8, 2, 1.25)
         1280
     """
+    check_count("num_tokens", num_tokens, fix="It is the number of tokens of a batch.")
+    check_count("num_experts", num_experts, fix="It is router.num_experts.")
+    check_finite("k", k)
+    check_finite("capacity_factor", capacity_factor)
     if not capacity_factor > 0 or not k > 0:
         raise ValueError(
             f"capacity_factor, k: expected positive numbers, got {capacity_factor}, {k}. "
             "1.25 is a usual capacity factor; leave capacity out for dropless routing."
         )
-    return max(1, min(num_tokens, math.ceil(capacity_factor * num_tokens * k / num_experts)))
+    rows = math.ceil(exact(capacity_factor) * num_tokens * exact(k) / num_experts)
+    return max(1, min(num_tokens, rows))
 
 
 def to_assignments(routing: Routing | ExpertChoice) -> Assignments:
@@ -52,6 +60,12 @@ def to_assignments(routing: Routing | ExpertChoice) -> Assignments:
         >>> to_assignments(routing).token_indices.tolist()
         [0, 0, 1, 1, 2, 2]
     """
+    check_instance(
+        "routing",
+        routing,
+        (Routing, ExpertChoice),
+        fix="Pass what the router returned; of what moe_layer reports that is aux.routing.",
+    )
     if isinstance(routing, Routing):
         num_tokens, k = routing.expert_indices.shape
         experts = routing.expert_indices.reshape(-1)
@@ -156,12 +170,11 @@ def plan_dispatch(
         >>> plan_dispatch(a, capacity=1).kept.tolist()
         [False, True, True]
     """
+    check_instance("assignments", assignments, Assignments, fix="Pass to_assignments(routing).")
     check_choice("priority", priority, PRIORITIES)
     for name, bound in (("capacity", capacity), ("max_rows", max_rows)):
-        if bound is not None and bound < 1:
-            raise ValueError(
-                f"{name}: expected at least 1 or None, got {bound}. None means nothing is dropped."
-            )
+        if bound is not None:
+            check_count(name, bound, fix="None means nothing is dropped.")
     n, e = assignments.expert_indices.shape[0], assignments.num_experts
     slots = assignments.slots_per_token
     if max_rows is not None and max_rows >= n:
@@ -178,9 +191,15 @@ def plan_dispatch(
     if capacity is None and max_rows is None:
         order, position = _sort_by_expert(experts, valid, demand)
         return DispatchPlan(
-            assignments=assignments, order=order, position=position, kept=valid,
-            group_sizes=demand, demand=demand, capacity=None, max_rows=None,
-        )  # fmt: skip
+            assignments=assignments,
+            order=order,
+            position=position,
+            kept=valid,
+            group_sizes=demand,
+            demand=demand,
+            capacity=None,
+            max_rows=None,
+        )
 
     # `second` is 0 for a token's first expert: under a row budget these go before everything else,
     # in the whole batch and in each expert's queue alike. Both bounds then cut the tail of the same
@@ -203,10 +222,10 @@ def plan_dispatch(
         return kept & (_rank(ranked) < rows)
 
     if capacity is None and max_rows is not None:
-        # Most batches keep within a budget that was made for them. Ranking everything is a slow
-        # sort, whose cost would not fall with k, so it runs only where something must go.
-        # Inside shard_map both branches must differ over the same axes, those of the weights too: no
-        # cost is above infinity.
+        # Most batches keep within the budget that was fitted for them. Ranking everything is a slow
+        # sort, whose cost does not fall with k, so it runs only if something must be dropped.
+        # `lax.cond` inside `shard_map` needs both branches to vary over the same mesh axes.
+        # `cost > inf` is always False; it only ties this branch to the axes of `cost`.
         kept = jax.lax.cond(
             demand.sum() > max_rows,
             lambda kept: within_budget(kept, max_rows),
@@ -216,9 +235,15 @@ def plan_dispatch(
         group_sizes = _count(experts, kept, e)
         order, position = _sort_by_expert(experts, kept, group_sizes)
         return DispatchPlan(
-            assignments=assignments, order=order, position=position, kept=kept,
-            group_sizes=group_sizes, demand=demand, capacity=None, max_rows=max_rows,
-        )  # fmt: skip
+            assignments=assignments,
+            order=order,
+            position=position,
+            kept=kept,
+            group_sizes=group_sizes,
+            demand=demand,
+            capacity=None,
+            max_rows=max_rows,
+        )
 
     queue = jax.lax.sort((experts, second, cost, index), num_keys=4, is_stable=False)[3]
     starts = jnp.concatenate([jnp.cumsum(demand) - demand, jnp.zeros((1,), jnp.int32)])
@@ -232,9 +257,15 @@ def plan_dispatch(
     after = group_sizes.sum() + jnp.cumsum(~kept, dtype=jnp.int32) - 1
     row = jnp.where(kept, starts[experts] + position, after)
     return DispatchPlan(
-        assignments=assignments, order=_rank(row), position=position, kept=kept,
-        group_sizes=group_sizes, demand=demand, capacity=capacity, max_rows=max_rows,
-    )  # fmt: skip
+        assignments=assignments,
+        order=_rank(row),
+        position=position,
+        kept=kept,
+        group_sizes=group_sizes,
+        demand=demand,
+        capacity=capacity,
+        max_rows=max_rows,
+    )
 
 
 def plan_in_groups(
@@ -245,14 +276,14 @@ def plan_in_groups(
     max_rows: int | None = None,
     priority: str = "score",
 ) -> DispatchPlan:
-    """``plan_dispatch`` with both bounds held in every group of T / groups consecutive tokens.
+    """Returns the plan of ``plan_dispatch`` with both bounds held in each group of tokens.
 
-    This is what so many devices drop when each plans for its own tokens, without asking the others.
-    On one device it gives their answer, so it is the reference for ``moe_jax.parallel.sharding``.
+    It reproduces on one device what that many devices drop when each plans for its own tokens alone,
+    so it is the reference for ``moe_jax.parallel.sharding``.
 
     Args:
         assignments: of token choice, N assignments.
-        groups: must divide T.
+        groups: number of equal, consecutive token groups; must divide T.
         capacity: most rows of one expert from one group; None for no bound.
         max_rows: most rows of one group; None for no bound.
         priority: as in ``plan_dispatch``.
@@ -268,10 +299,11 @@ def plan_in_groups(
         >>> plan_in_groups(a, 2, capacity=1).kept.tolist()
         [True, False, True, True]
     """
-    tokens, slots, experts = (
-        assignments.num_tokens, assignments.slots_per_token, assignments.num_experts,
-    )  # fmt: skip
-    if groups < 1 or tokens % groups or not slots:
+    check_instance("assignments", assignments, Assignments, fix="Pass to_assignments(routing).")
+    check_count("groups", groups, fix="1 plans for the whole batch at once.")
+    tokens, slots = assignments.num_tokens, assignments.slots_per_token
+    experts = assignments.num_experts
+    if tokens % groups or not slots:
         raise ValueError(
             f"groups: expected token choice and a divisor of T={tokens}, got groups={groups}, "
             f"slots_per_token={slots}. Pad the batch, or use groups=1."
@@ -289,8 +321,10 @@ def plan_in_groups(
         expert_indices=assignments.expert_indices.reshape(groups, -1),
         weights=assignments.weights.reshape(groups, -1),
         valid=assignments.valid.reshape(groups, -1),
-        num_tokens=each, num_experts=experts, slots_per_token=slots,
-    )  # fmt: skip
+        num_tokens=each,
+        num_experts=experts,
+        slots_per_token=slots,
+    )
     kept = jax.vmap(kept_of)(split).reshape(-1)
     group_sizes = _count(assignments.expert_indices, kept, experts)
     order, position = _sort_by_expert(assignments.expert_indices, kept, group_sizes)
@@ -312,6 +346,7 @@ def kept_weights(plan: DispatchPlan, *, renormalize: bool = False) -> Array:
     With ``renormalize`` the kept weights of a token are scaled so that they add up to what its
     weights added up to before anything was dropped (token choice only).
     """
+    check_instance("plan", plan, DispatchPlan, fix="Pass what plan_dispatch returned.")
     weights = jnp.where(plan.kept, plan.assignments.weights, 0.0)
     if not renormalize:
         return weights
@@ -323,7 +358,7 @@ def kept_weights(plan: DispatchPlan, *, renormalize: bool = False) -> Array:
         )
     before = plan.assignments.weights.reshape(-1, slots).sum(axis=1, keepdims=True)
     after = weights.reshape(-1, slots).sum(axis=1, keepdims=True)
-    scale = jnp.where(after > 0, before / jnp.where(after > 0, after, 1.0), 0.0)
+    scale = jnp.where(after > 0, divide(before, jnp.where(after > 0, after, 1.0)), 0.0)
     return (weights.reshape(-1, slots) * scale).reshape(-1)
 
 

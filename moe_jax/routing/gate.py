@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_array, check_expert_index
+from moe_jax.checks import (
+    check_array,
+    check_at_least_0,
+    check_count,
+    check_expert_index,
+    check_expert_tuple,
+    check_finite,
+    check_flag,
+    check_key,
+    check_number,
+)
 from moe_jax.types import Array, Params
 
 
@@ -49,19 +60,27 @@ class Gate:
     disabled_experts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        check_flag("use_bias", self.use_bias)
+        check_number("jitter", self.jitter)
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter: expected 0 <= jitter < 1, got {self.jitter}. 0.01 is usual.")
-        if not self.noise >= 0:
-            raise ValueError(f"noise: expected noise >= 0, got {self.noise}. 0 switches it off.")
-        if self.input_norm_eps is not None and not self.input_norm_eps >= 0:
-            raise ValueError(
-                f"input_norm_eps: expected a number >= 0 or None, got {self.input_norm_eps}. "
-                "1e-6 is usual; None is no normalisation."
-            )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(
-                f"softcap: expected a positive number or None, got {self.softcap}. None is no cap."
-            )
+        check_at_least_0("noise", self.noise)
+        check_finite("multiplier", self.multiplier)
+        if self.input_norm_eps is not None:
+            check_number("input_norm_eps", self.input_norm_eps)
+            if not self.input_norm_eps >= 0:
+                raise ValueError(
+                    f"input_norm_eps: expected a number >= 0 or None, got {self.input_norm_eps}. "
+                    "1e-6 is usual; None is no normalisation."
+                )
+        if self.softcap is not None:
+            check_number("softcap", self.softcap)
+            if not self.softcap > 0:
+                raise ValueError(
+                    f"softcap: expected a positive number or None, got {self.softcap}. None is no "
+                    "cap."
+                )
+        check_expert_tuple("disabled_experts", self.disabled_experts)
 
     def check(self, *, num_experts: int, k: int) -> None:
         """Raises ValueError unless the experts left enabled are at least ``k``, and at least one."""
@@ -77,6 +96,9 @@ class Gate:
         """``{"kernel": f32[D, E]}``, normal with variance 1/D; ``"bias": f32[E]`` and
         ``"input_scale": f32[D]`` if used.
         """
+        check_key(key, required=True)
+        check_count("d_model", d_model, fix="It is the width of a token.")
+        check_count("num_experts", num_experts, fix="A router passes its own.")
         check_expert_index("disabled_experts", self.disabled_experts, num_experts)
         kernel = jax.random.normal(key, (d_model, num_experts), jnp.float32) / d_model**0.5
         params = {"kernel": kernel}
@@ -102,18 +124,26 @@ class Gate:
         Raises:
             TypeError, ValueError: x is not float[T, D] with the kernel's D, or the mask not bool[T].
         """
+        self._check_params(params)
         kernel = params["kernel"]
         check_array("kernel", kernel, "D E", fix="Make it with router.init(key, d_model).")
         check_array(
-            "x", x, "T D", sizes={"D": kernel.shape[0]},
+            "x",
+            x,
+            "T D",
+            sizes={"D": kernel.shape[0]},
             fix="Pass hidden states flattened to [tokens, d_model], as wide as the router's kernel.",
-        )  # fmt: skip
+        )
         x = x.astype(jnp.float32)
         if token_mask is not None:
             check_array(
-                "token_mask", token_mask, "T", kind="bool", sizes={"T": x.shape[0]},
+                "token_mask",
+                token_mask,
+                "T",
+                kind="bool",
+                sizes={"T": x.shape[0]},
                 fix="Pass bool[T], True for real tokens, flattened like x.",
-            )  # fmt: skip
+            )
             x = jnp.where(token_mask[:, None], x, 0.0)
         if self.input_norm_eps is not None:
             x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.input_norm_eps)
@@ -124,7 +154,7 @@ class Gate:
             x = x * jax.random.uniform(jitter_key, x.shape, jnp.float32, low, high)
         # HIGHEST: on TPUs and on GPUs with TF32 the default would round the inputs.
         logits = jnp.matmul(x, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        if "bias" in params:
+        if self.use_bias:
             logits = logits + params["bias"].astype(jnp.float32)[None, :]
         if self.multiplier != 1.0:
             logits = logits * self.multiplier
@@ -133,6 +163,29 @@ class Gate:
         if noise_key is not None and self.noise:
             logits = logits + self.noise * jax.random.normal(noise_key, logits.shape, jnp.float32)
         return self._replace_disabled(logits, float(jnp.finfo(jnp.float32).min))
+
+    def _check_params(self, params: Params) -> None:
+        """Refuses parameters that the fields of this gate do not describe, by name."""
+        wanted = {
+            "kernel": True,
+            "bias": self.use_bias,
+            "input_scale": self.input_norm_eps is not None,
+        }
+        names = sorted(params) if isinstance(params, Mapping) else None
+        if names is None or not all(n in params for n, used in wanted.items() if used):
+            needed = ", ".join(n for n, used in wanted.items() if used)
+            got = f"a {type(params).__name__}" if names is None else ", ".join(names) or "none"
+            raise ValueError(
+                f"params: expected a router's parameters with {needed}, got {got}. Pass what "
+                "router.init returned; of a layer's parameters that is params['router']."
+            )
+        unread = [n for n, used in wanted.items() if not used and n in params]
+        if unread:
+            flag = "use_bias=True" if unread[0] == "bias" else "input_norm_eps=1e-6"
+            raise ValueError(
+                f"params: expected no {unread[0]!r} for a gate without {flag}, got one. Set "
+                f"Gate({flag}), or leave the parameter out."
+            )
 
     def exclude(self, selection: Array) -> Array:
         """f32[T, E] with -inf for disabled experts, so that no bias or cutoff can bring them back."""

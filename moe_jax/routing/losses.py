@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.checks import check_count, check_finite, check_instance, check_number
+from moe_jax.routing.numerics import entropy
 from moe_jax.types import Array, ExpertChoice, Routing
 
 AnyRouting = Routing | ExpertChoice
@@ -23,12 +25,28 @@ class LossWeights:
     """Coefficients of the auxiliary losses; 0 leaves a term out of the computation altogether.
 
     Usual values: load balancing 1e-2 (Switch), router z 1e-3 (ST-MoE), entropy 1e-4 (top-p).
+
+    Raises:
+        TypeError, ValueError: a coefficient is not a finite Python number.
     """
 
     load_balancing: float = 1e-2
     router_z: float = 1e-3
     entropy: float = 0.0
     importance: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_finite(field.name, getattr(self, field.name))
+
+
+def _check_routing(routing: AnyRouting) -> None:
+    check_instance(
+        "routing",
+        routing,
+        (Routing, ExpertChoice),
+        fix="Pass what the router returned; of what moe_layer reports that is aux.routing.",
+    )
 
 
 def _real(routing: AnyRouting) -> tuple[Array, Array]:
@@ -69,11 +87,16 @@ def load_balancing_loss(
     Raises:
         ValueError: ``sequence_length`` does not divide T.
     """
+    _check_routing(routing)
+    if sequence_length is not None:
+        check_count(
+            "sequence_length", sequence_length, fix="Pass the padded length of one sequence."
+        )
     probs, used = routing.router_probs, routing.expert_mask.astype(jnp.float32)
     tokens, experts = probs.shape
     mask = routing.token_mask.astype(jnp.float32)
     length = tokens if sequence_length is None else sequence_length
-    if length < 1 or tokens % length:
+    if tokens % length:
         raise ValueError(
             f"sequence_length: expected a divisor of T={tokens}, got {sequence_length}. "
             "Pass the padded length of one sequence."
@@ -93,6 +116,7 @@ def load_balancing_loss(
 
 def router_z_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
     """f32[]: mean of ``logsumexp(logits)^2`` (ST-MoE, arXiv:2202.08906 eq. 5)."""
+    _check_routing(routing)
     z = jax.nn.logsumexp(routing.router_logits, axis=-1)
     return mean_over_tokens(jnp.square(z), routing, axis_name)
 
@@ -102,9 +126,8 @@ def entropy_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
 
     The "dynamic loss" of top-p routing (arXiv:2403.07652), which keeps p from spreading out.
     """
-    p = routing.router_probs
-    safe = jnp.where(p > 0, p, 1.0)
-    return mean_over_tokens(-(p * jnp.log(safe)).sum(axis=-1), routing, axis_name)
+    _check_routing(routing)
+    return mean_over_tokens(entropy(routing.router_probs), routing, axis_name)
 
 
 def importance_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
@@ -112,6 +135,7 @@ def importance_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
 
     Shazeer et al. 2017, arXiv:1701.06538 eq. 6-7.
     """
+    _check_routing(routing)
     masked = jnp.where(routing.token_mask[:, None], routing.router_probs, 0.0)
     importance = _sum(masked.sum(axis=0), axis_name)
     mean = importance.mean()
@@ -126,6 +150,12 @@ def relu_l1_loss(routing: AnyRouting, *, target_k: float, axis_name: Axes = None
     that is wanted, not by the one that is: making the mean smaller makes it smaller. Reads every
     positive logit, those that ``max_k`` cut off too.
     """
+    _check_routing(routing)
+    check_number("target_k", target_k)
+    if not target_k > 0:
+        raise ValueError(
+            f"target_k: expected experts per token above 0, got {target_k}. It is the wanted mean."
+        )
     on = jnp.where(routing.token_mask[:, None], jax.nn.relu(routing.router_logits), 0.0)
     experts = on.shape[1]
     weight = _sum(on.sum(axis=0), axis_name)
@@ -152,6 +182,8 @@ def aux_loss(
         >>> sorted(terms)
         ['load_balancing', 'router_z']
     """
+    _check_routing(routing)
+    check_instance("weights", weights, LossWeights, fix="Write LossWeights(load_balancing=0.01).")
     terms: dict[str, Array] = {}
     if weights.load_balancing:
         terms["load_balancing"] = load_balancing_loss(

@@ -8,7 +8,8 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_choice
+from moe_jax.checks import check_at_least_0, check_choice, check_count, check_finite, check_number
+from moe_jax.routing.numerics import divide
 from moe_jax.routing.selection import group_limit
 from moe_jax.types import Array
 
@@ -17,6 +18,11 @@ POST_SCORES = ("none", "softmax", "sigmoid")
 NORMS = ("none", "sum", "sum_eps", "clamp", "p")
 GROUP_SCORES = ("top2_sum", "max")
 GROUP_FILLS = ("lowest", "zero")
+
+# Scores that fall like exp(logit) or its root, and so vanish in float32 where logits are low. Their
+# logs do not; below _LOW_LOGIT, where scores are still exact, the logs take their place.
+_UNDERFLOWING = ("sigmoid", "sqrtsoftplus")
+_LOW_LOGIT = -41.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +75,11 @@ class Scoring:
         check_choice("norm", self.norm, NORMS)
         check_choice("group_score", self.group_score, GROUP_SCORES)
         check_choice("group_fill", self.group_fill, GROUP_FILLS)
+        check_at_least_0("norm_eps", self.norm_eps)
+        check_number("norm_p", self.norm_p)
+        check_finite("scale", self.scale)
+        check_count("num_groups", self.num_groups, fix="1 is no grouping.")
+        check_count("top_groups", self.top_groups, fix="Both 1 is no grouping.")
         if not self.norm_p > 0:
             raise ValueError(
                 f"norm_p: expected a positive number, got {self.norm_p}. 1 is the sum."
@@ -153,7 +164,7 @@ class Scoring:
             return scores
         if self.score == "identity":
             return jax.nn.softmax(scores, axis=-1)
-        if self.score in ("sigmoid", "sqrtsoftplus"):
+        if self.score in _UNDERFLOWING:
             # s / sum(s) = softmax(log s). The scores themselves underflow to 0 from a logit of about
             # -87 down, where their ratios, and the gradient that could bring them back, still exist.
             return jax.nn.softmax(self._log_scores(logits), axis=-1)
@@ -180,8 +191,16 @@ class Scoring:
 
         No gradient flows through the bias.
         """
-        base = logits if self.select_by == "logit" else scores
-        return base + jax.lax.stop_gradient(expert_bias)[None, :]
+        bias = jax.lax.stop_gradient(expert_bias)[None, :]
+        if self.select_by == "logit":
+            return logits + bias
+        if self.score not in _UNDERFLOWING:
+            return scores + bias
+        # Where every score is about to vanish, sums with a bias forget the scores: experts with the
+        # highest bias are then compared by their shares, which are in the same order.
+        low = logits.max(axis=-1, keepdims=True) < _LOW_LOGIT
+        by_share = (bias - bias.max()) * 2.0**40 + self.probs(logits, scores)
+        return jnp.where(low, by_share, scores + bias)
 
     def limit_groups(self, selection: Array) -> Array:
         """f32[T, E]: selection scores with the experts outside a token's best groups filled.
@@ -198,10 +217,24 @@ class Scoring:
             fill=-jnp.inf if self.group_fill == "lowest" else 0.0,
         )
 
-    def weights(self, slot_scores: Array, keep: Array, *, min_k: int) -> Array:
+    @property
+    def reads_slot_logits(self) -> bool:
+        """Whether ``weights`` can use the logits of the slots, because the scores may underflow."""
+        return self.score in _UNDERFLOWING and self.norm == "sum" and self.post == "none"
+
+    def weights(
+        self, slot_scores: Array, keep: Array, *, min_k: int, slot_logits: Array | None = None
+    ) -> Array:
         """f32[T, K]: combine weights from the scores of the slots, over the kept slots only.
 
         Differentiating weights that are renormalised while a token may have one expert warns.
+
+        Args:
+            slot_scores: f32[T, K].
+            keep: bool[T, K], the slots that count.
+            min_k: fewest experts that a token uses, for the warning.
+            slot_logits: f32[T, K]. With them, ``norm="sum"`` divides right also where sigmoid scores
+                are too small for float32.
         """
         weights = slot_scores
         if self.post == "softmax":
@@ -219,11 +252,19 @@ class Scoring:
             else:
                 total = kept.sum(axis=-1, keepdims=True)
             if self.norm == "sum_eps":
-                weights = weights / (total + self.norm_eps)
+                weights = divide(weights, total + self.norm_eps)
             elif self.norm == "clamp":
-                weights = weights / jnp.maximum(total, self.norm_eps)
+                weights = divide(weights, jnp.maximum(total, self.norm_eps))
+            elif slot_logits is None or not self.reads_slot_logits:
+                weights = divide(weights, jnp.where(total != 0, total, 1.0))
             else:
-                weights = weights / jnp.where(total != 0, total, 1.0)
+                # The lowest number for slots that do not count: of -inf alone softmax would be NaN.
+                lowest = jnp.finfo(jnp.float32).min
+                low = jnp.where(keep, slot_logits, lowest).max(axis=-1, keepdims=True) < _LOW_LOGIT
+                logs = jnp.where(keep, self._log_scores(slot_logits), lowest)
+                shares = jnp.where(keep, jax.nn.softmax(logs, axis=-1), 0.0)
+                total = jnp.where(low | (total == 0), 1.0, total)
+                weights = jnp.where(low, shares, divide(weights, total))
         if self.renormalizes and min_k <= 1:
             weights = warn_starved_router(weights)
         return weights * self.scale if self.scale != 1.0 else weights

@@ -10,7 +10,15 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 
-from moe_jax.checks import check_choice
+from moe_jax.checks import (
+    check_array,
+    check_at_least_0,
+    check_choice,
+    check_count,
+    check_finite,
+    check_instance,
+)
+from moe_jax.routing.numerics import entropy
 from moe_jax.types import Array, DispatchPlan, ExpertChoice, Routing, RoutingStats
 
 BASELINES = ("trained_k", "top_max", "dense", "mean_k")
@@ -47,14 +55,27 @@ def routing_stats(
         observed: f32[E] from ``router.observe``; zeros when not given.
         implementation: name of what runs the experts.
     """
+    check_instance(
+        "routing",
+        routing,
+        (Routing, ExpertChoice),
+        fix="Pass what the router returned; of what moe_layer reports that is aux.routing.",
+    )
+    check_instance("plan", plan, DispatchPlan, fix="Pass plan_dispatch(to_assignments(routing)).")
+    if observed is not None:
+        check_array(
+            "observed",
+            observed,
+            "E",
+            sizes={"E": routing.num_experts},
+            fix="Pass what router.observe returned for this routing.",
+        )
     mask = routing.token_mask.astype(jnp.float32)
     kept = plan.group_sizes.astype(jnp.float32).sum()
     k = routing.num_experts_per_token
     most = routing.expert_indices.shape[1] if isinstance(routing, Routing) else routing.num_experts
     bins = jnp.arange(most + 1, dtype=jnp.int32)
     hits = (k[:, None] == bins[None, :]).astype(jnp.float32) * mask[:, None]
-    p = routing.router_probs
-    entropy = -(p * jnp.log(jnp.where(p > 0, p, 1.0))).sum(axis=-1)
     if observed is None:
         observed = jnp.zeros((routing.num_experts,), jnp.float32)
     totals = _Totals(
@@ -63,7 +84,7 @@ def routing_stats(
         used=kept,
         executed=kept if slots_executed is None else slots_executed,
         histogram=hits.sum(axis=0),
-        entropy=jnp.where(mask > 0, entropy, 0.0).sum(),
+        entropy=jnp.where(mask > 0, entropy(routing.router_probs), 0.0).sum(),
         observed=observed * mask.sum(),
     )
     # As it was given: dividing a product by its factor again could move its last bit.
@@ -119,10 +140,10 @@ def _of_totals(t: _Totals, implementation: str) -> RoutingStats:
 
 
 def merge_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
-    """The statistics of one batch from those of its parts, e.g. micro-batches. Order is no matter.
+    """The statistics of one batch from those of its parts, e.g. micro-batches.
 
     Counts add up; shares and means are weighted by tokens, and so is ``observed``, which for a
-    quantile is an approximation of the whole batch's.
+    quantile is an approximation of the whole batch's. The order of the parts does not matter.
 
     Raises:
         ValueError: no parts.
@@ -138,6 +159,15 @@ def merge_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
         >>> float(merge_stats([of(x[:2]), of(x[2:])]).token_count)
         6.0
     """
+    if isinstance(parts, RoutingStats):
+        raise TypeError(
+            "parts: expected a sequence of RoutingStats, got one RoutingStats. Write "
+            "merge_stats([stats])."
+        )
+    for part in parts:
+        check_instance(
+            "parts", part, RoutingStats, fix="Pass aux.stats of what moe_layer returned."
+        )
     if not parts:
         raise ValueError("parts: expected statistics of at least one part, got none.")
     added = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *map(_totals_of, parts))
@@ -213,7 +243,7 @@ def flops_report(
 
     Returns:
         A report in which every number is operations over the whole batch. The baseline pays for the
-        router too (all are MoE layers, save ``dense``, which needs none to choose).
+        router too, except ``dense``, which uses every expert and needs no router.
 
     Raises:
         ValueError: an unknown baseline, or ``trained_k`` or ``mean_k`` missing.
@@ -229,7 +259,19 @@ def flops_report(
         >>> round(report.saving_used, 3)
         0.469
     """
+    check_instance("stats", stats, RoutingStats, fix="Pass aux.stats of what moe_layer returned.")
     check_choice("baseline", baseline, BASELINES)
+    check_count("d_model", d_model, fix="It is the width of a token.")
+    check_count("max_k", max_k, fix="It is router.max_k.")
+    if trained_k is not None:
+        check_count("trained_k", trained_k, fix="It is the k of the trained model.")
+    if mean_k is not None:
+        check_finite("mean_k", mean_k)
+    for name, cost in (
+        ("flops_per_row", flops_per_row),
+        ("estimator_flops_per_token", estimator_flops_per_token),
+    ):
+        check_at_least_0(name, cost)
     if baseline == "trained_k" and trained_k is None:
         raise ValueError(
             "trained_k: expected the k that the model was trained with, got None. Pass trained_k=, "

@@ -18,6 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.interop.rules import (
+    CapacityTopK,
+    DepthRouter,
+    JointShared,
+    MoEPlusPlus,
+    ProductKeys,
+    SparseMixer,
+    TokenTable,
+    ZeroExperts,
+)
 from moe_jax.routers import (
     DynamicK,
     ExpertChoiceRouter,
@@ -33,7 +43,7 @@ from moe_jax.routers import (
     router_from_json,
 )
 from moe_jax.routers.base import TokenChoice
-from moe_jax.routers.registry import register_rule, registered_rules, rule_class
+from moe_jax.routers.registry import LAZY_RULES, register_rule, registered_rules, rule_class
 from moe_jax.routing.budget import fit_knots
 from moe_jax.routing.difficulty import ESTIMATORS, raw_difficulty, register_estimator
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
@@ -712,6 +722,134 @@ def test_a_state_is_small_and_keeps_its_shape_under_update(case: Case):
     assert jax.tree.structure(after) == jax.tree.structure(case.state)
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(case.state), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+SINGLE_MODELS: dict[str, Router] = {
+    "CapacityTopK": CapacityTopK(num_experts=E, k=2, capacity=9),
+    "DepthRouter": DepthRouter(num_experts=E, k=2, hidden_size=6),
+    "JointShared": JointShared(num_experts=E, num_shared=2, k=2),
+    "MoEPlusPlus": MoEPlusPlus(num_experts=E),
+    "ProductKeys": ProductKeys(num_experts=9, k=2),
+    "SparseMixer": SparseMixer(num_experts=E),
+    "TokenTable": TokenTable(num_experts=E, k=2, vocab_size=5),
+    "ZeroExperts": ZeroExperts(num_experts=E, num_zero_experts=4, k=2),
+}
+REGISTERED = {**CASES, **SINGLE_MODELS}
+
+
+def test_every_rule_of_a_single_model_is_in_the_table():
+    assert set(SINGLE_MODELS) == set(LAZY_RULES)
+
+
+@pytest.mark.parametrize("name", list(REGISTERED))
+def test_the_state_of_another_rule_is_refused(name):
+    router = REGISTERED[name]
+    params, x = router.init(jax.random.key(0), D), jnp.ones((T, D), jnp.float32)
+    other = TopK(num_experts=E, k=2).init_state()
+    if type(other) is type(router.init_state()):
+        other = TopP(num_experts=E).init_state()
+    said = (
+        rf"state: expected a \w+State for {type(router).__name__}\(.*got a {type(other).__name__}"
+    )
+    for wrong, words in ((other, said), (None, "got a NoneType"), ({}, "got a dict")):
+        with pytest.raises(TypeError, match=words):
+            jax.eval_shape(partial(router, params, wrong), x)
+
+
+@pytest.mark.parametrize("name", list(REGISTERED))
+def test_a_state_of_other_sizes_is_refused(name):
+    router = REGISTERED[name]
+    state = router.init_state()
+    params, x = router.init(jax.random.key(0), D), jnp.ones((T, D), jnp.float32)
+    stats = jax.eval_shape(statistics, jax.random.normal(jax.random.key(0), (T, D)))
+    for i, leaf in enumerate(jax.tree.leaves(state)):
+        leaves, structure = jax.tree.flatten(state)
+        leaves[i] = jnp.zeros((*leaf.shape, 2), leaf.dtype)
+        wrong = jax.tree.unflatten(structure, leaves)
+        words = r"state: expected the sizes of .*instead of \["
+        with pytest.raises(ValueError, match=words):
+            jax.eval_shape(partial(router, params, wrong), x)
+        if router.num_experts == E:
+            with pytest.raises(ValueError, match=words):
+                router.update(wrong, stats)
+
+
+def statistics(x):
+    router = TopK(num_experts=E, k=2)
+    routing = router(router.init(jax.random.key(0), D), router.init_state(), x)
+    return routing_stats(routing, plan_dispatch(to_assignments(routing)))
+
+
+def test_a_state_fitted_for_another_k_is_refused():
+    wide = DynamicK(num_experts=E, min_k=1, max_k=4)
+    params = wide.init(jax.random.key(0), D)
+    x = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
+    state = wide.fit(params, wide.init_state(), x, target_mean_k=1.7)
+    narrow = dataclasses.replace(wide, max_k=2)
+    with pytest.raises(ValueError, match=r"thresholds of shape \[3\] instead of \[1\]"):
+        narrow(params, state, x)
+    with pytest.raises(ValueError, match=r"thresholds of shape \[3\] instead of \[1\]"):
+        narrow.fit(params, state, x, target_mean_k=1.5)
+    other = TopP(num_experts=4)
+    with pytest.raises(ValueError, match=r"expert_bias of shape \[4\] instead of \[8\]"):
+        TopP(num_experts=E)(params, other.init_state(), x)
+
+
+def test_statistics_of_another_number_of_experts_are_refused():
+    stats = statistics(jnp.ones((T, D), jnp.float32))
+    router = TopK(num_experts=4, k=2, balance_rate=0.1)
+    with pytest.raises(ValueError, match=r"num_experts=4 experts, got .*\[8\]"):
+        router.update(router.init_state(), stats)
+
+
+def donate(tree):
+    """A step that gives its argument's memory away, as training steps do."""
+    return jax.jit(
+        lambda t: jax.tree.map(lambda v: v + jnp.ones((), v.dtype), t), donate_argnums=0
+    )(tree)
+
+
+@pytest.mark.parametrize("name", list(REGISTERED))
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_no_array_is_in_a_tree_twice(name):
+    """What init, update and fit return can be donated, outside jit as well."""
+    router = REGISTERED[name]
+    donate(router.init(jax.random.key(0), D))
+    donate(router.init_state())
+    if router.num_experts != E:
+        return
+    donate(router.update(router.init_state(), statistics(jnp.ones((T, D), jnp.float32))))
+    if router.traits.budget != "expected":
+        return
+    x = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
+    params = router.init(jax.random.key(0), D)
+    target = min(router.min_k + 0.6, (router.min_k + router.max_k) / 2)
+    donate(router.fit(params, router.init_state(), x, target_mean_k=target, context=context_for(x)))
+
+
+def test_an_unknown_context_key_is_refused_by_name(case: Case):
+    if callable(getattr(case.router, "difficulty", None)):
+        pytest.skip("a function of the user's own may read anything")
+    wrong = {**context_for(case.x), "gradiants": case.x}
+    with pytest.raises(ValueError, match=r"context: expected keys among .*, got gradiants\."):
+        jax.eval_shape(lambda: case.router(case.params, case.state, case.x, context=wrong))
+    with pytest.raises(TypeError, match=r"context: expected a mapping .*got float32"):
+        case.router(case.params, case.state, case.x, context=case.x)
+
+
+def test_an_estimator_that_says_what_it_reads_is_held_to_it():
+    def by_speaker(x, context):
+        return context["speaker"]
+
+    by_speaker.context_keys = ("speaker",)
+    router = DynamicK(num_experts=E, min_k=1, max_k=2, difficulty=by_speaker)
+    params, state = router.init(jax.random.key(0), D), router.init_state()
+    x, speaker = jnp.ones((T, D), jnp.float32), jnp.linspace(0.0, 1.0, T)
+    k = router(params, state, x, context={"speaker": speaker}).num_experts_per_token
+    assert k.min() == 1
+    assert k.max() == 2
+    with pytest.raises(ValueError, match=r"expected keys among .*speaker.*, got speakers"):
+        router(params, state, x, context={"speakers": speaker})
 
 
 def test_init_works_under_eval_shape(case: Case):

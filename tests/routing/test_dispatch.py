@@ -6,6 +6,8 @@ Promises R10 (capacity counts k, priority by score, drops reported) and the row 
 from __future__ import annotations
 
 import dataclasses
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +183,19 @@ def test_a_batch_of_padding_alone(bounds):
 )
 def test_expert_capacity_counts_k(tokens, experts, k, factor, rows):
     assert expert_capacity(tokens, experts, k, factor) == rows
+
+
+@pytest.mark.parametrize("k", [1, 2, 1.3, 0.7])
+def test_expert_capacity_reads_numbers_as_they_are_written(k):
+    """1.1 of 10 rows are 11: no rounding of a binary product adds a row, for any factor."""
+    for hundredths in range(1, 300):
+        factor = hundredths / 100
+        for tokens, experts in ((100, 10), (1000, 8), (96, 64), (7, 3)):
+            exact = Fraction(hundredths, 100) * tokens * Fraction(str(k)) / experts
+            want = max(1, min(tokens, math.ceil(exact)))
+            assert expert_capacity(tokens, experts, k, factor) == want, (tokens, experts, factor)
+    assert expert_capacity(100, 10, 1, np.float32(1.1)) == 11
+    assert expert_capacity(100, 10, 1, np.float64(1.1)) == 11
 
 
 def test_capacity_of_perfect_balance_drops_nothing():

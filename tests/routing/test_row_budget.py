@@ -62,3 +62,11 @@ def test_a_budget_lies_between_one_and_k_rows_a_token():
 def test_bad_input_is_refused(histogram, probability, said):
     with pytest.raises(ValueError, match=said):
         row_budget(np.array(histogram), num_tokens=8, overflow_probability=probability)
+
+
+def test_rounding_adds_no_row():
+    """100 tokens of mean 1.1 need 110 rows, though the product is 110.00000000000001."""
+    for tenths in range(1, 10):
+        shares = np.array([0.0, 1 - tenths / 10, tenths / 10])
+        rows = row_budget(shares, num_tokens=100, overflow_probability=0.5)
+        assert rows == 100 + 10 * tenths

@@ -1,0 +1,139 @@
+"""Checks of a rule's arguments. They read types and shapes, so ``jit`` runs them only while tracing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from moe_jax.checks import describe_array
+from moe_jax.routing.difficulty import CONTEXT_KEYS
+from moe_jax.types import RoutingStats
+
+
+def check_state(router: Any, state: Any) -> None:
+    """Refuses a state that is not of this router's class and sizes.
+
+    Raises:
+        TypeError: the state of another rule, or not a state.
+        ValueError: a state of this rule for other sizes: another number of experts, or another k.
+    """
+    structure, shapes = _expected_state(router)
+    leaves, found = jax.tree.flatten(state)
+    if found == structure and tuple(map(np.shape, leaves)) == shapes:
+        return
+    wanted = jax.eval_shape(router.init_state)
+    if type(state) is not type(wanted):
+        raise TypeError(
+            f"state: expected a {type(wanted).__name__} for {router!r}, got a "
+            f"{type(state).__name__}. Pass router.init_state(), or what fit or update returned."
+        )
+    raise ValueError(
+        f"state: expected the sizes of {router!r}, got a {type(wanted).__name__} with "
+        f"{_first_difference(wanted, state)}. It was made for a router of another num_experts or k: "
+        "calibrate again, or use the router it was made for."
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def _expected_state(router: Any) -> tuple[Any, tuple[tuple[int, ...], ...]]:
+    """The tree structure and leaf shapes of ``router.init_state()``. Equal routers share an entry."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(router.init_state))
+    return structure, tuple(leaf.shape for leaf in leaves)
+
+
+def _first_difference(wanted: Any, state: Any) -> str:
+    expected = jax.tree_util.tree_flatten_with_path(wanted)[0]
+    got = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+    for path, leaf in expected:
+        name = jax.tree_util.keystr(path)
+        if name not in got:
+            return f"no array at {name}"
+        if np.shape(got[name]) != leaf.shape:
+            return (
+                f"{name.lstrip('.')} of shape {list(np.shape(got[name]))} instead of "
+                f"{list(leaf.shape)}"
+            )
+    return "another structure"
+
+
+def check_stats(router: Any, stats: Any) -> None:
+    """Refuses anything that is not the statistics of a batch routed by this router.
+
+    Raises:
+        TypeError: not ``RoutingStats``.
+        ValueError: statistics of another number of experts.
+    """
+    if not isinstance(stats, RoutingStats):
+        raise TypeError(
+            f"stats: expected RoutingStats, got a {type(stats).__name__}. Pass aux.stats of what "
+            "moe_layer returned, or what routing_stats returns."
+        )
+    shape = np.shape(stats.tokens_per_expert)
+    if shape != (router.num_experts,):
+        raise ValueError(
+            f"stats: expected the counts of num_experts={router.num_experts} experts, got "
+            f"tokens_per_expert of shape {list(shape)}. Pass the statistics of one layer that this "
+            "router routed."
+        )
+
+
+def check_params(params: Any, *names: str) -> None:
+    """Raises ValueError unless the router's parameters have these names."""
+    if not isinstance(params, Mapping) or not all(name in params for name in names):
+        got = ", ".join(sorted(params)) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(
+            f"params: expected a router's parameters with {', '.join(names)}, got {got}. Pass what "
+            "router.init of this router returned."
+        )
+
+
+def check_classes(logits: jax.Array, wanted: int) -> None:
+    """Raises ValueError unless the parameters gave this many logits a token."""
+    if logits.shape[1] != wanted:
+        raise ValueError(
+            f"params: expected parameters for {wanted} classes of experts, got ones for "
+            f"{logits.shape[1]}. Pass what router.init of this router returned."
+        )
+
+
+def check_context(router: Any, context: Any) -> None:
+    """Refuses a context key that nothing in the library reads: it is probably misspelt.
+
+    The keys that built-in estimators and rules read are in ``difficulty.CONTEXT_KEYS``; a rule adds
+    its own in ``context_keys``, where None allows any.
+
+    Raises:
+        TypeError: not a mapping.
+        ValueError: an unknown key.
+    """
+    if context is None:
+        return
+    if not isinstance(context, Mapping):
+        raise TypeError(
+            f"context: expected a mapping from names to arrays, got {describe_array(context)}. Write "
+            'context={"gradients": ...}.'
+        )
+    reads = router.context_keys
+    if reads is None:
+        return
+    unknown = sorted(str(key) for key in context if key not in CONTEXT_KEYS and key not in reads)
+    if unknown:
+        known = ", ".join(sorted({*CONTEXT_KEYS, *reads}))
+        raise ValueError(
+            f"context: expected keys among {known}, got {', '.join(unknown)}. Correct the name, or "
+            "declare it in the rule's or the estimator's context_keys."
+        )
+
+
+def check_concrete(name: str, *trees: Any) -> None:
+    """Raises TypeError if an array of ``trees`` is traced: ``name`` calculates on the host."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
+        raise TypeError(
+            f"{name}: expected arrays with values, got traced ones: it calibrates on the host, once. "
+            "Call it outside jit, grad and vmap."
+        )
