@@ -49,11 +49,11 @@ def pytree(cls: type[_T]) -> type[_T]:
         >>> jax.tree.leaves(Pair(left=1, size=2))
         [1]
     """
-    made: Any = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
-    fields = dataclasses.fields(made)
+    frozen: Any = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
+    fields = dataclasses.fields(frozen)
     meta = [f.name for f in fields if f.metadata.get("static")]
     data = [f.name for f in fields if not f.metadata.get("static")]
-    return jax.tree_util.register_dataclass(made, data_fields=data, meta_fields=meta)
+    return jax.tree_util.register_dataclass(frozen, data_fields=data, meta_fields=meta)
 
 
 @pytree
@@ -62,7 +62,7 @@ class Routing:
 
     Slots of a token are ordered by descending selection score. An unused slot holds expert
     index ``num_experts`` (the "no expert" sentinel, which is also what Hugging Face transformers
-    and vLLM use) with weight 0, so *the number of experts per token lives here and nowhere else*.
+    and vLLM use) with weight 0, so *the number of experts per token is in this field and nowhere else*.
     A masked (padding) token has only unused slots.
     """
 
@@ -117,7 +117,7 @@ class ExpertChoice:
 
 @pytree
 class Assignments:
-    """The waist: a flat list of (token, expert, weight). Every rule ends here.
+    """A flat list of (token, expert, weight), which every routing decision becomes: the waist.
 
     With ``slots_per_token = K > 0`` the list is token-major (assignment ``t * K + j`` is slot j of
     token t), which lets ``combine`` be a reshape. ``slots_per_token = 0`` says that the order
@@ -135,7 +135,7 @@ class Assignments:
 
 @pytree
 class DispatchPlan:
-    """Which assignments are computed, and where. What is dropped is decided here, once.
+    """Which assignments are computed, and in which row. Drops are decided in the plan, once.
 
     ``order`` lists all assignments: the kept ones first, grouped by expert and within an expert in
     order of priority where a capacity cuts the queue, else in batch order; then everything dropped

@@ -1,4 +1,4 @@
-"""Routing rules. Each is a value in a file of its own; a new one is a file and a line here."""
+"""Routing rules. Each is a value in a separate file; a new rule is one file and one line below."""
 
 from moe_jax.routers.base import Router, Traits, router_from_json
 from moe_jax.routers.dynamic_k import DynamicK

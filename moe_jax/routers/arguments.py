@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from moe_jax.checks import describe_array
+from moe_jax.checks import check_key, describe_array
 from moe_jax.routing.difficulty import CONTEXT_KEYS
 from moe_jax.types import RoutingStats
 
@@ -22,9 +22,10 @@ def check_state(router: Any, state: Any) -> None:
         TypeError: the state of another rule, or not a state.
         ValueError: a state of this rule for other sizes: another number of experts, or another k.
     """
-    structure, shapes = _expected_state(router)
-    leaves, found = jax.tree.flatten(state)
-    if found == structure and tuple(map(np.shape, leaves)) == shapes:
+    kind, structure, shapes = _expected_state(router)
+    leaves, got = jax.tree.flatten(state)
+    # Of two dataclasses with equal fields the tree structures compare equal, so the class decides.
+    if type(state) is kind and got == structure and tuple(map(np.shape, leaves)) == shapes:
         return
     wanted = jax.eval_shape(router.init_state)
     if type(state) is not type(wanted):
@@ -40,10 +41,11 @@ def check_state(router: Any, state: Any) -> None:
 
 
 @functools.lru_cache(maxsize=512)
-def _expected_state(router: Any) -> tuple[Any, tuple[tuple[int, ...], ...]]:
-    """The tree structure and leaf shapes of ``router.init_state()``. Equal routers share an entry."""
-    leaves, structure = jax.tree.flatten(jax.eval_shape(router.init_state))
-    return structure, tuple(leaf.shape for leaf in leaves)
+def _expected_state(router: Any) -> tuple[type, Any, tuple[tuple[int, ...], ...]]:
+    """Class, tree structure and leaf shapes of ``router.init_state()``. Equal routers share an entry."""
+    state = jax.eval_shape(router.init_state)
+    leaves, structure = jax.tree.flatten(state)
+    return type(state), structure, tuple(leaf.shape for leaf in leaves)
 
 
 def _first_difference(wanted: Any, state: Any) -> str:
@@ -137,3 +139,61 @@ def check_concrete(name: str, *trees: Any) -> None:
             f"{name}: expected arrays with values, got traced ones: it calibrates on the host, once. "
             "Call it outside jit, grad and vmap."
         )
+
+
+def _checked_call(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``__call__`` of a rule: checks the state, the key and the names in the context."""
+
+    @functools.wraps(method)
+    def call(self, params, state, x, *, key=None, token_mask=None, context=None):
+        check_state(self, state)
+        check_key(key)
+        check_context(self, context)
+        return method(self, params, state, x, key=key, token_mask=token_mask, context=context)
+
+    return call
+
+
+def _checked_observe(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def observe(self, state, routing):
+        check_state(self, state)
+        return method(self, state, routing)
+
+    return observe
+
+
+def _checked_regularization(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def regularization(self, params, state, routing, *, axis_name=None):
+        check_state(self, state)
+        return method(self, params, state, routing, axis_name=axis_name)
+
+    return regularization
+
+
+def _checked_update(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def update(self, state, stats):
+        check_stats(self, stats)
+        check_state(self, state)
+        return method(self, state, stats)
+
+    return update
+
+
+# The methods of a rule that are wrapped when its class is defined. The checks read types and shapes
+# only: under jit they run while tracing, and cost nothing after it.
+_CHECKED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "__call__": _checked_call,
+    "observe": _checked_observe,
+    "regularization": _checked_regularization,
+    "update": _checked_update,
+}
+
+
+def check_arguments_of(rule: type[Any]) -> None:
+    """Wraps the methods that this class defines so that they check their arguments first."""
+    for name, checked in _CHECKED.items():
+        if name in vars(rule):
+            setattr(rule, name, checked(vars(rule)[name]))

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_instance, check_k, check_key
+from moe_jax.checks import check_instance, check_k
 from moe_jax.routers import registry
 from moe_jax.routers.arguments import (
+    check_arguments_of,
     check_classes,
     check_concrete,
     check_context,
     check_state,
-    check_stats,
 )
 from moe_jax.routers.fit import finish_fit, real_tokens
 from moe_jax.routing.budget import check_target
@@ -57,57 +55,6 @@ class Traits:
     budget: str
 
 
-def _checked_call(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``__call__`` of a rule: checks the state, the key and the names in the context."""
-
-    @functools.wraps(method)
-    def call(self, params, state, x, *, key=None, token_mask=None, context=None):
-        check_state(self, state)
-        check_key(key)
-        check_context(self, context)
-        return method(self, params, state, x, key=key, token_mask=token_mask, context=context)
-
-    return call
-
-
-def _checked_observe(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def observe(self, state, routing):
-        check_state(self, state)
-        return method(self, state, routing)
-
-    return observe
-
-
-def _checked_regularization(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def regularization(self, params, state, routing, *, axis_name=None):
-        check_state(self, state)
-        return method(self, params, state, routing, axis_name=axis_name)
-
-    return regularization
-
-
-def _checked_update(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def update(self, state, stats):
-        check_stats(self, stats)
-        check_state(self, state)
-        return method(self, state, stats)
-
-    return update
-
-
-# The methods of a rule that are wrapped when its class is defined. The checks read types and shapes
-# only: under jit they run while tracing, and cost nothing after it.
-_CHECKED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "__call__": _checked_call,
-    "observe": _checked_observe,
-    "regularization": _checked_regularization,
-    "update": _checked_update,
-}
-
-
 class Router(abc.ABC):
     """The contract of a routing rule.
 
@@ -133,9 +80,7 @@ class Router(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name, checked in _CHECKED.items():
-            if name in vars(cls):
-                setattr(cls, name, checked(vars(cls)[name]))
+        check_arguments_of(cls)
         if abc.ABC in cls.__bases__:
             return
         for base in cls.__mro__[1:]:
@@ -216,7 +161,6 @@ class Router(abc.ABC):
             ValueError: a state, parameters or tokens of other sizes; an unknown key in ``context``.
         """
 
-    @_checked_observe
     def observe(self, state: Any, routing: Routing | ExpertChoice) -> Array:
         """f32[E]: what ``update`` needs of a batch beyond counts; may be averaged over shards.
 
@@ -224,7 +168,6 @@ class Router(abc.ABC):
         """
         return jnp.zeros((self.num_experts,), jnp.float32)
 
-    @_checked_regularization
     def regularization(
         self,
         params: Params,
@@ -240,7 +183,6 @@ class Router(abc.ABC):
         """
         return jnp.zeros((), jnp.float32)
 
-    @_checked_update
     def update(self, state: Any, stats: RoutingStats) -> Any:
         """The state after a training batch with these statistics. By default the same state.
 
@@ -290,6 +232,9 @@ class Router(abc.ABC):
         default, changes none.
         """
         return registry.fingerprint(self)
+
+
+check_arguments_of(Router)  # for the methods that rules inherit
 
 
 def router_from_json(data: dict[str, Any]) -> Router:

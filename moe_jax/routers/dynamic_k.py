@@ -121,9 +121,11 @@ class DynamicK(TokenChoice):
         if not self.balance_rate:
             return state
         bias = loss_free_bias(
-            state.expert_bias, stats.tokens_per_expert,
-            rate=self.balance_rate, disabled=self.gate.disabled_experts,
-        )  # fmt: skip
+            state.expert_bias,
+            stats.tokens_per_expert,
+            rate=self.balance_rate,
+            disabled=self.gate.disabled_experts,
+        )
         return dataclasses.replace(state, expert_bias=bias)
 
     def calibrate(self, params, state: DynamicKState, slots, x, context, *, real, target_mean_k):

@@ -20,7 +20,7 @@ from moe_jax.types import Array, ExpertChoice, Params, pytree
 
 @pytree
 class ExpertChoiceState:
-    """Nothing is learned without gradients; the type is there so that every rule has a state."""
+    """An empty state: the rule learns nothing without gradients."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,8 @@ class ExpertChoiceRouter(Router):
         if self.scoring.num_groups != 1 or self.scoring.renormalizes:
             raise ValueError(
                 "scoring: expected no groups and no renormalisation, got "
-                f"{self.scoring}. A token's weights do not belong together here."
+                f"{self.scoring}. Each expert weighs its tokens alone, so a token's weights "
+                "have no common sum."
             )
 
     @property

@@ -43,7 +43,7 @@ class ExpertThreshold(TokenChoice):
         max_k: most experts a token uses; None is E.
         decay: of the moving average.
         gate: the map to logits.
-        scoring: logits to scores and weights; sigmoid scores here unless told otherwise.
+        scoring: logits to scores and weights; sigmoid scores by default.
 
     Example:
         >>> router = ExpertThreshold(num_experts=8, target_k=2.0, max_k=4)

@@ -1,4 +1,4 @@
-"""Controls: rules that save compute without looking at difficulty. Any claim is made against these."""
+"""A control: saves compute by chance, without looking at difficulty. Compare other rules with it."""
 
 from __future__ import annotations
 

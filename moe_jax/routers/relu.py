@@ -34,23 +34,23 @@ class ReLURouter(TokenChoice):
     add ``router.regularization(params, state, routing)``, which is lambda times
     ``losses.relu_l1_loss``, to what you minimise, and call ``update`` after every step, which
     multiplies or divides lambda by ``step``. Without the loss the mean stays near E / 2, where random
-    logits put it. So it does with the loss where tokens lie evenly around 0, half of them on either
-    side of any column: give the gate a bias there. A trained rule can be made sparser by ``fit``,
+    logits put it. With the loss it also stays there if tokens lie evenly around 0, half of them on
+    either side of every column: give the gate a bias then. ``fit`` can make a trained rule sparser,
     never denser.
 
-    The authors steer one lambda by the mean over all layers. A state here is one layer's, which then
-    meets the target by itself; for their rule give every layer's ``update`` the same
-    ``stats.merge_stats`` of all layers. Their lambda has no bounds; this one stays in 1e-12 to
-    ``max_l1_coefficient``: it grows without end where the mean cannot be met. Where it can, in this
-    library's training test, lambda peaked at 4.3.
+    The authors steer one lambda by the mean over all layers. In this library every layer has a state
+    and meets the target alone; for the authors' rule give every layer's ``update`` the same
+    ``stats.merge_stats`` of all layers. Their lambda has no bounds; this one stays within 1e-12 and
+    ``max_l1_coefficient``, because it grows without end where the mean cannot be met. Where it can
+    be met, in this library's training test, lambda peaked at 4.3.
 
     ``router_probs`` is the softmax of the logits, for statistics and the general losses: weights over
     their sum would have gradients without bound where all are small. Leave
-    ``LossWeights.load_balancing`` at 0, as this rule's own loss balances.
+    ``LossWeights.load_balancing`` at 0, since the loss of this rule balances.
 
-    A token may have no expert (15.6 % in the authors' own numbers here), which a residual block takes
-    well and a division by the sum of weights does not. An expert whose logit is negative on every
-    token gets no gradient from the layer, nor from this loss (a router z-loss reaches it): watch
+    A token may have no expert (15.6 % of the tokens in the authors' reference output). A residual block
+    takes that well; a division by the sum of weights does not. An expert whose logit is negative on
+    every token gets no gradient from the layer, nor from this loss (a router z-loss reaches it): watch
     ``stats.tokens_per_expert``.
 
     Args:

@@ -1,4 +1,4 @@
-"""Top-any: a token uses every expert whose cosine to it passes the expert's own, learned threshold."""
+"""Top-any: a token uses every expert whose cosine to it passes a learned threshold per expert."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class TopAny(TokenChoice):
     without a gradient: what the authors do in evaluation. In training they leave it without any:
     ``min_k=0``, the same parameters and state.
 
-    Nothing holds the mean: it may fall to one expert or none in a layer, or rise to all. Watch
-    ``stats.mean_experts_per_token``; ``fit`` moves all thresholds by one offset to a mean that was
-    asked for; ``efficiency`` pushes it down in training.
+    Nothing holds the mean: in a layer it may fall to one expert or to 0, or rise to all. Watch
+    ``stats.mean_experts_per_token``; ``fit`` moves all thresholds by one offset so that the mean
+    reaches a target; ``efficiency`` pushes it down in training.
 
     ``regularization`` is the authors' loss on parameters, ``diversity * (|W'W - 1| + mean |w_e|)``,
     with columns of unit length in the first (Frobenius) norm, plus ``efficiency * mean gate``. Their
-    load-balancing term is on gates; here ``losses.load_balancing_loss`` reads the scores over their
-    sum. Not here: a temperature that is learned (their Tutel release has one, their DeepSpeed release
-    fixes it at 1), columns that start orthogonal, and experts added or taken away while training (take
-    one away with ``Gate(disabled_experts=...)``).
+    load-balancing term is on gates; ``losses.load_balancing_loss`` reads the scores over their sum.
+    Left out: a learned temperature (their Tutel release has one, their DeepSpeed release fixes it at
+    1), columns that start orthogonal, and experts added or removed while training (remove one with
+    ``Gate(disabled_experts=...)``).
 
     Args:
         num_experts: E.

@@ -138,7 +138,9 @@ class TopK(TokenChoice):
             bias = jnp.where(stats.token_count > 0, bias, state.expert_bias)
         else:
             bias = loss_free_bias(
-                state.expert_bias, stats.tokens_per_expert,
-                rate=self.balance_rate, disabled=self.gate.disabled_experts,
-            )  # fmt: skip
+                state.expert_bias,
+                stats.tokens_per_expert,
+                rate=self.balance_rate,
+                disabled=self.gate.disabled_experts,
+            )
         return dataclasses.replace(state, expert_bias=bias)

@@ -1,7 +1,7 @@
 """Controllers: what is learned without gradients. Pure functions from a value to its next value.
 
 Each needs one [E] vector of counts (or one number) from the batch, so under data parallelism one
-``psum`` of the statistics gives every device the same update. Nothing here runs by itself: a
+``psum`` of the statistics gives every device the same update. No controller runs by itself: a
 router's ``update`` calls them, and only training or a calibration loop calls ``update``. So the
 answer to one input never depends on earlier inputs.
 """
@@ -88,7 +88,7 @@ def balancing_bias(scores: Array, expert_bias: Array, token_mask: Array, *, k: i
 def quantile_bias(expert_bias: Array, batch_bias: Array, *, rate: float) -> Array:
     """f32[E]: the share ``rate`` of the way to the batch's ``balancing_bias``, with mean 0.
 
-    At rate 1, Megatron-LM's default, there is no memory of earlier batches.
+    At rate 1, Megatron-LM's default, earlier batches are forgotten.
 
     Example:
         >>> quantile_bias(jnp.zeros(2), jnp.array([3.0, 1.0]), rate=0.5).tolist()

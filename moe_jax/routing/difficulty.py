@@ -41,8 +41,8 @@ CONTEXT_KEYS: dict[str, str] = {
 def activation_norm(x: Array, context: Context) -> Array:
     """f32[T]: root mean square of each token's activations.
 
-    The proxy that the production guide's "gradient_norm" stands for at inference, where there are
-    no gradients. For the real thing see ``gradient_norm``.
+    The production guide's "gradient_norm" at inference, where gradients do not exist. During training
+    see ``gradient_norm``.
     """
     return jnp.sqrt(jnp.square(x.astype(jnp.float32)).mean(axis=-1))
 
@@ -162,10 +162,10 @@ def register_estimator(name: str, estimator: Estimator) -> None:
 
 
 def resolve_estimator(estimator: str | Estimator) -> Estimator:
-    """The function behind a name; a function is returned as it is.
+    """Returns the function registered under a name; a function is returned unchanged.
 
     Raises:
-        ValueError: an unknown name; the known ones are listed.
+        ValueError: an unknown name. The message lists the registered ones.
         TypeError: neither a name nor a function.
     """
     if callable(estimator):

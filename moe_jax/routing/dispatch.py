@@ -25,8 +25,8 @@ def expert_capacity(num_tokens: int, num_experts: int, k: float, capacity_factor
         num_tokens: T.
         num_experts: E.
         k: experts per token; a mean such as 1.3 is fine.
-        capacity_factor: head room over perfect balance; 1.0 is none. Read as the decimal it is
-            written as: 1.1 of 10 rows are 11, although 1.1 in binary is a little more.
+        capacity_factor: head room over perfect balance; 1.0 is no head room. Read as the decimal it
+            is written as: 1.1 times 10 rows are 11, although 1.1 in binary is a little more.
 
     Raises:
         TypeError: an argument is not a number.
@@ -146,8 +146,8 @@ def plan_dispatch(
     all; a token's first expert is never among the dropped ones, neither by the row budget nor, then,
     by capacity before any second choice.
 
-    What a token lost, ``kept_weights(renormalize=True)`` gives to what it kept. DeepSpeed does so; the
-    GShard paper (arXiv:2006.16668) normalises before it drops.
+    ``kept_weights(renormalize=True)`` gives the weight of a token's dropped experts to its kept
+    ones, as DeepSpeed does; the GShard paper (arXiv:2006.16668) normalises before it drops.
 
     Args:
         assignments: N assignments.
@@ -253,7 +253,7 @@ def plan_dispatch(
         kept = within_budget(kept, max_rows)
     group_sizes = _count(experts, kept, e)
     starts = jnp.concatenate([jnp.cumsum(group_sizes) - group_sizes, jnp.zeros((1,), jnp.int32)])
-    # Kept rows are compact; the rest follow in any order, here by index.
+    # Kept rows come first, without gaps; the rest follow in any order, such as by index.
     after = group_sizes.sum() + jnp.cumsum(~kept, dtype=jnp.int32) - 1
     row = jnp.where(kept, starts[experts] + position, after)
     return DispatchPlan(
@@ -278,8 +278,8 @@ def plan_in_groups(
 ) -> DispatchPlan:
     """Returns the plan of ``plan_dispatch`` with both bounds held in each group of tokens.
 
-    It reproduces on one device what that many devices drop when each plans for its own tokens alone,
-    so it is the reference for ``moe_jax.parallel.sharding``.
+    It reproduces on one device what ``groups`` devices drop when each plans for its share of the
+    tokens alone, so it is the reference for ``moe_jax.parallel.sharding``.
 
     Args:
         assignments: of token choice, N assignments.

@@ -1,8 +1,8 @@
 """Auxiliary losses. All over real tokens only; padding counts in nothing.
 
 Pass ``axis_name`` inside ``shard_map`` for the loss of the whole batch, the same on every device:
-everything is summed over the shards of these axes, so there is nothing left to average, and the
-gradient is that of the whole batch. (Outside, where arrays are seen as a whole, leave it out.)
+everything is summed over the shards of these axes, so the result needs no further average, and the
+gradient is that of the whole batch. Outside ``shard_map``, where arrays are whole, leave it out.
 """
 
 from __future__ import annotations
@@ -79,10 +79,11 @@ def load_balancing_loss(
 
     Args:
         routing: of T tokens.
-        sequence_length: take the loss per sequence of so many consecutive tokens and average
-            (DeepSeek-V3's sequence-wise loss); must divide T. None takes the batch as one.
-        axis_name: over all shards of these mapped axes: as one batch (the global-batch loss of
-            arXiv:2501.11873), or as the mean over the sequences of all.
+        sequence_length: number of consecutive tokens in a sequence. The loss is taken per sequence
+            and averaged (DeepSeek-V3's sequence-wise loss). Must divide T. None takes the batch as
+            one sequence.
+        axis_name: mapped axes whose shards count as one batch (the global-batch loss of
+            arXiv:2501.11873), or over whose sequences the mean is taken.
 
     Raises:
         ValueError: ``sequence_length`` does not divide T.
@@ -105,11 +106,12 @@ def load_balancing_loss(
     within = axis_name if sequence_length is None else None  # a sequence is whole on its shard
     p = jnp.where(routing.token_mask[:, None], probs, 0.0).reshape(shape).sum(axis=1)
     p, counts = _sum(p, within), _sum(used.reshape(shape).sum(axis=1), within)
-    own = _sum(mask.reshape(shape[:2]).sum(axis=1), within)
-    mean_k = counts.sum(axis=1) / jnp.maximum(own, 1.0)
-    scale = experts / jnp.square(jnp.maximum(own, 1.0))
+    real = _sum(mask.reshape(shape[:2]).sum(axis=1), within)
+    mean_k = counts.sum(axis=1) / jnp.maximum(real, 1.0)
+    scale = experts / jnp.square(jnp.maximum(real, 1.0))
     value = scale * (p * counts).sum(axis=1) / jnp.where(mean_k > 0, mean_k, 1.0)
-    some = (own > 0).astype(jnp.float32)
+    # A sequence of padding alone has no loss, and must not lower the mean over sequences.
+    some = (real > 0).astype(jnp.float32)
     among = None if sequence_length is None else axis_name
     return _sum((value * some).sum(), among) / jnp.maximum(_sum(some.sum(), among), 1.0)
 
@@ -146,9 +148,9 @@ def relu_l1_loss(routing: AnyRouting, *, target_k: float, axis_name: Axes = None
     """f32[]: ``E / (target_k * T^2) * sum_e (sum_t relu(z[t, e])) * (sum_t [z[t, e] > 0])``.
 
     The load-balanced L1 loss of ReMoE (arXiv:2412.14711): busier experts are pushed down
-    harder. Unlike ``load_balancing_loss`` it sums weights, not probabilities, and divides by the k
-    that is wanted, not by the one that is: making the mean smaller makes it smaller. Reads every
-    positive logit, those that ``max_k`` cut off too.
+    harder. Unlike ``load_balancing_loss`` it sums weights, not probabilities, and divides by the
+    wanted k, not by the realised one, so a smaller mean k gives a smaller loss. It reads every
+    positive logit, including those that ``max_k`` cut off.
     """
     _check_routing(routing)
     check_number("target_k", target_k)

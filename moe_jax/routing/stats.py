@@ -1,4 +1,4 @@
-"""What a batch's routing looked like, in a few hundred bytes, and what it cost."""
+"""Statistics of one batch's routing, in a few hundred bytes, and its cost in FLOPs."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def routing_stats(
     observed: Array | None = None,
     implementation: str = "",
 ) -> RoutingStats:
-    """Statistics of one batch. Arrays, a few hundred bytes, cheap beside the experts.
+    """Returns the statistics of one batch: arrays of a few hundred bytes, cheap beside the experts.
 
     Args:
-        routing: the decision.
-        plan: what became of it.
+        routing: the decision of the router.
+        plan: the dispatch plan of this routing, which says what was dropped.
         slots_executed: f32[] rows the implementation computes; the kept rows when not given.
         observed: f32[E] from ``router.observe``; zeros when not given.
         implementation: name of what runs the experts.
@@ -87,7 +87,7 @@ def routing_stats(
         entropy=jnp.where(mask > 0, entropy(routing.router_probs), 0.0).sum(),
         observed=observed * mask.sum(),
     )
-    # As it was given: dividing a product by its factor again could move its last bit.
+    # The vector itself: multiplying and dividing by the token count could change its last bit.
     return dataclasses.replace(_of_totals(totals, implementation), observed=observed)
 
 
@@ -169,7 +169,10 @@ def merge_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
             "parts", part, RoutingStats, fix="Pass aux.stats of what moe_layer returned."
         )
     if not parts:
-        raise ValueError("parts: expected statistics of at least one part, got none.")
+        raise ValueError(
+            "parts: expected the statistics of at least one part, got an empty sequence. Pass one "
+            "RoutingStats a micro-batch."
+        )
     added = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *map(_totals_of, parts))
     return _of_totals(added, parts[0].implementation)
 
@@ -286,8 +289,8 @@ def flops_report(
     experts = stats.tokens_per_expert.shape[0]
     router = tokens * 2.0 * d_model * experts
     estimator = tokens * estimator_flops_per_token
-    known = {"trained_k": trained_k, "top_max": max_k, "dense": experts, "mean_k": mean_k}
-    k = known[baseline] or 0
+    k_of = {"trained_k": trained_k, "top_max": max_k, "dense": experts, "mean_k": mean_k}
+    k = k_of[baseline] or 0
     base = tokens * k * flops_per_row + (0.0 if baseline == "dense" else router)
     return FlopsReport(
         baseline=f"{baseline}={k:g}",

@@ -173,9 +173,12 @@ def test_quantile_balancing_equals_megatron():
     logits = jnp.asarray(golden["logits"])
     experts = logits.shape[1]
     router = TopK(
-        num_experts=experts, k=2, scoring=Scoring(score="identity"),
-        balance="quantile", balance_rate=1.0,
-    )  # fmt: skip
+        num_experts=experts,
+        k=2,
+        scoring=Scoring(score="identity"),
+        balance="quantile",
+        balance_rate=1.0,
+    )
     identity = {"kernel": jnp.eye(experts, dtype=jnp.float32)}
 
     @jax.jit

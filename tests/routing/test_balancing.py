@@ -153,9 +153,14 @@ def test_pi_controller_reaches_the_target_mean_k():
 
 def pi(integral, measured, **bounds):
     return pi_controller(
-        anchor=jnp.float32(0.5), integral=jnp.float32(integral), measured=jnp.float32(measured),
-        target=2.0, kp=0.1, ki=0.01, **({"low": 0.0, "high": 1.0} | bounds),
-    )  # fmt: skip
+        anchor=jnp.float32(0.5),
+        integral=jnp.float32(integral),
+        measured=jnp.float32(measured),
+        target=2.0,
+        kp=0.1,
+        ki=0.01,
+        **({"low": 0.0, "high": 1.0} | bounds),
+    )
 
 
 def test_pi_controller_by_hand():

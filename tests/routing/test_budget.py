@@ -47,8 +47,9 @@ D, E, TOKENS = 8, 8, 4000
 def test_difficulty_0_gives_min_k_and_1_gives_max_k(min_k, max_k):
     ends = jnp.array([0.0, 1.0])
     assert difficulty_to_k(ends, rounding_thresholds(min_k, max_k), min_k=min_k).tolist() == [
-        min_k, max_k,
-    ]  # fmt: skip
+        min_k,
+        max_k,
+    ]
     if max_k > min_k:
         spread = np.linspace(0, 1, 1001, dtype=np.float32)
         for share in (0.02, 0.5, 0.98):

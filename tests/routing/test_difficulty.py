@@ -172,9 +172,12 @@ def test_no_gradient_flows_through_difficulty(name):
 def test_estimators_return_float32_for_bfloat16(name):
     half = jnp.ones((3, 4), jnp.bfloat16)
     context = {
-        "attention": half, "gradients": half, "logits": half,
-        "router_logits": half.astype(jnp.float32), "targets": jnp.zeros((3,), jnp.int32),
-    }  # fmt: skip
+        "attention": half,
+        "gradients": half,
+        "logits": half,
+        "router_logits": half.astype(jnp.float32),
+        "targets": jnp.zeros((3,), jnp.int32),
+    }
     raw = raw_difficulty(name, half, context)
     assert (raw.shape, raw.dtype) == ((3,), jnp.float32)
     assert np.isfinite(raw).all()

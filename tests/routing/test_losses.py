@@ -114,8 +114,9 @@ def test_a_sequence_of_padding_alone_is_left_out_of_the_mean():
     mask = jnp.arange(12) < 8
     masked = routing_of(
         np.asarray(routing.expert_mask) & np.asarray(mask)[:, None],
-        logits=routing.router_logits, mask=mask,
-    )  # fmt: skip
+        logits=routing.router_logits,
+        mask=mask,
+    )
     short = routing_of(np.asarray(routing.expert_mask)[:8], logits=routing.router_logits[:8])
     np.testing.assert_allclose(
         load_balancing_loss(masked, sequence_length=4),

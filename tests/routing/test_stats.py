@@ -36,9 +36,14 @@ ROUTER = 10 * 64
 )
 def test_every_baseline_by_hand(baseline, flops):
     report = flops_report(
-        stats_of(executed=24.0), baseline=baseline, d_model=8, flops_per_row=100, max_k=4,
-        trained_k=3, estimator_flops_per_token=5.0,
-    )  # fmt: skip
+        stats_of(executed=24.0),
+        baseline=baseline,
+        d_model=8,
+        flops_per_row=100,
+        max_k=4,
+        trained_k=3,
+        estimator_flops_per_token=5.0,
+    )
     assert report.baseline_flops == flops
     assert report.router_flops == ROUTER
     assert report.estimator_flops == 50
