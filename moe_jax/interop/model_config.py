@@ -84,7 +84,8 @@ NESTED = ("text_config", "language_config", "llm_config", "thinker_config", "ffn
 
 
 def _is_whole(value: Any, *, least: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return whole and bool(value >= least)
 
 
 def _is_number(value: Any) -> bool:

@@ -42,7 +42,7 @@ def check_state(router: Any, state: Any) -> None:
 
 @functools.lru_cache(maxsize=512)
 def _expected_state(router: Any) -> tuple[type, Any, tuple[tuple[int, ...], ...]]:
-    """Class, tree structure and leaf shapes of ``router.init_state()``. Equal routers share an entry."""
+    """Class, structure and leaf shapes of ``router.init_state()``. Equal routers share an entry."""
     state = jax.eval_shape(router.init_state)
     leaves, structure = jax.tree.flatten(state)
     return type(state), structure, tuple(leaf.shape for leaf in leaves)
