@@ -348,13 +348,8 @@ class TokenChoice(Router, abc.ABC):
 
     @property
     def num_classes(self) -> int:
-        """Number of choices: E, more for rules whose choices include experts that cost nothing."""
+        """Columns of ``logits``: E, and more for rules with classes that are not such experts."""
         return self.num_experts
-
-    @property
-    def num_logits(self) -> int:
-        """Columns of ``logits``: the choices, unless the weights need further logits."""
-        return self.num_classes
 
     # --- the steps of the frame, in order
 
@@ -399,7 +394,7 @@ class TokenChoice(Router, abc.ABC):
         """Scores x float[T, D] and sorts the ``max_k`` best experts of each token that are enabled."""
         context = context or {}
         logits = self.logits(params, x, key=key, token_mask=token_mask, context=context)
-        check_classes(logits, self.num_logits)
+        check_classes(logits, self.num_classes)
         scores = self.scoring.scores(logits)
         probs = self.probs(logits, scores)
         selection = self.selection_scores(params, state, logits, scores, context)
