@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.bench.layer import experts_step, with_gradients
+from moe_jax.bench.layer_cost import experts_step, with_gradients
 from moe_jax.bench.measure import interleave, write_results
 from moe_jax.bench.workload import sample_routing
 from moe_jax.experts import IMPLEMENTATIONS, FeedForward

@@ -21,6 +21,7 @@ import optax
 from flax import nnx
 
 from moe_jax import checkpoint
+from moe_jax.checkpoint.sealed import PathLike
 from moe_jax.lab.language_model import (
     LMConfig,
     Output,
@@ -34,7 +35,8 @@ from moe_jax.lab.language_model import (
     objective,
     unembed,
 )
-from moe_jax.lab.training import Model, PathLike, load_model, optimizer, save_model
+from moe_jax.lab.model_files import Model, load_model, save_model
+from moe_jax.lab.optimizer import optimizer
 from moe_jax.layer import LayerAux
 from moe_jax.nn.nnx import MoE, arrays, hold
 from moe_jax.routers import Router
@@ -204,7 +206,7 @@ def decoder_step(decoder: Decoder, state: nnx.Optimizer, tokens: Array) -> dict[
     Args:
         decoder: the model.
         state: ``nnx.Optimizer(decoder, tx, wrt=nnx.Param)`` with
-            ``tx = moe_jax.lab.training.optimizer(config, steps)``.
+            ``tx = moe_jax.lab.optimizer.optimizer(config, steps)``.
         tokens: i32[B, S + 1].
 
     Returns:
@@ -234,7 +236,7 @@ def save_decoder(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Saves a decoder as ``moe_jax.lab.training.save_model`` does, for ``moe-jax calibrate``.
+    """Saves a decoder as ``moe_jax.lab.model_files.save_model`` does, for ``moe-jax calibrate``.
 
     With the optimiser beside it, ``load_decoder`` resumes a run with the same bits.
     """
@@ -256,16 +258,16 @@ def load_decoder(
 
     Args:
         path: the checkpoint.
-        tx: with ``moe_jax.lab.training.optimizer(config, steps)`` the ``nnx.Optimizer`` that was
+        tx: with ``moe_jax.lab.optimizer.optimizer(config, steps)`` the ``nnx.Optimizer`` that was
             saved is restored too.
-        variant: see ``moe_jax.lab.training.load_model``.
+        variant: see ``moe_jax.lab.model_files.load_model``.
 
     Returns:
         The decoder, and the optimiser or None.
 
     Raises:
-        ValueError, CheckpointError: see ``moe_jax.lab.training.load_model``; or the checkpoint has no
-            optimiser, or another.
+        ValueError, CheckpointError: see ``moe_jax.lab.model_files.load_model``; or the checkpoint
+            has no optimiser, or another.
     """
     model = load_model(path, variant)
     decoder = Decoder(model.config, params=model.params, states=model.states, routers=model.routers)

@@ -1,4 +1,4 @@
 """Measurements: always a ratio to a floor that ran in the same seconds on the same machine.
 
-``moe-jax bench layer|decode|route|batch``; the functions are in the modules of the same names.
+``moe-jax bench layer|decode|route|batch``; each function is in a module of its own.
 """

@@ -1,6 +1,6 @@
 """``moe-jax bench ...``: the measurements as commands.
 
-Errors of the library leave the commands as they are; ``moe_jax.cli`` tells them, as all others.
+Library errors pass through these commands; ``moe_jax.cli`` prints them as it does for its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moe_jax.bench.places import picture, writable
+from moe_jax.bench.options import check_k, picture, split_numbers, split_words, writable
 from moe_jax.bench.tables import print_rows, print_whole, shown
 
 app = typer.Typer(help="Measure this machine, always against a floor.")
@@ -33,65 +33,37 @@ Rounds = Annotated[int, typer.Option(min=1, help="Rounds; 10 or more for figures
 Size = Annotated[int, typer.Option(min=1)]
 
 
-def _words(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
-    words = [w for w in text.split(",") if w]
-    unknown = [w for w in words if w not in allowed]
-    if unknown or not words:
-        raise typer.BadParameter(
-            f"expected some of {','.join(allowed)}, got {text!r}", param_hint=option
-        )
-    return words
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        numbers = [int(w) for w in text.split(",") if w]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(
-            f"expected positive numbers such as 8,64, got {text!r}", param_hint=option
-        )
-    return numbers
-
-
-def _check_k(k: int, experts: int, mean_k: float | None = None) -> None:
-    if k > experts:
-        raise typer.BadParameter(
-            f"expected at most the {experts} experts, got {k}. Lower it, or raise --experts.",
-            param_hint="--k",
-        )
-    if mean_k is not None and mean_k > k:
-        raise typer.BadParameter(
-            f"expected at most k={k}, got {mean_k:g}. Lower it, or raise --k.",
-            param_hint="--mean-k",
-        )
-
-
 @contextmanager
 def _progress() -> Iterator[Any]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True) as bar:
         task = bar.add_task("starting")
-        yield lambda told: bar.update(task, description=told)
+        yield lambda label: bar.update(task, description=label)
 
 
 def _finish(
-    bench: str, rows: list[dict[str, Any]], columns: list[str], settings: dict[str, Any],
-    json: Path | None, plot: Path | None = None, promised: tuple[str, ...] = (),
-) -> None:  # fmt: skip
+    bench: str,
+    rows: list[dict[str, Any]],
+    columns: list[str],
+    settings: dict[str, Any],
+    json: Path | None,
+    plot: Path | None = None,
+    promised: tuple[str, ...] = (),
+) -> None:
     from moe_jax.bench.measure import write_results
 
     print_rows(out, f"bench {bench}", columns, rows)
     for row in rows:
         if "not_run" in row:
-            notes.print(f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
-                        f"not run, {row['not_run']}")  # fmt: skip
+            notes.print(
+                f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
+                f"not run, {row['not_run']}"
+            )
     if json is not None:
         write_results(json, bench=bench, settings=settings, rows=rows, promised=promised)
         notes.print(f"rows written to {json}")
     if plot is not None:
-        from moe_jax.bench.plot import plot_ratios
+        from moe_jax.bench.ratio_plot import plot_ratios
 
         plot_ratios(rows, plot)
         notes.print(f"picture written to {plot}")
@@ -131,7 +103,7 @@ def against(
 
 
 def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None) -> None:
-    from moe_jax.bench.against import compare, measure_again, read_baseline
+    from moe_jax.bench.baseline import compare, measure_again, read_baseline
     from moe_jax.bench.measure import machine, write_results
     from moe_jax.checkpoint.archive import baseline_of
 
@@ -142,19 +114,31 @@ def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None
     # What all cases share stands once, above them.
     named = [change.name.split() for change in changes]
     shared = [w for w in named[0][1:] if all(w in words for words in named)] if named else []
-    table = Table("case", "ratio then", "ratio now", "now / then", "interval", "slower",
-                  title=f"bench {content['bench']} {' '.join(shared)}")  # fmt: skip
+    table = Table(
+        "case",
+        "ratio then",
+        "ratio now",
+        "now / then",
+        "interval",
+        "slower",
+        title=f"bench {content['bench']} {' '.join(shared)}",
+    )
     for change, words in zip(changes, named, strict=True):
         table.add_row(
             " ".join(w for w in words if w not in shared),
-            f"{change.before:.3f}", f"{change.now:.3f}", f"{change.change:.3f}",
-            f"{change.low:.2f}-{change.high:.2f}", shown(change.slower(tolerance)),
-        )  # fmt: skip
+            f"{change.before:.3f}",
+            f"{change.now:.3f}",
+            f"{change.change:.3f}",
+            f"{change.low:.2f}-{change.high:.2f}",
+            shown(change.slower(tolerance)),
+        )
     print_whole(out, table)
     for row in rows:
         if "not_run" in row:
-            notes.print(f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
-                        f"not run, {row['not_run']}")  # fmt: skip
+            notes.print(
+                f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
+                f"not run, {row['not_run']}"
+            )
     if json is not None:
         write_results(json, bench=content["bench"], settings=content["settings"], rows=rows)
         notes.print(f"rows written to {json}")
@@ -202,25 +186,34 @@ def layer(
     plot: Plot = None,
 ) -> None:
     """The layer after routing against one dense feed-forward over the same rows."""
-    from moe_jax.bench.layer import PROMISED, bench_layer
+    from moe_jax.bench.layer_cost import PROMISED, bench_layer
     from moe_jax.bench.measure import write_results
     from moe_jax.bench.peers import missing
     from moe_jax.bench.workload import DTYPES, LOADS
     from moe_jax.experts import ACTIVATIONS, IMPLEMENTATIONS
 
     settings: dict[str, Any] = dict(
-        tokens=tokens, d_model=d_model, d_ff=d_ff, experts=_numbers(experts, "--experts"), k=k,
-        dtypes=_words(dtype, tuple(DTYPES), "--dtype"), loads=_words(load, LOADS, "--load"),
-        passes=_words(passes, ("fwd", "bwd"), "--pass"),
-        implementations=_words(
+        tokens=tokens,
+        d_model=d_model,
+        d_ff=d_ff,
+        experts=split_numbers(experts, "--experts"),
+        k=k,
+        dtypes=split_words(dtype, tuple(DTYPES), "--dtype"),
+        loads=split_words(load, LOADS, "--load"),
+        passes=split_words(passes, ("fwd", "bwd"), "--pass"),
+        implementations=split_words(
             implementations, (*IMPLEMENTATIONS, "balanced"), "--implementations"
         ),
-        activation=_words(activation, tuple(ACTIVATIONS), "--activation")[0],
-        gated=gated, mean_k=mean_k, max_rows=max_rows, peers=peers, rounds=rounds,
+        activation=split_words(activation, tuple(ACTIVATIONS), "--activation")[0],
+        gated=gated,
+        mean_k=mean_k,
+        max_rows=max_rows,
+        peers=peers,
+        rounds=rounds,
         most_seconds=seconds,
-    )  # fmt: skip
+    )
 
-    _check_k(k, min(settings["experts"]), mean_k)
+    check_k(k, min(settings["experts"]), mean_k)
     if peers and ("uniform" not in settings["loads"] or (mean_k, max_rows) != (None, None)):
         raise typer.BadParameter(
             "expected a uniform load, and neither --mean-k nor --max-rows: peers decide their own "
@@ -237,9 +230,18 @@ def layer(
     with _progress() as progress:
         rows = bench_layer(**settings, progress=progress, so_far=save)
     columns = [
-        "implementation", "experts", "dtype", "load", "pass", "ratio", "ratio_balanced", "ms",
-        "temp_mb", "dropped", "rounds",
-    ]  # fmt: skip
+        "implementation",
+        "experts",
+        "dtype",
+        "load",
+        "pass",
+        "ratio",
+        "ratio_balanced",
+        "ms",
+        "temp_mb",
+        "dropped",
+        "rounds",
+    ]
     _finish("layer", rows, columns, settings, json, plot, PROMISED)
 
 
@@ -257,24 +259,39 @@ def decode(
     json: Json = None,
 ) -> None:
     """A few tokens against reading the active experts' weights once."""
-    from moe_jax.bench.decode import bench_decode
+    from moe_jax.bench.decode_cost import bench_decode
     from moe_jax.bench.workload import DTYPES
     from moe_jax.experts import IMPLEMENTATIONS
 
-    _check_k(k, experts)
-    others = _words(implementations, tuple(IMPLEMENTATIONS), "--implementations") \
-        if implementations else []  # fmt: skip
+    check_k(k, experts)
+    others = (
+        split_words(implementations, tuple(IMPLEMENTATIONS), "--implementations")
+        if implementations
+        else []
+    )
     settings: dict[str, Any] = dict(
-        tokens=_numbers(tokens, "--tokens"), experts=experts, k=k, d_model=d_model, d_ff=d_ff,
-        gated=gated, dtype=_words(dtype, tuple(DTYPES), "--dtype")[0],
-        implementations=others, rounds=rounds,
-    )  # fmt: skip
+        tokens=split_numbers(tokens, "--tokens"),
+        experts=experts,
+        k=k,
+        d_model=d_model,
+        d_ff=d_ff,
+        gated=gated,
+        dtype=split_words(dtype, tuple(DTYPES), "--dtype")[0],
+        implementations=others,
+        rounds=rounds,
+    )
     with _progress() as progress:
         rows = bench_decode(**settings, progress=progress)
     columns = [
-        "implementation", "default", "tokens", "active_experts", "ratio", "ms", "floor_ms",
+        "implementation",
+        "default",
+        "tokens",
+        "active_experts",
+        "ratio",
+        "ms",
+        "floor_ms",
         "floor_gb_per_s",
-    ]  # fmt: skip
+    ]
     _finish("decode", rows, columns, settings, json)
 
 
@@ -292,10 +309,10 @@ def dynamic(
     json: Json = None,
 ) -> None:
     """How much of what a dynamic k saves in operations becomes time."""
-    from moe_jax.bench.dynamic import bench_dynamic
+    from moe_jax.bench.dynamic_k_cost import bench_dynamic
     from moe_jax.bench.workload import LOADS
 
-    _check_k(k, experts)
+    check_k(k, experts)
     try:
         means = [float(m) for m in mean_k.split(",")]
     except ValueError:
@@ -305,10 +322,16 @@ def dynamic(
             f"expected means from 1 to below k={k}, got {mean_k!r}", param_hint="--mean-k"
         )
     settings: dict[str, Any] = dict(
-        tokens=tokens, d_model=d_model, d_ff=d_ff, experts=experts, k=k, mean_ks=means,
-        load=_words(load, LOADS, "--load")[0],
-        backward=_words(passes, ("fwd", "bwd"), "--pass")[0] == "bwd", rounds=rounds,
-    )  # fmt: skip
+        tokens=tokens,
+        d_model=d_model,
+        d_ff=d_ff,
+        experts=experts,
+        k=k,
+        mean_ks=means,
+        load=split_words(load, LOADS, "--load")[0],
+        backward=split_words(passes, ("fwd", "bwd"), "--pass")[0] == "bwd",
+        rounds=rounds,
+    )
     with _progress() as progress:
         rows = bench_dynamic(**settings, progress=progress)
     columns = ["way", "implementation", "mean_k", "pass", "flops_fall", "time_fall", "share"]
@@ -325,9 +348,9 @@ def route(
     json: Json = None,
 ) -> None:
     """Routing alone against its own logits product and top-k."""
-    from moe_jax.bench.route import bench_route
+    from moe_jax.bench.routing_cost import bench_route
 
-    _check_k(k, experts)
+    check_k(k, experts)
     settings: dict[str, Any] = dict(
         tokens=tokens, d_model=d_model, experts=experts, k=k, rounds=rounds
     )
@@ -350,13 +373,19 @@ def batch(
     json: Json = None,
 ) -> None:
     """Find the batch sizes that this machine likes."""
-    from moe_jax.bench.batch import bench_batch
+    from moe_jax.bench.batch_sizes import bench_batch
 
-    _check_k(k, experts)
+    check_k(k, experts)
     settings: dict[str, Any] = dict(
-        sizes=_numbers(sizes, "--sizes"), sequence=sequence, d_model=d_model, d_ff=d_ff,
-        experts=experts, k=k, training=training, rounds=rounds,
-    )  # fmt: skip
+        sizes=split_numbers(sizes, "--sizes"),
+        sequence=sequence,
+        d_model=d_model,
+        d_ff=d_ff,
+        experts=experts,
+        k=k,
+        training=training,
+        rounds=rounds,
+    )
     with _progress() as progress:
         rows, advice = bench_batch(**settings, progress=progress)
     columns = ["batch", "tokens", "ms", "latency_ratio", "relative_throughput"]
@@ -380,27 +409,37 @@ def serve(
     json: Json = None,
 ) -> None:
     """What the service adds: the engine to the bare route, HTTP to a bare echo plus the route."""
-    from moe_jax.bench.http import bench_http
-    from moe_jax.bench.serve import bench_wrapper
+    from moe_jax.bench.http_cost import bench_http
+    from moe_jax.bench.wrapper_cost import bench_wrapper
 
     settings: dict[str, Any] = dict(
-        batch=batch, sequence=sequence, d_model=d_model,
-        parts=_words(parts, ("wrapper", "http"), "--part"),
-        clients=_numbers(clients, "--clients"), seconds=seconds, rounds=rounds,
-    )  # fmt: skip
+        batch=batch,
+        sequence=sequence,
+        d_model=d_model,
+        parts=split_words(parts, ("wrapper", "http"), "--part"),
+        clients=split_numbers(clients, "--clients"),
+        seconds=seconds,
+        rounds=rounds,
+    )
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
         if "wrapper" in settings["parts"]:
             found = bench_wrapper(
-                batch=batch, sequence=sequence, d_model=d_model, rounds=max(rounds, 20),
+                batch=batch,
+                sequence=sequence,
+                d_model=d_model,
+                rounds=max(rounds, 20),
                 progress=progress,
-            )  # fmt: skip
+            )
             rows += [{"part": "wrapper", **row} for row in found]
         if "http" in settings["parts"]:
             found = bench_http(
-                shape=(batch, sequence, d_model), clients=settings["clients"], rounds=rounds,
-                seconds=seconds, progress=progress,
-            )  # fmt: skip
+                shape=(batch, sequence, d_model),
+                clients=settings["clients"],
+                rounds=rounds,
+                seconds=seconds,
+                progress=progress,
+            )
             rows += [{"part": "http", **row} for row in found]
     columns = ["part", "case", "clients", "ratio", "ratio_sink", "times_json", "ms"]
     _finish("serve", rows, columns, settings, json)

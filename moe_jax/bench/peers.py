@@ -138,9 +138,14 @@ def peer_cases(
     if ffn.gated and ffn.activation == "silu":
         dtype = "bf16" if x.dtype == jnp.bfloat16 else "f32"
         thunk = torch_mixtral(
-            tokens=tokens, d_model=d_model, d_ff=d_ff, experts=routing.num_experts, k=k,
-            dtype=dtype, backward=backward,
-        )  # fmt: skip
+            tokens=tokens,
+            d_model=d_model,
+            d_ff=d_ff,
+            experts=routing.num_experts,
+            k=k,
+            dtype=dtype,
+            backward=backward,
+        )
         if thunk is not None:
             cases["torch mixtral"] = thunk
     elif installed("torch"):

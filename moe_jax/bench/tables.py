@@ -1,4 +1,4 @@
-"""Rows as a table that stays readable where there are 80 columns, as in a pipe or a log."""
+"""Tables that stay readable in 80 columns, as in a pipe or a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def shown(value: Any) -> str:
-    """A value as a cell: four digits of a float, "yes" or nothing for a bool.
+    """Formats a value for a cell: four digits of a float, "yes" or nothing for a bool.
 
     Example:
         >>> shown(1.23456), shown(True), shown(None), shown(8)
@@ -27,7 +27,9 @@ def shown(value: Any) -> str:
 def split_columns(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str]
 ) -> tuple[list[str], list[str]]:
-    """The columns that tell rows apart, and what all rows share in words. The first always stays.
+    """Splits columns into those that differ between rows, and the shared ones in words.
+
+    The first column always stays.
 
     Example:
         >>> rows = [{"rule": "TopK", "k": 2, "ms": 3.0}, {"rule": "TopP", "k": 2, "ms": 4.0}]
@@ -36,15 +38,15 @@ def split_columns(
     """
     values = {c: {shown(row.get(c)) for row in rows} for c in columns}
     same = [c for c in columns[1:] if len(rows) > 1 and len(values[c]) == 1]
-    told = [f"{c.replace('_', ' ')} {one}" for c in same if (one := next(iter(values[c])))]
-    return [c for c in columns if c not in same], told
+    shared = [f"{c.replace('_', ' ')} {one}" for c in same if (one := next(iter(values[c])))]
+    return [c for c in columns if c not in same], shared
 
 
 def print_rows(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
 ) -> None:
     """Prints rows below a title with what they share. No header and no figure is ever cut."""
-    apart, told = split_columns(rows, columns)
+    apart, shared = split_columns(rows, columns)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column in apart:
         figures = all(not isinstance(row.get(column), str) for row in rows)
@@ -52,7 +54,9 @@ def print_rows(
     for row in rows:
         table.add_row(*[shown(row.get(c)) for c in apart])
     console.print(
-        ": ".join([title, *([", ".join(told)] if told else [])]), highlight=False, soft_wrap=True
+        ": ".join([title, *([", ".join(shared)] if shared else [])]),
+        highlight=False,
+        soft_wrap=True,
     )
     print_whole(console, table)
 

@@ -95,10 +95,10 @@ def check_against(origin: str, example: Any, entry: dict[str, Any], fix: str) ->
 def difference_between(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
     """The first few entries that differ, as ``name: found instead of wanted``."""
     names = [n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)]
-    told = [
+    changes = [
         f"{n}: {found.get(n, 'nothing')} instead of {wanted.get(n, 'nothing')}" for n in names[:3]
     ]
-    return "; ".join(told) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
+    return "; ".join(changes) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import typer
 
 from moe_jax.bench.commands import app as bench
 from moe_jax.cli import backup, configuration, devices, models, service
-from moe_jax.cli.output import ToldGroup, out
+from moe_jax.cli.output import LibraryErrorsExit2, out
 
 app = typer.Typer(
     name="moe-jax",
@@ -28,7 +28,7 @@ app.add_typer(service.app)
 app.add_typer(backup.app)
 app.add_typer(devices.app)
 app.add_typer(configuration.app, name="config")
-app.add_typer(bench, name="bench", cls=ToldGroup)
+app.add_typer(bench, name="bench", cls=LibraryErrorsExit2)
 
 
 @app.command()

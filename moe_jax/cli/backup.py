@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_jax.cli.output import AsJson, ConfigFile, notes, out, print_json, told
+from moe_jax.cli.output import AsJson, ConfigFile, library_errors_exit_2, notes, out, print_json
 
 app = typer.Typer()
 
@@ -33,7 +33,7 @@ def export(
     from moe_jax.checkpoint import archive
     from moe_jax.config import load_config
 
-    with told():
+    with library_errors_exit_2():
         chosen = None if config is None else load_config(config, env={})
         manifest = archive.export(folder, checkpoint, config=chosen, baseline=baseline)
     if as_json:
@@ -49,8 +49,9 @@ def export(
             notes.print(
                 f"[yellow]not in force:[/yellow] router_config.{name}; the checkpoint has {value}. "
                 "The service goes by the checkpoint: give the configuration its value.",
-                soft_wrap=True, highlight=False,
-            )  # fmt: skip
+                soft_wrap=True,
+                highlight=False,
+            )
         if manifest["provenance"]["baseline"] is None:
             notes.print("no performance baseline in it: add --baseline FILE")
 
@@ -64,7 +65,7 @@ def restore(
     """Verify an export and make it the current release of a folder of releases."""
     from moe_jax.checkpoint import archive
 
-    with told():
+    with library_errors_exit_2():
         result = archive.restore(folder, releases)
     _tell(result, releases, as_json)
 
@@ -74,7 +75,7 @@ def rollback(releases: Releases, as_json: AsJson = False) -> None:
     """Make the previous release the current one again."""
     from moe_jax.checkpoint import archive
 
-    with told():
+    with library_errors_exit_2():
         result = archive.rollback(releases)
     _tell(result, releases, as_json)
 

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_jax.cli.output import AsJson, ConfigFile, notes, out, plain, print_json, told
+from moe_jax.cli.output import (
+    AsJson,
+    ConfigFile,
+    library_errors_exit_2,
+    notes,
+    out,
+    plain,
+    print_json,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Check and show configuration.")
 
@@ -23,7 +31,7 @@ def config_check(
     try:
         router = build_router(load_config(file))
     except ConfigFileError as error:
-        with told():
+        with library_errors_exit_2():
             raise error from None
     except ConfigError as error:
         if as_json:
@@ -52,7 +60,7 @@ def config_show(
     """Print the configuration in force: environment over file over defaults; or a preset."""
     from moe_jax.config import PRESETS, load_config
 
-    with told():
+    with library_errors_exit_2():
         if preset is not None:
             if preset not in PRESETS:
                 raise ValueError(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from moe_jax.cli.output import AsJson, notes, out, print_json, told
+from moe_jax.cli.output import AsJson, library_errors_exit_2, notes, out, print_json
 
 app = typer.Typer()
 
@@ -49,7 +49,7 @@ def verify(
         raise typer.Exit(subprocess.run(command, check=False).returncode)
     from moe_jax.parallel.selftest import verify as job
 
-    with told():
+    with library_errors_exit_2():
         checks = job(devices)
     failed = [check for check in checks if check.passed is False]
     kind = jax.devices()[0].device_kind

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from moe_jax.cli.output import AsJson, ConfigFile, Seed, notes, out, print_json, told
+from moe_jax.cli.output import (
+    AsJson,
+    ConfigFile,
+    Seed,
+    library_errors_exit_2,
+    notes,
+    out,
+    print_json,
+)
 from moe_jax.cli.service import Key, route_over
 
 app = typer.Typer()
@@ -27,7 +35,7 @@ def demo(
     """Train a small model on real text, calibrate budgets, and see what each saving costs."""
     from moe_jax.lab import demo as job
 
-    with told():
+    with library_errors_exit_2():
         results = job.run(folder, quick=quick, seed=seed, console=notes if as_json else out)
     if as_json:
         print_json(results)
@@ -59,10 +67,10 @@ def route(
     from moe_jax.lab import hidden_states
 
     if save is not None:
-        with told():
+        with library_errors_exit_2():
             hidden_states.check_save(save)
     if url is not None:
-        with told():
+        with library_errors_exit_2():
             if (checkpoint, router_name, config, target_mean_k) != (None,) * 4:
                 raise ValueError(
                     "--url: expected it without --checkpoint, --router, --config and "
@@ -74,7 +82,7 @@ def route(
         else:
             _show_route(report)
         return
-    with told():
+    with library_errors_exit_2():
         if checkpoint is None and router_name is not None:
             raise ValueError(
                 f"--router: expected it with --checkpoint, got --router {router_name} alone. "
@@ -173,17 +181,31 @@ def train(
 
     hint = f"Start all again with --resume {folder} --overwrite." if save_every else ""
     with (
-        told(),
+        library_errors_exit_2(),
         training_mesh(
-            coordinator, processes, process_id,
-            expert_devices=expert_devices, host_devices=host_devices, patience=patience, hint=hint,
+            coordinator,
+            processes,
+            process_id,
+            expert_devices=expert_devices,
+            host_devices=host_devices,
+            patience=patience,
+            hint=hint,
         ) as mesh,
-    ):  # fmt: skip
+    ):
         config = LMConfig() if model is None else _model_config(model)
         path, summary = job(
-            config, folder, steps, seed, process_id == 0, mesh=mesh, save_every=save_every,
-            resume=resume, until=until, overwrite=overwrite, console=notes,
-        )  # fmt: skip
+            config,
+            folder,
+            steps,
+            seed,
+            process_id == 0,
+            mesh=mesh,
+            save_every=save_every,
+            resume=resume,
+            until=until,
+            overwrite=overwrite,
+            console=notes,
+        )
     if process_id == 0:
         _print_checkpoint(path, summary, as_json)
 
@@ -232,11 +254,17 @@ def calibrate(
     """Fit dynamic rules to a budget on calibration text and save them with their provenance."""
     from moe_jax.lab.calibration import calibrate as job
 
-    with told():
+    with library_errors_exit_2():
         path, summary = job(
-            checkpoint, folder, rule, target_mean_k=target_mean_k, target_saving=target_saving,
-            seed=seed, overwrite=overwrite, console=notes,
-        )  # fmt: skip
+            checkpoint,
+            folder,
+            rule,
+            target_mean_k=target_mean_k,
+            target_saving=target_saving,
+            seed=seed,
+            overwrite=overwrite,
+            console=notes,
+        )
     _print_checkpoint(path, summary, as_json)
 
 
@@ -259,7 +287,7 @@ def inspect(
     from moe_jax.checkpoint import open_checkpoint
     from moe_jax.checkpoint.description import describe_checkpoint, routers_by_rule
 
-    with told():
+    with library_errors_exit_2():
         report = describe_checkpoint(open_checkpoint(checkpoint))
     if as_json:
         print_json(report)

@@ -1,4 +1,4 @@
-"""What every command shares: consoles, common options, errors as exit codes."""
+"""Shared by all commands: consoles, common options, library errors as exit codes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
-    """Turns the library's own errors, which say what to do, into exit code 2 without a traceback."""
+def library_errors_exit_2() -> Iterator[None]:
+    """Prints the message of a library error and exits with code 2, without a traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
@@ -31,20 +31,20 @@ def told() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-class ToldGroup(TyperGroup):
-    """A group of commands that all run in ``told()``, for those of a package that cannot import it."""
+class LibraryErrorsExit2(TyperGroup):
+    """A command group in ``library_errors_exit_2``, for rooms that may not import ``cli``."""
 
     def invoke(self, ctx: Any) -> Any:
-        with told():
+        with library_errors_exit_2():
             return super().invoke(ctx)
 
 
 def plain(error: Exception) -> str:
-    """The error's text, its brackets safe from the console's markup."""
+    """The text of an error, escaped for the console's markup."""
     text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
     return text.replace("[", r"\[")
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on standard output."""
+    """Prints one JSON object on standard output."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -10,7 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_jax.cli.output import AsJson, ConfigFile, notes, out, plain, print_json, told
+from moe_jax.cli.output import (
+    AsJson,
+    ConfigFile,
+    library_errors_exit_2,
+    notes,
+    out,
+    plain,
+    print_json,
+)
 
 app = typer.Typer()
 
@@ -58,7 +66,7 @@ def serve(
     """Serve the router over HTTP (Open Inference Protocol v2), until SIGTERM drains it."""
     with _needs("serve"):
         from moe_jax.serving.http.process import run
-    with _needs("grpc" if grpc_port is not None else "serve"), told():
+    with _needs("grpc" if grpc_port is not None else "serve"), library_errors_exit_2():
         run(
             config_file=config,
             grpc_port=grpc_port,
@@ -75,7 +83,7 @@ def route_over(url: str, key: str | None, file: Path, save: Path | None) -> dict
     from moe_jax.lab.hidden_states import load_hidden_states
     from moe_jax.serving.http.client import Refused, Service
 
-    with told():
+    with library_errors_exit_2():
         x = load_hidden_states(file)
         service = Service(url, key=key)
         shaped = x.reshape(-1, x.shape[-2], x.shape[-1]) if x.ndim > 2 else x[None]
@@ -131,11 +139,14 @@ def smoke(
     """Check a running service: health, one routed batch, metrics. Exit code 1 if a check fails."""
     from moe_jax.serving.http.smoke import check
 
-    with told():
+    with library_errors_exit_2():
         checks = check(
-            url, key=key, admin_key=admin_key or key,
-            checkpoint=checkpoint, router_name=router_name,
-        )  # fmt: skip
+            url,
+            key=key,
+            admin_key=admin_key or key,
+            checkpoint=checkpoint,
+            router_name=router_name,
+        )
     good = all(c["ok"] for c in checks)
     if as_json:
         print_json({"url": url, "ok": good, "checks": checks})
@@ -161,7 +172,7 @@ def reload(
     """Swap another checkpoint into a running service; exit code 1 if it refuses."""
     from moe_jax.serving.http.client import Refused, Service
 
-    with told():
+    with library_errors_exit_2():
         service = Service(url, key=admin_key, timeout_seconds=600.0)
         try:
             asked = {} if checkpoint is None else {"checkpoint": checkpoint}

@@ -16,7 +16,7 @@ Nothing is ignored: an unknown key or an unknown ``MOE_*`` variable is an error,
 that is misspelt and silently dropped costs more than a start that fails.
 """
 
-from moe_jax.config.checks import ConfigError, ConfigFileError
+from moe_jax.config.kinds import ConfigError, ConfigFileError
 from moe_jax.config.loading import ENV_PREFIX, load_config
 from moe_jax.config.settings import (
     Config,

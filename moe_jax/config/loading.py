@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config.checks import (
+from moe_jax.config.kinds import (
     ConfigError,
     ConfigFileError,
     choices_of,

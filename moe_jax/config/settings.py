@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from moe_jax.config.checks import (
+from moe_jax.config.kinds import (
     BUCKETS,
     EXPERT_COUNTS,
     HOST,

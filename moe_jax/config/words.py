@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from moe_jax.config.checks import ESTIMATOR_WORDS
+from moe_jax.config.kinds import ESTIMATOR_WORDS
 from moe_jax.config.settings import Config, PerformanceConfig, RouterConfig
 from moe_jax.routers import DynamicK, ExpertThreshold, Router
 from moe_jax.routing.gate import Gate

@@ -25,9 +25,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moe_jax.checkpoint import check_free
+from moe_jax.checkpoint.sealed import PathLike
 from moe_jax.lab.data import Blocks, Corpus, cut_blocks, load_corpus
 from moe_jax.lab.language_model import LMConfig, embed, layer_params, router_input
-from moe_jax.lab.training import Model, PathLike, load_model, save_model, track
+from moe_jax.lab.model_files import Model, load_model, save_model
+from moe_jax.lab.progress import track
 from moe_jax.layer import LayerOptions, add_residual, run_routing
 from moe_jax.routers import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, TopP
 from moe_jax.routing.budget import check_target, mean_k_after
@@ -122,9 +124,12 @@ def find_rules(names: Sequence[str]) -> list[Rule]:
         ValueError: an unknown name; the known ones are listed.
     """
     by_class = {
-        "DynamicK": "dynamic_k_entropy", "TopP": "top_p", "MinP": "min_p",
-        "ExpertThreshold": "expert_threshold", "RandomSkip": "drop_lowest",
-    }  # fmt: skip
+        "DynamicK": "dynamic_k_entropy",
+        "TopP": "top_p",
+        "MinP": "min_p",
+        "ExpertThreshold": "expert_threshold",
+        "RandomSkip": "drop_lowest",
+    }
     trained = [name for name in names if name in ("ReLURouter", "TopAny")]
     if trained:
         raise ValueError(
@@ -321,7 +326,7 @@ def calibrate(
     Args:
         source: a checkpoint of ``moe_jax.lab.training.train`` (or of this function).
         out: the new checkpoint. Its routers and states ``layer_0`` ... are those of the first
-            rule; the others are variants under their names, see ``moe_jax.lab.training.load_model``.
+            rule; the others are variants under their names, see ``moe_jax.lab.model_files.load_model``.
         rule: a name in ``RULES`` (or of a router class, e.g. ``TopP``), or several.
         target_mean_k: experts per token on average, below the trained k; or
         target_saving: share of the expert activations to save, e.g. 0.2.
@@ -370,13 +375,18 @@ def calibrate(
     fits = {name: [s.fit.describe() for s in states] for name, (_, states) in fitted.items()}
     first = fitted.pop(names[0])
     note = {
-        "rules": names, "target_mean_k": target_mean_k, "tokens": blocks.num_tokens,
-        "seed": seed, "data": corpus.describe()["fingerprint"],
-    }  # fmt: skip
+        "rules": names,
+        "target_mean_k": target_mean_k,
+        "tokens": blocks.num_tokens,
+        "seed": seed,
+        "data": corpus.describe()["fingerprint"],
+    }
     new = dataclasses.replace(
-        model, routers=first[0], states=first[1],
+        model,
+        routers=first[0],
+        states=first[1],
         metadata={**model.metadata, "calibration": note},
-    )  # fmt: skip
+    )
     variants = {**fitted, "trained": (model.routers, model.states)}
     path = save_model(out, new, variants=variants, overwrite=overwrite)
     return path, {**note, "fits": fits}

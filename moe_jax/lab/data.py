@@ -54,16 +54,16 @@ class Corpus:
     def describe(self) -> dict[str, object]:
         """Files and bytes of each part and a fingerprint of all, for logs and JSON."""
         digest = hashlib.sha256()
-        told: dict[str, object] = {}
+        summary: dict[str, object] = {}
         for part in PARTS:
             files: tuple[SourceFile, ...] = getattr(self, part)
-            told[part] = {"files": len(files), "bytes": sum(f.data.size for f in files)}
+            summary[part] = {"files": len(files), "bytes": sum(f.data.size for f in files)}
             for file in files:
                 digest.update(f"{part}\0{file.path}\0{file.data.size}\0".encode())
                 digest.update(file.data.tobytes())
-        told["python"] = ".".join(map(str, sys.version_info[:3]))
-        told["fingerprint"] = digest.hexdigest()[:32]
-        return told
+        summary["python"] = ".".join(map(str, sys.version_info[:3]))
+        summary["fingerprint"] = digest.hexdigest()[:32]
+        return summary
 
 
 def part_of(path: str) -> str:
@@ -199,9 +199,12 @@ class Blocks:
     def take(self, count: int) -> Blocks:
         """The first ``count`` blocks."""
         return Blocks(
-            inputs=self.inputs[:count], targets=self.targets[:count], mask=self.mask[:count],
-            file_index=self.file_index[:count], paths=self.paths,
-        )  # fmt: skip
+            inputs=self.inputs[:count],
+            targets=self.targets[:count],
+            mask=self.mask[:count],
+            file_index=self.file_index[:count],
+            paths=self.paths,
+        )
 
     def pad_to(self, size: int) -> Blocks:
         """With masked blocks appended until N is a multiple of ``size``, so that no batch is odd."""
@@ -211,9 +214,12 @@ class Blocks:
             return np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)])
 
         return Blocks(
-            inputs=grown(self.inputs), targets=grown(self.targets), mask=grown(self.mask),
-            file_index=grown(self.file_index), paths=self.paths,
-        )  # fmt: skip
+            inputs=grown(self.inputs),
+            targets=grown(self.targets),
+            mask=grown(self.mask),
+            file_index=grown(self.file_index),
+            paths=self.paths,
+        )
 
 
 def cut_blocks(files: Sequence[SourceFile], *, length: int, per_file: int, seed: int) -> Blocks:

@@ -18,19 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
 
 import moe_jax
 from moe_jax.checkpoint import CheckpointError, check_free
 from moe_jax.lab import plots
-from moe_jax.lab.calibration import MAX_CALIBRATION_ERROR, RULES, calibration_blocks, fit_rules
+from moe_jax.lab.calibration import RULES, calibration_blocks, fit_rules
 from moe_jax.lab.data import Blocks, Corpus, SourceFile, load_corpus
 from moe_jax.lab.frontier import (
     EQUAL_QUALITY,
-    MAX_DRIFT,
     Frontier,
     evaluate,
     held_out_blocks,
@@ -38,15 +34,10 @@ from moe_jax.lab.frontier import (
     measure,
 )
 from moe_jax.lab.language_model import LMConfig
-from moe_jax.lab.training import (
-    Model,
-    load_model,
-    load_variants,
-    progress_bar,
-    save_model,
-    track,
-    train,
-)
+from moe_jax.lab.model_files import Model, load_model, load_variants, save_model
+from moe_jax.lab.progress import progress_bar, track
+from moe_jax.lab.summary import summarise
+from moe_jax.lab.training import train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,9 +124,13 @@ def run(
             advance(f"{fresh['compared']} routings equal bit for bit")
         with _timed(seconds, "evaluate"):
             found = measure(
-                model, variants, held_out,
-                savings=settings.savings, rules=settings.rules, progress=bar,
-            )  # fmt: skip
+                model,
+                variants,
+                held_out,
+                savings=settings.savings,
+                rules=settings.rules,
+                progress=bar,
+            )
         with _timed(seconds, "draw"), track(bar, "draw", 4) as advance:
             shown = _showcase(found)
             pictures = _draw(out, model, found, shown, corpus.held_out, advance)
@@ -201,9 +196,12 @@ def _check_in_fresh_process(checkpoint: Path, out: Path, blocks: Blocks) -> dict
     sample = blocks.take(8)
     file, answer = out / ".check.npz", out / ".check.json"
     np.savez(
-        file, inputs=sample.inputs, targets=sample.targets, mask=sample.mask,
+        file,
+        inputs=sample.inputs,
+        targets=sample.targets,
+        mask=sample.mask,
         file_index=sample.file_index,
-    )  # fmt: skip
+    )
     command = [sys.executable, "-m", "moe_jax.lab.demo", str(checkpoint), str(file), str(answer)]
     root = Path(moe_jax.__file__).resolve().parents[1]  # found without being installed, too
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
@@ -255,10 +253,11 @@ def _draw(
     advance("frontier")
     paths.append(
         plots.experts_per_token(
-            one.histogram, out / "experts_per_token.png",
+            one.histogram,
+            out / "experts_per_token.png",
             title=f"Experts per token: {label}",
         )
-    )  # fmt: skip
+    )
     advance("experts per token")
     loads = {
         f"trained, k={config.k}": found.baseline.tokens_per_expert,
@@ -272,12 +271,15 @@ def _draw(
     counts = count_experts(ruled, file.data)
     paths.append(
         plots.source_page(
-            file.data.tobytes(), counts, out / "source.html", max_k=config.k,
+            file.data.tobytes(),
+            counts,
+            out / "source.html",
+            max_k=config.k,
             title=f"{file.path}: experts per byte",
             note=f"{label}; a file that the model was neither trained nor calibrated on. "
             f"Mean {counts.mean():.2f} of at most {config.k}.",
         )
-    )  # fmt: skip
+    )
     advance("source page")
     return paths
 
@@ -297,9 +299,12 @@ def count_experts(model: Model, data: np.ndarray) -> np.ndarray:
         inputs[i, : piece.size] = piece
         mask[i, : piece.size] = True
     blocks = Blocks(
-        inputs=inputs, targets=inputs, mask=mask,
-        file_index=np.zeros(len(starts), np.int32), paths=("",),
-    )  # fmt: skip
+        inputs=inputs,
+        targets=inputs,
+        mask=mask,
+        file_index=np.zeros(len(starts), np.int32),
+        paths=("",),
+    )
     windows = evaluate(model, blocks).counts
     counts = np.zeros((windows.shape[0], data.size), np.int8)
     for i, start in enumerate(starts):
@@ -311,137 +316,6 @@ def count_experts(model: Model, data: np.ndarray) -> np.ndarray:
 
 def _imbalance(tokens_per_expert: np.ndarray) -> float:
     return float((tokens_per_expert.max(axis=1) / tokens_per_expert.mean(axis=1)).max())
-
-
-# --- what was found -------------------------------------------------------------------------
-
-
-def summarise(results: Mapping[str, Any], out: Path, console: Console) -> None:
-    """One screen: what each saving costs, what holds at equal quality, what does not."""
-    rows, trained = results["rows"], results["trained"]
-    savings = sorted({row["saving"] for row in rows})
-    table = Table(
-        title=f"Change in bits per byte, %, on {results['held_out_files']} held-out files, against "
-        f"{trained['bits_per_byte']:.3f} at k={trained['k']}",
-        title_justify="left", caption_justify="left",
-        caption="Each with its own 95 % paired bootstrap interval over files, not adjusted for their "
-        "number. Green: equal quality. Dim: controls. ~: mean k off its target by more than 3 %.",
-        box=box.SIMPLE_HEAD, pad_edge=False,
-    )  # fmt: skip
-    # Every column fits a terminal of 80: a rule without its name would say nothing.
-    table.add_column("rule", no_wrap=True)
-    for saving in savings:
-        table.add_column(f"-{saving:.0%} experts", justify="right", no_wrap=True)
-    for rule in dict.fromkeys(row["rule"] for row in rows):
-        own = {row["saving"]: row for row in rows if row["rule"] == rule}
-        cells = [_cell(own[saving]) for saving in savings]
-        label = next(iter(own.values()))["label"]
-        label = label.removesuffix(" (control)")
-        table.add_row(*[label, *cells], style="dim" if RULES[rule].control else None)
-    console.print(table)
-    console.print(Panel("\n".join(findings(results)), title="Found", title_align="left"))
-    seconds = results["seconds"]
-    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
-    console.print(
-        f"{seconds['total']:.0f} s ({parts}). Pictures and results.json in {_short(out)}."
-    )
-    console.print(f"Look at {_short(out / 'frontier.png')} and {_short(out / 'source.html')}.")
-    console.print(
-        f"Next: [bold]moe-jax calibrate {_short(out / 'model')} --rule MinP --target-saving 0.15 "
-        f"--out {_short(out / 'min_p-15')}[/bold]",
-        soft_wrap=True,
-    )
-
-
-def _cell(row: Mapping[str, Any]) -> str:
-    text = (
-        f"{_percent(row['relative'])} "
-        f"[dim]({_percent(row['relative_low'])}–{_percent(row['relative_high'])})[/dim]"
-    )
-    if row["verdict"] == "equal":
-        text = f"[green]{text}[/green]"
-    return f"{text} ~" if row["drifted"] else text
-
-
-def _percent(share: float) -> str:
-    """Three digits: 0.09, -0.02, 11.1."""
-    return f"{100 * share:.2f}" if abs(share) < 0.0995 else f"{100 * share:.1f}"
-
-
-def findings(results: Mapping[str, Any]) -> list[str]:
-    """Plain sentences, the disappointing ones included."""
-    rows = results["rows"]
-    dynamic = [row for row in rows if not row["control"]]
-    limit = results["equal_quality"]
-
-    def listed(some: Sequence[Mapping[str, Any]]) -> str:
-        """``top-p -10/-20%, min-p -10%``"""
-        names = []
-        for label in dict.fromkeys(row["label"] for row in some):
-            own = [f"-{100 * row['saving']:.0f}" for row in some if row["label"] == label]
-            names.append(f"{label} {'/'.join(own)}%")
-        return ", ".join(names) or "none"
-
-    def with_verdict(verdict: str) -> str:
-        return listed([row for row in dynamic if row["verdict"] == verdict])
-
-    told = [
-        f"Equal quality (interval ends at or below +{limit:.1%}): {with_verdict('equal')}.",
-        f"Not shown to be equal, nor worse: {with_verdict('not shown')}.",
-        f"Worse than that: {with_verdict('worse')}.",
-    ]
-    best = [
-        min((r for r in dynamic if r["saving"] == saving), key=lambda r: r["delta"])
-        for saving in sorted({r["saving"] for r in dynamic})
-    ]
-    for control in dict.fromkeys(name for row in best for name in row["recovered"]):
-        shares = ", ".join(
-            f"{row['recovered'][control]:.0%} at -{row['saving']:.0%} ({row['label']})"
-            for row in best
-            if control in row["recovered"]
-        )
-        told.append(f"The best rule avoids of the damage of {_plain(control)}: {shares}.")
-    top_p = [row for row in rows if row["rule"] == "top_p" and "drop_lowest" in row["recovered"]]
-    if top_p:
-        shares = ", ".join(
-            f"{row['recovered']['drop_lowest']:.0%} at -{row['saving']:.0%}" for row in top_p
-        )
-        told.append(f"Top-p avoids of the damage of {_plain('drop_lowest')}: {shares}.")
-    losers = [row for row in dynamic if min(row["recovered"].values(), default=1.0) <= 0]
-    told.append(f"No better than one of the controls: {listed(losers)}.")
-    drifted = [
-        f"{row['label']} -{row['saving']:.0%} ({row['drift']:+.1%})"
-        for row in rows
-        if row["drifted"]
-    ]
-    told.append(
-        f"Mean k on held-out files off its target by more than {MAX_DRIFT:.0%}: "
-        f"{', '.join(drifted) or 'none'}."
-    )
-    missed = [
-        f"{row['label']} -{row['saving']:.0%} ({row['calibrated_mean_k']:.3f} for "
-        f"{row['target_mean_k']:.3f})"
-        for row in rows
-        if abs(row["calibrated_mean_k"] / row["target_mean_k"] - 1) > MAX_CALIBRATION_ERROR
-    ]
-    if missed:
-        told.append(f"Missed their mean k on the calibration text: {', '.join(missed)}.")
-    fresh = results["fresh_process"]
-    told.append(
-        f"A fresh process restored {fresh['compared']} layer rules and routed "
-        f"{fresh['tokens']} bytes bit for bit the same."
-    )
-    return told
-
-
-def _plain(control: str) -> str:
-    return RULES[control].label.removesuffix(" (control)")
-
-
-def _short(path: Path) -> str:
-    with contextlib.suppress(ValueError):
-        return str(path.relative_to(Path.cwd()))
-    return str(path)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from moe_jax.lab.calibration import (
     spread_blocks,
     variant_name,
 )
-from moe_jax.lab.calibration import calibrate as calibrate
 from moe_jax.lab.data import Blocks, Corpus, load_corpus
 from moe_jax.lab.language_model import LMConfig, layer_params, nats, unembed
-from moe_jax.lab.training import Model, Variants, track
+from moe_jax.lab.model_files import Model, Variants
+from moe_jax.lab.progress import track
 from moe_jax.routers import Router
 from moe_jax.types import Array, Params, Routing
 
@@ -136,9 +136,11 @@ def evaluate(
 
     def by_layer(name: str) -> np.ndarray:
         return np.stack(
-            [sum(np.asarray(getattr(b[i], name), np.float64) for b in seen)
-             for i in range(config.num_moe_layers)]
-        )  # fmt: skip
+            [
+                sum(np.asarray(getattr(b[i], name), np.float64) for b in seen)
+                for i in range(config.num_moe_layers)
+            ]
+        )
 
     counts = [
         np.concatenate([b[i].counts for b in seen])[:count].astype(np.int8)

@@ -8,16 +8,14 @@ picture is drawn, so importing this module costs nothing, and no window is opene
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-PathLike = str | os.PathLike[str]
-
-# Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in print.
+# Okabe and Ito's colours, which colour-blind readers can distinguish; markers differ for print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _GREYS = (("#555555", "x"), ("#999999", "+"))
@@ -39,7 +37,7 @@ def _figure(width: float, height: float, **kwargs: Any) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, path: PathLike | None) -> Any:
+def _save(figure: Any, path: str | PathLike[str] | None) -> Any:
     if path is None:
         return figure
     target = Path(path)
@@ -49,7 +47,10 @@ def _save(figure: Any, path: PathLike | None) -> Any:
 
 
 def frontier(
-    rows: Sequence[Mapping[str, Any]], path: PathLike | None = None, *, equal_quality: float = 0.002
+    rows: Sequence[Mapping[str, Any]],
+    path: str | PathLike[str] | None = None,
+    *,
+    equal_quality: float = 0.002,
 ) -> Any:
     """What each saving costs, for every rule and control, with 95 % intervals.
 
@@ -69,9 +70,13 @@ def frontier(
     near_top = 5 * min(sorted(highest.values())[len(rules) // 2 :])
     far = [rule for rule in rules if highest[rule] > near_top]
     figure, axes = _figure(
-        8.2, 6.4 if far else 5.2, nrows=2 if far else 1, sharex=True, squeeze=False,
+        8.2,
+        6.4 if far else 5.2,
+        nrows=2 if far else 1,
+        sharex=True,
+        squeeze=False,
         height_ratios=(1, 3.2) if far else (1,),
-    )  # fmt: skip
+    )
     near = axes[-1, 0]
     plain = greys = 0
     ends = {}
@@ -93,9 +98,18 @@ def frontier(
             style = "-"
         ax = axes[0, 0] if rule in far else near
         line = ax.errorbar(
-            x, y, yerr=np.maximum([low, high], 0), color=colour, marker=marker, linestyle=style,
-            markersize=6, linewidth=1.6, capsize=3, elinewidth=1.1, label=points[0]["label"],
-        )  # fmt: skip
+            x,
+            y,
+            yerr=np.maximum([low, high], 0),
+            color=colour,
+            marker=marker,
+            linestyle=style,
+            markersize=6,
+            linewidth=1.6,
+            capsize=3,
+            elinewidth=1.1,
+            label=points[0]["label"],
+        )
         ends[rule] = (y[-1], line)
     limit = 100 * equal_quality
     bottom, top = near.get_ylim()
@@ -105,10 +119,16 @@ def frontier(
     near.axhline(0, color="#888888", linewidth=0.8)
     near.set_ylim(bottom, top)
     near.annotate(
-        f"equal quality: interval ends below +{limit:g} %", xy=(1, limit),
-        xycoords=("axes fraction", "data"), xytext=(-4, 3), textcoords="offset points",
-        ha="right", va="bottom", fontsize=8, color="#00694D",
-    )  # fmt: skip
+        f"equal quality: interval ends below +{limit:g} %",
+        xy=(1, limit),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="#00694D",
+    )
     for ax in axes[:, 0]:
         ax.grid(axis="y", color=_FAINT, linewidth=0.7)
         ax.set_axisbelow(True)
@@ -121,14 +141,20 @@ def frontier(
             continue
         shown = sorted(shown, key=lambda rule: -ends[rule][0])
         ax.legend(
-            [ends[rule][1] for rule in shown], [own[rule][0]["label"] for rule in shown],
-            frameon=False, fontsize=9, loc="upper left",
-        )  # fmt: skip
+            [ends[rule][1] for rule in shown],
+            [own[rule][0]["label"] for rule in shown],
+            frameon=False,
+            fontsize=9,
+            loc="upper left",
+        )
     return _save(figure, path)
 
 
 def experts_per_token(
-    histogram: np.ndarray, path: PathLike | None = None, *, title: str = "Experts per token"
+    histogram: np.ndarray,
+    path: str | PathLike[str] | None = None,
+    *,
+    title: str = "Experts per token",
 ) -> Any:
     """A histogram of how many experts tokens use, one panel a layer.
 
@@ -166,7 +192,7 @@ def experts_per_token(
 
 def utilisation(
     loads: Mapping[str, np.ndarray],
-    path: PathLike | None = None,
+    path: str | PathLike[str] | None = None,
     *,
     title: str = "Load of every expert",
 ) -> Any:
@@ -185,9 +211,11 @@ def utilisation(
     }
     layers, experts = next(iter(shares.values())).shape
     figure, axes = _figure(
-        max(6.0, 0.52 * experts + 1.6), len(shares) * (0.42 * layers + 0.9) + 0.6,
-        nrows=len(shares), squeeze=False,
-    )  # fmt: skip
+        max(6.0, 0.52 * experts + 1.6),
+        len(shares) * (0.42 * layers + 0.9) + 0.6,
+        nrows=len(shares),
+        squeeze=False,
+    )
     top = max(1.5, max(float(s.max()) for s in shares.values()))
     norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top)
     image = None
@@ -202,9 +230,14 @@ def utilisation(
             for i, j in np.ndindex(layers, experts):
                 far = abs(float(norm(share[i, j])) - 0.5) > 0.28
                 ax.text(
-                    j, i, f"{share[i, j]:.1f}", ha="center", va="center", fontsize=7.5,
+                    j,
+                    i,
+                    f"{share[i, j]:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
                     color="white" if far else _INK,
-                )  # fmt: skip
+                )
     axes[-1, 0].set_xlabel("expert", color=_INK)
     bar = figure.colorbar(image, ax=list(axes[:, 0]), pad=0.015, fraction=0.04)
     bar.set_label("load over the layer's mean (1 = balanced)", fontsize=9, color=_INK)
@@ -234,7 +267,7 @@ h1 {{ font-size: 17px; margin: 0 0 4px; font-weight: 600; }}
 p {{ margin: 0; color: var(--soft); }}
 .key {{ display: flex; flex-wrap: wrap; align-items: center; gap: 6px 10px; margin-top: 8px; }}
 .key span {{ padding: 1px 8px; border: 1px solid var(--line); border-radius: 3px; }}
-#told {{ font: 13px/1.5 ui-monospace, monospace; color: var(--ink); min-height: 1.5em;
+#hint {{ font: 13px/1.5 ui-monospace, monospace; color: var(--ink); min-height: 1.5em;
   margin-top: 6px; }}
 pre {{ font: 13px/1.65 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; margin: 0;
   padding: 16px 20px; white-space: pre-wrap; overflow-wrap: anywhere; tab-size: 4; }}
@@ -245,13 +278,13 @@ pre b:hover {{ outline: 2px solid var(--ink); }}
 <header><h1>{title}</h1><p>{note}</p>
 <div class="key"><span class="g0">{least}</span>{legend}<p>experts per byte and layer, on
 average; point at a byte for each layer's number</p></div>
-<div id="told" aria-live="polite">&nbsp;</div></header>
+<div id="hint" aria-live="polite">&nbsp;</div></header>
 <pre id="text">{text}</pre>
 <script>
-const told = document.getElementById("told");
+const hint = document.getElementById("hint");
 document.getElementById("text").addEventListener("mouseover", event => {{
   const k = event.target.dataset && event.target.dataset.k;
-  if (k) told.textContent = JSON.stringify(event.target.textContent) + "  experts by layer: " + k;
+  if (k) hint.textContent = JSON.stringify(event.target.textContent) + "  experts by layer: " + k;
 }});
 </script>
 </body></html>
@@ -261,7 +294,7 @@ document.getElementById("text").addEventListener("mouseover", event => {{
 def source_page(
     data: bytes,
     counts: np.ndarray,
-    path: PathLike,
+    path: str | PathLike[str],
     *,
     max_k: int,
     min_k: int = 1,
@@ -311,9 +344,13 @@ def source_page(
     marks = [steps // 4, steps // 2, 3 * steps // 4, steps]
     legend = "".join(f'<span class="g{i}">{min_k + span * i / steps:.3g}</span>' for i in marks)
     page = _PAGE.format(
-        title=html.escape(title), note=html.escape(note), levels=levels, least=f"{min_k:g}",
-        legend=legend, text="".join(pieces),
-    )  # fmt: skip
+        title=html.escape(title),
+        note=html.escape(note),
+        levels=levels,
+        least=f"{min_k:g}",
+        legend=legend,
+        text="".join(pieces),
+    )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page, encoding="utf-8")

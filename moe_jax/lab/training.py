@@ -1,18 +1,15 @@
-"""Training of the small language model, and trained models on disk.
+"""Training of the small language model of ``moe_jax.lab.language_model``.
 
-The model itself is in ``moe_jax.lab.language_model``. The text is the Python standard library's own
-source, see ``moe_jax.lab.data``.
+The text is the Python standard library's own source, see ``moe_jax.lab.data``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from moe_jax import checkpoint
+from moe_jax.checkpoint.sealed import PathLike
 from moe_jax.lab.data import Batches, Corpus, load_corpus
 from moe_jax.lab.language_model import LMConfig, init, init_states, loss
+from moe_jax.lab.model_files import Model, save_model
+from moe_jax.lab.optimizer import optimizer
+from moe_jax.lab.progress import track
 from moe_jax.parallel.distributed import agreed, gathered, global_array
 from moe_jax.parallel.sharding import (
     Mesh,
@@ -43,72 +37,12 @@ from moe_jax.parallel.sharding import (
     shard,
     token_spec,
 )
-from moe_jax.routers import Router
 from moe_jax.types import Array, Params, pytree
-
-# --- training -------------------------------------------------------------------------------
-
-
-PARTS = ("router", "experts", "rest")
-
-
-def part_of(path: Sequence[Any]) -> str:
-    """Which of ``PARTS`` the parameter at this path of a tree belongs to, by the names on its way.
-
-    Takes the paths of ``jax.tree_util`` in trees of dicts and in those of Flax modules.
-
-    Example:
-        >>> tree = {"moe": {"router": {"kernel": 1.0}, "experts": {"up": 2.0}}, "qkv": 3.0}
-        >>> jax.tree_util.tree_map_with_path(lambda path, leaf: part_of(path), tree)
-        {'moe': {'experts': {'up': 'experts'}, 'router': {'kernel': 'router'}}, 'qkv': 'rest'}
-    """
-    names = [_name(step) for step in path]
-    return next((part for part in ("router", "experts") if part in names), "rest")
-
-
-def _name(step: Any) -> str:
-    return str(getattr(step, "key", getattr(step, "name", getattr(step, "idx", step))))
-
-
-def optimizer(config: LMConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine, and clipped gradients; routers and experts have their own rate
-    and weight decay (``optax.partition``).
-
-    For the trees of ``moe_jax.lab.language_model`` as well as for ``nnx.Optimizer(decoder, ...)``.
-    """
-    warmup = max(1, round(config.warmup * steps))
-    factors = {"router": config.router_rate, "experts": config.expert_rate, "rest": 1.0}
-    decays = {"router": config.router_decay, "experts": config.expert_decay, "rest": None}
-
-    def adamw(part: str) -> optax.GradientTransformation:
-        peak = config.learning_rate * factors[part]
-        decay = config.weight_decay if decays[part] is None else decays[part]
-        return optax.adamw(
-            optax.warmup_cosine_decay_schedule(
-                0.0, peak, warmup, max(steps, warmup + 1), peak / 10
-            ),
-            b1=0.9, b2=0.98, weight_decay=decay, mask=_decayed,
-        )  # fmt: skip
-
-    def labels(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, leaf: part_of(path), params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.partition({part: adamw(part) for part in PARTS}, labels),
-    )
-
-
-def _decayed(params: Any) -> Any:
-    # By name: stacked layers give the scales of norms a second axis.
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: not any(_name(step).endswith("norm") for step in path), params
-    )
 
 
 @pytree
 class TrainState:
-    """All that a training step changes."""
+    """Everything that a training step changes."""
 
     params: Params
     router_states: tuple[Any, ...]  # one a layer with experts
@@ -154,8 +88,8 @@ def train_step(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Place:
-    """Where training runs: on the default device, or over a mesh, maybe of several processes."""
+class _Placement:
+    """The devices of a run: the default device, or a mesh, perhaps of several processes."""
 
     config: LMConfig
     steps: int
@@ -171,8 +105,8 @@ class _Place:
         start = functools.partial(init_training, self.config, self.steps)
         if self.mesh is None:
             return start(seed)
-        made = jit_sharded(lambda s: start(s), self.mesh, in_specs=None, out_specs=self._specs)
-        return made(np.int32(seed))
+        sharded = jit_sharded(lambda s: start(s), self.mesh, in_specs=None, out_specs=self._specs)
+        return sharded(np.int32(seed))
 
     def put(self, state: TrainState) -> TrainState:
         return state if self.mesh is None else shard(state, self.mesh, self._specs)
@@ -192,10 +126,6 @@ class _Place:
             donate_argnums=0,
         )
         return lambda state, tokens: step(state, global_array(tokens, NamedSharding(mesh, rows)))
-
-
-PathLike = str | os.PathLike[str]
-LayerRouters = tuple[Router, ...]
 
 
 def train(
@@ -251,8 +181,8 @@ def train(
         ...                 length=16, batch_size=2)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path, _ = train(tiny, f"{folder}/model", 2, progress=False)
-        ...     load_model(path).config == tiny
-        True
+        ...     checkpoint.load_metadata(path)["metadata"]["training"]["step"]
+        2
     """
     until = steps if until is None else until
     if not 1 <= until <= steps:
@@ -263,12 +193,12 @@ def train(
     _check_place(out, overwrite)
     corpus = load_corpus() if corpus is None else corpus
     text = corpus.describe()
-    place = _Place(config=config, steps=steps, mesh=mesh)
-    state, history, spent = place.start(seed), [], 0.0
+    placement = _Placement(config=config, steps=steps, mesh=mesh)
+    state, history, spent = placement.start(seed), [], 0.0
     wanted = {"steps": steps, "seed": seed}
     if resume is not None:
         state, before = _resume(resume, config, wanted, state, str(text["fingerprint"]))
-        state = place.put(state)
+        state = placement.put(state)
         history, spent = list(before["history"]), float(before["seconds"])
     batches = Batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=seed)
     started = time.perf_counter()
@@ -276,17 +206,19 @@ def train(
     first = int(state.step)
 
     def save(step: int, overwrite: bool) -> tuple[Path, dict[str, Any]]:
-        told = {
-            **wanted, "step": step, "history": list(history),
+        summary = {
+            **wanted,
+            "step": step,
+            "history": list(history),
             "seconds": spent + time.perf_counter() - started,
-        }  # fmt: skip
+        }
         whole = gathered(state)
         model = Model(
             config=config,
             params=whole.params,
             routers=(config.router(),) * config.num_moe_layers,
             states=whole.router_states,
-            metadata={"training": told, "data": text},
+            metadata={"training": summary, "data": text},
         )
         error = None
         if jax.process_index() == 0:
@@ -296,11 +228,11 @@ def train(
             except checkpoint.CheckpointError as problem:
                 error = problem
         agreed(error)
-        return Path(out).resolve(), told
+        return Path(out).resolve(), summary
 
     with track(progress, "train", until, first, console=console) as advance:
         for step in range(first, until):
-            state, metrics = place.step(state, batches[step])
+            state, metrics = placement.step(state, batches[step])
             note = ""
             if (step + 1) % every == 0 or step + 1 == until:
                 now = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -319,7 +251,7 @@ def train(
 
 
 def _check_place(out: PathLike, overwrite: bool) -> None:
-    """Before the work: whether process 0, which alone writes, will be able to save."""
+    """Raises CheckpointError, before the work, if process 0 (which alone writes) could not save."""
     error = None
     if jax.process_index() == 0:
         try:
@@ -343,7 +275,7 @@ def _resume(
         "model": LMConfig.from_json(saved.metadata["model"]).to_json(),
         "data": saved.metadata["data"]["fingerprint"],
         **{name: training[name] for name in wanted},
-    }  # fmt: skip
+    }
     now = {"model": config.to_json(), "data": text, **wanted}
     if had != now:
         names = ", ".join(f"{n}={had[n]!r}" for n in now if had[n] != now[n])
@@ -358,148 +290,3 @@ def _resume(
         optimizer_state=saved.extra["optimizer"],
         step=jnp.asarray(training["step"], jnp.int32),
     ), training
-
-
-# --- models on disk -------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
-    """A trained model with a rule and its state for every layer that has experts."""
-
-    config: LMConfig
-    params: dict[str, Params]
-    routers: LayerRouters
-    states: tuple[Any, ...]
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-Variants = Mapping[str, tuple[LayerRouters, tuple[Any, ...]]]
-
-
-def save_model(
-    path: PathLike,
-    model: Model,
-    *,
-    variants: Variants | None = None,
-    extra: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> Path:
-    """Saves a model, and any further sets of routers and states for the same parameters.
-
-    Layer i's rule is named ``layer_i``, that of a variant ``NAME/layer_i``.
-    """
-    routers, states = {}, {}
-    for name, (rules, values) in {"": (model.routers, model.states), **(variants or {})}.items():
-        for i, (rule, value) in enumerate(zip(rules, values, strict=True)):
-            routers[_layer_name(name, i)] = rule
-            states[_layer_name(name, i)] = value
-    metadata = {**model.metadata, "model": model.config.to_json(), "variants": [*(variants or {})]}
-    layers = {
-        _layer_name(name, i): checkpoint.LayerSpec(
-            router=("layers", "moe", "router"),
-            layer=("layers", "moe"),
-            experts=model.config.experts,
-            index=i,
-        )
-        for name in ("", *(variants or {}))
-        for i in range(model.config.num_moe_layers)
-    }
-    content = checkpoint.Checkpoint(
-        params=model.params,
-        routers=routers,
-        states=states,
-        layers=layers,
-        metadata=metadata,
-        extra=extra or {},
-    )
-    return checkpoint.save(path, content, overwrite=overwrite)
-
-
-def load_model(path: PathLike, variant: str = "") -> Model:
-    """Restores what ``train`` or ``calibrate`` saved, or one of its variants.
-
-    Raises:
-        ValueError: no such variant, or a checkpoint of something else.
-        CheckpointError: see ``moe_jax.checkpoint.restore``.
-    """
-    return load_variants(path, [variant])[variant]
-
-
-def load_variants(path: PathLike, names: Sequence[str] | None = None) -> dict[str, Model]:
-    """The model of a checkpoint under each of these variants; None is all, ``""`` the model itself.
-
-    The parameters are read once and shared.
-    """
-    saved = checkpoint.restore(path)
-    if "model" not in saved.metadata:
-        raise ValueError(
-            f"{path}: expected a language model saved by moe_jax.lab.training, got a checkpoint "
-            "without one. Restore it by moe_jax.checkpoint.restore instead."
-        )
-    config = LMConfig.from_json(saved.metadata["model"])
-    known = ["", *saved.metadata["variants"]]
-    names = known if names is None else names
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(
-            f"variant: expected one of {', '.join(known[1:]) or 'none'}, got {unknown[0]!r}. "
-            "Leave it out for the model itself."
-        )
-    layers = range(config.num_moe_layers)
-    return {
-        name: Model(
-            config=config,
-            params=saved.params,
-            routers=tuple(saved.routers[_layer_name(name, i)] for i in layers),
-            states=tuple(saved.states[_layer_name(name, i)] for i in layers),
-            metadata=saved.metadata,
-        )
-        for name in names
-    }
-
-
-def _layer_name(variant: str, layer: int) -> str:
-    return f"{variant}/layer_{layer}" if variant else f"layer_{layer}"
-
-
-# --- progress -------------------------------------------------------------------------------
-
-
-def progress_bar(console: Console | None = None) -> Progress:
-    """A bar that shows what is done, how far, for how long and how much longer; on stderr."""
-    return Progress(
-        TextColumn("[bold]{task.description:<9}"),
-        BarColumn(bar_width=None),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
-        console=console or Console(stderr=True),
-    )
-
-
-@contextlib.contextmanager
-def track(
-    progress: Progress | bool,
-    description: str,
-    total: int,
-    done: int = 0,
-    *,
-    console: Console | None = None,
-) -> Iterator[Callable[[str], None]]:
-    """A task on a bar; yields what to call, with a note or "", after each of ``total`` steps."""
-    if progress is False:
-        yield lambda note: None
-        return
-    bar = progress_bar(console) if progress is True else progress
-    task = bar.add_task(description, total=total, completed=done, note="")
-
-    def advance(note: str) -> None:
-        if note:
-            bar.update(task, note=note)
-        bar.advance(task)
-
-    with bar if progress is True else contextlib.nullcontext():
-        yield advance

@@ -21,9 +21,11 @@ runner = CliRunner()
 D = 16
 CONFIG = Config(router_config=RouterConfig(input_dim=D, num_experts=4, max_experts=3))
 BASELINE = {
-    "bench": "route", "machine": {"cpu": "test"}, "settings": {"tokens": 8},
+    "bench": "route",
+    "machine": {"cpu": "test"},
+    "settings": {"tokens": 8},
     "rows": [{"rule": "TopK", "ratio": 1.0, "spread": [0.9, 1.1]}],
-}  # fmt: skip
+}
 
 
 def calibrated(folder: Path, seed: int) -> Path:
@@ -68,18 +70,27 @@ def test_a_restored_release_routes_bit_for_bit_the_same_in_a_clean_process(made,
     archive.restore(made / "export-0", tmp_path / "releases")
     # Another process with an empty environment: nothing but the release can tell it how to route.
     environment = {
-        name: value for name, value in os.environ.items()
+        name: value
+        for name, value in os.environ.items()
         if name in ("PATH", "HOME", "PYTHONPATH", "JAX_COMPILATION_CACHE_DIR")
-    }  # fmt: skip
+    }
     subprocess.run(
         [
-            sys.executable, "-m", "moe_jax.cli", "route", str(made / "x.npy"),
-            "--checkpoint", str(tmp_path / "releases" / "current" / "checkpoint"),
-            "--save", str(tmp_path / "after.npz"),
+            sys.executable,
+            "-m",
+            "moe_jax.cli",
+            "route",
+            str(made / "x.npy"),
+            "--checkpoint",
+            str(tmp_path / "releases" / "current" / "checkpoint"),
+            "--save",
+            str(tmp_path / "after.npz"),
         ],
-        env={**environment, "JAX_PLATFORMS": "cpu"}, cwd=tmp_path, check=True,
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+        cwd=tmp_path,
+        check=True,
         capture_output=True,
-    )  # fmt: skip
+    )
     with np.load(tmp_path / "after.npz") as found:
         assert set(found) == set(wanted)
         for name, array in wanted.items():

@@ -189,8 +189,11 @@ def test_a_fresh_process_routes_bit_for_bit_the_same(pristine, tmp_path):  # R13
     root = str(Path(__file__).parents[2])
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-c", ROUTE, *arguments],
-        env={**os.environ, "PYTHONPATH": root}, check=True, timeout=120, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": root},
+        check=True,
+        timeout=120,
+        stdout=subprocess.PIPE,
+    )
     assert ended.stdout.decode().strip() == repr(rule)
     with np.load(tmp_path / "there.npz") as there:
         assert bits(there["indices"]) == bits(here.expert_indices)
@@ -321,9 +324,13 @@ def test_any_file_lost_cut_short_or_flipped_is_refused(copied):
             good[: len(good) // 2],
             good[:-1],
             good + b"\0",
-            *(bytes([*good[:i], good[i] ^ bit, *good[i + 1 :]])
-              for i in {0, len(good) // 2, len(good) - 1} if good for bit in (1, 128)),
-        ):  # fmt: skip
+            *(
+                bytes([*good[:i], good[i] ^ bit, *good[i + 1 :]])
+                for i in {0, len(good) // 2, len(good) - 1}
+                if good
+                for bit in (1, 128)
+            ),
+        ):
             if bad != good:
                 file.write_bytes(bad)
                 refused(restore, copied)

@@ -19,7 +19,7 @@ from moe_jax.config import Config, load_config
 from moe_jax.experts import FeedForward
 from moe_jax.lab import language_model
 from moe_jax.lab.hidden_states import route_report
-from moe_jax.lab.training import load_variants
+from moe_jax.lab.model_files import load_variants
 from moe_jax.layer import moe_layer
 
 FILES = Path(__file__).parents[1] / "goldens" / "written_by_0_1"

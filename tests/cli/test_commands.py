@@ -253,18 +253,64 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
 @pytest.mark.parametrize(
     "words",
     [
-        ["layer", "--tokens", "64", "--d-model", "8", "--d-ff", "16", "--experts", "4",
-         "--rounds", "2", "--implementations", "capacity,balanced,dense"],
-        ["decode", "--tokens", "1", "--experts", "4", "--d-model", "8", "--d-ff", "16",
-         "--rounds", "2"],
-        ["dynamic", "--tokens", "64", "--d-model", "8", "--d-ff", "16", "--experts", "4",
-         "--rounds", "2"],
+        [
+            "layer",
+            "--tokens",
+            "64",
+            "--d-model",
+            "8",
+            "--d-ff",
+            "16",
+            "--experts",
+            "4",
+            "--rounds",
+            "2",
+            "--implementations",
+            "capacity,balanced,dense",
+        ],
+        [
+            "decode",
+            "--tokens",
+            "1",
+            "--experts",
+            "4",
+            "--d-model",
+            "8",
+            "--d-ff",
+            "16",
+            "--rounds",
+            "2",
+        ],
+        [
+            "dynamic",
+            "--tokens",
+            "64",
+            "--d-model",
+            "8",
+            "--d-ff",
+            "16",
+            "--experts",
+            "4",
+            "--rounds",
+            "2",
+        ],
         ["route", "--tokens", "64", "--d-model", "8", "--rounds", "2"],
-        ["batch", "--sizes", "1,2", "--sequence", "8", "--d-model", "8", "--d-ff", "16",
-         "--rounds", "2"],
+        [
+            "batch",
+            "--sizes",
+            "1,2",
+            "--sequence",
+            "8",
+            "--d-model",
+            "8",
+            "--d-ff",
+            "16",
+            "--rounds",
+            "2",
+        ],
     ],
     ids=lambda w: w[0],
-)  # fmt: skip
+)
 def test_bench_writes_rows_with_their_machine(tmp_path, words):
     file = tmp_path / "rows.json"
     result = runner.invoke(app, ["bench", *words, "--json", str(file)])
@@ -339,7 +385,7 @@ def test_bench_refuses_what_only_the_kernel_refuses_and_leaves_nothing(tmp_path,
 
 
 def test_a_file_that_may_be_written_is_as_before_until_it_is(tmp_path):
-    from moe_jax.bench.places import writable
+    from moe_jax.bench.options import writable
 
     old, new = _write(tmp_path / "old.json", b"old"), tmp_path / "new" / "rows.json"
     assert (writable(old), writable(new)) == (old, new)
@@ -354,7 +400,7 @@ def test_bench_refuses_a_picture_of_another_kind_before_it_measures(tmp_path):
 
 
 def test_what_the_library_refuses_in_a_bench_is_told_without_a_traceback(monkeypatch):
-    from moe_jax.bench import route
+    from moe_jax.bench import routing_cost as route
 
     def refuse(**settings):
         raise ValueError("x: expected [1], got 2.")

@@ -25,7 +25,7 @@ from moe_jax.config import (
     build_router,
     load_config,
 )
-from moe_jax.config import checks as checks_module
+from moe_jax.config import kinds as kinds_module
 from moe_jax.config import loading as loading_module
 from moe_jax.config.settings import SECRETS, SETTINGS
 from moe_jax.routers import DynamicK, ExpertThreshold
@@ -591,8 +591,8 @@ def test_estimator_words(word, difficulty):  # R03-R06
 
 
 def test_an_estimator_of_ones_own_by_name(monkeypatch):  # R06
-    monkeypatch.setattr(checks_module, "ESTIMATORS", dict(ESTIMATORS))
-    monkeypatch.setattr("moe_jax.routing.difficulty.ESTIMATORS", checks_module.ESTIMATORS)
+    monkeypatch.setattr(kinds_module, "ESTIMATORS", dict(ESTIMATORS))
+    monkeypatch.setattr("moe_jax.routing.difficulty.ESTIMATORS", kinds_module.ESTIMATORS)
     assert "expected one of" in problem(load_config, env={}, complexity_estimator="first_value")
     register_estimator("first_value", lambda x, context: x[:, 0])
     config = load_config(env={"MOE_COMPLEXITY_ESTIMATOR": "first_value"})

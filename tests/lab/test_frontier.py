@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax.lab import calibration, demo, frontier
+from moe_jax.lab import calibration, demo, frontier, model_files
 from moe_jax.lab import language_model as model_of
 from moe_jax.lab import training as lm
 from moe_jax.lab.data import load_corpus
@@ -43,7 +43,7 @@ def source(tmp_path_factory, corpus):
 
 @pytest.fixture(scope="module")
 def model(source):
-    return lm.load_model(source)
+    return model_files.load_model(source)
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +150,17 @@ def test_calibrate_saves_rules_with_their_provenance(tmp_path, source, corpus):
     )
     assert told["rules"] == ["top_p", "dynamic_k_margin"]
     assert told["target_mean_k"] == 3.0
-    one = lm.load_model(path)
+    one = model_files.load_model(path)
     fit = one.states[1].fit.describe()
     assert fit == told["fits"]["top_p"][1]
     assert fit["achieved_mean_k"] == pytest.approx(3.0, rel=0.01)
-    assert lm.load_model(path, "trained").routers == (TINY.router(),) * 2
-    assert lm.load_model(path, "dynamic_k_margin").routers[0].difficulty == "router_margin"
+    assert model_files.load_model(path, "trained").routers == (TINY.router(),) * 2
+    assert model_files.load_model(path, "dynamic_k_margin").routers[0].difficulty == "router_margin"
     # What was calibrated once can be calibrated again, from the trained rule.
     again, _ = calibration.calibrate(
         path, tmp_path / "d", target_mean_k=2.5, tokens=2048, progress=False, corpus=corpus
     )
-    assert lm.load_model(again).config == TINY
+    assert model_files.load_model(again).config == TINY
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.checkpoint import Checkpoint, restore
 from moe_jax.lab import language_model as model_of
+from moe_jax.lab import model_files
 from moe_jax.lab import training as lm
 from moe_jax.lab.data import load_corpus
 from moe_jax.routers import DynamicK
@@ -50,26 +52,43 @@ def test_the_loss_falls(trained):
 
 
 def test_the_loss_free_bias_moves_with_the_load(trained):
-    bias = lm.load_model(trained[0]).states[0].expert_bias
+    bias = model_files.load_model(trained[0]).states[0].expert_bias
     assert float(jnp.abs(bias).max()) >= 2e-3
 
 
-def test_restored_is_what_was_trained(trained):
-    path, told = trained
-    model = lm.load_model(path)
-    assert model.config == TINY
-    assert model.metadata["training"] == told
-    assert model.routers == (TINY.router(),) * 2
-    out = forward(TINY, model.params, model.states, TOKENS)
-    again = lm.load_model(path)
-    same = forward(TINY, again.params, again.states, TOKENS)
-    assert (out.logits == same.logits).all()
+def test_restored_is_what_was_trained(trained, corpus, monkeypatch, tmp_path):
+    """Every bit of the state that training holds when it saves, and the logits it would give."""
+    saved = []
+    save_model = lm.save_model
+
+    def kept(path, model, **options):
+        saved.append((jax.device_get((model.params, model.states)), options["extra"]))
+        return save_model(path, model, **options)
+
+    monkeypatch.setattr(lm, "save_model", kept)
+    path, summary = lm.train(TINY, tmp_path / "model", STEPS, 0, False, until=3, corpus=corpus)
+    [((params, states), extra)] = saved
+    model = model_files.load_model(path)
+    assert (model.config, model.routers) == (TINY, (TINY.router(),) * 2)
+    assert model.metadata["training"] == summary
+    assert summary["step"] == 3
+    expected = Checkpoint(params=params, extra=jax.device_get(extra))
+    optimizer = restore(path, expected=expected).extra
+    wanted, found = (params, states, extra), (model.params, model.states, optimizer)
+    assert jax.tree.structure(wanted) == jax.tree.structure(found)
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(a, b)
+    started = model_of.init(TINY, jax.random.key(0))
+    assert any(
+        (np.asarray(a) != b).any()
+        for a, b in zip(jax.tree.leaves(started), jax.tree.leaves(params), strict=True)
+    ), "three steps change something"
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, trained, corpus):
     half, _ = lm.train(TINY, tmp_path / "half", STEPS, 0, False, until=12, corpus=corpus)
     path, told = lm.train(TINY, tmp_path / "rest", STEPS, 0, False, resume=half, corpus=corpus)
-    one, two = lm.load_model(trained[0]), lm.load_model(path)
+    one, two = model_files.load_model(trained[0]), model_files.load_model(path)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         assert (a == b).all()
     for a, b in zip(jax.tree.leaves(one.states), jax.tree.leaves(two.states), strict=True):
@@ -80,7 +99,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, trained, corpus
 
 
 def test_a_byte_sees_only_what_came_before(trained):
-    model = lm.load_model(trained[0])
+    model = model_files.load_model(trained[0])
     changed = TOKENS.at[0, 10].add(1) % 256
     one = forward(TINY, model.params, model.states, TOKENS).logits
     two = forward(TINY, model.params, model.states, changed).logits
@@ -89,7 +108,7 @@ def test_a_byte_sees_only_what_came_before(trained):
 
 
 def test_padding_changes_nothing_before_it(trained):
-    model = lm.load_model(trained[0])
+    model = model_files.load_model(trained[0])
     mask = jnp.ones((2, 32), bool).at[1, 8:].set(False)
     full = forward(TINY, model.params, model.states, TOKENS)
     part = forward(TINY, model.params, model.states, TOKENS, mask=mask)
@@ -98,7 +117,7 @@ def test_padding_changes_nothing_before_it(trained):
 
 
 def test_other_rules_at_evaluation(trained):
-    model = lm.load_model(trained[0])
+    model = model_files.load_model(trained[0])
     dynamic = DynamicK(num_experts=8, min_k=1, max_k=2)
     mixed = (model.routers[0], dynamic)
     states = (model.states[0], dynamic.init_state())
@@ -114,7 +133,7 @@ def test_other_rules_at_evaluation(trained):
 
 
 def test_one_rule_in_a_loop_equals_the_layers_one_by_one(trained):
-    model = lm.load_model(trained[0])
+    model = model_files.load_model(trained[0])
     # Equal in what it does, yet not an equal value: takes the path of layers one by one.
     twin = dataclasses.replace(TINY.router(), balance_rate=0.5)
     loop = forward(TINY, model.params, model.states, TOKENS)
@@ -123,16 +142,16 @@ def test_one_rule_in_a_loop_equals_the_layers_one_by_one(trained):
 
 
 def test_variants_share_the_parameters(tmp_path, trained):
-    model = lm.load_model(trained[0])
+    model = model_files.load_model(trained[0])
     rule = DynamicK(num_experts=8, min_k=1, max_k=2)
     variant = ((rule,) * 2, (rule.init_state(),) * 2)
-    path = lm.save_model(tmp_path / "both", model, variants={"dynamic": variant})
-    found = lm.load_variants(path)
+    path = model_files.save_model(tmp_path / "both", model, variants={"dynamic": variant})
+    found = model_files.load_variants(path)
     assert list(found) == ["", "dynamic"]
     assert found["dynamic"].routers == (rule, rule)
     assert found["dynamic"].params is found[""].params
     with pytest.raises(ValueError, match="variant: expected one of dynamic, got 'other'"):
-        lm.load_model(path, "other")
+        model_files.load_model(path, "other")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import jax
 import pytest
 
 from deploy.verify.processes import free_port
+from moe_jax.lab import model_files
 from moe_jax.lab import training as lm
 from moe_jax.parallel.distributed import EXIT_CODE, Group
 
@@ -155,7 +156,10 @@ def test_two_processes_train_as_one_and_a_killed_run_resumes(command):
         assert abs(entry["bits_per_byte"] - bits) <= 1e-4, (step, bits, entry)
 
     # What eight devices in two processes saved, one device restores.
-    model, other = lm.load_model(command.folder / "two"), lm.load_model(command.folder / "one")
+    model, other = (
+        model_files.load_model(command.folder / "two"),
+        model_files.load_model(command.folder / "one"),
+    )
     assert jax.tree.structure(model.params) == jax.tree.structure(other.params)
     for a, b in zip(jax.tree.leaves(model.states), jax.tree.leaves(other.states), strict=True):
         assert abs(a - b).max() <= 1e-6

@@ -16,7 +16,7 @@ from moe_jax import checkpoint
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError
 from moe_jax.lab.language_model import LMConfig, init, init_states
-from moe_jax.lab.training import Model, save_model
+from moe_jax.lab.model_files import Model, save_model
 from moe_jax.serving.engine.buckets import Buckets, compile_counter
 from moe_jax.serving.errors import ServingError
 

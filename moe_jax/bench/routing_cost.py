@@ -20,7 +20,7 @@ def bench_route(
     experts: int,
     k: int,
     rounds: int = 30,
-    progress: Callable[[str], None] = lambda told: None,
+    progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
     """One row a rule: ratio to ``top_k(x @ kernel)`` with the same K, and tokens a second."""
     rows = []

@@ -179,9 +179,7 @@ def _message(path: str, head: bytes, data: bytes, binary: bool) -> bytes:
 
 def _requests(x: np.ndarray) -> tuple[dict[str, Make], bytes]:
     """What each case sends, by the number of the request; and the body for the floor."""
-    tensor: dict[str, Any] = {
-        "name": "hidden_states", "shape": list(x.shape), "datatype": "FP32"
-    }  # fmt: skip
+    tensor: dict[str, Any] = {"name": "hidden_states", "shape": list(x.shape), "datatype": "FP32"}
     text = json.dumps({"inputs": [tensor | {"data": x.reshape(-1).tolist()}]}).encode()
     tensor["parameters"] = {"binary_data_size": x.nbytes}
     asked = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
@@ -218,7 +216,7 @@ def bench_http(
     clients: Sequence[int] = (1, 8),
     rounds: int = 5,
     seconds: float = 0.4,
-    progress: Callable[[str], None] = lambda told: None,
+    progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
     """One row a case and number of clients.
 
@@ -237,9 +235,15 @@ def bench_http(
     made, body = _requests(x)
     route = _bare_route(x, experts, max_k)
     settings = dict(
-        input_dim=shape[2], num_experts=experts, max_experts=max_k, security_level="minimal",
-        buckets=str(shape[0] * shape[1]), log_level="ERROR", drain_seconds=0.0, serve_moe="off",
-    )  # fmt: skip
+        input_dim=shape[2],
+        num_experts=experts,
+        max_experts=max_k,
+        security_level="minimal",
+        buckets=str(shape[0] * shape[1]),
+        log_level="ERROR",
+        drain_seconds=0.0,
+        serve_moe="off",
+    )
     with contextlib.ExitStack() as stack:
         progress("starting three servers")
         floor = stack.enter_context(_process(_echo_server))
@@ -264,11 +268,19 @@ def bench_http(
                 taken.setdefault("route", []).append((statistics.median(own), 0.0))
                 for case in CASES:
                     take(case, off if case.endswith("off") else on, made[case], count)
-            rows += _rows(taken, count)
+            rows += summarise(taken, count)
     return rows
 
 
-def _rows(taken: dict[str, list[tuple[float, float]]], count: int) -> list[dict[str, Any]]:
+def summarise(taken: dict[str, list[tuple[float, float]]], count: int) -> list[dict[str, Any]]:
+    """Returns the rows of ``bench_http`` for one number of clients.
+
+    Args:
+        taken: for each of ``CASES``, ``echo``, ``sink`` and ``route``, round by round, the seconds
+            per request under load and the median latency in seconds.
+        count: clients.
+    """
+
     def ratios(case: str, base: str) -> list[float]:
         return [
             own[0] / (floor[0] + route[0])

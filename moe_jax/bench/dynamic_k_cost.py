@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.bench.layer import experts_step, with_gradients
+from moe_jax.bench.layer_cost import experts_step, with_gradients
 from moe_jax.bench.measure import interleave
 from moe_jax.bench.workload import random_array, sample_routing
 from moe_jax.experts import FeedForward, choose
@@ -29,7 +29,7 @@ def bench_dynamic(
     backward: bool = False,
     activation: str = "gelu_tanh",
     rounds: int = 10,
-    progress: Callable[[str], None] = lambda told: None,
+    progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
     """Times the layer at each mean k against the same layer with every token at k, in turns.
 

@@ -25,7 +25,7 @@ def bench_batch(
     k: int,
     training: bool = False,
     rounds: int = 5,
-    progress: Callable[[str], None] = lambda told: None,
+    progress: Callable[[str], None] = lambda label: None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Throughput and latency of the whole layer by batch size; and a recommendation.
 

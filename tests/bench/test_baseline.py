@@ -6,7 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from moe_jax.bench.against import RUNNERS, BaselineError, compare, name_of, read_baseline
+from moe_jax.bench.baseline import RUNNERS, BaselineError, compare, name_of, read_baseline
 from moe_jax.cli import app
 
 runner = CliRunner()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.bench.layer import experts_step
+from moe_jax.bench.layer_cost import experts_step
 from moe_jax.bench.measure import interleave
 from moe_jax.bench.workload import DTYPES, random_array, sample_routing
 from moe_jax.experts import FeedForward, choose
@@ -30,7 +30,7 @@ def bench_decode(
     gated: bool = False,
     implementations: Sequence[str] = (),
     rounds: int = 30,
-    progress: Callable[[str], None] = lambda told: None,
+    progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
     """One row a token count and implementation.
 

@@ -21,7 +21,7 @@ def bench_wrapper(
     sequence: int = 128,
     d_model: int = 768,
     rounds: int = 30,
-    progress: Callable[[str], None] = lambda told: None,
+    progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
     """One row a case: its ratio to the bare jitted route of the same hidden states f32[B, S, D].
 
@@ -30,9 +30,12 @@ def bench_wrapper(
     fetch, and nobody asked for them.
     """
     settings: dict[str, Any] = {
-        "input_dim": d_model, "max_experts": 3, "buckets": str(batch * sequence),
-        "log_level": "ERROR", "serve_moe": "off",
-    }  # fmt: skip
+        "input_dim": d_model,
+        "max_experts": 3,
+        "buckets": str(batch * sequence),
+        "log_level": "ERROR",
+        "serve_moe": "off",
+    }
     progress("compiling")
     x = np.random.default_rng(0).standard_normal((batch, sequence, d_model)).astype(np.float32)
     fresh = x.copy()

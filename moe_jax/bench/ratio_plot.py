@@ -32,9 +32,12 @@ def plot_ratios(rows: list[dict[str, Any]], path: Path) -> None:
             x = cases.index(case_of(r)) + (i - (len(names) - 1) / 2) * width
             low, high = r["spread"]
             axes.bar(
-                x, r["ratio"], width * 0.92, color=colors[i % len(colors)],
+                x,
+                r["ratio"],
+                width * 0.92,
+                color=colors[i % len(colors)],
                 label=None if named else name,
-            )  # fmt: skip
+            )
             named = True
             axes.plot([x, x], [low, high], color="black", linewidth=1)
             axes.text(x, high + 0.02, f"{r['ratio']:.2f}", ha="center", va="bottom", fontsize=7)

@@ -27,9 +27,18 @@ from moe_jax.types import Array, Params, Routing
 Step = Callable[[Params, Array, Routing], Any]
 
 PROMISED = (
-    "implementation", "default", "tokens", "experts", "k", "dtype", "load", "pass", "ratio",
-    "temp_mb", "dropped",
-)  # fmt: skip
+    "implementation",
+    "default",
+    "tokens",
+    "experts",
+    "k",
+    "dtype",
+    "load",
+    "pass",
+    "ratio",
+    "temp_mb",
+    "dropped",
+)
 
 
 def experts_step(
@@ -79,7 +88,7 @@ def bench_layer(
     peers: bool = False,
     rounds: int = 10,
     most_seconds: float | None = None,
-    progress: Callable[[str], None] = lambda told: None,
+    progress: Callable[[str], None] = lambda label: None,
     so_far: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Times the default implementation and others over a grid; one row each.
@@ -99,8 +108,8 @@ def bench_layer(
     rows = []
     grid = list(itertools.product(experts, dtypes, loads, passes))
     for at, (e, dtype, load, direction) in enumerate(grid, start=1):
-        told = f"{at} of {len(grid)}: E={e} {dtype} {load} {direction}"
-        progress(f"{told}, compiling")
+        label = f"{at} of {len(grid)}: E={e} {dtype} {load} {direction}"
+        progress(f"{label}, compiling")
         routing = sample_routing(tokens=tokens, experts=e, k=k, load=load, mean_k=mean_k)
         load_of = np.asarray(plan_dispatch(to_assignments(routing)).group_sizes)
         about = {
@@ -119,12 +128,19 @@ def bench_layer(
         params = jax.tree.map(lambda p, to=DTYPES[dtype]: p.astype(to), params)
         x = random_array((tokens, d_model), dtype, 1)
         measured = _grid_point(
-            ffn, params, x, routing,
-            k=k, max_rows=max_rows, backward=direction == "bwd",
+            ffn,
+            params,
+            x,
+            routing,
+            k=k,
+            max_rows=max_rows,
+            backward=direction == "bwd",
             peers=peers and load == "uniform" and mean_k is None and max_rows is None,
-            implementations=implementations, rounds=rounds, most_seconds=most_seconds,
-            after_round=lambda done, told=told: progress(f"{told}, round {done} of {rounds}"),
-        )  # fmt: skip
+            implementations=implementations,
+            rounds=rounds,
+            most_seconds=most_seconds,
+            after_round=lambda done, label=label: progress(f"{label}, round {done} of {rounds}"),
+        )
         rows += [{**about, **row} for row in measured]
         so_far(rows)
     return rows
@@ -187,9 +203,15 @@ def _grid_point(
     if peers:
         width = jax.tree.leaves(params)[0].shape[1]  # of "down", the first in name order
         found, refused = peer_cases(
-            ffn, params, x, routing,
-            d_ff=width, k=k, backward=backward, with_gradients=with_gradients,
-        )  # fmt: skip
+            ffn,
+            params,
+            x,
+            routing,
+            d_ff=width,
+            k=k,
+            backward=backward,
+            with_gradients=with_gradients,
+        )
         cases |= found
         details |= {
             name: {"temp_mb": None, "dropped": 0.0, "peer": True, "version": versions(name)}
@@ -197,10 +219,18 @@ def _grid_point(
         }
     # What did not run has a row too, without a ratio, and says why.
     failed = [
-        {"implementation": name, "default": False, "ratio": None, "temp_mb": None, "dropped": None,
-         "rounds": 0, "peer": True, "not_run": why}
+        {
+            "implementation": name,
+            "default": False,
+            "ratio": None,
+            "temp_mb": None,
+            "dropped": None,
+            "rounds": 0,
+            "peer": True,
+            "not_run": why,
+        }
         for name, why in refused.items()
-    ]  # fmt: skip
+    ]
     dense, _ = compile_for(floor, one, rows)
     timings, floors = interleave(
         dense, cases, rounds=rounds, most_seconds=most_seconds, after_round=after_round

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 RUNNERS: Mapping[str, tuple[str, str]] = {
-    "route": ("moe_jax.bench.route", "bench_route"),
-    "layer": ("moe_jax.bench.layer", "bench_layer"),
-    "decode": ("moe_jax.bench.decode", "bench_decode"),
+    "route": ("moe_jax.bench.routing_cost", "bench_route"),
+    "layer": ("moe_jax.bench.layer_cost", "bench_layer"),
+    "decode": ("moe_jax.bench.decode_cost", "bench_decode"),
 }
 """The measurements that state a ratio and its spread for every row: module and function.
 
@@ -28,9 +28,18 @@ REFERENCES = ("balanced",)
 
 # What names a row; the rest of it was measured.
 _NAMES = (
-    "rule", "implementation", "tokens", "d_model", "d_ff", "experts", "k", "mean_k",
-    "dtype", "load", "pass",
-)  # fmt: skip
+    "rule",
+    "implementation",
+    "tokens",
+    "d_model",
+    "d_ff",
+    "experts",
+    "k",
+    "mean_k",
+    "dtype",
+    "load",
+    "pass",
+)
 
 
 class BaselineError(ValueError):
@@ -121,7 +130,7 @@ def measure_again(
     baseline: Mapping[str, Any],
     *,
     rounds: int | None = None,
-    progress: Callable[[str], None] = lambda told: None,
+    progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
     """The baseline's measurement with its own settings, on this machine, now."""
     settings = dict(baseline["settings"])
