@@ -1,4 +1,4 @@
-"""Is it slower than it was? A baseline's measurement taken again and compared as ratios.
+"""Compares a new measurement with a baseline, as ratios to a floor.
 
 Times of two days cannot be compared: machines differ and their speed drifts. What is compared is
 each case's *ratio* to the floor that was timed in turns with it, in the same run, on either day.
@@ -24,7 +24,7 @@ Imported when they are asked for.
 """
 
 REFERENCES = ("balanced",)
-"""What stands in a row's ``implementation`` and is a floor of its own."""
+"""Values of a row's ``implementation`` that are floors, not cases."""
 
 # What names a row; the rest of it was measured.
 _NAMES = (
@@ -43,12 +43,12 @@ _NAMES = (
 
 
 class BaselineError(ValueError):
-    """A file that is no baseline to compare with, with what to do about it."""
+    """A file that is not a baseline; the message says what to do about it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Change:
-    """One row then and now.
+    """One row of the baseline and of the new measurement.
 
     Args:
         name: what the row measures.
@@ -70,7 +70,7 @@ class Change:
         return self.now / self.before
 
     def slower(self, tolerance: float) -> bool:
-        """Whether even the least change is above 1 + tolerance."""
+        """Returns whether even the least change is above 1 + tolerance."""
         return self.low > 1.0 + tolerance
 
 
@@ -186,7 +186,7 @@ def compare(
 
 
 def name_of(row: Mapping[str, Any]) -> str:
-    """What a row measures, in words, without what was measured."""
+    """Returns the name of a row: what it measures, without the measured values."""
     parts = []
     for word in _NAMES:
         value = row.get(word)

@@ -1,4 +1,4 @@
-"""Which batch sizes this machine likes: the production guide's table, measured instead of given."""
+"""Measures throughput and latency by batch size, and recommends a range for this machine."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def against(
         ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="How much slower is still the same: 0.1 is 10 %.")
+        float, typer.Option(min=0.0, help="Slowdown that is tolerated: 0.1 is 10 %.")
     ] = 0.1,
     rounds: Annotated[
         int | None, typer.Option(min=2, help="Rounds; the baseline's own by default.")
@@ -177,10 +177,11 @@ def layer(
     max_rows: Annotated[int | None, typer.Option(min=1, help="Row budget for the layer.")] = None,
     activation: str = "gelu_tanh",
     gated: bool = False,
-    peers: Annotated[bool, typer.Option(help="Time installed peers too (uniform load).")] = False,
+    peers: Annotated[bool, typer.Option(help="Also time installed peers (uniform load).")] = False,
     rounds: Rounds = 10,
     seconds: Annotated[
-        float, typer.Option(min=0, help="A case of the grid ends after these, with fewer rounds.")
+        float,
+        typer.Option(min=0, help="Seconds after which a case of the grid ends, with fewer rounds."),
     ] = 120.0,
     json: Json = None,
     plot: Plot = None,

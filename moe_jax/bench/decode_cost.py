@@ -1,4 +1,4 @@
-"""A few tokens at a time: the floor is reading the active experts' weights once."""
+"""Measures a few tokens at a time, where the floor is reading the active experts' weights once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bench_decode(
     rounds: int = 30,
     progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
-    """One row a token count and implementation.
+    """Returns one row for each token count and implementation.
 
     The byte floor is float32 sums over the rows of a contiguous array of as many bytes as the
     weights of the distinct active experts: it reads every byte once, on all cores, and does nothing

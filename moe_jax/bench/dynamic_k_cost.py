@@ -1,4 +1,4 @@
-"""Whether fewer experts per token cost less time, not only fewer operations."""
+"""Measures whether fewer experts per token cost less time, not only fewer operations."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _our_server(tell: Connection, settings: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _process(target: Callable[..., None], *args: Any) -> Iterator[int]:
-    """A server's port, while its process runs."""
+    """Yields the port of a server while its process runs."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(there, *args), daemon=True)
@@ -106,7 +106,7 @@ def _wait(port: int) -> None:
 
 
 class _Caller:
-    """One kept connection."""
+    """One connection that is kept open between requests."""
 
     def __init__(self, port: int) -> None:
         self._sock = socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -178,7 +178,7 @@ def _message(path: str, head: bytes, data: bytes, binary: bool) -> bytes:
 
 
 def _requests(x: np.ndarray) -> tuple[dict[str, Make], bytes]:
-    """What each case sends, by the number of the request; and the body for the floor."""
+    """Returns what each case sends, by the number of the request, and the body for the floor."""
     tensor: dict[str, Any] = {"name": "hidden_states", "shape": list(x.shape), "datatype": "FP32"}
     text = json.dumps({"inputs": [tensor | {"data": x.reshape(-1).tolist()}]}).encode()
     tensor["parameters"] = {"binary_data_size": x.nbytes}
@@ -218,7 +218,7 @@ def bench_http(
     seconds: float = 0.4,
     progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
-    """One row a case and number of clients.
+    """Returns one row for each case and number of clients.
 
     ``ratio`` is seconds a request over those of the bare echo of the same body plus the bare jitted
     route with its copy to the host; ``ratio_sink`` the same over an application that reads the body
@@ -314,7 +314,7 @@ def _timed(thunk: Callable[[], Any]) -> float:
 
 
 def _bare_route(x: np.ndarray, experts: int, max_k: int) -> Callable[[], Any]:
-    """The same rule, jitted, from a numpy array to numpy arrays."""
+    """Returns the same rule, jitted, from a numpy array to numpy arrays."""
     from moe_jax.config import build_router, load_config
 
     router = build_router(

@@ -1,4 +1,4 @@
-"""How things are timed here: in turns with their floor, several rounds, medians of ratios.
+"""Timing in turns with a floor: several rounds, medians of ratios.
 
 Machines are shared and their speed drifts, so no time is compared with one taken minutes earlier.
 Every round runs the floor, a case, the floor, the next case, and so on; a case's ratio in that round
@@ -25,14 +25,14 @@ Thunk = Callable[[], Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One case: seconds and ratios to the floor over the rounds."""
+    """Seconds of one case and its ratios to the floor, round by round."""
 
     seconds: tuple[float, ...]
     ratios: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
-        """Median ratio to the floor."""
+        """The median ratio to the floor."""
         return statistics.median(self.ratios)
 
     @property
@@ -50,7 +50,7 @@ class Timing:
 
 
 def run_once(thunk: Thunk) -> float:
-    """Seconds until the thunk's arrays are ready."""
+    """Returns the seconds until the arrays of the thunk are ready."""
     start = time.perf_counter()
     jax.block_until_ready(thunk())
     return time.perf_counter() - start
@@ -115,7 +115,7 @@ def compile_for(function: Callable[..., Any], *args: Any) -> tuple[Thunk, int | 
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on. No host names."""
+    """Returns a description of this machine, without host names."""
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -24,7 +24,7 @@ _PACKAGES = {"tokamax": ("tokamax",), "torch mixtral": ("torch", "transformers")
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be imported, without importing it."""
+    """Returns whether a module can be imported, without importing it."""
     return importlib.util.find_spec(module) is not None
 
 
@@ -99,7 +99,7 @@ def torch_mixtral(
 
 
 def expansion_bytes(routing: Routing, d_model: int, d_ff: int, *, backward: bool) -> int:
-    """What a grouped product on CPU takes: E times the rows, in float32, hidden layer and input."""
+    """Returns the bytes of a grouped product on CPU: E times the rows, float32, hidden and input."""
     rows = routing.expert_indices.size
     return routing.num_experts * rows * (d_model + d_ff) * 4 * (2 if backward else 1)
 

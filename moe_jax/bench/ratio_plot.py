@@ -7,7 +7,7 @@ from typing import Any
 
 
 def plot_ratios(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of ratio to the floor, grouped by case, with the middle half of the rounds as whiskers."""
+    """Draws ratios to the floor as bars, grouped by case, with the middle half of the rounds."""
     from matplotlib.figure import Figure
 
     rows = [r for r in rows if r["ratio"] is not None]

@@ -1,4 +1,4 @@
-"""Routing alone, against its own logits product and top-k."""
+"""Measures routing alone, against its own logits product and top-k."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bench_route(
     rounds: int = 30,
     progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
-    """One row a rule: ratio to ``top_k(x @ kernel)`` with the same K, and tokens a second."""
+    """Returns one row for each rule: its ratio to ``top_k(x @ kernel)`` with the same K."""
     rows = []
     x = random_array((tokens, d_model), "f32", 1)
     rules: list[Router] = [

@@ -1,4 +1,4 @@
-"""Routing decisions with a load of our choosing, and the floors that layers are held against."""
+"""Routing decisions with a chosen load, and the floors that layers are compared with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ZIPF_MAX_OVER_MEAN = 3.0
 def sample_routing(
     *, tokens: int, experts: int, k: int, load: str, mean_k: float | None = None, seed: int = 0
 ) -> Routing:
-    """A routing of ``tokens`` with ``k`` distinct experts each, drawn with a given expert load.
+    """Returns a routing of ``tokens`` with ``k`` distinct experts each, drawn with a given load.
 
     ``uniform`` draws all experts alike. ``zipf`` draws expert e in proportion to ``(e + 1) ** -s``,
     shuffled, with s such that the busiest expert gets 3 times the mean (or as near as k of E allows).
@@ -59,15 +59,15 @@ def sample_routing(
 
 
 def dense_floor(ffn: FeedForward, params: Params, rows: Array) -> Array:
-    """One dense feed-forward over all rows: what the work costs when nothing is routed."""
+    """Runs one dense feed-forward over all rows, which is the work without any routing."""
     return ffn(jax.tree.map(lambda p: p[0], params), rows)
 
 
 def balanced_floor(ffn: FeedForward, params: Params, rows: Array) -> Array:
-    """A perfectly balanced batched feed-forward over the same experts: [E, M, D] -> [E, M, D]."""
+    """Runs a perfectly balanced batched feed-forward over the experts: [E, M, D] -> [E, M, D]."""
     return jax.vmap(ffn)(params, rows)
 
 
 def random_array(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
-    """Standard normal values; never zeros, which some hardware multiplies faster."""
+    """Returns standard normal values, because some hardware multiplies zeros faster."""
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""What the service adds to the bare jitted route: without a cache, on a hit, on a miss."""
+"""Measures what the engine adds to the bare jitted route: without a cache, on a hit, on a miss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bench_wrapper(
     rounds: int = 30,
     progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
-    """One row a case: its ratio to the bare jitted route of the same hidden states f32[B, S, D].
+    """Returns one row for each case: its ratio to the bare jitted route of the same f32[B, S, D].
 
     The floor is the very function that the engine serves, under a plain ``jax.jit``, from a numpy
     array to numpy arrays on the host, for the outputs that the engine answers with: logits cost a

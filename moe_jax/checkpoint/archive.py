@@ -1,4 +1,4 @@
-"""Everything that a service needs to come back: one folder, versioned and checksummed.
+"""Backups of a service: one folder with all it needs, versioned and checksummed.
 
 An export is a folder::
 
@@ -37,7 +37,7 @@ from moe_jax.config import Config
 
 
 class ArchiveError(ValueError):
-    """An export that cannot be written or must not be restored, with what to do about it."""
+    """An export cannot be written or must not be restored; the message says what to do."""
 
 
 SEAL = Seal(
@@ -162,7 +162,7 @@ def verify(path: PathLike) -> dict[str, Any]:
 
 
 def restore(path: PathLike, releases: PathLike) -> dict[str, Any]:
-    """Verifies an export, lays it down in ``releases`` and makes it the current release.
+    """Verifies an export, copies it into ``releases`` and makes it the current release.
 
     The release that was current becomes ``previous``. Restoring what is current already changes
     nothing.
@@ -278,7 +278,7 @@ def _pointed(root: Path, link: str) -> str | None:
 
 
 def _point(root: Path, link: str, name: str) -> None:
-    """The link by one rename, so that no reader finds none."""
+    """Replaces a link atomically, so that readers never find it missing."""
     beside = root / f".{link}-{uuid.uuid4().hex}"
     try:
         os.symlink(name, beside)
@@ -289,7 +289,7 @@ def _point(root: Path, link: str, name: str) -> None:
 
 
 def baseline_of(path: PathLike) -> Path:
-    """The baseline file inside an export or a release, or ``path`` itself where it is a file.
+    """Returns the baseline file inside an export or a release, or ``path`` itself where it is a file.
 
     Raises:
         ArchiveError: a folder without one.

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how its folder is sealed."""
+"""The content of a checkpoint, and the seal of its folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SEAL = Seal(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """What is saved and restored together.
+    """The values that are saved and restored together.
 
     Args:
         params: any pytree of arrays; restored without an example if its containers are dicts with
@@ -37,8 +37,8 @@ class Checkpoint:
         states: the router states by the same names, each shaped like ``router.init_state()``.
         layers: what the routers belong to: where in ``params`` their parameters are, and which
             experts they feed. Routers that are left out are looked for by name when restored.
-        config: the configuration that all this was made with.
-        metadata: anything that JSON can hold: provenance, measurements, step counts.
+        config: the configuration that belongs to the routers.
+        metadata: values that JSON can hold: provenance, measurements, step counts.
         extra: further pytrees by name, e.g. ``{"optimizer": opt_state}``. They are restored only
             on request, see ``restore``.
 

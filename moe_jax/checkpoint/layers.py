@@ -1,7 +1,8 @@
-"""What the routers of a checkpoint belong to: where their parameters are, and which experts run.
+"""The layers of a checkpoint: where the parameters of its routers are, and which experts they feed.
 
-A checkpoint stores one ``LayerSpec`` for each router that somebody described. ``locate_layers``
-finds the rest: checkpoints of version 0.1 hold no specs, and a tree of the usual names needs none.
+A checkpoint stores one ``LayerSpec`` for each router that was described when it was saved.
+``locate_layers`` finds the rest: checkpoints of version 0.1 hold no specs, and a tree of the usual
+names needs none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Keys = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """Where a router's parameters are in the tree of a checkpoint, and which experts it feeds.
+    """The place of a router's parameters in the tree of a checkpoint, and the experts it feeds.
 
     Args:
         router: keys from the root of ``params`` to the router's parameters.
@@ -102,15 +103,15 @@ def stored_layer(
     Raises:
         CheckpointError: the tree has nothing at these keys.
     """
-    own = _take(name, params, spec.router, spec.index)
+    router_params = _take(name, params, spec.router, spec.index)
     layer = None
     if spec.layer is not None and spec.experts is not None:
-        layer = {**_take(name, params, spec.layer, spec.index), "router": own}
+        layer = {**_take(name, params, spec.layer, spec.index), "router": router_params}
     return StoredLayer(
         name=name,
         router=router,
         state=state,
-        params=own,
+        params=router_params,
         layer=layer,
         experts=None if layer is None else spec.experts,
     )
@@ -162,7 +163,7 @@ def check_specs(
 def locate_layers(
     routers: Mapping[str, Router], params: Any, metadata: Mapping[str, Any]
 ) -> dict[str, LayerSpec]:
-    """A spec for every router whose parameters can be recognised by their names.
+    """Returns a spec for every router whose parameters can be recognised by their names.
 
     In this order: the stacked layers of the language model of ``moe-jax train`` as version 0.1
     saved it, then the first mapping called like the router that holds a ``kernel``.
@@ -202,8 +203,8 @@ def _stacked_spec(name: str, params: Any, metadata: Mapping[str, Any]) -> LayerS
 def _named_spec(name: str, params: Any, metadata: Mapping[str, Any]) -> LayerSpec | None:
     """The spec of a router whose parameters are under its own name.
 
-    Experts are served where version 0.1 was told what they compute, by ``metadata["experts"]``,
-    and ``params[name]`` (or ``params`` itself) has them under ``experts``.
+    A checkpoint of version 0.1 said what its experts compute in ``metadata["experts"]``; they are
+    served where ``params[name]`` (or ``params`` itself) has them under ``experts``.
     """
     keys = _find_kernel(params, name)
     if keys is None:

@@ -45,7 +45,7 @@ class Seal:
     renew: str
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """The manifest, without its checksum; the other files are not looked at.
+        """Returns the manifest without its checksum; the other files are not read.
 
         Raises:
             error: there is none, it is of another kind or a newer format, or it was changed.
@@ -134,7 +134,7 @@ class Seal:
 
     @contextlib.contextmanager
     def writing(self, target: Path, *, overwrite: bool = False) -> Iterator[Path]:
-        """A new folder beside ``target``, to be filled; it takes its place where the block ends well.
+        """Yields a new folder beside ``target``, which takes its place if the block ends well.
 
         Raises:
             error: the disk refuses. ``target`` is as it was then.
@@ -190,7 +190,7 @@ def _move_into_place(beside: Path, target: Path, overwrite: bool) -> None:
 def file_digests(
     files: Iterator[Path], folder: Path, *, sync: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of files by their path in ``folder``; ``sync`` puts them on disk."""
+    """Returns size and SHA-256 of files by their path in ``folder``; ``sync`` puts them on disk."""
     digests = {}
     for path in files:
         with open(path, "rb") as file:
@@ -213,20 +213,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def canonical(manifest: dict[str, Any]) -> str:
-    """The one JSON text of a manifest without its checksum."""
+    """Returns the one JSON text of a manifest without its checksum."""
     return json.dumps(manifest, sort_keys=True, indent=1, allow_nan=False)
 
 
 def sealed_text(manifest: dict[str, Any]) -> str:
-    """The one text that a manifest may have on disk, its own checksum included."""
+    """Returns the one text that a manifest may have on disk, its checksum included."""
     return canonical({**manifest, "checksum": checksum_of(manifest)})
 
 
 def checksum_of(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest, which names the digest of every file: it names the whole folder."""
+    """Returns SHA-256 of a manifest, which holds the digest of every file and so names the folder."""
     return hashlib.sha256(canonical(manifest).encode()).hexdigest()
 
 
 def listed(names: Any) -> str:
-    """Names in a sentence; "none" where there are none."""
+    """Returns names for a sentence, or "none"."""
     return ", ".join(map(str, names)) or "none"

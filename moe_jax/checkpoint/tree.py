@@ -1,4 +1,4 @@
-"""Pytrees as names, shapes and JSON, and back: what a manifest says of arrays."""
+"""Pytrees as names, shapes and JSON, and back, for the manifest."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import jax
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or must not be loaded, with what to do about it."""
+    """A checkpoint cannot be written or must not be loaded; the message says what to do."""
 
 
 def named_leaves(item: str, tree: Any) -> dict[str, Any]:
-    """Leaves by name, in the order in which JAX flattens the tree."""
+    """Returns the leaves by name, in the order in which JAX flattens the tree."""
     leaves: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(keys, simple=True, separator="/") or "value"
@@ -45,7 +45,7 @@ def structure_of(tree: Any, names: Iterator[str]) -> Any:
 def rebuilt_tree(
     folder: Path, leaves: dict[str, jax.Array], entry: dict[str, Any], example: Any
 ) -> Any:
-    """Params as ``structure_of`` described them, or like the example if there is one."""
+    """Returns params as ``structure_of`` described them, or like the example if there is one."""
     if example is not None:
         return shaped_like(example, leaves)
 
@@ -93,7 +93,7 @@ def check_against(origin: str, example: Any, entry: dict[str, Any], fix: str) ->
 
 
 def difference_between(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """The first few entries that differ, as ``name: found instead of wanted``."""
+    """Returns the first few entries that differ, as ``name: found instead of wanted``."""
     names = [n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)]
     changes = [
         f"{n}: {found.get(n, 'nothing')} instead of {wanted.get(n, 'nothing')}" for n in names[:3]
@@ -102,7 +102,7 @@ def difference_between(wanted: Mapping[str, str], found: Mapping[str, str]) -> s
 
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """``metadata`` as JSON gives it back. Raises CheckpointError where JSON would change it."""
+    """Returns ``metadata`` as JSON gives it back. Raises CheckpointError where JSON would change it."""
     plain: dict[str, Any] = {}
     for key, item in value.items():
         try:

@@ -80,7 +80,7 @@ class SaveHandle:
         self._future = future
 
     def done(self) -> bool:
-        """Whether the save has ended, well or not."""
+        """Returns whether the save has ended, successfully or not."""
         return self._future.done()
 
     def wait(self, timeout: float | None = None) -> Path:
@@ -152,7 +152,7 @@ def save_async(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = Fals
 def _prepare(
     checkpoint: Checkpoint, *, copy: bool
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, Any]]:
-    """Everything that can be checked before the disk is touched: host arrays and the manifest."""
+    """Returns host arrays and the manifest, after every check that needs no disk."""
     names = set(checkpoint.routers)
     if names != set(checkpoint.states):
         raise CheckpointError(

@@ -11,13 +11,13 @@ from moe_jax.cli.output import AsJson, ConfigFile, library_errors_exit_2, notes,
 
 app = typer.Typer()
 
-Releases = Annotated[Path, typer.Argument(help="Folder of releases, as restore makes it.")]
+Releases = Annotated[Path, typer.Argument(help="Folder of releases that restore wrote.")]
 
 
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    folder: Annotated[Path, typer.Option("--out", help="Folder to make; it must be free.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder to create; it must not exist.")],
     config: ConfigFile = None,
     baseline: Annotated[
         Path | None, typer.Option(help="Baseline of moe-jax bench ... --json.")

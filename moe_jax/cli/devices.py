@@ -30,7 +30,7 @@ main()
 @app.command()
 def verify(
     devices: Annotated[
-        int | None, typer.Option(min=1, help="How many; on CPU they are made. All, by default.")
+        int | None, typer.Option(min=1, help="Number of devices, simulated on CPU. Default: all.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

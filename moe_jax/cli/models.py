@@ -25,7 +25,7 @@ app = typer.Typer()
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Where results and pictures go.")] = Path(
+    folder: Annotated[Path, typer.Option("--out", help="Folder for results and pictures.")] = Path(
         "runs/demo"
     ),
     quick: Annotated[bool, typer.Option(help="A smaller model, under a minute.")] = False,
@@ -48,7 +48,7 @@ def route(
         Path | None, typer.Option(help="Checkpoint folder; without one, seeded untrained weights.")
     ] = None,
     router_name: Annotated[
-        str | None, typer.Option("--router", help="Which of the checkpoint's routers.")
+        str | None, typer.Option("--router", help="Name of a router in the checkpoint.")
     ] = None,
     config: ConfigFile = None,
     target_mean_k: Annotated[
@@ -144,13 +144,13 @@ def train(
     folder: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
     resume: Annotated[
-        Path | None, typer.Option(help="Checkpoint to go on from, made with the same options.")
+        Path | None, typer.Option(help="Checkpoint of the same options to continue from.")
     ] = None,
     until: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many steps of the schedule.")
+        int | None, typer.Option(min=1, help="Stop after this many steps of the schedule.")
     ] = None,
     save_every: Annotated[
-        int | None, typer.Option(min=1, help="Also save after every so many steps.")
+        int | None, typer.Option(min=1, help="Also save every this many steps.")
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Sizes and rates (JSON, fields of LMConfig).")
@@ -158,14 +158,14 @@ def train(
     coordinator: Annotated[
         str | None, typer.Option(help="Several processes: HOST:PORT of process 0.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="How many processes.")] = 1,
-    process_id: Annotated[int, typer.Option(min=0, help="Which one this is, from 0.")] = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 1,
+    process_id: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0,
     expert_devices: Annotated[
         int | None,
         typer.Option(min=1, help="Devices that share the experts; the rest splits data."),
     ] = None,
     host_devices: Annotated[
-        int | None, typer.Option(min=1, help="CPU: devices to make in this process.")
+        int | None, typer.Option(min=1, help="CPU only: devices to simulate in this process.")
     ] = None,
     patience: Annotated[
         float, typer.Option(help="Seconds of silence after which a process counts as lost.")
@@ -215,21 +215,21 @@ def _model_config(file: Path) -> Any:
     from moe_jax.lab.language_model import LMConfig
 
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         got = str(error.strerror)
     except (ValueError, RecursionError) as error:
         got = f"no JSON ({error})"
     else:
-        if isinstance(found, dict):
+        if isinstance(fields, dict):
             try:
-                return LMConfig.from_json(found)
+                return LMConfig.from_json(fields)
             except ValueError as error:
                 raise ValueError(f"--model {file}: {error}") from None
             except TypeError as error:
                 got = f"a value of another type ({error})"
         else:
-            got = f"a {type(found).__name__}"
+            got = f"a {type(fields).__name__}"
     raise ValueError(
         f"--model {file}: expected a file with a JSON object of LMConfig's fields, such as "
         f'{{"num_layers": 2}}, got {got}. Correct the file, or leave it out for the defaults.'
@@ -241,7 +241,7 @@ def calibrate(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of a trained model.")],
     folder: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
     rule: Annotated[
-        list[str], typer.Option(help="top_p, min_p, TopP ... ; repeat it for several.")
+        list[str], typer.Option(help="top_p, min_p, TopP ...; repeat the option for several.")
     ] = ["top_p"],  # noqa: B006 - typer copies it
     target_mean_k: Annotated[float | None, typer.Option(help="Experts per token, mean.")] = None,
     target_saving: Annotated[
@@ -279,7 +279,7 @@ def _print_checkpoint(path: Path, summary: dict[str, Any], as_json: bool) -> Non
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     layers: Annotated[
-        bool, typer.Option("--layers", help="A line for each layer, not only for each rule.")
+        bool, typer.Option("--layers", help="Show each layer, not only each rule.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

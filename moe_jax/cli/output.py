@@ -17,7 +17,7 @@ notes = Console(stderr=True)
 out = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (JSON).")]
 
 

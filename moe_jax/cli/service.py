@@ -22,14 +22,16 @@ from moe_jax.cli.output import (
 
 app = typer.Typer()
 
-Url = Annotated[str, typer.Argument(help="Where the service is, e.g. http://127.0.0.1:8000.")]
+Url = Annotated[str, typer.Argument(help="URL of the service, e.g. http://127.0.0.1:8000.")]
 Key = Annotated[
     str | None,
-    typer.Option("--key", envvar="ROUTER_API_KEY", help="API key, where the service asks for one."),
+    typer.Option("--key", envvar="ROUTER_API_KEY", help="API key, if the service requires one."),
 ]
 AdminKey = Annotated[
     str | None,
-    typer.Option("--admin-key", envvar="ROUTER_ADMIN_KEY", help="Admin key, where it has one."),
+    typer.Option(
+        "--admin-key", envvar="ROUTER_ADMIN_KEY", help="Admin key, if the service has one."
+    ),
 ]
 
 
@@ -77,7 +79,7 @@ def serve(
 
 
 def route_over(url: str, key: str | None, file: Path, save: Path | None) -> dict[str, Any]:
-    """What ``moe-jax route --url`` does: a report like the local one, from the service's answer."""
+    """Routes a file over a running service; returns a report like that of ``route_report``."""
     import numpy as np
 
     from moe_jax.lab.hidden_states import load_hidden_states
@@ -99,7 +101,7 @@ def route_over(url: str, key: str | None, file: Path, save: Path | None) -> dict
 
 
 def remote_report(arrays: Any, num_experts: int, facts: dict[str, Any]) -> dict[str, Any]:
-    """Plain JSON values about a routed batch: counts i32[B, S] and indices i32[B, S, K]."""
+    """Returns JSON values about a routed batch: counts i32[B, S] and indices i32[B, S, K]."""
     import numpy as np
 
     counts, indices = arrays["num_experts_per_token"].reshape(-1), arrays["expert_indices"]
@@ -127,10 +129,10 @@ def remote_report(arrays: Any, num_experts: int, facts: dict[str, Any]) -> dict[
 def smoke(
     url: Url,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="What it should be serving: compare with its own routing.")
+        Path | None, typer.Option(help="Checkpoint it should serve; its routing is compared.")
     ] = None,
     router_name: Annotated[
-        str | None, typer.Option("--router", help="Which of the checkpoint's routers.")
+        str | None, typer.Option("--router", help="Name of a router in the checkpoint.")
     ] = None,
     key: Key = None,
     admin_key: AdminKey = None,
@@ -164,7 +166,7 @@ def reload(
     url: Url,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="Folder, as the service sees it; without one, the configured one."),
+        typer.Option(help="Folder on the machine of the service. Default: the configured one."),
     ] = None,
     admin_key: AdminKey = None,
     as_json: AsJson = False,

@@ -36,7 +36,7 @@ class ConfigFileError(ConfigError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextKind:
-    """What a text setting may hold.
+    """A kind of text setting.
 
     Attributes:
         allowed: the sentence part that follows "expected".
@@ -58,7 +58,7 @@ def setting(
     text: TextKind | None = None,
     secret: bool = False,
 ) -> Any:
-    """A dataclass field with its range.
+    """Returns a dataclass field with its range.
 
     Args:
         default: the default value; its type is the type of the setting.
@@ -303,7 +303,7 @@ def unknown_name(
 
 
 def shown(value: Any) -> str:
-    """A value as JSON where JSON can hold it, cut to 80 characters."""
+    """Returns a value as JSON where JSON can hold it, cut to 80 characters."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Where settings come from: arguments over the environment over a file over defaults."""
+"""Loading of settings: arguments over the environment over a file over defaults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load_config(
     base: Config | None = None,
     **overrides: Any,
 ) -> Config:
-    """The configuration from arguments, environment, file and defaults, in this order.
+    """Returns the configuration from arguments, environment, file and defaults, in this order.
 
     Args:
         file: a JSON file in the form of ``configs/production.json``; it may leave keys out.

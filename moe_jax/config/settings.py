@@ -30,7 +30,7 @@ from moe_jax.config.kinds import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class RouterConfig:
-    """What the router is.
+    """Settings of the router.
 
     Args:
         input_dim: D, width of the hidden states.
@@ -69,7 +69,7 @@ class RouterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PerformanceConfig:
-    """How the service spends time and memory.
+    """Settings of time and memory.
 
     Args:
         enable_caching: whether results are cached.
@@ -97,7 +97,7 @@ class PerformanceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SecurityConfig:
-    """What a request may be.
+    """Limits of a request.
 
     Args:
         enable_validation: whether the values of a request are checked. (Its shape, dtype and size
@@ -120,7 +120,7 @@ class SecurityConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ServingConfig:
-    """How the service runs.
+    """Settings of the service.
 
     The last three settings are secrets: they come from the environment or from arguments, never
     from a file.
@@ -233,10 +233,10 @@ class Config:
     """The whole configuration: hashable, equal by value, and JSON by ``to_json``.
 
     Args:
-        router_config: what the router is.
-        performance: how the service spends time and memory.
-        security: what a request may be.
-        serving: how the service runs.
+        router_config: settings of the router.
+        performance: settings of time and memory.
+        security: limits of a request.
+        serving: settings of the service.
         environment: where this runs: in every log line, and untrained weights are logged as an error
             in production, as a warning elsewhere.
         log_level: least severe message that is logged.

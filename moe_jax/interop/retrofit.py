@@ -9,13 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_choice
 from moe_jax.interop.blocks import MoEBlock
-from moe_jax.routers import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, TopK, TopP
+from moe_jax.routers import Router, TopK
+from moe_jax.routers.twin import control_twin, dynamic_twin, starting_state
 from moe_jax.routing.budget import mean_k_after
 from moe_jax.types import Array
-
-RULES = ("TopP", "MinP", "DynamicK", "ExpertThreshold")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +156,7 @@ def make_dynamic(
     fit_x, test_x = _split(calibration_x, held_out_x)
     if trained.use_expert_scale:
         block, trained = _fold_expert_scale(block)
-    router = _dynamic_rule(trained, rule, most, difficulty, target)
+    router = dynamic_twin(trained, rule, target_mean_k=target, max_k=most, difficulty=difficulty)
     twin = _with_rule(block, router, fit_x, target)
     low = _control(block, trained, "lowest", fit_x, target)
     random = _control(block, trained, "random", fit_x, target)
@@ -362,41 +360,15 @@ def _target(trained: TopK, mean_k: float | None, saving: float | None) -> float:
     return target
 
 
-def _dynamic_rule(trained: TopK, rule: str, max_k: int, difficulty: str, target: float) -> Router:
-    check_choice("rule", rule, RULES)
-    common: dict[str, Any] = {
-        "num_experts": trained.num_experts,
-        "min_k": 1,
-        "max_k": max_k,
-        "gate": trained.gate,
-        "scoring": trained.scoring,
-    }
-    if rule == "DynamicK":
-        return DynamicK(difficulty=difficulty, **common)
-    if rule == "ExpertThreshold":
-        return ExpertThreshold(target_k=target, **common)
-    return TopP(**common) if rule == "TopP" else MinP(**common)
-
-
 def _with_rule(block: MoEBlock, router: Router, x: Array, target: float) -> MoEBlock:
-    state = router.init_state()
-    if hasattr(state, "expert_bias") and hasattr(block.state, "expert_bias"):
-        state = dataclasses.replace(state, expert_bias=block.state.expert_bias)
+    state = starting_state(router, block.state)
     flat = jnp.asarray(x).reshape(-1, x.shape[-1])
     fitted = router.fit(block.params["router"], state, flat, target_mean_k=target)
     return dataclasses.replace(block, router=router, state=fitted)
 
 
 def _control(block: MoEBlock, trained: TopK, drop: str, x: Array, target: float) -> MoEBlock:
-    router = RandomSkip(
-        num_experts=trained.num_experts,
-        k=trained.k,
-        mean_k=target,
-        drop=drop,
-        gate=trained.gate,
-        scoring=trained.scoring,
-    )
-    return _with_rule(block, router, x, target)
+    return _with_rule(block, control_twin(trained, drop, mean_k=target), x, target)
 
 
 def _fold_expert_scale(block: MoEBlock) -> tuple[MoEBlock, TopK]:

@@ -1,1 +1,1 @@
-"""What the library is proven with: text, a small language model, training, calibration, comparison."""
+"""Experiments that prove the library: text, a small language model, training, calibration."""

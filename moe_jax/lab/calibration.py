@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from moe_jax.lab.language_model import LMConfig, embed, layer_params, router_inp
 from moe_jax.lab.model_files import Model, load_model, save_model
 from moe_jax.lab.progress import track
 from moe_jax.layer import LayerOptions, add_residual, run_routing
-from moe_jax.routers import DynamicK, ExpertThreshold, MinP, RandomSkip, Router, TopP
+from moe_jax.routers import RandomSkip, Router
+from moe_jax.routers.twin import control_twin, dynamic_twin, starting_state
 from moe_jax.routing.budget import check_target, mean_k_after
 from moe_jax.types import Array, Params, Routing, pytree
 
@@ -46,90 +47,68 @@ class Rule:
     """A row of the comparison.
 
     Attributes:
-        name: in files and on the command line.
-        label: in pictures and tables.
-        build: ``(config, target mean k) -> Router``.
-        control: whether it is one of the controls, which do not look at the token.
+        name: the name in files and on the command line.
+        label: the name in pictures and tables.
+        kind: the class of the rule.
+        difficulty: the estimator of ``DynamicK``.
+        drop: which experts a control drops; None for a rule that looks at the token.
     """
 
     name: str
     label: str
-    build: Callable[[LMConfig, float], Router]
-    control: bool = False
+    kind: str
+    difficulty: str = "router_entropy"
+    drop: str | None = None
 
+    @property
+    def control(self) -> bool:
+        """Whether it is one of the controls, which do not look at the token."""
+        return self.drop is not None
 
-def _dynamic_k(difficulty: str) -> Callable[[LMConfig, float], Router]:
-    return lambda c, target: DynamicK(
-        num_experts=c.num_experts, min_k=1, max_k=c.k, difficulty=difficulty, scoring=c.scoring
-    )
-
-
-def _skip(drop: str) -> Callable[[LMConfig, float], Router]:
-    # mean_k is only where an unfitted state starts; one value for all budgets compiles once.
-    return lambda c, target: RandomSkip(
-        num_experts=c.num_experts, k=c.k, mean_k=c.k, drop=drop, scoring=c.scoring
-    )
+    def build(self, config: LMConfig, target_mean_k: float) -> Router:
+        """Returns the rule for a trained model, to be fitted to a mean k."""
+        trained = config.router()
+        if self.drop is not None:
+            # mean_k is only where an unfitted state starts; one value for all budgets compiles once.
+            return control_twin(trained, self.drop, mean_k=config.k)
+        return dynamic_twin(
+            trained, self.kind, target_mean_k=target_mean_k, difficulty=self.difficulty
+        )
 
 
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        Rule(
-            name="top_p",
-            label="top-p",
-            build=lambda c, target: TopP(num_experts=c.num_experts, max_k=c.k, scoring=c.scoring),
-        ),
-        Rule(
-            name="min_p",
-            label="min-p",
-            build=lambda c, target: MinP(num_experts=c.num_experts, max_k=c.k, scoring=c.scoring),
-        ),
-        Rule(
-            name="dynamic_k_entropy",
-            label="dynamic k (entropy)",
-            build=_dynamic_k("router_entropy"),
-        ),
+        Rule(name="top_p", label="top-p", kind="TopP"),
+        Rule(name="min_p", label="min-p", kind="MinP"),
+        Rule(name="dynamic_k_entropy", label="dynamic k (entropy)", kind="DynamicK"),
         Rule(
             name="dynamic_k_margin",
             label="dynamic k (margin)",
-            build=_dynamic_k("router_margin"),
+            kind="DynamicK",
+            difficulty="router_margin",
         ),
-        Rule(
-            name="expert_threshold",
-            label="expert threshold",
-            build=lambda c, target: ExpertThreshold(
-                num_experts=c.num_experts, target_k=target, max_k=c.k, scoring=c.scoring
-            ),
-        ),
+        Rule(name="expert_threshold", label="expert threshold", kind="ExpertThreshold"),
         Rule(
             name="drop_lowest",
             label="mix of k and k-1 (control)",
-            build=_skip("lowest"),
-            control=True,
+            kind="RandomSkip",
+            drop="lowest",
         ),
-        Rule(
-            name="drop_random",
-            label="random drop (control)",
-            build=_skip("random"),
-            control=True,
-        ),
+        Rule(name="drop_random", label="random drop (control)", kind="RandomSkip", drop="random"),
     )
 }
 
 
 def find_rules(names: Sequence[str]) -> list[Rule]:
-    """The rules of these names; the name of a router class gives the first rule made of it.
+    """Returns the rules of these names; the name of a class gives the first rule of that class.
 
     Raises:
-        ValueError: an unknown name; the known ones are listed.
+        ValueError: an unknown name; the message lists the known ones.
     """
-    by_class = {
-        "DynamicK": "dynamic_k_entropy",
-        "TopP": "top_p",
-        "MinP": "min_p",
-        "ExpertThreshold": "expert_threshold",
-        "RandomSkip": "drop_lowest",
-    }
+    by_class: dict[str, str] = {}
+    for rule in RULES.values():
+        by_class.setdefault(rule.kind, rule.name)
     trained = [name for name in names if name in ("ReLURouter", "TopAny")]
     if trained:
         raise ValueError(
@@ -157,7 +136,7 @@ def attend(config: LMConfig, layer: dict[str, Params], h: Array) -> tuple[Array,
 
 @pytree
 class Seen:
-    """What of a layer's report is brought to the host."""
+    """The part of a layer's report that is brought to the host."""
 
     counts: Array  # i32[B, S]: experts per token
     histogram: Array  # f32[K + 1]: tokens that use 0..K experts
@@ -175,7 +154,7 @@ def route(router: Router, params: Params, state: Any, x: Array, mask: Array) -> 
 def mix(
     config: LMConfig, layer: dict[str, Params], routing: Routing, h: Array, x: Array
 ) -> tuple[Array, Seen]:
-    """What ``moe_layer`` does after routing. Apart from it, so that all rules share one compile."""
+    """Runs what ``moe_layer`` does after routing; compiled once for all rules."""
     flat = x.reshape(-1, config.d_model)
     y, stats = run_routing(
         config.experts,
@@ -196,6 +175,32 @@ def mix(
 
 
 embed_batch = jax.jit(embed)
+
+
+def run_layers(
+    model: Model, routers: Sequence[Router], states: Sequence[Any], tokens: Array, mask: Array
+) -> Iterator[tuple[Routing, Seen, Array]]:
+    """Runs a model with one rule for each layer, and yields what each layer did.
+
+    Args:
+        model: the parameters.
+        routers: a rule for each layer.
+        states: a state for each of them.
+        tokens: i32[B, S], byte values.
+        mask: bool[B, S], False for padding.
+
+    Yields:
+        The routing of the layer's B * S tokens, what is counted of it, and the hidden states
+        f32[B, S, D] after the layer.
+    """
+    config = model.config
+    h = embed_batch(model.params, tokens)
+    for index, (router, state) in enumerate(zip(routers, states, strict=True)):
+        layer = layer_params(model.params, index)
+        h, x = attend(config, layer, h)
+        routing = route(router, layer["moe"]["router"], state, x, mask)
+        h, seen = mix(config, layer, routing, h, x)
+        yield routing, seen, h
 
 
 # --- fitting --------------------------------------------------------------------------------
@@ -235,12 +240,11 @@ def fit_layers(
         tokens = np.concatenate([np.asarray(x).reshape(-1, config.d_model) for _, x in pairs])
         # Padding is left out here rather than masked: that also keeps it out of the fingerprint.
         tokens = tokens[blocks.mask.reshape(-1)]
-        start = router.init_state()
-        trained = model.states[index]
-        if hasattr(start, "expert_bias") and hasattr(trained, "expert_bias"):
-            start = dataclasses.replace(start, expert_bias=trained.expert_bias)
         state = router.fit(
-            layer["moe"]["router"], start, jnp.asarray(tokens), target_mean_k=target_mean_k
+            layer["moe"]["router"],
+            starting_state(router, model.states[index]),
+            jnp.asarray(tokens),
+            target_mean_k=target_mean_k,
         )
         reached = float(state.fit.achieved_mean_k)
         missed = abs(reached / target_mean_k - 1) > MAX_CALIBRATION_ERROR

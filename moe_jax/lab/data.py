@@ -67,7 +67,7 @@ class Corpus:
 
 
 def part_of(path: str) -> str:
-    """The part, of ``PARTS``, that the file at this path (with ``/``) belongs to.
+    """Returns the part of ``PARTS`` that the file at this path (with ``/``) belongs to.
 
     Example:
         >>> part_of("json/decoder.py") == part_of("json/decoder.py")

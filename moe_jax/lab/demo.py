@@ -42,7 +42,7 @@ from moe_jax.lab.training import train
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How large a run is."""
+    """The size of a run."""
 
     model: LMConfig
     steps: int

@@ -1,4 +1,4 @@
-"""What a compute budget costs, measured on files that neither training nor calibration saw.
+"""The cost of a compute budget, measured on files that neither training nor calibration saw.
 
 Each fitted rule is compared with the trained model byte for byte on the same text, and the
 difference in bits a byte comes with an interval. See ``moe_jax.lab.calibration`` for the rules, and for
@@ -20,16 +20,13 @@ from rich.progress import Progress
 from moe_jax.lab.calibration import (
     BATCH,
     RULES,
-    attend,
-    embed_batch,
     find_rules,
-    mix,
-    route,
+    run_layers,
     spread_blocks,
     variant_name,
 )
 from moe_jax.lab.data import Blocks, Corpus, load_corpus
-from moe_jax.lab.language_model import LMConfig, layer_params, nats, unembed
+from moe_jax.lab.language_model import LMConfig, nats, unembed
 from moe_jax.lab.model_files import Model, Variants
 from moe_jax.lab.progress import track
 from moe_jax.routers import Router
@@ -53,18 +50,10 @@ def held_out_blocks(
 
 
 def layer_routings(model: Model, blocks: Blocks) -> list[Routing]:
-    """What each layer's rule decides for blocks in one batch; host arrays over B * S tokens."""
-    config = model.config
-    mask = jnp.asarray(blocks.mask)
-    h = embed_batch(model.params, jnp.asarray(blocks.inputs))
-    found = []
-    for index, (router, state) in enumerate(zip(model.routers, model.states, strict=True)):
-        layer = layer_params(model.params, index)
-        h, x = attend(config, layer, h)
-        routing = route(router, layer["moe"]["router"], state, x, mask)
-        found.append(jax.device_get(routing))
-        h, _ = mix(config, layer, routing, h, x)
-    return found
+    """Returns the routing of each layer for blocks in one batch, host arrays over B * S tokens."""
+    inputs, mask = jnp.asarray(blocks.inputs), jnp.asarray(blocks.mask)
+    layers = run_layers(model, model.routers, model.states, inputs, mask)
+    return [jax.device_get(routing) for routing, _, _ in layers]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,15 +108,12 @@ def evaluate(
     losses, seen = [], []
     for i in range(0, len(padded), size):
         mask = jnp.asarray(padded.mask[i : i + size])
-        h = embed_batch(params, jnp.asarray(padded.inputs[i : i + size]))
-        layers = []
-        for index, (router, state) in enumerate(zip(routers, states, strict=True)):
-            layer = layer_params(params, index)
-            h, x = attend(config, layer, h)
-            routing = route(router, layer["moe"]["router"], state, x, mask)
-            h, one = mix(config, layer, routing, h, x)
-            layers.append(one)
-        losses.append(_score(params, h, jnp.asarray(padded.targets[i : i + size])))
+        inputs = jnp.asarray(padded.inputs[i : i + size])
+        last, layers = None, []
+        for _, counted, h in run_layers(model, routers, states, inputs, mask):
+            last = h
+            layers.append(counted)
+        losses.append(_score(params, last, jnp.asarray(padded.targets[i : i + size])))
         seen.append(layers)
     losses, seen = jax.device_get((losses, seen))
     real = blocks.mask
@@ -169,7 +155,7 @@ def paired_bootstrap(
     resamples: int = 4000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """A change in bits a byte with its 95 % interval, by resampling whole files.
+    """Returns a change in bits per byte with its 95 % interval, by resampling whole files.
 
     Both models are measured on the same bytes, so files are drawn (with replacement) once for
     both, and only what differs between the two is uncertain. Files are drawn rather than bytes
@@ -212,7 +198,7 @@ def paired_bootstrap(
 
 
 def verdict(relative_low: float, relative_high: float) -> str:
-    """``"equal"`` if worse by at most 0.2 % with confidence, ``"worse"`` if surely not, else
+    """Returns ``"equal"`` if worse by at most 0.2 % with confidence, ``"worse"`` if surely not, else
     ``"not shown"``."""
     if relative_high <= EQUAL_QUALITY:
         return "equal"

@@ -63,7 +63,7 @@ def load_hidden_states(file: Path) -> np.ndarray:
 
 
 def check_save(file: Path) -> None:
-    """Before the work: raises ValueError if arrays cannot be saved as this file."""
+    """Raises ValueError, before the work, if arrays cannot be saved as this file."""
     if file.is_dir():
         raise ValueError(f"{file}: expected a file to write, got a folder. Name a file in it.")
     folder = file.parent

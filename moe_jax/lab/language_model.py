@@ -135,7 +135,7 @@ class LMConfig:
 
     @property
     def scoring(self) -> Scoring:
-        """What weights mean in this model; rules tried later must use the same."""
+        """How the model weighs experts; rules that are tried later must use the same."""
         return Scoring(norm="sum" if self.renormalize else "none")
 
     @property
@@ -147,7 +147,7 @@ class LMConfig:
         return LossWeights(load_balancing=self.load_balancing, router_z=self.router_z)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field."""
+        """Returns a JSON object with every field."""
         return dataclasses.asdict(self)
 
     @staticmethod
@@ -220,7 +220,7 @@ def _init_attention(config: LMConfig, qkv_key: Array, out_key: Array) -> dict[st
 
 
 def layer_of(stacked: Any, layer: int) -> Any:
-    """One layer of a tree whose arrays all have a leading axis of layers."""
+    """Returns one layer of a tree whose arrays all have a leading axis of layers."""
     return jax.tree.map(lambda leaf: leaf[layer], stacked)
 
 
@@ -290,7 +290,7 @@ def block(
     mask: Array,
     mesh: Mesh | None = None,
 ) -> tuple[Array, LayerAux, Array]:
-    """A layer with experts and the plain ones before it.
+    """Runs a layer with experts and the plain layers before it.
 
     Returns:
         h f32[B, S, D], what the MoE layer reports, and what its router saw f32[T, D].
@@ -321,7 +321,7 @@ def unembed(params: dict[str, Params], h: Array) -> Array:
 
 @pytree
 class Output:
-    """What a forward pass gives. Parts that are not used cost nothing under ``jit``."""
+    """The results of a forward pass. Parts that are not used cost nothing under ``jit``."""
 
     logits: Array  # f32[B, S, V]
     layers: tuple[LayerAux, ...]  # one a layer with experts: its Routing and its stats
@@ -406,7 +406,7 @@ def nats(logits: Array, targets: Array) -> Array:
 
 
 def init_states(config: LMConfig) -> tuple[Any, ...]:
-    """A state for each router, before training."""
+    """Returns a state for each router, before training."""
     return tuple(config.router().init_state() for _ in range(config.num_moe_layers))
 
 
@@ -417,7 +417,7 @@ def loss(
     tokens: Array,
     mesh: Mesh | None = None,
 ) -> tuple[Array, tuple[tuple[Any, ...], dict[str, Array]]]:
-    """What training minimises: mean nats a byte plus the auxiliary losses, averaged over layers.
+    """Returns the training loss: mean nats per byte plus the auxiliary losses, averaged over layers.
 
     Args:
         tokens: i32[B, S + 1].

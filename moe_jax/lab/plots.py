@@ -23,7 +23,7 @@ _INK, _FAINT = "#222222", "#DDDDDD"
 
 
 def _figure(width: float, height: float, **kwargs: Any) -> tuple[Any, Any]:
-    """A figure without pyplot: nothing global is touched and no display is needed."""
+    """Returns a figure without pyplot, which needs no display and changes no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -52,7 +52,7 @@ def frontier(
     *,
     equal_quality: float = 0.002,
 ) -> Any:
-    """What each saving costs, for every rule and control, with 95 % intervals.
+    """Draws what each saving costs, for every rule and control, with 95 % intervals.
 
     Args:
         rows: as ``moe_jax.lab.frontier.measure`` gives them; read are ``rule``, ``label``, ``control``,
@@ -156,7 +156,7 @@ def experts_per_token(
     *,
     title: str = "Experts per token",
 ) -> Any:
-    """A histogram of how many experts tokens use, one panel a layer.
+    """Draws a histogram of experts per token, one panel for each layer.
 
     Args:
         histogram: f64[layers, K + 1], the share of tokens that use 0..K experts.
@@ -301,7 +301,7 @@ def source_page(
     title: str = "Experts per byte",
     note: str = "",
 ) -> Path:
-    """A self-contained HTML page of a file, each byte on a ground as strong as its experts are many.
+    """Writes a self-contained HTML page of a file; the more experts a byte uses, the darker its ground.
 
     Bytes of one character (UTF-8) are shown as that character, with the mean of their numbers.
 

@@ -17,7 +17,7 @@ from moe_jax.lab.frontier import MAX_DRIFT
 
 
 def summarise(results: Mapping[str, Any], out: Path, console: Console) -> None:
-    """One screen: what each saving costs, what holds at equal quality, what does not."""
+    """Prints one screen: the cost of each saving, and which rules keep equal quality."""
     rows, trained = results["rows"], results["trained"]
     savings = sorted({row["saving"] for row in rows})
     table = Table(
@@ -71,7 +71,7 @@ def _percent(share: float) -> str:
 
 
 def findings(results: Mapping[str, Any]) -> list[str]:
-    """Plain sentences, the disappointing ones included."""
+    """Returns the findings as sentences, including those against the dynamic rules."""
     rows = results["rows"]
     dynamic = [row for row in rows if not row["control"]]
     limit = results["equal_quality"]

@@ -68,7 +68,7 @@ def init_training(config: LMConfig, steps: int, seed: int | Array) -> TrainState
 def train_step(
     config: LMConfig, steps: int, state: TrainState, tokens: Array, mesh: Mesh | None = None
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step on tokens i32[B, S + 1]. ``state`` is donated: use the returned one."""
+    """Takes one step on tokens i32[B, S + 1]. ``state`` is donated: use the returned one."""
     value = functools.partial(loss, config, mesh=mesh)
     gradient = jax.value_and_grad(
         lambda p: value(p, states=state.router_states, tokens=tokens), has_aux=True

@@ -1,0 +1,77 @@
+"""The dynamic rules that take the place of a trained ``TopK``, and the controls beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from moe_jax.checks import check_choice
+from moe_jax.routers.base import Router
+from moe_jax.routers.dynamic_k import DynamicK
+from moe_jax.routers.expert_threshold import ExpertThreshold
+from moe_jax.routers.min_p import MinP
+from moe_jax.routers.random_skip import RandomSkip
+from moe_jax.routers.top_k import TopK
+from moe_jax.routers.top_p import TopP
+
+DYNAMIC_RULES = ("TopP", "MinP", "DynamicK", "ExpertThreshold")
+
+
+def dynamic_twin(
+    trained: TopK,
+    rule: str,
+    *,
+    target_mean_k: float,
+    max_k: int | None = None,
+    difficulty: str = "router_entropy",
+) -> Router:
+    """Returns a rule with a budget to fit that gates and weighs experts as ``trained`` does.
+
+    Args:
+        trained: the fixed-k rule.
+        rule: a name in ``DYNAMIC_RULES``.
+        target_mean_k: experts per token on average; only ``ExpertThreshold`` has it in the rule.
+        max_k: most experts one token may use; None is the trained k, so that a saving is never
+            paid for with experts that the model was not trained to combine.
+        difficulty: estimator of ``DynamicK``.
+
+    Raises:
+        ValueError: an unknown rule.
+
+    Example:
+        >>> dynamic_twin(TopK(num_experts=8, k=2), "TopP", target_mean_k=1.6).max_k
+        2
+    """
+    check_choice("rule", rule, DYNAMIC_RULES)
+    common: dict[str, Any] = {
+        "num_experts": trained.num_experts,
+        "min_k": 1,
+        "max_k": trained.k if max_k is None else max_k,
+        "gate": trained.gate,
+        "scoring": trained.scoring,
+    }
+    if rule == "DynamicK":
+        return DynamicK(difficulty=difficulty, **common)
+    if rule == "ExpertThreshold":
+        return ExpertThreshold(target_k=target_mean_k, **common)
+    return TopP(**common) if rule == "TopP" else MinP(**common)
+
+
+def control_twin(trained: TopK, drop: str, *, mean_k: float) -> RandomSkip:
+    """Returns the control that drops experts of ``trained`` without looking at the token."""
+    return RandomSkip(
+        num_experts=trained.num_experts,
+        k=trained.k,
+        mean_k=mean_k,
+        drop=drop,
+        gate=trained.gate,
+        scoring=trained.scoring,
+    )
+
+
+def starting_state(router: Router, trained_state: Any) -> Any:
+    """Returns the unfitted state of a twin, with the selection bias that training learned."""
+    state = router.init_state()
+    if hasattr(state, "expert_bias") and hasattr(trained_state, "expert_bias"):
+        state = dataclasses.replace(state, expert_bias=trained_state.expert_bias)
+    return state
