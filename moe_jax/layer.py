@@ -306,7 +306,7 @@ def with_auto_axes(
         out_sharding=(spec, LayerAux(routing=rows, stats=P())),  # pyright: ignore[reportArgumentType]
     )
     with _mesh_context(mesh, (params, state, x, arguments)):
-        return call(params, state, x, arguments)
+        return call(params, state, x, arguments)  # pyright: ignore[reportCallIssue]
 
 
 def _mesh_context(mesh: AbstractMesh, tree: Any) -> Any:
@@ -315,9 +315,10 @@ def _mesh_context(mesh: AbstractMesh, tree: Any) -> Any:
         return contextlib.nullcontext()
     # Outside of jit the devices must be known too: those of any array that is no tracer.
     for leaf in jax.tree.leaves(tree):
-        sharding = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        traced = isinstance(leaf, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+        sharding = None if traced else getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
-            return jax.set_mesh(sharding.mesh)
+            return jax.set_mesh(sharding.mesh)  # pyright: ignore[reportArgumentType]
     return jax.sharding.use_abstract_mesh(mesh)
 
 
