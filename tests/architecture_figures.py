@@ -234,12 +234,27 @@ def _is_self(node: ast.expr) -> bool:
 
 
 def lines_per_rule(tree: Tree) -> dict[str, int]:
-    """Module -> lines, of each file in ``routers`` and ``interop.rules`` that defines a rule."""
-    rule = re.compile(r"^class (?!Router\b|TokenChoice\b)\w+\([^)]*\b(Router|TokenChoice)\b", re.M)
+    """Module -> lines, of each file in ``routers`` and ``interop.rules`` that defines a rule.
+
+    A rule inherits from ``Router``, through however many contracts; a contract lists ``abc.ABC``.
+    """
+    bases: dict[str, set[str]] = {}
+    for parsed in tree.parsed.values():
+        for node in parsed.body:
+            if isinstance(node, ast.ClassDef):
+                names = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+                bases.setdefault(node.name, set()).update(names)
+
+    def is_rule(node: ast.stmt) -> bool:
+        if not isinstance(node, ast.ClassDef) or "ABC" in bases[node.name]:
+            return False
+        return "Router" in reachable(bases, node.name)
+
     return {
-        name: source.count("\n")
-        for name, source in sorted(tree.modules.items())
-        if name.rpartition(".")[0] in ("routers", "interop.rules") and rule.search(source)
+        name: tree.modules[name].count("\n")
+        for name, parsed in sorted(tree.parsed.items())
+        if name.rpartition(".")[0] in ("routers", "interop.rules")
+        and any(map(is_rule, parsed.body))
     }
 
 
