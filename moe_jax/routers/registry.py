@@ -65,7 +65,7 @@ def rule_class(kind: str) -> type[Any]:
 
     Example:
         >>> rule_class("ZeroExperts").__module__
-        'moe_jax.interop.rules.free_classes'
+        'moe_jax.interop.rules.zero_experts'
     """
     if kind not in _registered and kind in LAZY_RULES:
         module, _, name = LAZY_RULES[kind].partition(":")

@@ -6,12 +6,14 @@ JSON file has one. What a rule needs beyond x comes in ``context``, by the names
 
 from moe_jax.interop.rules.capacity_top_k import CapacityTopK
 from moe_jax.interop.rules.common import NoState
-from moe_jax.interop.rules.free_classes import BiasState, DepthRouter, ZeroExperts
+from moe_jax.interop.rules.depth_router import DepthRouter
+from moe_jax.interop.rules.free_classes import BiasState
 from moe_jax.interop.rules.joint_shared import JointShared
 from moe_jax.interop.rules.plus_plus import MoEPlusPlus
 from moe_jax.interop.rules.product_keys import ProductKeys
 from moe_jax.interop.rules.sparse_mixer import SparseMixer
 from moe_jax.interop.rules.token_table import TableState, TokenTable
+from moe_jax.interop.rules.zero_experts import ZeroExperts
 
 __all__ = [
     "BiasState",
