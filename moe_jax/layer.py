@@ -161,9 +161,11 @@ def init_moe_layer(
     """
     check_instance("router", router, Router, fix="Pass a rule such as TopK(num_experts=8, k=2).")
     check_instance(
-        "experts", experts, FeedForward,
+        "experts",
+        experts,
+        FeedForward,
         fix="Build the parameters of an expert function of your own yourself: a leading axis E.",
-    )  # fmt: skip
+    )
     if key is None:
         raise TypeError("key: expected one JAX key, got None. Pass jax.random.key(0).")
     check_key(key)
@@ -356,9 +358,12 @@ def run_routing(
     assignments = to_assignments(routing)
     tokens = assignments.num_tokens
     check_array(
-        "x", x, "T D", sizes={"T": tokens},
+        "x",
+        x,
+        "T D",
+        sizes={"T": tokens},
         fix="Pass the tokens that were routed, flattened to [tokens, width].",
-    )  # fmt: skip
+    )
     plan_batch = plan_dispatch
     if options.groups > 1:
         plan_batch = functools.partial(plan_in_groups, groups=options.groups)
@@ -456,9 +461,12 @@ def _shared(
     if "shared_gate" in params:
         gate = params["shared_gate"]
         check_array(
-            "shared_gate", gate, "D 1", sizes={"D": x.shape[1], "1": 1},
+            "shared_gate",
+            gate,
+            "D 1",
+            sizes={"D": x.shape[1], "1": 1},
             fix="Pass one column, whose sigmoid weighs the shared expert.",
-        )  # fmt: skip
+        )
         out = out * jax.nn.sigmoid(x.astype(jnp.float32) @ gate.astype(jnp.float32))
     return out if mask is None else jnp.where(mask[:, None], out, 0.0)
 

@@ -1,4 +1,4 @@
-"""Ways of running experts. Each is a file; each obeys the plan; each equals the dense oracle.
+"""Implementations of the experts. Each is one file, obeys the plan and equals the dense oracle.
 
 ``implementation=None`` lets ``choose`` decide, a name asks for one, a tuple of names takes the
 first that does not refuse. A new implementation is one file and one line in ``_ALL``.
@@ -52,7 +52,7 @@ def explain_choice(
     expert_fn: ExpertFn = FeedForward(),
     backend: str | None = None,
 ) -> list[tuple[str, str]]:
-    """What each candidate says: ``[(name, "chosen" | reason)]``, in order of preference.
+    """Returns what each candidate says: ``[(name, "chosen" | reason)]``, in order of preference.
 
     A single name is chosen whatever it says, since the caller asked for it.
     """
@@ -80,7 +80,7 @@ def choose(
     expert_fn: ExpertFn = FeedForward(),
     backend: str | None = None,
 ) -> Implementation:
-    """The implementation that ``explain_choice`` marks as chosen.
+    """Returns the implementation that ``explain_choice`` marks as chosen.
 
     Raises:
         ValueError: an unknown name, or every candidate refused; the reasons are in the message.
@@ -160,13 +160,19 @@ def run_experts(
     check_instance("plan", plan, DispatchPlan, fix="Pass what plan_dispatch returned.")
     a = plan.assignments
     check_array(
-        "x", x, "T D", sizes={"T": a.num_tokens},
+        "x",
+        x,
+        "T D",
+        sizes={"T": a.num_tokens},
         fix="Pass the tokens that were routed, flattened to [tokens, width].",
-    )  # fmt: skip
+    )
     check_array(
-        "weights", weights, "N", sizes={"N": a.expert_indices.shape[0]},
+        "weights",
+        weights,
+        "N",
+        sizes={"N": a.expert_indices.shape[0]},
         fix="Pass kept_weights(plan), one weight an assignment.",
-    )  # fmt: skip
+    )
     if num_experts_of(params) != a.num_experts:
         raise ValueError(
             f"expert params: expected a leading axis of E={a.num_experts}, "

@@ -1,8 +1,8 @@
-"""For a handful of tokens: only the weights of experts in use are read, one row after another.
+"""Experts for a handful of tokens: one row after another, reading the weights of experts in use only.
 
-With fewer rows than experts the time goes into reading weights. So every kept row is a piece of its
-own in the loop of ``tiered``: the trip count is the number of kept rows, experts without rows are
-never touched, and rows of the same expert follow each other, so its weights are still in the cache.
+With fewer rows than experts the time goes into reading weights. So every kept row is one piece in the
+loop of ``tiered``: the trip count is the number of kept rows, experts without rows are never touched,
+and rows of the same expert follow each other, so its weights are still in the cache.
 
 XLA for CPU hands a product to a library, which wants its operand as an array: an expert's slice of
 the weights is copied first, and reading, writing and reading again takes two to three times as long
@@ -49,6 +49,7 @@ def _vector_product(kernels: Array, expert: Array, row: Array) -> Array:
     factors = row.reshape(rows // s, s)
     zero = jnp.zeros_like(expert)
 
+    # Each term slices the stack itself, so XLA fuses slice and product and copies nothing.
     def term(i: int) -> Array:
         at = (expert, zero, jnp.full_like(expert, i), zero)
         part = jax.lax.dynamic_slice(stack, at, (1, rows // s, 1, width))[0, :, 0]
@@ -59,7 +60,7 @@ def _vector_product(kernels: Array, expert: Array, row: Array) -> Array:
 
 
 def _stream_row(ffn: FeedForward, params: Params, expert: Array, row: Array) -> Array:
-    """What ``ffn`` makes of one row [D] with the parameters of ``expert``, as it would itself."""
+    """Returns ``ffn`` of one row [D] with the parameters of ``expert``, without copying them."""
 
     def project(name: str, row: Array) -> Array:
         out = _vector_product(params[name], expert, row)
@@ -78,8 +79,8 @@ def _outputs(ffn: FeedForward, params: Params, x: Array, plan: DispatchPlan) -> 
 
     def step(i: Array, total: Array) -> Array:
         n = plan.order[i]
-        made = _stream_row(ffn, params, a.expert_indices[n], x[a.token_indices[n]])
-        return jax.lax.dynamic_update_index_in_dim(total, made, i, axis=0)
+        output = _stream_row(ffn, params, a.expert_indices[n], x[a.token_indices[n]])
+        return jax.lax.dynamic_update_index_in_dim(total, output, i, axis=0)
 
     total = jnp.zeros((plan.num_rows + 1, params["down"].shape[2]), x.dtype)
     total = vary_like(total, (params, x, plan))
@@ -105,6 +106,7 @@ _stream.defvjp(_fwd, _bwd)
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    """Computes f32[T, D_out], one kept row after another; see ``Implementation.run``."""
     check_params(expert_fn, params, d_model=x.shape[1], num_experts=plan.assignments.num_experts)
     if isinstance(expert_fn, FeedForward) and jax.default_backend() == "cpu":
         return _stream(expert_fn, params, x, weights, plan)
@@ -112,13 +114,17 @@ def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weigh
 
 
 def slots_executed(plan: DispatchPlan) -> Array:
+    """f32[]: the kept rows and no padding."""
     return slots_executed_with(plan, _ONE_ROW)
 
 
 def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
+    """Refuses plans that may keep more rows than there are experts."""
     rows, experts = plan.num_rows, plan.assignments.num_experts
     if rows > experts:
-        return f"is for fewer rows than experts, and here up to {rows} rows meet {experts} experts"
+        return (
+            f"is for fewer rows than experts, and this plan has up to {rows} for {experts} experts"
+        )
     return None
 
 

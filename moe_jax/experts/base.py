@@ -1,4 +1,4 @@
-"""What every way of running experts is made of."""
+"""The contract of an implementation, and the pieces that implementations share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 @pytree
 class ExpertsOutput:
-    """What ``run_experts`` did."""
+    """The result of ``run_experts``, and what it took."""
 
     y: Array  # f32[T, D_out]: the weighted sum over each token's experts
     slots_executed: Array  # f32[]: rows pushed through experts, padding included
@@ -26,7 +26,7 @@ class ExpertsOutput:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """One way of running experts: a file, and a line in ``moe_jax.experts``.
+    """One way of running experts: a file of this package, and a line in its ``_ALL``.
 
     Attributes:
         name: what ``implementation=`` calls it.
@@ -35,8 +35,9 @@ class Implementation:
             what is dropped was decided in the plan.
         slots_executed: ``(plan) -> f32[]``, the rows that ``run`` pushes through experts, padding
             included.
-        refuse: ``(expert_fn, plan, backend) -> str | None``, the reason why it cannot or should not run
-            here. Asked when the choice is automatic; an implementation asked for by name runs.
+        refuse: ``(expert_fn, plan, backend) -> str | None``, the reason why it cannot or should not
+            run this plan on this backend. Asked when the choice is automatic; an implementation
+            asked for by name runs.
         summary: one line for people.
     """
 
@@ -94,12 +95,12 @@ def to_bits(array: Array) -> Array:
 
 
 def from_bits(bits: Array, dtype: Any) -> Array:
-    """What ``to_bits`` was given, an array of ``dtype``."""
+    """The inverse of ``to_bits`` for an array of ``dtype``."""
     return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype != dtype else bits
 
 
 def one_expert(params: Params, expert: Array) -> Params:
-    """The parameters of the expert with index ``expert`` i32[]. For written gradients only.
+    """Returns the parameters of the expert with index ``expert`` i32[]. For written gradients only.
 
     The bits of 16-bit floats are sliced, see ``to_bits``, and a barrier keeps the reinterpretation,
     which would be a copy of the whole stack, from being moved out of a loop over experts.
@@ -115,17 +116,17 @@ def one_expert(params: Params, expert: Array) -> Params:
 
 
 def varying_axes(tree: Any) -> frozenset[str]:
-    """The mapped axes over which any array of the tree differs; none outside of ``shard_map``."""
-    found: frozenset[str] = frozenset()
+    """The mapped axes over which any array of the tree differs; empty outside of ``shard_map``."""
+    axes: frozenset[str] = frozenset()
     for leaf in jax.tree.leaves(tree):
-        found |= jax.typeof(leaf).manual_axis_type.varying
-    return found
+        axes |= jax.typeof(leaf).manual_axis_type.varying
+    return axes
 
 
 def vary_over(tree: _T, axes: Iterable[str]) -> _T:
-    """The same arrays, typed as differing over these axes too (``check_vma`` keeps account of it).
+    """The same arrays, typed as differing over these axes too, as ``check_vma`` requires.
 
-    The gradient of what did not differ before is summed over the axes by the transpose.
+    The transpose sums the gradient of an array that did not differ before over the axes.
     """
 
     def cast(leaf: Array) -> Array:

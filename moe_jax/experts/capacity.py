@@ -21,6 +21,7 @@ def buffer_rows(plan: DispatchPlan, capacity: int) -> Array:
 
 
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    """Computes f32[T, D_out] in buffers of C rows an expert; see ``Implementation.run``."""
     a, c = plan.assignments, plan.max_group
     n = a.token_indices.shape[0]
     table = buffer_rows(plan, c)
@@ -30,15 +31,17 @@ def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weigh
     rows = jnp.where((table < n)[:, :, None], x[tokens], jnp.zeros((), x.dtype))
     outputs = all_experts(expert_fn, params, rows)
     flat = outputs.reshape(a.num_experts * c, -1)
-    home = jnp.where(plan.kept, a.expert_indices * c + plan.position, 0)
-    return combine(plan, flat[home], weights)
+    row = jnp.where(plan.kept, a.expert_indices * c + plan.position, 0)
+    return combine(plan, flat[row], weights)
 
 
 def slots_executed(plan: DispatchPlan) -> Array:
+    """f32[]: every buffer row, used or not."""
     return jnp.asarray(plan.assignments.num_experts * plan.max_group, jnp.float32)
 
 
 def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
+    """Refuses plans without a capacity, whose buffers would hold T rows for every expert."""
     if plan.capacity is None:
         return "has no capacity to size its buffers by: dropless buffers would hold T rows each"
     return None

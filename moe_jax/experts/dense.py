@@ -1,4 +1,4 @@
-"""Every expert on every token: E times the work, and the answer that all others are held to."""
+"""Every expert on every token: E times the work, and the answer that all others must equal."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from moe_jax.types import Array, DispatchPlan, Params
 
 
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    """Computes f32[T, D_out], every expert on every token; see ``Implementation.run``."""
     a = plan.assignments
     shape = (a.num_experts, a.num_tokens)
     used = jnp.zeros(shape, bool).at[a.expert_indices, a.token_indices].max(plan.kept, mode="drop")
@@ -17,14 +18,15 @@ def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weigh
     gate = gate.at[a.expert_indices, a.token_indices].add(
         jnp.where(plan.kept, weights, 0.0), mode="drop"
     )
-    # Rows an expert does not own are zeroed before and ignored after, so that the oracle itself
-    # lets no NaN cross from one token or expert to another (0 * inf is NaN), nor its gradient.
+    # Rows of other experts are zeroed before and ignored after, so that not even the oracle lets a
+    # NaN cross from one token or expert to another (0 * inf is NaN), nor its gradient.
     rows = jnp.where(used[:, :, None], x[None], jnp.zeros((), x.dtype))
     outputs = all_experts(expert_fn, params, rows).astype(jnp.float32)
     return jnp.where(used[:, :, None], outputs * gate[:, :, None], 0.0).sum(axis=0)
 
 
 def slots_executed(plan: DispatchPlan) -> Array:
+    """f32[]: E * T rows."""
     a = plan.assignments
     return jnp.asarray(a.num_experts * a.num_tokens, jnp.float32)
 

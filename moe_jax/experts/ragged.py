@@ -1,7 +1,7 @@
 """``jax.lax.ragged_dot`` over sorted rows: native on TPU, fused on some NVIDIA set-ups.
 
-Runs ``FeedForward`` only: a ragged product multiplies sorted rows by a stack of matrices and knows
-nothing of an expert as a function. Where XLA has no kernel for it (CPU, and GPU unless
+Runs ``FeedForward`` only: a ragged product multiplies sorted rows by a stack of matrices and cannot
+run an expert that is a function. Where XLA has no kernel for it (CPU, and GPU unless
 ``--xla_gpu_experimental_use_ragged_dot_fusion`` is on) it expands to every expert on every row: E
 times the work, and one expert's infinite weights reach every token.
 """
@@ -20,6 +20,7 @@ from moe_jax.types import Array, DispatchPlan, Params
 
 
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    """Computes f32[T, D_out] by ``jax.lax.ragged_dot``; see ``Implementation.run``."""
     return run_with(jax.lax.ragged_dot, expert_fn, params, x, plan, weights)
 
 
@@ -31,7 +32,7 @@ def run_with(
     plan: DispatchPlan,
     weights: Array,
 ) -> Array:
-    """``run`` with a grouped product of one's own, called as ``jax.lax.ragged_dot`` is."""
+    """``run`` with another grouped product that is called like ``jax.lax.ragged_dot``."""
     if not isinstance(expert_fn, FeedForward):
         raise ValueError(
             f"expert_fn: expected FeedForward, got {type(expert_fn).__name__}. "
@@ -58,21 +59,22 @@ def run_with(
     hidden = act(project("gate", rows)) * hidden if expert_fn.gated else act(hidden)
     outputs = project("down", hidden.astype(x.dtype)).astype(x.dtype)
     start = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)]
-    home = jnp.where(plan.kept, start + plan.position, 0)
-    return combine(plan, outputs[home], weights)
+    row = jnp.where(plan.kept, start + plan.position, 0)
+    return combine(plan, outputs[row], weights)
 
 
 def slots_executed(plan: DispatchPlan) -> Array:
-    """Where the product is native; an expansion (CPU, plain GPU) computes E times as many."""
+    """Rows where the product is native; an expansion (CPU, plain GPU) computes E times as many."""
     return jnp.asarray(plan.num_rows, jnp.float32)
 
 
 def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
+    """Refuses experts other than ``FeedForward``, and backends without a native ragged product."""
     if not isinstance(expert_fn, FeedForward):
-        return "runs FeedForward only: a grouped product knows nothing of an expert as a function"
+        return "runs FeedForward only: a grouped product cannot run an expert that is a function"
     if backend == "tpu":
         return None
-    return f"does E times the work on {backend} unless XLA was told to fuse ragged_dot"
+    return f"does E times the work on {backend} unless XLA fuses ragged_dot (a flag)"
 
 
 RAGGED = Implementation(

@@ -1,4 +1,4 @@
-"""Dropless without E times the work: static sizes, the fitting ones chosen at run time.
+"""Dropless experts without E times the work: static sizes, chosen at run time by the load.
 
 Two ways of running sorted rows are combined, and both choose among a few static sizes by
 ``lax.switch``:
@@ -15,11 +15,12 @@ time.
 
 The gradient is written by hand: differentiating through ``lax.switch`` would keep the residuals of
 every branch, and a loop with a dynamic trip count has no reverse derivative. The backward pass runs
-the hidden layers of the experts again instead of storing them.
+the hidden layers of the experts again instead of storing them. Forward mode (``jax.jvp``) does not pass
+through a written gradient: name ``capacity``, ``dense`` or ``ragged`` for it.
 
-What a piece made is added to its tokens at once, in both directions, so that no buffer of T * K rows
-is written, read and summed whatever k is: that, and not the experts, was what kept a dynamic k from
-saving the time it saves in operations. Only a forward pass that a gradient will follow keeps its rows,
+The output of a piece is added to its tokens at once, in both directions, so that no buffer of T * K
+rows is written, read and summed whatever k is. That buffer, not the experts, kept a dynamic k from
+saving as much time as it saves operations. Only a forward pass that a gradient follows keeps its rows,
 for the gradient of the combine weights.
 """
 
@@ -66,9 +67,9 @@ _C = TypeVar("_C")
 
 
 class TierSizes(NamedTuple):
-    """The static sizes that a run chooses among, each ascending."""
+    """The static sizes that one run chooses among, each ascending."""
 
-    bulk: tuple[int, ...]  # C; 0 is no bulk
+    bulk: tuple[int, ...]  # C; 0 runs no bulk
     pieces: tuple[int, ...]  # B; longer runs of rows are cut at the largest
 
 
@@ -82,14 +83,14 @@ class _Layout(NamedTuple):
 
 
 def bulk_sizes(plan: DispatchPlan) -> tuple[int, ...]:
-    """Static sizes C to choose from, ascending, none beyond what one expert can hold."""
+    """Returns the static sizes C to choose from, ascending, none beyond what one expert can hold."""
     mean = plan.num_rows / plan.assignments.num_experts
     shares = _BULK_SHARES.get(jax.default_backend(), _BULK_SHARES[""])
     return tuple(sorted({min(plan.max_group, _round_up(s * mean, 16)) for s in shares}))
 
 
 def piece_sizes(plan: DispatchPlan) -> tuple[int, ...]:
-    """Static sizes B of the pieces, ascending. Longer runs of rows are cut at the largest."""
+    """Returns the static sizes B of the pieces, ascending. Longer runs are cut at the largest."""
     mean = plan.num_rows / plan.assignments.num_experts
     if mean > _MOST_PIECE_ROWS:
         sizes = [_round_up(_MOST_PIECE_ROWS * share, 8) for share in _PIECE_SHARES_OF_LARGEST]
@@ -104,6 +105,7 @@ def _round_up(value: float, step: int) -> int:
 
 def _piece_rows(sizes: tuple[int, ...], rows: Array) -> Array:
     """Rows that the pieces of experts with ``rows`` rows compute, padding included."""
+    # Whole pieces of the largest size, and one piece of the smallest size that holds the rest.
     rest = rows % sizes[-1]
     last = jnp.asarray((0, *sizes), jnp.int32)[_fitting(sizes, rest) + (rest > 0).astype(jnp.int32)]
     return rows - rest + last
@@ -118,17 +120,19 @@ def _fitting(sizes: tuple[int, ...], rows: Array) -> Array:
 
 
 def sizes_for(plan: DispatchPlan) -> TierSizes:
+    """Returns the sizes that ``run`` chooses among for plans of these static bounds."""
     return TierSizes(bulk_sizes(plan), piece_sizes(plan))
 
 
 def _layout(plan: DispatchPlan, sizes: TierSizes) -> _Layout:
+    """Chooses the bulk size that costs least for this load, in rows of arithmetic."""
     pieces, bulk = sizes.pieces, jnp.asarray(sizes.bulk, jnp.int32)
     beyond = jnp.maximum(plan.group_sizes[None, :] - bulk[:, None], 0)  # [tiers, E]
     count = -(-beyond // pieces[-1])
     streamed = jnp.asarray([c + _STREAM_ROWS * (c > 0) for c in sizes.bulk], jnp.int32)
     cost = plan.assignments.num_experts * streamed
     cost += (_piece_rows(pieces, beyond) + _COPY_ROWS * count).sum(axis=1)
-    tier = jnp.argmin(cost).astype(jnp.int32)
+    tier = jnp.argmin(cost).astype(jnp.int32)  # ties go to the smaller bulk
     return _Layout(tier, bulk[tier], beyond[tier], jnp.cumsum(count[tier]))
 
 
@@ -137,7 +141,7 @@ def _layout(plan: DispatchPlan, sizes: TierSizes) -> _Layout:
 
 
 class _Rows(NamedTuple):
-    """Some rows of the plan, and where they come from."""
+    """Some rows of the plan, with the assignment and token of each."""
 
     live: Array  # bool[...]: False for padding
     assignments: Array  # i32[...]
@@ -145,6 +149,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(plan: DispatchPlan, row: Array, live: Array) -> _Rows:
+    # Rows past the end are padding: clamped to be read in bounds, and not live.
     n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
     return _Rows(live, n, plan.assignments.token_indices[n])
 
@@ -156,50 +161,49 @@ def _bulk_rows(plan: DispatchPlan, size: int) -> _Rows:
 
 
 def _sort_bulk(plan: DispatchPlan, flat: Array, size: int, length: int) -> Array:
-    """From rows of the bulk, [E*C, D], to sorted rows, [length, D]; zero where it has none."""
+    """Sorted rows [length, D] from rows of the bulk [E*C, D]; zeros for rows beyond the bulk."""
     row = jnp.arange(length, dtype=jnp.int32)
     n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
     position = plan.position[n]
-    here = (row < plan.group_sizes.sum()) & (position < size)
-    home = jnp.where(here, plan.assignments.expert_indices[n] * size + position, 0)
-    return mask_rows(here, flat[home])
+    inside = (row < plan.group_sizes.sum()) & (position < size)
+    source = jnp.where(inside, plan.assignments.expert_indices[n] * size + position, 0)
+    return mask_rows(inside, flat[source])
 
 
 def _sum_bulk(plan: DispatchPlan, flat: Array, size: int, weights: Array | None) -> Array:
-    """From rows of the bulk, [E*C, D], to f32[T, D]: the weighted sum over a token's rows in it."""
-    here = plan.kept & (plan.position < size)
-    return _sum_over_slots(
-        plan, flat, here, plan.assignments.expert_indices * size + plan.position, weights
-    )
+    """f32[T, D] from rows of the bulk [E*C, D]: the weighted sum over a token's rows in the bulk."""
+    inside = plan.kept & (plan.position < size)
+    row = plan.assignments.expert_indices * size + plan.position
+    return _sum_over_slots(plan, flat, inside, row, weights)
 
 
 def sum_over_slots(plan: DispatchPlan, rows: Array, weights: Array | None) -> Array:
-    """From sorted rows, [length, D], to f32[T, D]: the weighted sum over a token's assignments."""
+    """f32[T, D] from sorted rows [length, D]: the weighted sum over a token's assignments."""
     a = plan.assignments
     sorted_row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)]
     return _sum_over_slots(plan, rows, plan.kept, sorted_row + plan.position, weights)
 
 
 def _sum_over_slots(
-    plan: DispatchPlan, rows: Array, here: Array, home: Array, weights: Array | None
+    plan: DispatchPlan, rows: Array, counted: Array, row: Array, weights: Array | None
 ) -> Array:
-    """``sum_over_slots`` of the assignments ``here``, whose rows are at ``home``."""
-    a, home = plan.assignments, jnp.where(here, home, 0)
+    """f32[T, D]: the sum over the assignments ``counted`` bool[N], each with its row i32[N]."""
+    a, row = plan.assignments, jnp.where(counted, row, 0)
 
-    def fetch(here: Array, home: Array, weights: Array | None) -> Array:
-        fetched = mask_rows(here, rows[home]).astype(jnp.float32)
+    def fetch(counted: Array, row: Array, weights: Array | None) -> Array:
+        fetched = mask_rows(counted, rows[row]).astype(jnp.float32)
         return fetched if weights is None else fetched * weights[:, None]
 
     if not a.slots_per_token:
         empty = jnp.zeros((a.num_tokens, rows.shape[1]), jnp.float32)
-        return empty.at[a.token_indices].add(fetch(here, home, weights))
+        return empty.at[a.token_indices].add(fetch(counted, row, weights))
     # Slot after slot, not all in one gather: XLA for CPU makes one loop of it, which holds no
     # [T * K, D] and takes a tenth of the time.
     by_slot = (-1, a.slots_per_token)
-    here, home = here.reshape(by_slot), home.reshape(by_slot)
+    counted, row = counted.reshape(by_slot), row.reshape(by_slot)
     each = None if weights is None else weights.reshape(by_slot)
     terms = [
-        fetch(here[:, j], home[:, j], None if each is None else each[:, j])
+        fetch(counted[:, j], row[:, j], None if each is None else each[:, j])
         for j in range(a.slots_per_token)
     ]
     return functools.reduce(jnp.add, terms)
@@ -217,11 +221,15 @@ def _run_layout(
     piece: Callable[..., _C],
     put: Callable[[_C, Array, Array, _Rows, _C], _C],
 ) -> _C:
-    """The bulk, then every piece.
+    """Runs the bulk, then every piece.
 
-    ``gather(rows)`` fetches what the largest piece would need, ``piece(size, expert_params,
-    *gathered)`` computes its first ``size`` rows and pads to the largest, and ``put(carry, expert,
-    first_row, rows, made)`` stores it.
+    Args:
+        sizes, plan, params: what to run.
+        bulk: ``(C) -> carry``: runs the first C rows of every expert.
+        gather: ``(rows) -> arrays``: fetches what the largest piece would need.
+        piece: ``(B, expert_params, *arrays) -> result``: computes the first B rows, padded to the
+            largest piece, so that all branches return one shape.
+        put: ``(carry, expert, first_row, rows, result) -> carry``: stores a result.
     """
     layout, pieces = _layout(plan, sizes), sizes.pieces
     most = pieces[-1]
@@ -230,11 +238,12 @@ def _run_layout(
     else:
         carry = jax.lax.switch(layout.tier, [functools.partial(bulk, c) for c in sizes.bulk])
     if sizes.bulk == (plan.max_group,):
-        return carry
+        return carry  # the bulk holds any load, so there is no loop
 
     slot = jnp.arange(most, dtype=jnp.int32)
 
     def step(index: Array, carry: _C) -> _C:
+        # Pieces are numbered expert after expert: the expert is the number of ends at or before it.
         expert = (layout.pieces_end <= index).sum(dtype=jnp.int32)
         held = layout.beyond[expert]
         done = (index - layout.pieces_end[expert] + -(-held // most)) * most
@@ -244,9 +253,10 @@ def _run_layout(
         rows = _rows(plan, row + slot, slot < held)
         # Only the experts run in branches: what is outside is compiled once, not once a size.
         branches = [functools.partial(piece, size) for size in pieces]
-        made = jax.lax.switch(_fitting(pieces, held), branches, one, *gather(rows))
-        return put(carry, expert, row, rows, made)
+        result = jax.lax.switch(_fitting(pieces, held), branches, one, *gather(rows))
+        return put(carry, expert, row, rows, result)
 
+    # The trip count is known at run time only, so the loop has no reverse derivative of its own.
     return jax.lax.fori_loop(jnp.int32(0), layout.pieces_end[-1], step, carry)
 
 
@@ -255,7 +265,7 @@ def _pad(rows: Array, length: int) -> Array:
 
 
 def _put_rows(total: Array, row: Array, live: Array, rows: Array) -> Array:
-    """Writes the live rows at ``row``; the rows after them belong to others and stay.
+    """Writes the live rows at ``row`` and leaves the rows after them, which belong to other experts.
 
     ``total`` holds ``to_bits``: a loop that carried 16-bit floats would be rewritten at every piece.
     """
@@ -264,13 +274,15 @@ def _put_rows(total: Array, row: Array, live: Array, rows: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(total, new, row, 0)
 
 
-def _add_rows(total: Array, rows: _Rows, made: Array) -> Array:
-    """Adds ``made`` [B, D] to the tokens of the live rows, in f32[T, D]."""
-    tokens = jnp.where(rows.live, rows.tokens, total.shape[0])  # past the end is dropped
-    return total.at[tokens].add(made, mode="drop")
+def _add_rows(total: Array, rows: _Rows, values: Array) -> Array:
+    """Adds ``values`` [B, D] to the tokens of the live rows, in f32[T, D]."""
+    tokens = jnp.where(rows.live, rows.tokens, total.shape[0])  # an index past the end is dropped
+    return total.at[tokens].add(values, mode="drop")
 
 
 def _add_expert(total: Params, expert: Array, update: Params) -> Params:
+    """Adds the gradient of one expert to those of all, in place of its slice."""
+
     def add(whole: Array, part: Array) -> Array:
         old = jax.lax.dynamic_index_in_dim(whole, expert, axis=0, keepdims=False)
         new = old + part.astype(whole.dtype)
@@ -280,6 +292,7 @@ def _add_expert(total: Params, expert: Array, update: Params) -> Params:
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype in which gradients of parameters of ``dtype`` are summed over pieces."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -287,10 +300,10 @@ def _wide(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class _Collect(NamedTuple):
-    """What is made of the experts' outputs."""
+    """How the experts' outputs are collected into one array."""
 
-    start: Callable[[], Array]  # before any row
-    bulk: Callable[[int, Array], Array]  # (C, outputs [E*C, D_out]): what there is after the bulk
+    start: Callable[[], Array]  # the array before any row
+    bulk: Callable[[int, Array], Array]  # (C, outputs [E*C, D_out]) -> the array after the bulk
     put: Callable[[Array, Array, Array, _Rows, Array], Array]  # as in ``_run_layout``
 
 
@@ -309,8 +322,8 @@ def _collected(
         if size == 0:
             return collect.start()
         rows = _bulk_rows(plan, size)
-        made = all_experts(expert_fn, params, mask_rows(rows.live, x[rows.tokens]))
-        return collect.bulk(size, made.reshape(-1, made.shape[-1]))
+        outputs = all_experts(expert_fn, params, mask_rows(rows.live, x[rows.tokens]))
+        return collect.bulk(size, outputs.reshape(-1, outputs.shape[-1]))
 
     def gather(rows: _Rows) -> tuple[Array]:
         return (mask_rows(rows.live, x[rows.tokens]),)
@@ -333,7 +346,7 @@ def _outputs(
     collect = _Collect(
         start=start,
         bulk=lambda size, flat: to_bits(_sort_bulk(plan, flat, size, length)),
-        put=lambda total, expert, row, rows, made: _put_rows(total, row, rows.live, made),
+        put=lambda total, expert, row, rows, outputs: _put_rows(total, row, rows.live, outputs),
     )
     return from_bits(_collected(expert_fn, sizes, params, x, plan, collect), out.dtype)
 
@@ -347,14 +360,15 @@ def run_with_sizes(
     weights: Array,
     plan: DispatchPlan,
 ) -> Array:
-    """``run`` with the sizes given."""
+    """``run`` with the given sizes."""
 
     def start() -> Array:
         zeros = jnp.zeros((x.shape[0], output_shape(expert_fn, params, x).shape[1]), jnp.float32)
         return vary_like(zeros, (params, x, weights, plan))
 
-    def put(total: Array, expert: Array, row: Array, rows: _Rows, made: Array) -> Array:
-        return _add_rows(total, rows, made.astype(jnp.float32) * weights[rows.assignments][:, None])
+    def put(total: Array, expert: Array, row: Array, rows: _Rows, outputs: Array) -> Array:
+        weighted = outputs.astype(jnp.float32) * weights[rows.assignments][:, None]
+        return _add_rows(total, rows, weighted)
 
     collect = _Collect(start, lambda size, flat: _sum_bulk(plan, flat, size, weights), put)
     return _collected(expert_fn, sizes, params, x, plan, collect)
@@ -362,13 +376,13 @@ def run_with_sizes(
 
 def _fwd(expert_fn, sizes, params, x, weights, plan):
     outputs = _outputs(expert_fn, sizes, params, x, plan)
-    # The outputs are kept because the gradient of the combine weights needs them: without, the
-    # backward pass would run the whole forward pass again, not only the hidden layers.
+    # The outputs are kept for the gradient of the combine weights. Without them the backward pass
+    # would run the whole forward pass again instead of the hidden layers alone.
     return sum_over_slots(plan, outputs, weights), (params, x, weights, plan, outputs)
 
 
 def backward(expert_fn: ExpertFn, sizes: TierSizes, residuals, dy: Array):
-    """Gradients of (params, x, weights), and None for the plan, from what ``_fwd`` kept."""
+    """Returns the gradients of (params, x, weights), and None for the plan, from what ``_fwd`` kept."""
     params, x, weights, plan, outputs = residuals
     a = plan.assignments
     most = sizes.pieces[-1]
@@ -396,13 +410,14 @@ def backward(expert_fn: ExpertFn, sizes: TierSizes, residuals, dy: Array):
         dexpert, drows = pull(dblock[:size])
         return dexpert, _pad(drows, most)
 
-    def put(total, expert, row, rows, made):
-        dx = _add_rows(total[1], rows, made[1].astype(jnp.float32))
-        return _add_expert(total[0], expert, made[0]), dx
+    def put(total, expert, row, rows, gradients):
+        dx = _add_rows(total[1], rows, gradients[1].astype(jnp.float32))
+        return _add_expert(total[0], expert, gradients[0]), dx
 
     dparams, dx = _run_layout(sizes, plan, params, bulk, gather, piece, put)
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
 
+    # d y[t] / d weights[n] is the output of assignment n: no expert runs again for it.
     tokens = a.token_indices[plan.order[: plan.num_rows]]
     sorted_dweights = (outputs[: plan.num_rows].astype(jnp.float32) * dy[tokens]).sum(axis=1)
     row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)] + plan.position
@@ -415,6 +430,7 @@ run_with_sizes.defvjp(_fwd, backward)
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    """Computes f32[T, D_out] in bulk and pieces; see ``Implementation.run``."""
     return run_with_sizes(expert_fn, sizes_for(plan), params, x, weights, plan)
 
 
@@ -427,6 +443,7 @@ def slots_executed_with(plan: DispatchPlan, sizes: TierSizes) -> Array:
 
 
 def slots_executed(plan: DispatchPlan) -> Array:
+    """f32[]: rows of the chosen bulk and of all pieces, padding included."""
     return slots_executed_with(plan, sizes_for(plan))
 
 

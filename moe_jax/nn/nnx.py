@@ -33,7 +33,7 @@ class RouterState(nnx.Variable):
 
 
 def hold(tree: Params, path: str) -> Any:
-    """Arrays as ``nnx.Param`` with the logical names of their axes; dicts and lists as nnx's own."""
+    """Returns the tree with arrays as ``nnx.Param`` that name their axes, for a module to hold."""
     if isinstance(tree, dict):
         return nnx.Dict({k: hold(v, f"{path}/{k}" if path else k) for k, v in tree.items()})
     if isinstance(tree, list | tuple):
@@ -43,7 +43,7 @@ def hold(tree: Params, path: str) -> Any:
 
 
 def arrays(held: Any) -> Params:
-    """The plain tree of arrays that ``hold`` was given."""
+    """Returns the plain tree of arrays: the inverse of ``hold``."""
     if isinstance(held, nnx.Dict):
         return {k: arrays(v) for k, v in held.items()}
     if isinstance(held, nnx.List):

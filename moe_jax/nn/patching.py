@@ -1,4 +1,4 @@
-"""An NNX model made dynamic in place, or fitted to a budget if it was born so."""
+"""Gives an NNX model dynamic routing rules in place, or fits the rules it has to a budget."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def patch_model_with_dynamic_routing(
         model: an NNX model with ``moe_jax.nn.nnx.MoE`` layers under ``TopK`` rules.
         min_experts_ratio: fewest experts as a share of E.
         max_experts_ratio: most experts as a share of E.
-        calibration: input of ``model``, run once (without jit) to see each layer's own inputs, on
+        calibration: input of ``model``, run once (without jit) to capture the inputs of each layer, on
             which its budget is then fitted. None leaves the rules uncalibrated: raw scores are taken
             as difficulty.
         target_mean_k: experts per token to fit to; the middle of min and max by default.
@@ -137,7 +137,7 @@ def fit_model(
 ) -> dict[str, dict[str, Any]]:
     """Fits every MoE layer of an NNX model whose rule has a budget, in place, first layer to last.
 
-    Each layer is fitted on its own inputs, as they are when the layers before it already run their
+    Each layer is fitted on its inputs as they are when the layers before it already run their
     fitted rules; so the model is run once a layer, without jit.
 
     Args:

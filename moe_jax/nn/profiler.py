@@ -1,4 +1,4 @@
-"""Where the floating-point operations of a model's MoE layers go, against a stated baseline."""
+"""Counts the floating-point operations of a model's MoE layers, against a stated baseline."""
 
 from __future__ import annotations
 

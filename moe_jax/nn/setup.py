@@ -1,4 +1,4 @@
-"""What the two module families share: how parameters are made, and the names of their axes."""
+"""What the NNX and the Linen modules share: the layer as a static value, and its parameters."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def layer_options(owner: str, options: dict[str, Any]) -> LayerOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """Everything static about an MoE layer: how its parameters are made and how it is called.
+    """The static part of an MoE layer: how to create its parameters and how to call it.
 
     Args:
         router: the rule.
@@ -105,14 +105,14 @@ class LayerSpec:
         if self.d_ff is not None:
             check_count("d_ff", self.d_ff, fix="Pass the width of the experts' hidden layer.")
         check_count("shared_d_ff", self.shared_d_ff, least=0, fix="0 adds no shared expert.")
-        own = self.expert_init is not None
-        if isinstance(self.expert_fn, FeedForward) and not own:
+        custom = self.expert_init is not None
+        if isinstance(self.expert_fn, FeedForward) and not custom:
             if self.d_ff is None:
                 raise ValueError(
                     "d_ff: expected the experts' width, got None. Pass d_ff=, or expert_init= for "
                     "experts of your own."
                 )
-        elif not own:
+        elif not custom:
             raise ValueError(
                 f"expert_init: expected (key, num_experts) -> params for {self.expert_fn!r}, got "
                 "None. A function of your own needs it, to make its parameters."

@@ -1,9 +1,9 @@
-"""What a compiled program sends between devices: counted and weighed in its HLO, without running it.
+"""Counts what a compiled program sends between devices, from its HLO, without running it.
 
-Counted is what one execution does on each device, so the program's structure is followed: of the
-branches of a conditional one runs, and all must send alike or the dearest is counted; the body of a
-loop counts as often as the compiler knows it to run, and once where the trip count is only known at
-run time (a further round of the dropless exchange).
+The count is that of one execution on each device, so it follows the structure of the program. Of a
+conditional the branch that sends most counts. The body of a loop counts as often as the compiler knows
+that it runs, and once if the trip count is known at run time only (a further round of the dropless
+exchange).
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 KINDS = (
-    "all-to-all", "ragged-all-to-all", "all-gather", "all-reduce", "reduce-scatter",
-    "collective-permute", "collective-broadcast",
-)  # fmt: skip
+    "all-to-all",
+    "ragged-all-to-all",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+    "collective-broadcast",
+)
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
@@ -44,7 +49,7 @@ class Traffic:
 
 
 def collectives_of(compiled: Any) -> dict[str, Traffic]:
-    """The collectives of a compiled function by kind, those that occur.
+    """Returns the collectives of a compiled function by kind; a kind that does not occur is absent.
 
     Args:
         compiled: ``jax.jit(f).lower(...).compile()``, or its text.
@@ -72,15 +77,16 @@ def collectives_of(compiled: Any) -> dict[str, Traffic]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    found: dict[str, list[str]] = {}
+    """Returns the instructions of each computation by name, and the name of the entry computation."""
+    computations: dict[str, list[str]] = {}
     entry, current = "", None
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
-            current = found.setdefault(head[2], [])
+            current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
         elif current is not None and (body := _INSTRUCTION.match(line)):
             current.append(body[1])
-    return found, entry
+    return computations, entry
 
 
 def _of_line(line: str, of: Any) -> dict[str, Traffic]:
@@ -96,10 +102,10 @@ def _of_line(line: str, of: Any) -> dict[str, Traffic]:
     total: dict[str, Traffic] = {}
     for branch in branches:
         for kind, traffic in of(branch).items():
-            had = total.get(kind, Traffic())
+            before = total.get(kind, Traffic())
             total[kind] = Traffic(
-                count=max(had.count, traffic.count),
-                num_bytes=max(had.num_bytes, traffic.num_bytes),
+                count=max(before.count, traffic.count),
+                num_bytes=max(before.num_bytes, traffic.num_bytes),
             )
     trips = _TRIPS.search(line)
     for called in _CALLED.findall(line):
@@ -110,7 +116,7 @@ def _of_line(line: str, of: Any) -> dict[str, Traffic]:
 
 
 def _split(line: str) -> tuple[str, str]:
-    """(shape, operation) of an instruction; a tuple's shape has brackets and spaces of its own."""
+    """(shape, operation) of an instruction. The shape of a tuple has brackets and spaces in it."""
     depth = 0
     for i, letter in enumerate(line):
         depth += letter in "([{"

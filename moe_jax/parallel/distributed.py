@@ -1,8 +1,8 @@
-"""Several processes as one machine: start-up, arrays across processes, and noticing that one is gone.
+"""Several processes as one machine: start-up, arrays across processes, detection of a lost process.
 
-JAX's own runtime (``jax.distributed``, gloo on CPU) connects the processes. It notices a lost process
-too, after a while and by aborting with a stack trace. The ``Watchdog`` here notices within a second
-when a process dies, within ``patience`` when it falls silent (a machine or a cable lost), and ends
+The runtime of JAX (``jax.distributed``, gloo on CPU) connects the processes. It also detects a lost
+process, but only after a while, and aborts with a stack trace. ``Watchdog`` detects within a second
+that a process died, and within ``patience`` that it fell silent (a machine or a cable lost), and ends
 the others with a sentence that says what happened and what to do.
 """
 
@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 3  # of a process that ends because another is gone
+EXIT_CODE = 3  # of a process that ends because another is lost
 
 _BEAT, _BYE = b"b", b"q"
 _SECONDS_BETWEEN_BEATS = 1.0
@@ -31,12 +31,12 @@ _SECONDS_BETWEEN_BEATS = 1.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Where this process stands among the others.
+    """The place of this process among the others.
 
     Args:
         coordinator: ``HOST:PORT`` of process 0, reachable from all.
-        processes: how many there are.
-        process_id: this one, from 0.
+        processes: number of processes.
+        process_id: index of this one, from 0.
 
     Raises:
         ValueError: an id outside of the group, or an address without port.
@@ -145,20 +145,22 @@ class Watchdog:
             thread.start()
 
     def _connect(self) -> dict[int, socket.socket]:
-        """Process 0: a link to each other one; the others: a link to process 0."""
+        """Returns, on process 0, a connection to each other process; on the others one to process 0."""
         group = self._group
         first = group.process_id == 0
         listener = None
-        told = np.zeros(17, np.uint32)
+        # Process 0 announces its port and a secret over the collectives that JAX has set up already.
+        announced = np.zeros(17, np.uint32)
         if first:
             loopback = group.host in ("127.0.0.1", "localhost")
             listener = socket.create_server(("127.0.0.1" if loopback else "", 0))
-            told[0] = listener.getsockname()[1]
-            told[1:] = np.frombuffer(secrets.token_bytes(16), np.uint8)
-        told = np.asarray(multihost_utils.broadcast_one_to_all(told))
-        token = told[1:].astype(np.uint8).tobytes()
+            announced[0] = listener.getsockname()[1]
+            announced[1:] = np.frombuffer(secrets.token_bytes(16), np.uint8)
+        announced = np.asarray(multihost_utils.broadcast_one_to_all(announced))
+        token = announced[1:].astype(np.uint8).tobytes()
         if listener is None:
-            link = socket.create_connection((group.host, int(told[0])), timeout=self._patience)
+            address = (group.host, int(announced[0]))
+            link = socket.create_connection(address, timeout=self._patience)
             link.sendall(token + group.process_id.to_bytes(4, "big"))
             return {0: link}
         links: dict[int, socket.socket] = {}
@@ -167,9 +169,9 @@ class Watchdog:
             while len(links) < group.processes - 1:
                 link, _ = listener.accept()
                 link.settimeout(self._patience)
-                said = _read(link, 20)
-                if said[:16] == token:  # anything else on the network is not one of us
-                    links[int.from_bytes(said[16:], "big")] = link
+                greeting = _read(link, 20)
+                if greeting[:16] == token:  # without the secret it is no process of this group
+                    links[int.from_bytes(greeting[16:], "big")] = link
                 else:
                     link.close()
         return links
@@ -181,11 +183,11 @@ class Watchdog:
             reason = ""
             try:
                 link.sendall(_BEAT)
-                said = link.recv(64)
-                if _BYE in said:
+                received = link.recv(64)
+                if _BYE in received:
                     return
                 heard = time.monotonic()
-                if not said:
+                if not received:
                     reason = "its connection closed"
                 else:
                     self._closing.wait(_SECONDS_BETWEEN_BEATS / 2)
@@ -203,7 +205,7 @@ class Watchdog:
                 return
 
     def close(self, word: bytes = _BYE) -> None:
-        """Stops watching. With the default the others know that all is well."""
+        """Stops watching. The default word tells the others that this process ended well."""
         self._closing.set()
         for link in self._peers.values():
             with contextlib.suppress(OSError):
@@ -217,13 +219,14 @@ class Watchdog:
 
 
 def _read(link: socket.socket, count: int) -> bytes:
-    said = b""
-    while len(said) < count:
-        part = link.recv(count - len(said))
+    """Reads ``count`` bytes, or fewer if the connection ends."""
+    received = b""
+    while len(received) < count:
+        part = link.recv(count - len(received))
         if not part:
             break
-        said += part
-    return said
+        received += part
+    return received
 
 
 def _end_process(message: str) -> None:
@@ -236,25 +239,25 @@ def _end_process(message: str) -> None:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process is here. Nothing in a single process."""
+    """Waits until every process calls it. Does nothing in a single process."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def global_array(whole: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array over all processes; every process reads only the rows that its devices hold.
+    """Returns an array over all processes; each process reads only the rows that its devices hold.
 
     Args:
-        whole: the same on every process, or anything that can be indexed like it.
-        sharding: where it goes.
+        whole: the same array on every process, or anything that can be indexed like it.
+        sharding: how it is split.
     """
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def gathered(tree: Any) -> Any:
-    """The whole arrays as NumPy's, on process 0; None in their place on the others.
+    """Returns the whole arrays as NumPy arrays on process 0, and None in their place on the others.
 
-    One array after another, so that no device ever holds more than one of them whole. Every process
+    Gathers one array after another, so that no device holds more than one of them whole. Every process
     must call it.
     """
     first = jax.process_index() == 0
@@ -270,14 +273,14 @@ def gathered(tree: Any) -> Any:
 
 
 def agreed(error: Exception | None) -> None:
-    """Raises on every process when process 0 had an error, so that none waits for it.
+    """Raises on every process if process 0 had an error, so that no process waits for it.
 
     Args:
-        error: what process 0 met; the others pass None.
+        error: the error of process 0, or None; the others pass None.
     """
     if jax.process_count() > 1:
         failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
         if bool(failed) and error is None:
-            raise RuntimeError("process 0 failed; its own message says why.")
+            raise RuntimeError("process 0 failed; its message says why.")
     if error is not None:
         raise error

@@ -1,4 +1,4 @@
-"""Planning on paper: what an expert-parallel layer sends and holds, and where hot experts go.
+"""Plans an expert-parallel layer on the host: bytes sent, break-even width, placement of hot experts.
 
 Host-side arithmetic, no arrays on devices. The figures of ``exchange_cost`` are those of the compiled
 program, byte for byte (``tests/parallel`` holds them to its HLO); ``docs/scaling.md`` carries them
@@ -51,7 +51,7 @@ def exchange_cost(
     send_shares: Sequence[float] | None = None,
     size: int = -1,
 ) -> ExchangeCost:
-    """What the two all-to-alls forward, and the two backward, carry.
+    """Returns what the two all-to-alls of the forward pass, and the two of the backward pass, carry.
 
     Args:
         tokens: T of one device.
@@ -77,9 +77,14 @@ def exchange_cost(
     rows = tokens * k if capacity is None else min(tokens * k, capacity * num_experts)
     shares = ExpertParallel().send_shares if send_shares is None else tuple(send_shares)
     sizes, bounded = send_sizes(
-        tokens=tokens, slots=k, rows=rows, local=local, devices=devices,
-        capacity=capacity, shares=shares,
-    )  # fmt: skip
+        tokens=tokens,
+        slots=k,
+        rows=rows,
+        local=local,
+        devices=devices,
+        capacity=capacity,
+        shares=shares,
+    )
     buffer = sizes[size]
     digits = COUNT_DIGITS * local
     row = d_model * itemsize
@@ -89,9 +94,12 @@ def exchange_cost(
     else:  # rows beside their gradients, with the counts once more
         backward = devices * row * (3 * buffer + 2 * -(-digits // (2 * d_model)))
     return ExchangeCost(
-        buffer_rows=buffer, forward_bytes=forward, backward_bytes=backward,
-        devices=devices, tokens=tokens,
-    )  # fmt: skip
+        buffer_rows=buffer,
+        forward_bytes=forward,
+        backward_bytes=backward,
+        devices=devices,
+        tokens=tokens,
+    )
 
 
 def break_even_width(
@@ -102,7 +110,7 @@ def break_even_width(
     expert: FeedForward = FeedForward(gated=True),
     padding: float = 1.0,
 ) -> float:
-    """The expert width F at which the all-to-alls take as long as the experts, forward.
+    """Returns the expert width F at which the all-to-alls take as long as the experts, forward.
 
     A row costs ``2 * D * itemsize`` bytes there and back and ``2 * m * D * F`` operations in m
     matrices: D, T, K and E cancel, and what is left is a property of the machine. Narrower experts

@@ -1,7 +1,7 @@
-"""A person's check of their own machine: do the promises that matter hold on these devices?
+"""A check of the user's machine: do the promises that matter hold on these devices?
 
-Small shapes, seconds to a minute. What is compared is compared in float32 at the highest precision of
-the device's products, so a tolerance means rounding and nothing else.
+Shapes are small and it takes seconds to a minute. All comparisons are in float32 at the highest
+precision of the device's products, so a tolerance means rounding and nothing else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ _FFN = FeedForward(activation="silu", gated=True)
 class Check:
     """One line of the table.
 
-    ``passed`` is None where the check says nothing here; ``told`` says what was seen, or why not.
+    ``passed`` is None if the check does not apply to these devices; ``told`` says what was measured,
+    or why it does not apply.
     """
 
     name: str
@@ -197,9 +198,11 @@ def _same_on_many(mesh: Any, router: Router, factor: float | None, n: int) -> tu
     layer = functools.partial(sharded_moe_layer, mesh=mesh, options=options)
     specs, rows = param_specs(params, mesh), token_spec(mesh)
     run = jit_sharded(
-        functools.partial(_step, layer, router), mesh, in_specs=(specs, rows),
+        functools.partial(_step, layer, router),
+        mesh,
+        in_specs=(specs, rows),
         out_specs=(P(), rows, (specs, rows), P()),
-    )  # fmt: skip
+    )
     found = jax.device_get(run(params, x))
     return _equal(found, jax.device_get(wanted), "output, loss, gradients and bias")
 

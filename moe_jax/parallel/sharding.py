@@ -1,4 +1,4 @@
-"""Meshes, which array goes where, and the layer over many devices.
+"""Meshes, the placement of arrays on them, and the layer over many devices.
 
 A mesh has up to four axes, all of type ``Auto``:
 
@@ -10,7 +10,7 @@ model           splits the width F of every expert
 =============== ======================================================================
 
 Parameters have logical axes ("expert", "mlp", ...), and rules map these to the axes of a mesh. The
-router's parameters and state are on every device. An axis of size 1 is as good as none.
+router's parameters and state are on every device. An axis of size 1 changes nothing.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def mesh_axes(logical: str, mesh: AnyMesh, rules: Rules = RULES) -> tuple[str, .
 
 
 def parallel_of(mesh: AnyMesh, rules: Rules = RULES, **options: Any) -> ExpertParallel:
-    """What ``moe_layer(parallel=...)`` needs to know of a mesh.
+    """Returns what ``moe_layer(parallel=...)`` needs to know of a mesh.
 
     Args:
         mesh: from ``make_mesh``, or any with these axis names.
@@ -229,7 +229,7 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
 
 
 def shard(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
-    """Puts a tree on the devices of a mesh; by ``param_specs`` unless told otherwise.
+    """Puts a tree on the devices of a mesh, by ``specs`` or, without them, by ``param_specs``.
 
     ``specs`` may be a prefix of the tree: one spec for all below it. In several processes every
     process passes the same whole arrays and keeps its part.
@@ -251,7 +251,7 @@ def _place(x: Any, sharding: NamedSharding) -> Array:
 
 
 def pad_experts(params: Params, devices: int) -> Params:
-    """Adds experts of zeros until their number is a multiple of ``devices``. No token gets there.
+    """Adds experts of zeros until their number is a multiple of ``devices``. No token uses them.
 
     Do it once, after ``init`` or ``restore``; ``unpad_experts`` undoes it, for a checkpoint.
 
@@ -270,7 +270,7 @@ def pad_experts(params: Params, devices: int) -> Params:
 
 
 def unpad_experts(params: Params, num_experts: int) -> Params:
-    """The first ``num_experts`` experts."""
+    """Returns the first ``num_experts`` experts: the inverse of ``pad_experts``."""
     return jax.tree.map(lambda p: p[:num_experts], params)
 
 
@@ -283,7 +283,7 @@ def jit_sharded(
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
 ) -> Any:
-    """``jax.jit`` with the shardings of a mesh: what ``pjit`` was.
+    """Returns ``jax.jit(fn)`` with the shardings of a mesh, as ``pjit`` once did.
 
     Args:
         fn: a function of arrays, seen as a whole: the compiler splits it.
@@ -326,9 +326,9 @@ def sharded_moe_layer(
     context: Context | None = None,
     options: LayerOptions = LayerOptions(),
 ) -> tuple[Array, LayerAux]:
-    """``moe_layer`` over the devices of a mesh: the same answer, losses, gradients and statistics.
+    """Computes ``moe_layer`` over the devices of a mesh, with the answer of one device.
 
-    Tokens are split over the data and expert axes, each device routes its own, and rows travel to
+    Tokens are split over the data and expert axes, each device routes its share, and rows travel to
     their experts and back: see ``moe_jax.experts.expert_parallel``. Without ``capacity_factor``
     the output is that of one device. With it, each device drops by itself, which on one device is
     ``moe_layer(..., groups=number of devices that split tokens)``.
