@@ -262,16 +262,17 @@ def moe_layer(
 
 
 def explicit_mesh(tree: Any) -> AbstractMesh | None:
-    """Returns the mesh with Explicit axes that any array of a tree is split over, or None.
+    """Returns the mesh with Explicit axes that the type of any array of a tree names, or None.
 
     ``jax.make_mesh`` makes such axes by default. Arrays on meshes with Auto axes, on no mesh, or inside
-    ``shard_map`` have no split in their type.
+    ``shard_map`` have no split in their type. Arrays that are whole on every device count too: an
+    operation of them and an array without a mesh is refused by JAX.
     """
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(jax.typeof(leaf), "sharding", None)
         if sharding is None or sharding.mesh.empty:
             continue
-        if AxisType.Explicit in sharding.mesh.axis_types and any(sharding.spec):
+        if AxisType.Explicit in sharding.mesh.axis_types:
             return sharding.mesh
     return None
 

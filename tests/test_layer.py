@@ -12,7 +12,7 @@ import pytest
 
 import moe_jax
 from moe_jax import FeedForward, LayerOptions, TopK, TopP, init_moe_layer
-from moe_jax.experts import IMPLEMENTATIONS
+from moe_jax.experts import IMPLEMENTATIONS, choose
 from moe_jax.routers import ExpertChoiceRouter, Router, Traits
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
@@ -184,6 +184,41 @@ def test_residual_weight_returns_a_share_of_the_input():
     )
     assert not np.asarray(y)[9:].any()
     assert np.isfinite(y).all()
+
+
+def test_a_residual_needs_experts_of_the_inputs_width():
+    router = HalfIdentity(num_experts=E)
+    params, state = make(router)
+    params = {"router": params["router"], "experts": {"scale": jnp.ones((E, D))}}
+
+    def widening(params, rows):
+        return jnp.concatenate([rows, rows * params["scale"][None, :]], axis=1)
+
+    with pytest.raises(ValueError, match="an output of width 8 like x, got 16"):
+        jax.eval_shape(lambda: moe_jax.moe_layer(router, widening, params, state, draw(12)))
+
+
+def test_without_zero_computation_experts_there_is_no_residual():
+    """None is no array, so the compiled layer neither multiplies nor adds x."""
+    router = TopK(num_experts=E, k=2)
+    params, state = make(router)
+    _, aux = jax.eval_shape(lambda x: moe_jax.moe_layer(router, FFN, params, state, x), draw(12))
+    assert aux.routing.residual_weight is None
+
+
+def test_run_experts_says_what_it_did():
+    router = TopK(num_experts=E, k=2)
+    params, state = make(router)
+    routing = jax.jit(lambda x: router(params["router"], state, x))(draw(12))
+    plan = moe_jax.plan_dispatch(moe_jax.to_assignments(routing))
+    run = jax.jit(moe_jax.run_experts, static_argnums=0, static_argnames="implementation")
+    for asked, name in ((None, choose(plan).name), ("dense", "dense")):
+        ran = run(
+            FFN, params["experts"], draw(12), plan, plan.assignments.weights, implementation=asked
+        )
+        assert ran.implementation == name
+        assert ran.y.shape == (12, D)
+        assert float(ran.slots_executed) == float(IMPLEMENTATIONS[name].slots_executed(plan))
 
 
 # --- drops ----------------------------------------------------------------------------------

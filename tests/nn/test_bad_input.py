@@ -504,3 +504,26 @@ def test_options_are_static_values():
     for _ in range(2):
         run(X, LayerOptions(max_rows=8))
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("kind", list(PAIRS))
+def test_a_context_reaches_the_rule_through_modules(kind):
+    """What the rule needs is required by name, and what the caller passes arrives."""
+    if kind == "nnx":
+        module = moe_nnx.DynamicMoE(
+            E, FFN, 1, 3, d_model=D, d_ff=F, difficulty="gradient_norm", rngs=nnx.Rngs(0)
+        )
+        run = module
+    else:
+        twin = moe_linen.DynamicMoE(E, FFN, 1, 3, d_model=D, d_ff=F, difficulty="gradient_norm")
+        rule = twin.rule()
+        variables = {
+            "params": {n: layer_params()[n] for n in ("router", "experts")},
+            "router_state": {"state": rule.init_state()},
+        }
+        run = functools.partial(twin.apply, variables)
+    with pytest.raises(ValueError, match=r"context\['gradients'\]"):
+        run(X)
+    with pytest.raises(ValueError, match=r"context\['gradients'\]"):
+        run(X, context={"gradient": X})
+    run(X, context={"gradients": X})

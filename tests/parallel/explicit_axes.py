@@ -81,6 +81,9 @@ def main() -> None:
     run = functools.partial(step, moe_jax.moe_layer, router, dense)
     with jax.set_mesh(mesh):
         measured["set_mesh"] = difference(jax.jit(run)(params, split(x), split(mask)), wanted)
+    whole = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
+    found = jax.jit(run)(jax.tree.map(whole, params), whole(x), whole(mask))
+    measured["whole on every device"] = difference(found, wanted)
     y, _ = moe_jax.moe_layer(
         router, FFN, params, router.init_state(), split(x), token_mask=split(mask), options=dense
     )

@@ -47,6 +47,7 @@ def test_explicit_axes_give_one_devices_answer():
         "dynamic k, dense",
         "expert choice, dense",
         "set_mesh",
+        "whole on every device",
         "eager",
         "sharded, set_mesh",
         "sharded, mesh=",
