@@ -269,6 +269,14 @@ class RouterEngine:
         return self.served.load_error
 
     @property
+    def cannot_start(self) -> bool:
+        """Whether the weights cannot be loaded, so that only another start may help.
+
+        False for weights that load and are unsound: a reload with another checkpoint ends that.
+        """
+        return self.load_error is not None and self.served.reason == "params_missing"
+
+    @property
     def compilations(self) -> int:
         """XLA compilations in this process since this engine was built."""
         return self.parts.compilations

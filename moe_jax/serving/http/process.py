@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -63,5 +64,11 @@ def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: A
         serve(server, sock)
         for event in stopped:
             event.wait()
-        if engine.load_error is not None:
+        ended = engine.shutdown()
+        if engine.cannot_start:
             raise ValueError(engine.load_error)
+    if not ended:
+        # A thread is still in XLA's code: compiling, or waiting for a device that hangs. The end of
+        # the interpreter under it would crash the process. Logs are written through, so nothing is
+        # lost by leaving at once.
+        os._exit(0)

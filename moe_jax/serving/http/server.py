@@ -102,7 +102,7 @@ class Server(uvicorn.Server):
             self._drain_until = time.monotonic() + seconds
             self.transport.draining = True
             self.engine.begin_drain()
-        if self.engine.load_error is not None:
+        if self.engine.cannot_start:
             self.should_exit = True  # it would never be ready; the process says why and ends
         if self._drain_until is not None and (
             self._signals > 1 or time.monotonic() >= self._drain_until
