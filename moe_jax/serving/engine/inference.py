@@ -33,6 +33,8 @@ def answer(
     start = time.perf_counter()
     request_id = query.request_id or _new_id()
     if query.call is not None:
+        if query.call.left:  # while the transport decoded the request, and it has counted that
+            raise left_at_deadline()
         # The answer to the client is sent now, so the failure is counted now, not when work ends.
         query.call.on_leave(
             lambda: _failed(parts, left_at_deadline(), query.client, request_id, start)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from starlette.types import Receive, Scope, Send
 
-from moe_jax.serving.engine import Client, Result
+from moe_jax.serving.engine import Call, Client, Result
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.compression import (
     compress,
@@ -93,7 +94,10 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
             seconds = transport.engine.config.serving.request_timeout_seconds
             data = await body.read(receive, seconds)
             request.body_complete = True
-            response = await transport.work(_response, request, client, spec, data, encoding)
+            call = Call()
+            work = functools.partial(_response, request, client, spec, data, encoding, call)
+            response = await transport.work(work, call=call, seconds=seconds)
+            del work
             del data
             lease.keep(0)
             lease.take(response.size)
@@ -115,9 +119,18 @@ def _check_headers(headers: Mapping[str, str]) -> str | None:
 
 
 def _response(
-    request: HttpRequest, client: Client, spec: ModelSpec, data: memoryview, encoding: str | None
+    request: HttpRequest,
+    client: Client,
+    spec: ModelSpec,
+    data: memoryview,
+    encoding: str | None,
+    call: Call,
 ) -> EncodedResponse:
-    """Everything between the bytes of a request and those of its answer, on a worker thread."""
+    """Returns the response to a request's bytes.
+
+    All of it is done on one worker thread, the work on the device included: the event loop watches
+    the deadline and leaves the ``call`` then.
+    """
     transport, headers = request.transport, request.headers
     with transport.account.lease() as lease:
         if encoding is not None:
@@ -127,7 +140,7 @@ def _response(
         with transport.json_turn if length is None else contextlib.nullcontext():
             asked = decode_request(data, length, spec)
         request.counted = True  # the engine counts its own refusals
-        result = run(transport, client, spec, asked, request.request_id, request.started)
+        result = run(transport, client, spec, asked, request.request_id, request.started, call)
         request.counted = False
         return _encoded(spec, asked, result, response_encoding(headers.get("accept-encoding")))
 
@@ -150,6 +163,7 @@ def run(
     request: InferRequest,
     request_id: str,
     started: float,
+    call: Call | None = None,
 ) -> Result:
     """Asks the engine, within what is left of the client's deadline.
 
@@ -160,6 +174,8 @@ def run(
         request: what is asked.
         request_id: for logs and the answer.
         started: ``time.monotonic()`` when the request came.
+        call: what the event loop leaves at the service's deadline; None for a caller that waits on
+            its own thread.
     """
     hidden = request.inputs["hidden_states"]
     transport.engine.admit(client, requests=0, tokens=math.prod(hidden.shape[:-1]))
@@ -179,6 +195,8 @@ def run(
         client=client,
         request_id=request_id,
         timeout_seconds=seconds,
+        # A deadline of the client's is watched by the engine, which hands the work to its thread.
+        call=call if seconds is None else None,
         **options,
     )
 

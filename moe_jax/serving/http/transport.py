@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from moe_jax.serving.engine import RouterEngine
-from moe_jax.serving.errors import ServingError
+from moe_jax.serving.engine import Call, RouterEngine
+from moe_jax.serving.errors import ServingError, out_of_memory
 from moe_jax.serving.http.byte_account import ByteAccount
 from moe_jax.serving.http.protocol import HEADER_LIMIT, JSON_LIMIT, ModelSpec, TensorSpec
 from moe_jax.serving.http.strict_json import shown
@@ -51,6 +51,8 @@ numbers, so its clients ask for 1 where a model has one version. Answers name th
 # All requests and answers together, compressed bodies as what they become.
 _ACCOUNT_LIMIT = 512 * 1024 * 1024
 _MOST_THREADS = 512
+# Beyond those that answer or wait: for requests that a full queue refuses, or makes room for.
+_SPARE_THREADS = 16
 # Parsing holds the interpreter's lock, so more requests at once would be no faster.
 _JSON_AT_ONCE = 2
 
@@ -80,7 +82,10 @@ class TransportContext:
         self.json_turn = threading.BoundedSemaphore(_JSON_AT_ONCE)
         self.pending = 0
         self.draining = False
-        self._workers = ThreadPoolExecutor(self.capacity, thread_name_prefix="moe-infer")
+        self._workers = ThreadPoolExecutor(
+            self.capacity + _SPARE_THREADS, thread_name_prefix="moe-infer"
+        )
+        self._models: dict[str, tuple[Mapping[str, Any], dict[str, Any], ModelSpec]] = {}
         # Probes and metrics never wait behind inference.
         self._side = ThreadPoolExecutor(2, thread_name_prefix="moe-side")
 
@@ -91,9 +96,21 @@ class TransportContext:
 
     # --- threads ---
 
-    async def work(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs ``function`` on a worker thread. Raises ``queue_full`` if all of them are taken."""
-        if self.pending >= self.capacity:
+    async def work(
+        self, function: Callable[[], T], *, call: Call | None = None, seconds: float | None = None
+    ) -> T:
+        """Runs ``function`` on a worker thread and returns its result.
+
+        Args:
+            function: the work.
+            call: left at the deadline, so that the work ends soon or holds up nobody else.
+            seconds: deadline from now; None waits as long as the work takes.
+
+        Raises:
+            ServingError: ``queue_full`` if all threads are taken; ``deadline_exceeded``, while the
+                thread still works.
+        """
+        if self.pending >= self.capacity + _SPARE_THREADS:
             raise ServingError(
                 "queue_full",
                 f"{self.pending} requests are being answered or wait. Try again soon.",
@@ -101,12 +118,24 @@ class TransportContext:
             )
         self.pending += 1
         context = contextvars.copy_context()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._workers, lambda: context.run(function, *args)
-            )
-        finally:
-            self.pending -= 1
+        future = asyncio.get_running_loop().run_in_executor(
+            self._workers, lambda: context.run(function)
+        )
+        future.add_done_callback(self._on_done)
+        done, _ = await asyncio.wait((future,), timeout=seconds)
+        if done:
+            return future.result()
+        if call is not None:
+            call.leave()
+        raise ServingError(
+            "deadline_exceeded",
+            f"expected an answer within {seconds:g} s, got none. Allow more time, or send less.",
+        )
+
+    def _on_done(self, future: asyncio.Future[Any]) -> None:
+        self.pending -= 1
+        if not future.cancelled():
+            future.exception()  # retrieved, or asyncio would log that of a call that was left
 
     async def aside(self, function: Callable[..., T], *args: Any) -> T:
         """Runs ``function`` on a thread that inference never takes."""
@@ -124,14 +153,14 @@ class TransportContext:
         Raises:
             ServingError: ``not_found`` if the model or the version is not served.
         """
-        metadata = self.describe(model)
+        metadata, spec = self._model(model)
         if version is not None and version not in metadata["versions"]:
             raise ServingError(
                 "not_found",
                 f"model {model}: expected version {' or '.join(metadata['versions'])}, got "
                 f"{shown(version)}. Leave it out to ask for what is served.",
             )
-        return model_spec(metadata)
+        return spec
 
     def describe(self, model: str) -> dict[str, Any]:
         """Returns ``RouterEngine.describe`` with every version that clients may ask for.
@@ -139,8 +168,16 @@ class TransportContext:
         Raises:
             ServingError: ``not_found`` if the model is not served.
         """
-        metadata = self.engine.describe(model)
-        return {**metadata, "versions": [*metadata["versions"], CURRENT]}
+        return self._model(model)[0]
+
+    def _model(self, model: str) -> tuple[dict[str, Any], ModelSpec]:
+        described = self.engine.describe(model)
+        known = self._models.get(model)
+        # The engine builds the metadata once for each snapshot, so another object is another model.
+        if known is None or known[0] is not described:
+            metadata = {**described, "versions": [*described["versions"], CURRENT]}
+            known = self._models[model] = described, metadata, model_spec(metadata)
+        return known[1], known[2]
 
 
 def as_serving_error(error: Exception) -> ServingError | None:
@@ -151,9 +188,7 @@ def as_serving_error(error: Exception) -> ServingError | None:
     if isinstance(error, ServingError):
         return error
     if isinstance(error, MemoryError):
-        return ServingError(
-            "queue_full", "the host has too little memory now. Try again soon.", retry_after=1.0
-        )
+        return out_of_memory()
     return None
 
 

@@ -116,7 +116,8 @@ def test_a_fault_of_ours_is_a_500_that_says_nothing_of_it(monkeypatch):
     assert "secret" not in told["error"]
 
 
-def test_more_requests_than_may_wait_are_told_to_come_back():
+def test_more_requests_than_may_wait_are_told_to_come_back(monkeypatch):
+    monkeypatch.setattr("moe_jax.serving.http.transport._SPARE_THREADS", 0)
     with small_engine(max_inflight=1, max_queue=1) as engine:
         app = create_app(engine)
         transport = app.transport
@@ -364,7 +365,7 @@ def test_a_host_without_memory_is_503(monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(f"moe_jax.serving.http.infer.{place}", exhausted)
                 status, answer = asked(app, "POST", INFER, BODY)
-                assert (status, answer["code"]) == (503, "queue_full")
+                assert (status, answer["code"]) == (503, "out_of_memory")
         assert asked(app, "POST", INFER, BODY)[0] == 200
         assert app.transport.account.held == 0
         app.transport.close()

@@ -206,6 +206,30 @@ def test_a_slow_device_is_504_and_keeps_its_place_until_it_is_done(serve):
     assert outcome(service) == OK
 
 
+def test_one_thread_answers_a_request_and_is_left_at_the_services_deadline(serve):
+    service = serve(request_timeout_seconds=0.3)
+    release, threads = threading.Event(), []
+
+    def device(run, *order):
+        threads.append(threading.current_thread().name)
+        if len(threads) > 1:
+            assert release.wait(PATIENCE)
+        return run(*order)
+
+    spoil(service, device)
+    assert outcome(service) == OK
+    assert outcome(service) == (504, "deadline_exceeded", None)
+    assert all(name.startswith("moe-infer") for name in threads), "no hand-over to a second thread"
+    assert sample(service, "moe_inflight_requests") == 1, "the device is still at work"
+    assert sample(service, 'moe_errors_total{code="deadline_exceeded"}') == 1, "counted at once"
+    assert sample(service, 'moe_requests_total{outcome="error"}') == 1
+    release.set()
+    until(lambda: not service.engine.bulkhead.inflight)
+    assert outcome(service) == OK
+    assert sample(service, 'moe_errors_total{code="deadline_exceeded"}') == 1, "and only once"
+    assert sample(service, 'moe_requests_total{outcome="ok"}') == 2, "a late answer is none"
+
+
 def test_a_timeout_that_has_passed_on_arrival_is_504(serve):
     service = serve()
     assert outcome(service, timeout=1) == (504, "deadline_exceeded", None)
@@ -246,7 +270,7 @@ def test_a_stuck_device_fails_liveness_and_only_that_restarts(serve):
             return run(*order)
 
         spoil(service, stuck)
-        assert outcome(service)[:2] == (504, "deadline_exceeded")
+        assert outcome(service, timeout=30_000_000)[:2] == (504, "deadline_exceeded")
     assert service.request("GET", "/v2/health/live")[0] == 200, "slow is not stuck"
     [job] = service.engine.bulkhead._running
     job.started -= WATCHDOG_SECONDS
