@@ -202,9 +202,13 @@ def test_what_can_never_pass_is_no_violation(make_engine, states, request_of):
 def test_a_crowd_of_clients_does_not_grow_memory():  # L03
     limiter = RateLimiter(requests_per_minute=5, tokens_per_minute=5, max_clients=100)
     blocks = Blocks(
-        after=2, window=300, first_seconds=60, longest_seconds=3600, clock=lambda: 0.0,
+        after=2,
+        window=300,
+        first_seconds=60,
+        longest_seconds=3600,
+        clock=lambda: 0.0,
         max_clients=100,
-    )  # fmt: skip
+    )
     for number in range(5000):
         limiter.take(f"client {number}", tokens=1)
         blocks.violation(f"client {number}")

@@ -200,10 +200,16 @@ def test_entries_survive_as_bytes_and_damage_is_refused():
     assert not again.arrays["a"].flags.writeable
     header = data.find(b"float32")
     for bad in (
-        b"", b"pickle", data[:-1], data + b"x", data[:20], b"moe2" + data[4:],
+        b"",
+        b"pickle",
+        data[:-1],
+        data + b"x",
+        data[:20],
+        b"moe2" + data[4:],
         data[:header] + b"object_" + data[header + 7 :],
-        data.replace(b"[4]", b"[9]"), data.replace(b"[4]", b"[-1]"[:3]),
-    ):  # fmt: skip
+        data.replace(b"[4]", b"[9]"),
+        data.replace(b"[4]", b"[-1]"[:3]),
+    ):
         with pytest.raises(ValueError, match="cached entry"):
             from_bytes(bad)
 

@@ -81,8 +81,14 @@ def test_result_of_route(make_engine, states, settings):  # R02, R12
     assert stats["mean"] == pytest.approx(float(c.mean()))
     assert stats["min"] <= stats["mean"] <= stats["max"]
     produced = result["production_info"]
-    assert {"request_id", "processing_time_ms", "router_health", "cached", "fallback_used",
-            "sanitized"} <= set(produced)  # fmt: skip
+    assert {
+        "request_id",
+        "processing_time_ms",
+        "router_health",
+        "cached",
+        "fallback_used",
+        "sanitized",
+    } <= set(produced)
     json.dumps([info, produced], allow_nan=False)
     for array in (indices, weights, k, c, logits):  # K05
         with pytest.raises(ValueError, match="read-only"):
@@ -130,8 +136,10 @@ def test_a_token_mask_leaves_tokens_out_and_the_others_alone(make_engine, states
 def test_other_inputs_are_taken_or_refused_by_name(make_engine, states):
     engine = make_engine()
     x = states()
-    assert (engine.route(jax.numpy.asarray(x))["expert_indices"] ==
-            engine.route(np.asfortranarray(x))["expert_indices"]).all()  # fmt: skip
+    assert (
+        engine.route(jax.numpy.asarray(x))["expert_indices"]
+        == engine.route(np.asfortranarray(x))["expert_indices"]
+    ).all()
     for bad in (None, [[[1.0]]], "text", x[0], x.astype(np.float64), x[..., :8], x[:0]):
         assert "expected" in refusal(lambda bad=bad: engine.route(bad), "malformed").message
     refusal(lambda: engine.infer("moe", x), "not_found")
@@ -293,10 +301,7 @@ def test_probes_change_no_statistic(make_engine, states):  # H06
     engine = make_engine()
     engine.route(states())
     before = json.dumps([engine.get_metrics()[k] for k in ("router_stats", "requests", "cache")])
-    text = [
-        line for line in engine.metrics_text().decode().splitlines()
-        if line.startswith("moe_")
-    ]  # fmt: skip
+    text = [line for line in engine.metrics_text().decode().splitlines() if line.startswith("moe_")]
     for _ in range(20):
         engine.health_check(), engine.readiness(), engine.live(), engine.diagnostics()
         engine.describe("router"), engine.metrics_text()
@@ -387,9 +392,10 @@ def test_many_experts_share_a_label():
     )
     exporter.mirror_experts(np.arange(1000))
     lines = [
-        line for line in exporter.text().decode().splitlines()
+        line
+        for line in exporter.text().decode().splitlines()
         if line.startswith("moe_expert_assignments_total{")
-    ]  # fmt: skip
+    ]
     assert len(lines) == metrics.MAX_EXPERT_LABELS + 1
     assert f'{{expert="other"}} {float(sum(range(64, 1000)))}' in "\n".join(lines)
 
@@ -406,8 +412,14 @@ def test_health_has_what_the_guide_names(make_engine, states, clock):  # H01-H06
     assert health["performance"]["requests"] == 1
     assert health["performance"]["p95_ms"] > 0
     assert set(health["components"]) == {
-        "router", "device", "circuit_breaker", "cache", "rate_limiter", "monitoring", "security",
-    }  # fmt: skip
+        "router",
+        "device",
+        "circuit_breaker",
+        "cache",
+        "rate_limiter",
+        "monitoring",
+        "security",
+    }
     json.dumps(health, allow_nan=False)
 
 

@@ -308,11 +308,13 @@ SHOWN = {
     **{
         name: (value, reads_config(name), {})
         for name, value in {
-            "log_level": "DEBUG", "host": "0.0.0.0", "port": 1,
+            "log_level": "DEBUG",
+            "host": "0.0.0.0",
+            "port": 1,
             "drain_seconds": 1.0,
         }.items()
     },
-}  # fmt: skip
+}
 # Their tests are in test_redis.py, test_reload.py and http/test_access.py.
 ELSEWHERE = {"redis_url", "checkpoint", "checkpoint_router", "reload_folder"}
 

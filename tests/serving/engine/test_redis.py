@@ -52,10 +52,21 @@ def test_replicas_that_answer_alike_share_whatever_else_they_differ_in(make_engi
     """Two replicas with other ports, log levels, limits and sizes."""
     one = make_engine(redis_url=server.url)
     two = make_engine(
-        redis_url=server.url, port=9000, host="0.0.0.0", log_level="DEBUG", environment="staging",
-        max_inflight=1, max_queue=7, cache_size=99, rate_limit_requests=5, replicas=2,
-        request_timeout_seconds=7.0, drain_seconds=1.0, api_keys="one", buckets="64",
-    )  # fmt: skip
+        redis_url=server.url,
+        port=9000,
+        host="0.0.0.0",
+        log_level="DEBUG",
+        environment="staging",
+        max_inflight=1,
+        max_queue=7,
+        cache_size=99,
+        rate_limit_requests=5,
+        replicas=2,
+        request_timeout_seconds=7.0,
+        drain_seconds=1.0,
+        api_keys="one",
+        buckets="64",
+    )
     x = states()
     first = one.route(x)["production_info"]
     second = two.route(x)["production_info"]

@@ -53,9 +53,10 @@ def test_a_checkpoint_is_served_with_its_calibration(make_engine, states, tmp_pa
     assert (k == np.clip(np.round(1 + 3 * c), 1, 4)).all(), "for calibrated thresholds too"
     assert 'params="' + engine.snapshot.version + '"' in engine.metrics_text().decode()
     drift = next(
-        float(line.split()[1]) for line in engine.metrics_text().decode().splitlines()
+        float(line.split()[1])
+        for line in engine.metrics_text().decode().splitlines()
         if line.startswith("moe_budget_drift_ratio ")
-    )  # fmt: skip
+    )
     assert drift == pytest.approx(k.mean() / 2.0)
 
 
@@ -66,9 +67,12 @@ def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_pa
     params = init(config, jax.random.key(0))
     router = config.router()
     model = Model(
-        config=config, params=params, routers=(router,) * 2,
-        states=init_states(config), metadata={},
-    )  # fmt: skip
+        config=config,
+        params=params,
+        routers=(router,) * 2,
+        states=init_states(config),
+        metadata={},
+    )
     path = str(save_model(tmp_path / "lm", model))
     x = states()
     answers = []
@@ -101,9 +105,11 @@ def test_experts_of_ones_own_are_served_where_metadata_say_what_they_are(
     router, experts = moe_jax.TopK(num_experts=8, k=2), moe_jax.FeedForward()
     layer = moe_jax.init_moe_layer(router, experts, jax.random.key(0), d_model=16, d_ff=24)
     saved = checkpoint.Checkpoint(
-        params={"mine": layer}, routers={"mine": router}, states={"mine": router.init_state()},
+        params={"mine": layer},
+        routers={"mine": router},
+        states={"mine": router.init_state()},
         metadata={"experts": {"activation": "gelu_tanh", "gated": False}} if told else {},
-    )  # fmt: skip
+    )
     path = str(checkpoint.save(tmp_path / "mine", saved))
     engine = make_engine(checkpoint=path, serve_moe="auto", buckets="16")
     assert ("moe" in engine.snapshot.models) is told

@@ -98,8 +98,11 @@ def test_a_log_that_cannot_be_written_breaks_nothing(log):  # S4
 def test_sigterm_while_it_warms_exits_with_0():  # S12
     # Without the compilation cache, and with large buckets, the start takes seconds.
     settings = {
-        "INPUT_DIM": 512, "BUCKETS": "", "SERVE_MOE": "on", "REQUEST_TIMEOUT_SECONDS": 60,
-    }  # fmt: skip
+        "INPUT_DIM": 512,
+        "BUCKETS": "",
+        "SERVE_MOE": "on",
+        "REQUEST_TIMEOUT_SECONDS": 60,
+    }
     codes = []
     for pause in (0.0, 0.5, 1.0):
         with serving(subprocess.PIPE, **settings) as (process, port):
