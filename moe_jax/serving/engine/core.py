@@ -351,7 +351,10 @@ class RouterEngine:
     # --- the end
 
     def begin_drain(self) -> None:
-        """Makes readiness say no; requests are still answered."""
+        """Makes readiness say no, and ends a start or a reload before its next compilation.
+
+        Requests are still answered.
+        """
         self.parts.lifecycle.draining = True
         self.log.info("draining", pending=self.bulkhead.pending, inflight=self.bulkhead.inflight)
 

@@ -35,10 +35,10 @@ def answer(
     if query.call is not None:
         if query.call.left:  # while the transport decoded the request, and it has counted that
             raise left_at_deadline()
-        # The answer to the client is sent now, so the failure is counted now, not when work ends.
-        query.call.on_leave(
-            lambda: _failed(parts, left_at_deadline(), query.client, request_id, start)
-        )
+        # The client is answered when the call is left, so the failure is counted then, and not when
+        # the work ends. The listener lives as long as the call and must not hold the query's arrays.
+        client = query.client
+        query.call.on_leave(lambda: _failed(parts, left_at_deadline(), client, request_id, start))
     try:
         order = _checked(parts, results, served, query, start)
 

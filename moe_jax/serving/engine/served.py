@@ -24,10 +24,6 @@ class UnsoundWeights(CheckpointError):
     """Raised for weights that load and give unsound answers."""
 
 
-class Stopped(Exception):
-    """Raised inside a start or a reload that an engine's shutdown ends."""
-
-
 class Served:
     """Holds the current snapshot, and replaces it between two requests.
 
@@ -52,7 +48,6 @@ class Served:
         self._parts = parts
         self._host_fallback = host_fallback
         self._replacing = threading.Lock()
-        self._stop = threading.Event()
         self._loader: threading.Thread | None = None
 
     @property
@@ -112,9 +107,10 @@ class Served:
     def _load_quietly(self) -> None:
         try:
             self.load()
-        except Stopped:
-            self._parts.log.info("load_stopped")
         except Exception as error:
+            if self._parts.lifecycle.draining:
+                self._parts.log.info("load_stopped")
+                return
             self.reason = (
                 "params_unsound" if isinstance(error, UnsoundWeights) else "params_missing"
             )
@@ -122,12 +118,11 @@ class Served:
             self._parts.log.error("load_failed", reason=self.reason, error=self.load_error)
 
     def close(self, timeout_seconds: float) -> bool:
-        """Stops loading and waits for the loading thread; returns whether it ended in time.
+        """Waits for the thread that loads the first snapshot; returns whether it ended in time.
 
-        A compilation cannot be cancelled; it is waited for, and no further one begins. A thread that
-        is still in XLA's code when the interpreter ends crashes the process.
+        A compilation cannot be cancelled, but once the engine drains no further one begins. A thread
+        that is still in XLA's code when the interpreter ends crashes the process.
         """
-        self._stop.set()
         loader = self._loader
         if loader is None or loader is threading.current_thread():
             return True
@@ -147,8 +142,10 @@ class Served:
         return snapshot
 
     def _check_stop(self) -> None:
-        if self._stop.is_set():
-            raise Stopped("the engine is shutting down.")
+        if self._parts.lifecycle.draining:
+            raise ServingError(
+                "draining", "shutting down, so nothing is loaded. Ask another instance."
+            )
 
     def _serve(self, snapshot: Snapshot) -> None:
         self.limits = dataclasses.replace(self.limits, width=snapshot.width)

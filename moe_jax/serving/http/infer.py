@@ -97,7 +97,7 @@ async def infer(scope: Scope, receive: Receive, send: Send) -> None:
             call = Call()
             work = functools.partial(_response, request, client, spec, data, encoding, call)
             response = await transport.work(work, call=call, seconds=seconds)
-            del work
+            del work, call  # they hold the request's arrays and the work's result
             del data
             lease.keep(0)
             lease.take(response.size)

@@ -19,6 +19,7 @@ from moe_jax.lab.language_model import LMConfig, init, init_states
 from moe_jax.lab.model_files import Model, save_model
 from moe_jax.serving.engine.buckets import Buckets, compile_counter
 from moe_jax.serving.errors import ServingError
+from tests.serving.engine.conftest import WIDTH
 
 
 def write(
@@ -189,7 +190,7 @@ def test_a_bad_checkpoint_is_refused_and_the_old_one_goes_on(make_engine, states
     damaged = write(tmp_path / "damaged", seed=2)
     corrupt(damaged)
     for path, told in (
-        (str(tmp_path / "none"), "expected a checkpoint folder"),
+        (str(tmp_path / "none"), "expected a checkpoint"),
         (damaged, "damaged or changed"),
         (write(tmp_path / "wide", seed=3, width=24), "width"),
         (write(tmp_path / "many", seed=3, experts=12), "num_experts"),
@@ -311,6 +312,23 @@ def test_shutdown_waits_for_a_start_that_compiles_and_begins_no_more(make_engine
     assert sizes == [64], "none begins after the shutdown"
     assert engine.load_error is None
     assert "load_stopped" in engine.log.events()
+
+
+def test_a_drain_ends_a_reload_before_its_next_compilation(make_engine, monkeypatch, tmp_path):
+    engine, path = make_engine(), write(tmp_path / "other", seed=1, width=WIDTH)
+    version, real, sizes = engine.snapshot.version, Buckets.compile, []
+
+    def compile_one(buckets, size):
+        sizes.append(size)
+        engine.begin_drain()
+        real(buckets, size)
+
+    monkeypatch.setattr(Buckets, "compile", compile_one)
+    monkeypatch.setattr("moe_jax.serving.engine.snapshot._COMPILERS", 1)
+    with pytest.raises(ServingError, match="shutting down"):
+        engine.reload(path)
+    assert sizes == [64]
+    assert engine.snapshot.version == version
 
 
 def test_shutdown_of_a_started_engine_leaves_no_thread(make_engine):
