@@ -16,7 +16,8 @@ from flax import nnx
 
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.lab import language_model as pure
-from moe_jax.lab import model_files, optimizer
+from moe_jax.lab import model_files
+from moe_jax.lab import optimizer as optimizers
 from moe_jax.lab import training as train
 from moe_jax.nn.patching import patch_model_with_dynamic_routing
 from moe_jax.routers import DynamicK
@@ -69,7 +70,7 @@ def _module(state):
     # A copy: train_step donates its state.
     params, states = jax.tree.map(jnp.copy, (state.params, state.router_states))
     decoder = Decoder(CONFIG, params=params, states=states)
-    return decoder, nnx.Optimizer(decoder, optimizer.optimizer(CONFIG, STEPS), wrt=nnx.Param)
+    return decoder, nnx.Optimizer(decoder, optimizers.optimizer(CONFIG, STEPS), wrt=nnx.Param)
 
 
 def _equal(left, right):
@@ -127,7 +128,7 @@ def test_they_are_trained_alike_and_resumed_bit_for_bit(tmp_path, start):
     assert float(jnp.abs(decoder.states()[0].expert_bias).max()) > 0
 
     resumed, its_optimizer = nnx_decoder.load_decoder(
-        tmp_path / "half", optimizer.optimizer(CONFIG, STEPS)
+        tmp_path / "half", optimizers.optimizer(CONFIG, STEPS)
     )
     for i in range(3, STEPS):
         nnx_decoder.decoder_step(resumed, its_optimizer, TOKENS[i])
@@ -138,7 +139,7 @@ def test_they_are_trained_alike_and_resumed_bit_for_bit(tmp_path, start):
     other = dataclasses.replace(CONFIG, max_grad_norm=1.0, weight_decay=0.0)
     bare = nnx_decoder.save_decoder(tmp_path / "bare", decoder)
     with pytest.raises(CheckpointError, match="expected extra 'nnx_optimizer'"):
-        nnx_decoder.load_decoder(bare, optimizer.optimizer(other, STEPS))
+        nnx_decoder.load_decoder(bare, optimizers.optimizer(other, STEPS))
 
 
 def _second_update(config, params, grads):
@@ -146,7 +147,7 @@ def _second_update(config, params, grads):
 
     @jax.jit
     def both(params, grads):
-        tx = optimizer.optimizer(config, STEPS)
+        tx = optimizers.optimizer(config, STEPS)
         _, opt_state = tx.update(grads, tx.init(params), params)
         return tx.update(grads, opt_state, params)[0]
 
@@ -160,7 +161,7 @@ def test_routers_and_experts_have_rates_of_their_own(start, part):
     config = dataclasses.replace(CONFIG, **{field: 0.0})
     grads = jax.tree.map(jnp.ones_like, start.params)
     for path, update in _second_update(config, start.params, grads):
-        assert bool((update == 0).all()) == (part == optimizer.part_of(path)), path
+        assert bool((update == 0).all()) == (part == optimizers.part_of(path)), path
 
 
 def test_experts_have_a_decay_of_their_own_and_norms_have_none(start):
