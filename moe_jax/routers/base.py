@@ -419,13 +419,19 @@ class TokenChoice(Router, abc.ABC):
             return selection
         return self.gate.exclude(self.scoring.limit_groups(selection))
 
-    def weights(self, slots: Slots, keep: Array) -> Array:
-        """f32[T, K]: combine weights of the slots in ``keep`` bool[T, K], as ``scoring`` says."""
+    def weights(self, slots: Slots, keep: Array, *, min_k: int | None = None) -> Array:
+        """f32[T, K]: combine weights of the slots in ``keep`` bool[T, K], as ``scoring`` says.
+
+        ``min_k`` only decides whether renormalised weights warn in training; None is the rule's.
+        """
         logits = None
         if self.scoring.reads_slot_logits:
             logits = jnp.take_along_axis(slots.logits, slots.indices, axis=-1)
         return self.scoring.weights(
-            slots.scores, keep & slots.available, min_k=self.min_k, slot_logits=logits
+            slots.scores,
+            keep & slots.available,
+            min_k=self.min_k if min_k is None else min_k,
+            slot_logits=logits,
         )
 
     def build(self, slots: Slots, keep: Array, weights: Array, token_mask: Array | None) -> Routing:

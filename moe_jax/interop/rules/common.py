@@ -54,8 +54,7 @@ class PublishedRule(TokenChoice, abc.ABC):
             budget="exact" if self.min_k == self.max_k else "none",
         )
 
-    def weights(self, slots: Slots, keep: Array) -> Array:
+    def weights(self, slots: Slots, keep: Array, *, min_k: int | None = None) -> Array:
         # min_k=2: where a published rule renormalises the weight of a token's only expert, that is
         # the rule, so it does not warn.
-        available = keep & slots.available
-        return self.scoring.weights(slots.scores, available, min_k=max(self.k, 2))
+        return super().weights(slots, keep, min_k=max(self.k, 2) if min_k is None else min_k)
