@@ -57,7 +57,11 @@ def run(code: str, *, devices: int = 1) -> str:
 def readme() -> str:
     """The README's Python from top to bottom, with a small checkpoint in the place of the reader's."""
     code = "\n".join(blocks(ROOT / "README.md", "python"))
-    for placeholder, value in (('"path/to/checkpoint", layer=3', f"{str(HUB)!r}, layer=1"),):
+    model = str(ROOT / "tests" / "goldens" / "models" / "olmoe")
+    for placeholder, value in (
+        ('"path/to/checkpoint", layer=3', f"{str(HUB)!r}, layer=1"),
+        ('"path/to/model"', repr(model)),
+    ):
         assert placeholder in code
         code = code.replace(placeholder, value)
     assert "(512, 4096)" in code

@@ -285,3 +285,13 @@ def stream_layers(folder: str | Path | HubFolder, *, dtype: Any = None) -> Itera
         yield layer
         # The consumer's loop variable still refers to the layer while the next one is read.
         layer.params = {}
+
+
+def end_of_text(folder: str | Path) -> tuple[int, ...]:
+    """The ids that end a text, from ``generation_config.json`` or ``config.json``; () if neither says."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        stated = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
+        if stated is not None:
+            return tuple(stated) if isinstance(stated, list) else (stated,)
+    return ()
