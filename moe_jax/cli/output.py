@@ -41,7 +41,10 @@ class LibraryErrorsExit2(TyperGroup):
 
 def plain(error: Exception) -> str:
     """The text of an error, escaped for the console's markup."""
-    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+    text = str(error)
+    # The library's own OSErrors have a message; those of the system have a code and a file.
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}"
     return text.replace("[", r"\[")
 
 

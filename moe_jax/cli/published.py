@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from moe_jax.cli.output import AsJson, Seed, notes, out, print_json, told
+from moe_jax.cli.output import AsJson, Seed, library_errors_exit_2, notes, out, print_json
 
 app = typer.Typer()
 
@@ -34,7 +34,7 @@ def evaluate(
     from moe_jax.models import evaluate as loss_of
     from moe_jax.models.text import TextTokenizer, tokenize_files
 
-    with told():
+    with library_errors_exit_2():
         opened = HubFolder(folder, dtype=dtype)
         tokenizer = TextTokenizer(folder, vocab_size=opened.config.vocab_size)
         tokens = tokenize_files(text, tokenizer, length=length, limit=limit)
@@ -79,14 +79,14 @@ def generate(
 ) -> None:
     """Continue a text with a published model."""
     import jax
-    import numpy as np
+    import jax.numpy as jnp
 
     from moe_jax.models import Sampling, load_model
     from moe_jax.models import generate as continuation
     from moe_jax.models.load import end_of_text
     from moe_jax.models.text import TextTokenizer
 
-    with told():
+    with library_errors_exit_2():
         sampling = Sampling(temperature=temperature, top_p=top_p)
         model = load_model(folder, dtype=dtype)
         tokenizer = TextTokenizer(folder, vocab_size=model.config.vocab_size)
@@ -95,7 +95,7 @@ def generate(
             raise ValueError("prompt: expected some text, got none. Give at least one word.")
         made = continuation(
             model,
-            np.asarray([ids], np.int32),
+            jnp.asarray([ids], jnp.int32),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             key=jax.random.key(seed),

@@ -288,7 +288,7 @@ def stream_layers(folder: str | Path | HubFolder, *, dtype: Any = None) -> Itera
 
 
 def end_of_text(folder: str | Path) -> tuple[int, ...]:
-    """The ids that end a text, from ``generation_config.json`` or ``config.json``; () if neither says."""
+    """The ids that end a text, from ``generation_config.json``, else ``config.json``, else none."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         stated = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None

@@ -114,7 +114,9 @@ def tokenize_files(
         rows += [ids[i : i + length] for i in range(0, len(ids), length)]
         size, tokens, files = size + len(text.encode()), tokens + len(ids), files + bool(ids)
     if not tokens:
-        raise ValueError(f"{path}: expected files with text, got none. Give a folder of text files.")
+        raise ValueError(
+            f"{path}: expected files with text, got none. Give a folder of text files."
+        )
     out = np.zeros((len(rows), length), np.int32)
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):

@@ -1,0 +1,96 @@
+"""Commands on text: a tokenizer from the folder, the loss of files, a continuation."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moe_jax.cli import app
+from moe_jax.models import evaluate, generate, load_model
+from moe_jax.models.text import TextTokenizer, tokenize_files
+
+MODELS = Path(__file__).parents[1] / "goldens" / "models"
+
+pytestmark = pytest.mark.compile_cheaply
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A golden model with a tokenizer of single letters."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("model") / "olmoe"
+    shutil.copytree(MODELS / "olmoe", folder)
+    letters = {chr(32 + i): i for i in range(95)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("A first file of text.")
+    (folder / "b.txt").write_text("The second.")
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def test_evaluate_gives_the_loss_of_the_files(folder, text):
+    ran = run("evaluate", folder, "--text", text, "--length", 12, "--json")
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(ran.stdout)
+    tokens = tokenize_files(text, TextTokenizer(folder, vocab_size=96), length=12)
+    assert (tokens.files, tokens.tokens, tokens.bytes) == (2, 32, 32)
+    assert tokens.mask.sum(axis=1).tolist() == [12, 9, 11]
+    want = evaluate(load_model(folder), tokens.input_ids, tokens.mask)
+    assert report["loss"] == pytest.approx(want.loss, abs=1e-6)
+    assert report["tokens"] == want.tokens == 29
+    assert report["bits_per_byte"] == pytest.approx(want.loss / math.log(2), abs=1e-6)
+    assert report["experts_per_token"] == {"0": 2.0, "1": 2.0}
+
+
+def test_generate_continues_a_prompt(folder):
+    ran = run("generate", folder, "Hello", "--max-new-tokens", 4, "--json")
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(ran.stdout)
+    ids = np.array([[ord(c) - 32 for c in "Hello"]])
+    made = generate(load_model(folder), ids, max_new_tokens=4, eos_ids=(2,))[0].tolist()
+    assert report["tokens"] == made
+    assert report["text"] == "".join(chr(32 + i) for i in made if i < 95)
+
+
+def test_wrong_text_and_tokenizers_are_named(folder, text, tmp_path, monkeypatch):
+    ran = run("evaluate", MODELS / "olmoe", "--text", text)
+    assert ran.exit_code == 2
+    assert "tokenizer.json" in ran.output
+    with pytest.raises(ValueError, match="another model"):
+        TextTokenizer(folder, vocab_size=50)
+    tokenizer = TextTokenizer(folder, vocab_size=96)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        tokenize_files(tmp_path / "missing", tokenizer)
+    (tmp_path / "blank.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="files with text"):
+        tokenize_files(tmp_path, tokenizer)
+    (tmp_path / "picture").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="UTF-8"):
+        tokenize_files(tmp_path, tokenizer)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        TextTokenizer(tmp_path, vocab_size=96)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"pip install 'moe_jax\[models\]'"):
+        TextTokenizer(folder, vocab_size=96)
