@@ -118,7 +118,10 @@ class LayerOptions:
             tokens, k = routing.expert_indices.shape
         else:
             tokens, k = routing.num_tokens, routing.num_experts
-        return expert_capacity(tokens // self.groups, routing.num_experts, k, self.capacity_factor)
+        # With more groups than tokens ``plan_in_groups`` refuses, and says more.
+        return expert_capacity(
+            max(1, tokens // self.groups), routing.num_experts, k, self.capacity_factor
+        )
 
 
 @pytree

@@ -41,7 +41,8 @@ def layer(x=X, *, router=RULE, expert_fn=FFN, params=None, run=moe_layer, **kwar
     """Traces the layer, which is when everything is checked."""
     params = layer_params() if params is None else params
     call = functools.partial(run, router, expert_fn, **kwargs)
-    return jax.eval_shape(lambda: call(params, RULE.init_state(), x))
+    state = router.init_state() if isinstance(router, moe_jax.Router) else None
+    return jax.eval_shape(lambda: call(params, state, x))
 
 
 def made(module: Any, **kwargs: Any) -> Any:
@@ -177,7 +178,7 @@ TABLE: dict[str, tuple[type[Exception], Any, str]] = {
         lambda: layer(options={}),
         "options: expected LayerOptions, got a dict",
     ),
-    "key of 0": (TypeError, lambda: layer(key=0), "key: expected one JAX key or None, got a int"),
+    "key of 0": (TypeError, lambda: layer(key=0), "key: expected one JAX key or None, got 0"),
     "a list of keys": (
         TypeError,
         lambda: layer(key=jax.random.split(jax.random.key(0))),
