@@ -47,29 +47,53 @@ LEVELS: Mapping[str, Level] = MappingProxyType(
         level.name: level
         for level in (
             Level(
-                name="minimal", nonfinite="off", magnitude="off",
-                requests_per_minute=None, tokens_per_minute=None,
-                block_after=None, block_window=300.0, block_seconds=60.0, block_max_seconds=3600.0,
-                api_key_required=False, keyed_cache=False, metrics_need_bearer=False,
+                name="minimal",
+                nonfinite="off",
+                magnitude="off",
+                requests_per_minute=None,
+                tokens_per_minute=None,
+                block_after=None,
+                block_window=300.0,
+                block_seconds=60.0,
+                block_max_seconds=3600.0,
+                api_key_required=False,
+                keyed_cache=False,
+                metrics_need_bearer=False,
                 terse_errors=False,
             ),
             Level(
-                name="standard", nonfinite="mask", magnitude="count",
-                requests_per_minute=600, tokens_per_minute=2_000_000,
-                block_after=10, block_window=300.0, block_seconds=60.0, block_max_seconds=3600.0,
-                api_key_required=False, keyed_cache=False, metrics_need_bearer=False,
+                name="standard",
+                nonfinite="mask",
+                magnitude="count",
+                requests_per_minute=600,
+                tokens_per_minute=2_000_000,
+                block_after=10,
+                block_window=300.0,
+                block_seconds=60.0,
+                block_max_seconds=3600.0,
+                api_key_required=False,
+                keyed_cache=False,
+                metrics_need_bearer=False,
                 terse_errors=False,
             ),
             Level(
-                name="strict", nonfinite="reject", magnitude="reject",
-                requests_per_minute=120, tokens_per_minute=400_000,
-                block_after=5, block_window=300.0, block_seconds=300.0, block_max_seconds=3600.0,
-                api_key_required=True, keyed_cache=True, metrics_need_bearer=True,
+                name="strict",
+                nonfinite="reject",
+                magnitude="reject",
+                requests_per_minute=120,
+                tokens_per_minute=400_000,
+                block_after=5,
+                block_window=300.0,
+                block_seconds=300.0,
+                block_max_seconds=3600.0,
+                api_key_required=True,
+                keyed_cache=True,
+                metrics_need_bearer=True,
                 terse_errors=True,
             ),
         )
     }
-)  # fmt: skip
+)
 
 
 def level_for(

@@ -52,9 +52,12 @@ def check_shape(shape: Sequence[int], dtype: str, limits: Limits) -> int:
         )
     if len(shape) != 3:
         raise _refused(
-            "malformed", f"expected 3 axes [batch, sequence, {limits.width}]", shape, dtype,
+            "malformed",
+            f"expected 3 axes [batch, sequence, {limits.width}]",
+            shape,
+            dtype,
             "Reshape it; one sequence is [1, sequence, width].",
-        )  # fmt: skip
+        )
     batch, sequence, width = (int(s) for s in shape)
     tokens = batch * sequence
     elements = tokens * width
@@ -64,25 +67,36 @@ def check_shape(shape: Sequence[int], dtype: str, limits: Limits) -> int:
         )
     if width != limits.width:
         raise _refused(
-            "malformed", f"expected last axis {limits.width} (input_dim)", shape, dtype,
+            "malformed",
+            f"expected last axis {limits.width} (input_dim)",
+            shape,
+            dtype,
             "Send hidden states of the model that this router was made for.",
-        )  # fmt: skip
+        )
     if batch > limits.max_batch_size:
         raise _refused(
-            "too_large", f"expected at most {limits.max_batch_size} sequences (max_batch_size)",
-            shape, dtype, "Send them in several requests.",
-        )  # fmt: skip
+            "too_large",
+            f"expected at most {limits.max_batch_size} sequences (max_batch_size)",
+            shape,
+            dtype,
+            "Send them in several requests.",
+        )
     if elements > limits.max_tensor_size:
         raise _refused(
-            "too_large", f"expected at most {limits.max_tensor_size} elements (max_tensor_size)",
-            shape, f"{elements} elements of {dtype}", "Send it in several requests.",
-        )  # fmt: skip
+            "too_large",
+            f"expected at most {limits.max_tensor_size} elements (max_tensor_size)",
+            shape,
+            f"{elements} elements of {dtype}",
+            "Send it in several requests.",
+        )
     if limits.max_tokens is not None and tokens > limits.max_tokens:
         raise _refused(
             "too_large",
             f"expected at most {limits.max_tokens} tokens, what a client may send in a minute",
-            shape, f"{tokens} tokens of {dtype}", "Send it in several requests.",
-        )  # fmt: skip
+            shape,
+            f"{tokens} tokens of {dtype}",
+            "Send it in several requests.",
+        )
     return tokens
 
 

@@ -41,5 +41,5 @@ def datatype_of(array: np.ndarray) -> str:
         >>> datatype_of(np.zeros(2, np.int32))
         'INT32'
     """
-    return _NAMES[array.dtype.newbyteorder("<")] if array.dtype.byteorder == ">" else \
-        _NAMES[array.dtype]  # fmt: skip
+    native = array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
+    return _NAMES[native]

@@ -154,26 +154,38 @@ class GrpcServer:
             try:
                 call = Call(self.transport, context)
                 return self._answer(name, method, call, messages)
-            except DecodeError:
-                error = malformed("the message: expected the protocol's, got other bytes.")
-            except Exception as raised:
-                refusal = as_serving_error(raised)
-                if refusal is None and not context.is_active():
-                    raise  # the client has cancelled the call: nobody waits for an answer
+            except Exception as error:
+                refusal = self._refusal(name, call, error, context)
                 if refusal is None:
-                    self.transport.engine.log.exception("failed", method=name)
-                    refusal = ServingError("internal", "an internal error, which is in the log.")
-                error = refusal
-            if call is not None and call.refuses:
-                self.transport.engine.violation(call.client(), error.code)
-            trailing = [("moe-code", error.code)]
-            if (seconds := retry_after(error)) is not None:
-                trailing.append(("retry-after", seconds))
-            context.set_trailing_metadata(tuple(trailing))
-            context.abort(_CODES[error.status], self.transport.message(error))
+                    raise  # the client has cancelled the call: nobody waits for an answer
+            # The error itself is not kept: its traceback holds this frame, and the message in the
+            # frames below, until the collector of cycles finds them.
+            context.abort(*refusal)
             raise AssertionError("unreachable")
 
         return handle
+
+    def _refusal(
+        self, name: str, call: Call | None, error: Exception, context: grpc.ServicerContext
+    ) -> tuple[grpc.StatusCode, str] | None:
+        """Returns the status and text of a refusal, and sets its trailing metadata; None if the call
+        was cancelled."""
+        if isinstance(error, DecodeError):
+            refusal = malformed("the message: expected the protocol's, got other bytes.")
+        else:
+            refusal = as_serving_error(error)
+        if refusal is None:
+            if not context.is_active():
+                return None
+            self.transport.engine.log.exception("failed", method=name)
+            refusal = ServingError("internal", "an internal error, which is in the log.")
+        if call is not None and call.refuses:
+            self.transport.engine.violation(call.client(), refusal.code)
+        trailing = [("moe-code", refusal.code)]
+        if (seconds := retry_after(refusal)) is not None:
+            trailing.append(("retry-after", seconds))
+        context.set_trailing_metadata(tuple(trailing))
+        return _CODES[refusal.status], self.transport.message(refusal)
 
     def _answer(self, name: str, method: _Method, call: Call, messages: Iterator[bytes]) -> bytes:
         """Returns the serialized answer of a call."""

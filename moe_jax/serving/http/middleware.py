@@ -91,12 +91,21 @@ class RequestMiddleware:
         except Disconnected:
             return "disconnected"
         except Exception as error:
-            refusal = as_serving_error(error)
-            if refusal is None:
-                self.transport.engine.log.exception("failed", path=request.path[:200])
-                refusal = ServingError("internal", "an internal error; the service's log has it.")
             if request.status:  # the answer has begun; uvicorn ends the connection
+                self.transport.engine.log.exception("failed", path=request.path[:200])
                 raise
-            await request.send_error(send, refusal)
-            return refusal.code
+            return await self._refuse(error, send, request)
         return "ok"
+
+    async def _refuse(self, error: Exception, send: Send, request: HttpRequest) -> str:
+        """Answers a fault and returns its code.
+
+        A function of its own: a name for the error in the frame that caught it would be a cycle, with
+        the request's body in it, until the collector of cycles finds it.
+        """
+        refusal = as_serving_error(error)
+        if refusal is None:
+            self.transport.engine.log.exception("failed", path=request.path[:200])
+            refusal = ServingError("internal", "an internal error; the service's log has it.")
+        await request.send_error(send, refusal)
+        return refusal.code

@@ -15,8 +15,13 @@ _MODEL = {
     "required": True,
     "schema": {"type": "string", "enum": ["router", "moe"]},
 }
-_VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "string"},
-            "description": "One that metadata lists; 1 is whatever is served now."}  # fmt: skip
+_VERSION = {
+    "name": "version",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string"},
+    "description": "One that metadata lists; 1 is whatever is served now.",
+}
 _DIGEST = {
     "name": "digest",
     "in": "path",
@@ -88,8 +93,11 @@ _PARAMETERS = {
     "type": "object",
     "additionalProperties": {"type": ["string", "number", "boolean"]},
 }
-_DATA = {"type": "array", "description": "Row-major elements, flat or nested as the shape.",
-         "items": {}}  # fmt: skip
+_DATA = {
+    "type": "array",
+    "description": "Row-major elements, flat or nested as the shape.",
+    "items": {},
+}
 
 _SCHEMAS = {
     "Error": _object(["error", "code"], error=_TEXT, code={"type": "string", "enum": list(CODES)}),
@@ -162,16 +170,21 @@ def document(body_limit: int) -> dict[str, Any]:
     said_no = {"503": _reply("Not ready, with the reasons.", "Readiness")}
     ready = _get("Whether requests should be sent here.", _reply("Ready.", "Readiness"))
     ready["get"]["responses"] |= said_no
-    model_ready = _get("The same, for one model.", _reply("Ready.", "Readiness"), _MODEL,
-                       codes=("not_found",))  # fmt: skip
+    model_ready = _get(
+        "The same, for one model.", _reply("Ready.", "Readiness"), _MODEL, codes=("not_found",)
+    )
     model_ready["get"]["responses"] |= said_no
     version_ready = {"get": {**model_ready["get"], "parameters": [_MODEL, _VERSION]}}
     live = _get("Whether the process should be left alone.", _reply("Live."))
     live["get"]["responses"]["503"] = _reply("To be restarted.")
     health = _get("State, uptime, components, memory, recent latency.", _reply("Live.", "Health"))
     health["get"]["responses"]["503"] = _reply("To be restarted.", "Health")
-    metadata = _get("What a model takes and gives.", _reply("Metadata.", "ModelMetadata"), _MODEL,
-                    codes=("unauthorized", "not_found", "warming"))  # fmt: skip
+    metadata = _get(
+        "What a model takes and gives.",
+        _reply("Metadata.", "ModelMetadata"),
+        _MODEL,
+        codes=("unauthorized", "not_found", "warming"),
+    )
     version_metadata = {"get": {**metadata["get"], "parameters": [_MODEL, _VERSION]}}
     text = {"description": "Prometheus text.", "content": {"text/plain": {"schema": _TEXT}}}
     paths = {
@@ -186,10 +199,19 @@ def document(body_limit: int) -> dict[str, Any]:
         "/v2/models/{model}/versions/{version}/infer": _infer(_MODEL, _VERSION),
         "/v2/models/{model}/routes/{digest}": _get(
             "An earlier answer by its digest; 404 where it is not held.",
-            _reply("The answer.", "InferResponse", True), _MODEL, _DIGEST,
+            _reply("The answer.", "InferResponse", True),
+            _MODEL,
+            _DIGEST,
             {"name": "binary", "in": "query", "required": False, "schema": _FLAG},
-            codes=("malformed", "unauthorized", "blocked", "not_found", "rate_limited",
-                   "queue_full", "warming"),
+            codes=(
+                "malformed",
+                "unauthorized",
+                "blocked",
+                "not_found",
+                "rate_limited",
+                "queue_full",
+                "warming",
+            ),
         ),
         "/health": health,
         "/ready": ready,
@@ -205,11 +227,17 @@ def document(body_limit: int) -> dict[str, Any]:
                     },
                 },
                 "responses": {"200": _reply("What serves now.", "Object")}
-                | _errors("malformed", "unauthorized", "too_large", "request_timeout",
-                          "invalid_values", "warming"),
+                | _errors(
+                    "malformed",
+                    "unauthorized",
+                    "too_large",
+                    "request_timeout",
+                    "invalid_values",
+                    "warming",
+                ),
             }
         },
-    }  # fmt: skip
+    }
     return {
         "openapi": "3.1.0",
         "info": {

@@ -324,8 +324,10 @@ def _from_json(data: Any, datatype: str, shape: Sequence[int], count: int, name:
     wrong = set(map(type, flat)) - allowed
     if wrong:
         got = ", ".join(sorted(kind(next(v for v in flat if type(v) is t)) for t in wrong))
-        what = "true and false" if datatype == "BOOL" else "numbers" if float in allowed else \
-            "whole numbers"  # fmt: skip
+        if datatype == "BOOL":
+            what = "true and false"
+        else:
+            what = "numbers" if float in allowed else "whole numbers"
         raise malformed(f"input {name}: expected {what} for {datatype}, got {got}.")
     try:
         with np.errstate(over="ignore"):

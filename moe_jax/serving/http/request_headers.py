@@ -58,7 +58,7 @@ def trace_of(traceparent: str | None) -> Trace | None:
     if match is None:
         return None
     version, trace_id, parent_id, _, more = match.groups()
-    if version == "ff" or (version == "00" and more) or not int(trace_id, 16) or \
-            not int(parent_id, 16):  # fmt: skip
+    zero = not int(trace_id, 16) or not int(parent_id, 16)
+    if zero or version == "ff" or (version == "00" and more):
         return None
     return Trace(trace_id, parent_id)

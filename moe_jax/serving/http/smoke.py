@@ -11,8 +11,12 @@ import numpy as np
 
 from moe_jax.serving.http.client import Refused, Service, Unreachable
 
-_METRICS = ("moe_requests_total", "moe_request_duration_seconds", "moe_circuit_state",
-            "moe_build_info")  # fmt: skip
+_METRICS = (
+    "moe_requests_total",
+    "moe_request_duration_seconds",
+    "moe_circuit_state",
+    "moe_build_info",
+)
 
 
 def check(

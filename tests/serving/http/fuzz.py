@@ -32,11 +32,19 @@ async def ask(app: Any, request: Request, pieces: int = 1) -> tuple[int, bytes]:
 
     path, _, query = path.partition("?")
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
-        "path": path, "raw_path": path.encode("utf-8", "replace"), "query_string": query.encode(),
-        "root_path": "", "scheme": "http", "headers": headers, "client": ("127.0.0.1", 1),
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode("utf-8", "replace"),
+        "query_string": query.encode(),
+        "root_path": "",
+        "scheme": "http",
+        "headers": headers,
+        "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 80),
-    }  # fmt: skip
+    }
     await app(scope, receive, send)
     starts = [m for m in sent if m["type"] == "http.response.start"]
     assert len(starts) == 1, sent[:3]
@@ -47,9 +55,7 @@ async def ask(app: Any, request: Request, pieces: int = 1) -> tuple[int, bytes]:
 def good(rng: random.Random) -> tuple[dict[str, Any], bytes]:
     """A request that is answered: its JSON, and its binary data."""
     x = np.full((1, rng.randint(1, 4), WIDTH), rng.uniform(-2, 2), np.float32)
-    tensor: dict[str, Any] = {
-        "name": "hidden_states", "shape": list(x.shape), "datatype": "FP32"
-    }  # fmt: skip
+    tensor: dict[str, Any] = {"name": "hidden_states", "shape": list(x.shape), "datatype": "FP32"}
     data = b""
     if rng.random() < 0.5:
         tensor["parameters"] = {"binary_data_size": x.nbytes}
@@ -63,15 +69,81 @@ def good(rng: random.Random) -> tuple[dict[str, Any], bytes]:
 
 
 _VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 2**64, 10**30, 0.5, -0.0, 1e308, "", "a",
-    "FP32", "INT32", "BOOL", "\ud800", "\0", "é" * 50, [], [[]], {}, {"a": 1}, [1, [2]], [None],
-    "hidden_states", "token_mask", "router_logits", [-1], [0], [2**62, 2**62],
-]  # fmt: skip
-_KEYS = ["id", "inputs", "outputs", "parameters", "name", "shape", "datatype", "data",
-         "binary_data_size", "binary_data", "binary_data_output", "classification",
-         "shared_memory_region", "timeout", "priority", "sequence_id", "x"]  # fmt: skip
-_TOKENS = [b"NaN", b"Infinity", b"-", b"[", b"]", b"{", b"}", b",", b'"', b"\\", b"\xff", b"\0",
-           b"1e999", b"9" * 400, b"\\ud800", b"\xef\xbb\xbf", b"//", b"'", b"null"]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    -(2**63),
+    2**64,
+    10**30,
+    0.5,
+    -0.0,
+    1e308,
+    "",
+    "a",
+    "FP32",
+    "INT32",
+    "BOOL",
+    "\ud800",
+    "\0",
+    "é" * 50,
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    [1, [2]],
+    [None],
+    "hidden_states",
+    "token_mask",
+    "router_logits",
+    [-1],
+    [0],
+    [2**62, 2**62],
+]
+_KEYS = [
+    "id",
+    "inputs",
+    "outputs",
+    "parameters",
+    "name",
+    "shape",
+    "datatype",
+    "data",
+    "binary_data_size",
+    "binary_data",
+    "binary_data_output",
+    "classification",
+    "shared_memory_region",
+    "timeout",
+    "priority",
+    "sequence_id",
+    "x",
+]
+_TOKENS = [
+    b"NaN",
+    b"Infinity",
+    b"-",
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b",",
+    b'"',
+    b"\\",
+    b"\xff",
+    b"\0",
+    b"1e999",
+    b"9" * 400,
+    b"\\ud800",
+    b"\xef\xbb\xbf",
+    b"//",
+    b"'",
+    b"null",
+]
 
 
 def _holders(value: Any) -> list[Any]:
@@ -109,22 +181,51 @@ def spoil(rng: random.Random) -> tuple[Request, int]:
     if data or rng.random() < 0.1:
         length = str(len(text)).encode()
         if rng.random() < 0.2:
-            length = rng.choice([b"", b"0", b"-1", b"9" * 25, b"x", b"1.0", b"\xff", b"1",
-                                 str(len(body) + 1).encode()])  # fmt: skip
+            length = rng.choice(
+                [
+                    b"",
+                    b"0",
+                    b"-1",
+                    b"9" * 25,
+                    b"x",
+                    b"1.0",
+                    b"\xff",
+                    b"1",
+                    str(len(body) + 1).encode(),
+                ]
+            )
         headers.append((b"inference-header-content-length", length))
     if rng.random() < 0.2:
-        headers.append(rng.choice([
-            (b"content-encoding", b"gzip"), (b"content-encoding", b"br"),
-            (b"content-type", b"text/plain"), (b"content-length", b"-5"),
-            (b"content-length", b"9" * 30), (b"accept-encoding", b"gzip;q=x,,;"),
-            (b"authorization", b"Bearer \xff"), (b"traceparent", b"00-zz"),
-            (b"x-forwarded-for", b",,1.2.3.4.5"), (b"x-request-id", b"\r\nx: y"),
-        ]))  # fmt: skip
+        headers.append(
+            rng.choice(
+                [
+                    (b"content-encoding", b"gzip"),
+                    (b"content-encoding", b"br"),
+                    (b"content-type", b"text/plain"),
+                    (b"content-length", b"-5"),
+                    (b"content-length", b"9" * 30),
+                    (b"accept-encoding", b"gzip;q=x,,;"),
+                    (b"authorization", b"Bearer \xff"),
+                    (b"traceparent", b"00-zz"),
+                    (b"x-forwarded-for", b",,1.2.3.4.5"),
+                    (b"x-request-id", b"\r\nx: y"),
+                ]
+            )
+        )
     path = "/v2/models/router/infer"
     if rng.random() < 0.1:
-        path = rng.choice(["/v2/models/moe/infer", "/v2/models/x/infer", "/v2/models//infer",
-                           "/v2/models/router/versions/9/infer", "/v2/models/router/routes/é",
-                           "/v2/models/%00/infer", "/admin/reload", "/nowhere"])  # fmt: skip
+        path = rng.choice(
+            [
+                "/v2/models/moe/infer",
+                "/v2/models/x/infer",
+                "/v2/models//infer",
+                "/v2/models/router/versions/9/infer",
+                "/v2/models/router/routes/é",
+                "/v2/models/%00/infer",
+                "/admin/reload",
+                "/nowhere",
+            ]
+        )
     method = rng.choice(["POST"] * 30 + ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
     return (method, path, headers, body), rng.choice([1, 1, 1, 2, 7])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import load_config
-from moe_jax.serving.engine import RouterEngine
+from moe_jax.serving.engine import RouterEngine, make_logger
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.app import create_app
 from tests.serving.engine.conftest import Log
@@ -93,9 +93,13 @@ def test_limits_are_checked_before_the_body_is_read(monkeypatch):
             sent.append(message)
 
         scope = {
-            "type": "http", "method": "POST", "path": INFER, "query_string": b"",
-            "headers": [(b"content-length", b"10")], "client": ("127.0.0.1", 1),
-        }  # fmt: skip
+            "type": "http",
+            "method": "POST",
+            "path": INFER,
+            "query_string": b"",
+            "headers": [(b"content-length", b"10")],
+            "client": ("127.0.0.1", 1),
+        }
         asyncio.run(app(scope, receive, send))
         app.transport.close()
     assert sent[0]["status"] == 429
@@ -236,11 +240,27 @@ def test_reload_takes_checkpoints_below_one_folder_and_tells_nothing_of_the_disk
         refusals = [
             reload(name)
             for name in (
-                "/etc", "/etc/passwd", "/", "/nowhere", secrets, secrets / "hidden-name",
-                "..", ".", "../secrets", "one/../../secrets", "exit", "exit/hidden-name", "nothing",
-                "broken", checkpoints, "~", "a\0b", "x" * 5000, "\ud800",
+                "/etc",
+                "/etc/passwd",
+                "/",
+                "/nowhere",
+                secrets,
+                secrets / "hidden-name",
+                "..",
+                ".",
+                "../secrets",
+                "one/../../secrets",
+                "exit",
+                "exit/hidden-name",
+                "nothing",
+                "broken",
+                checkpoints,
+                "~",
+                "a\0b",
+                "x" * 5000,
+                "\ud800",
             )
-        ]  # fmt: skip
+        ]
         app.transport.close()
     assert {status for status, _ in refusals} <= {400, 422}
     refused = {json.dumps(answer) for status, answer in refusals if status == 422}
@@ -369,6 +389,25 @@ def test_a_host_without_memory_is_503(monkeypatch):
         assert asked(app, "POST", INFER, BODY)[0] == 200
         assert app.transport.account.held == 0
         app.transport.close()
+
+
+def test_an_answer_does_not_depend_on_its_log_line(monkeypatch):
+    """Standard output on a full disk: every write to /dev/full fails."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        log = make_logger("INFO", "development", stream="stdout")
+        with served(small_engine(logger=log, admin_key="root")) as service:
+            limit = service.server.transport.body_limit
+            bearer = {"Authorization": "Bearer root"}
+            for _ in range(5):
+                assert service.request("POST", INFER, BODY)[0] == 200
+                assert service.request("POST", INFER, b"{}")[0] == 400
+                status, _, body = service.request(
+                    "POST", INFER, b"", {"Content-Length": str(limit + 1)}
+                )
+                assert (status, json.loads(body)["code"]) == (413, "too_large")
+                assert service.request("POST", "/admin/reload", b"", bearer)[0] == 200
+        monkeypatch.undo()
 
 
 def test_while_it_warms_up_probes_are_answered_and_requests_told_to_come_back(monkeypatch):

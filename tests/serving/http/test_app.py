@@ -32,19 +32,35 @@ def service():
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/v2", 200), ("GET", "/v2/health/live", 200), ("GET", "/v2/health/ready", 200),
-        ("GET", "/v2/models/router", 200), ("GET", "/v2/models/router/ready", 200),
-        ("GET", "/health", 200), ("GET", "/ready", 200), ("GET", "/metrics", 200),
-        ("GET", "/openapi.json", 200), ("GET", "/", 200), ("GET", "/status.js", 200),
-        ("GET", "/status.css", 200), ("HEAD", "/health", 200),
-        ("GET", "/v2/models/nobody", 404), ("GET", "/v2/models/nobody/ready", 404),
-        ("GET", "/v2/models/router/versions/9", 404), ("GET", "/nowhere", 404), ("GET", "//", 404),
-        ("GET", "/v2/", 404), ("POST", "/v2/models/nobody/infer", 404),
+        ("GET", "/v2", 200),
+        ("GET", "/v2/health/live", 200),
+        ("GET", "/v2/health/ready", 200),
+        ("GET", "/v2/models/router", 200),
+        ("GET", "/v2/models/router/ready", 200),
+        ("GET", "/health", 200),
+        ("GET", "/ready", 200),
+        ("GET", "/metrics", 200),
+        ("GET", "/openapi.json", 200),
+        ("GET", "/", 200),
+        ("GET", "/status.js", 200),
+        ("GET", "/status.css", 200),
+        ("HEAD", "/health", 200),
+        ("GET", "/v2/models/nobody", 404),
+        ("GET", "/v2/models/nobody/ready", 404),
+        ("GET", "/v2/models/router/versions/9", 404),
+        ("GET", "/nowhere", 404),
+        ("GET", "//", 404),
+        ("GET", "/v2/", 404),
+        ("POST", "/v2/models/nobody/infer", 404),
         ("POST", "/v2/models/router/versions/9/infer", 404),
-        ("GET", INFER, 405), ("PUT", INFER, 405), ("DELETE", "/health", 405), ("POST", "/v2", 405),
-        ("GET", "/admin/reload", 405), ("POST", "/admin/reload", 401),
+        ("GET", INFER, 405),
+        ("PUT", INFER, 405),
+        ("DELETE", "/health", 405),
+        ("POST", "/v2", 405),
+        ("GET", "/admin/reload", 405),
+        ("POST", "/admin/reload", 401),
     ],
-)  # fmt: skip
+)
 def test_every_path_and_method_has_its_status(service, method, path, status):
     body = BODY if method == "POST" else None
     found, headers, data = service.request(method, path, body)
@@ -135,10 +151,15 @@ def test_logs_carry_request_and_trace_ids_and_neither_keys_nor_tensors(service, 
         patch.setattr(engine, "log", log)
         patch.setattr(engine, "parts", dataclasses.replace(engine.parts, log=log))
         service.request(
-            "POST", INFER, BODY,
-            {"X-Request-Id": "seen", "traceparent": f"00-{trace}-{parent}-01",
-             "X-API-Key": "sesame"},
-        )  # fmt: skip
+            "POST",
+            INFER,
+            BODY,
+            {
+                "X-Request-Id": "seen",
+                "traceparent": f"00-{trace}-{parent}-01",
+                "X-API-Key": "sesame",
+            },
+        )
         deadline = time.monotonic() + PATIENCE  # the line is written after the answer
         while not any(line["event"] == "request" for line in lines):
             assert time.monotonic() < deadline

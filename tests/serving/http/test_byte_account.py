@@ -1,11 +1,13 @@
 """Memory is bounded: bytes are taken before they are read, and unread answers have a deadline."""
 
 import asyncio
+import gc
 import gzip
 import json
 import socket
 import threading
 import time
+import tracemalloc
 
 import grpc
 import numpy as np
@@ -115,9 +117,13 @@ def test_bytes_are_taken_before_they_are_read(service):
         pass
 
     scope = {
-        "type": "http", "method": "POST", "path": INFER, "query_string": b"",
-        "headers": [(b"content-length", str(size).encode())], "client": ("127.0.0.1", 1),
-    }  # fmt: skip
+        "type": "http",
+        "method": "POST",
+        "path": INFER,
+        "query_string": b"",
+        "headers": [(b"content-length", str(size).encode())],
+        "client": ("127.0.0.1", 1),
+    }
     asyncio.run(app(scope, receive, send))
     assert len(seen) == size // 250_000
     assert account.held == 0
@@ -347,6 +353,29 @@ def test_an_answer_that_a_grpc_client_does_not_read_is_in_the_account_and_has_a_
             until(lambda: 0 < account.held < 2000)
             assert raw.ended(1)
         until(lambda: account.held == 0)
+
+
+def test_a_refused_message_is_freed_at_once_and_not_by_the_collector_of_cycles():
+    """The traceback of a refusal holds the frames that hold the message."""
+    gc.collect()
+    gc.disable()
+    try:
+        with Grpc(security_level="standard", rate_limit_tokens=10) as server:
+            data = request(200_000)  # 12 MiB, more tokens than a client may ever send
+            tracemalloc.start()
+            with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+                infer = channel.unary_unary(GRPC_INFER)
+                for _ in range(4):
+                    with pytest.raises(grpc.RpcError, match="minute"):
+                        infer(data, timeout=PATIENCE)
+            for _ in range(4):
+                body = b" " * BIG
+                assert server.http.request("POST", INFER, body)[0] == 400
+            until(lambda: server.transport.account.held == 0)
+            until(lambda: tracemalloc.get_traced_memory()[0] < 2 * BIG + len(data))
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_trailing_metadata_is_no_metadata():

@@ -64,8 +64,10 @@ def given(kind, x, binary=True):
 def test_tritonclient_binary_and_json_in_and_out(
     client, x, expected, binary_in, binary_out, packed
 ):
-    asked = [triton_http.InferRequestedOutput(n, binary_data=binary_out) for n in
-             (*OUTPUTS, "router_logits")]  # fmt: skip
+    asked = [
+        triton_http.InferRequestedOutput(n, binary_data=binary_out)
+        for n in (*OUTPUTS, "router_logits")
+    ]
     result = client.infer(
         "router",
         given(triton_http, x, binary_in),
@@ -119,8 +121,10 @@ def test_a_token_mask_leaves_tokens_out(client, x):
 
 def test_asynchronous_requests_answer_their_own_question(client, x):
     batches = [x * (i + 1) for i in range(8)]
-    waiting = [client.async_infer("router", given(triton_http, b), request_id=str(i))
-               for i, b in enumerate(batches)]  # fmt: skip
+    waiting = [
+        client.async_infer("router", given(triton_http, b), request_id=str(i))
+        for i, b in enumerate(batches)
+    ]
     # All answers are read before the client asks again: an answer that is not read keeps its
     # connection, and another call would wait for one for ever.
     results = [asked.get_result() for asked in waiting]

@@ -190,9 +190,22 @@ def test_a_broken_request_after_a_good_one_does_not_cost_the_good_one_its_answer
 
 
 def test_head_is_answered_like_get_without_its_body(service):
-    paths = ("/", "/v2", "/health", "/ready", "/metrics", "/openapi.json", "/v2/health/live",
-             "/v2/health/ready", "/v2/models/router", "/v2/models/router/ready", "/nowhere",
-             "/v2/models/router/routes/0123456789abcdef", INFER, "/admin/reload")  # fmt: skip
+    paths = (
+        "/",
+        "/v2",
+        "/health",
+        "/ready",
+        "/metrics",
+        "/openapi.json",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/v2/models/router",
+        "/v2/models/router/ready",
+        "/nowhere",
+        "/v2/models/router/routes/0123456789abcdef",
+        INFER,
+        "/admin/reload",
+    )
     with Connection(service) as connection:
         for path in paths:
             expected = service.request("GET", path)[0]

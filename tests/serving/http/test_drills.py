@@ -372,9 +372,12 @@ def test_redis_killed_and_back_under_two_replicas(serve, tmp_path, monkeypatch):
     patient(monkeypatch)
     redis = RedisServer(tmp_path)
     options = dict(
-        redis_url=redis.url, security_level="standard", rate_limit_requests=10,
-        trusted_proxies="127.0.0.1", enable_caching=True,
-    )  # fmt: skip
+        redis_url=redis.url,
+        security_level="standard",
+        rate_limit_requests=10,
+        trusted_proxies="127.0.0.1",
+        enable_caching=True,
+    )
     replicas = one, two = serve(**options), serve(**options)
     new = itertools.count(100)  # inputs that no cache has seen
 

@@ -59,8 +59,11 @@ def test_keys_and_limits(call):
     for _ in range(3):
         assert len(call("ModelInfer", request(), key="alice").raw_output_contents) == 4
     code, told, text = refused(call, "ModelInfer", request(), key="alice")
-    assert (code, told["moe-code"], text) == ("RESOURCE_EXHAUSTED", "rate_limited",
-                                              "too many requests")  # fmt: skip
+    assert (code, told["moe-code"], text) == (
+        "RESOURCE_EXHAUSTED",
+        "rate_limited",
+        "too many requests",
+    )
     assert int(told["retry-after"]) >= 1
     # The limit is checked before the message is parsed; another client's garbage is.
     assert refused(call, "ModelInfer", None, key="alice", raw=b"\xff")[0] == "RESOURCE_EXHAUSTED"

@@ -31,11 +31,22 @@ def service():
 
 def browse(service, tmp_path, *options, path="/"):
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,820", "--hide-scrollbars",
-        "--virtual-time-budget=5000", *options, f"http://{service.address}{path}",
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1280,820",
+        "--hide-scrollbars",
+        "--virtual-time-budget=5000",
+        *options,
+        f"http://{service.address}{path}",
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
@@ -43,10 +54,16 @@ def test_the_page_is_live_and_shows_the_metrics(service, tmp_path):
     page = browse(service, tmp_path, "--dump-dom", "--enable-logging=stderr", "--v=0")
     dom = page.stdout
     for shown in (
-        'class="state good" role="status">ready<', "21 since the start", "160 since the start",
-        "expert 7", "k = 4", "<dt>malformed</dt>", ">closed</dd>", "<dt>blocked clients</dt>",
+        'class="state good" role="status">ready<',
+        "21 since the start",
+        "160 since the start",
+        "expert 7",
+        "k = 4",
+        "<dt>malformed</dt>",
+        ">closed</dd>",
+        "<dt>blocked clients</dt>",
         "untrained",
-    ):  # fmt: skip
+    ):
         assert shown in dom, shown
     assert "Content Security Policy" not in page.stderr
     assert "Uncaught" not in page.stderr

@@ -46,10 +46,16 @@ class Process:
 
     def start(self, port: int) -> None:
         settings = {
-            "INPUT_DIM": WIDTH, "BUCKETS": "8,64", "SECURITY_LEVEL": "minimal", "LOG_LEVEL": "INFO",
-            "DRAIN_SECONDS": DRAIN, "REQUEST_TIMEOUT_SECONDS": 120, "ADMIN_KEY": "operator",
-            "MAX_INFLIGHT": 2, "MAX_QUEUE": 16,
-        }  # fmt: skip
+            "INPUT_DIM": WIDTH,
+            "BUCKETS": "8,64",
+            "SECURITY_LEVEL": "minimal",
+            "LOG_LEVEL": "INFO",
+            "DRAIN_SECONDS": DRAIN,
+            "REQUEST_TIMEOUT_SECONDS": 120,
+            "ADMIN_KEY": "operator",
+            "MAX_INFLIGHT": 2,
+            "MAX_QUEUE": 16,
+        }
         env = {k: v for k, v in os.environ.items() if not k.startswith("MOE_")}
         env |= {f"MOE_{name}": str(value) for name, value in settings.items()}
         env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -123,8 +129,12 @@ def test_smoke_says_yes(process):
     result = runner.invoke(app, ["smoke", process.url, "--json"])
     assert result.exit_code == 0, result.output
     assert [c["check"] for c in json.loads(result.stdout)["checks"]] == [
-        "live", "ready", "health", "routes a batch", "metrics",
-    ]  # fmt: skip
+        "live",
+        "ready",
+        "health",
+        "routes a batch",
+        "metrics",
+    ]
 
 
 def test_smoke_says_no_where_nothing_answers():
@@ -167,7 +177,7 @@ def test_route_asks_the_service(process, tmp_path):
         (["serve", "--port", "70000"], "from 0 to 65535"),
         (["serve", "--config", "/nowhere.json"], "readable JSON"),
     ],
-)  # fmt: skip
+)
 def test_wrong_input_is_exit_code_2_and_says_what_to_do(tmp_path, arguments, said):
     np.save(tmp_path / "x.npy", X)
     given = [str(tmp_path / "x.npy") if a == "X" else a for a in arguments]

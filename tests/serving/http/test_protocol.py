@@ -145,8 +145,12 @@ REFUSED = [
     ("a size that is a float", raw(parameters={"binary_data_size": 16.0}), BYTES, "16"),
     ("a size that is a string", raw(parameters={"binary_data_size": "16"}), BYTES, "a string"),
     ("a size that is true", raw(parameters={"binary_data_size": True}), BYTES, "a boolean"),
-    ("BOOL bytes above 1", {"inputs": [X, MASK | {"parameters": {"binary_data_size": 2}}]},
-     b"\x01\x02", "0 and 1"),
+    (
+        "BOOL bytes above 1",
+        {"inputs": [X, MASK | {"parameters": {"binary_data_size": 2}}]},
+        b"\x01\x02",
+        "0 and 1",
+    ),
     ("shared memory in", raw(parameters={"shared_memory_region": "r"}), BYTES, "Shared memory"),
     ("parameters null", replaced(parameters=[]), b"", "an object"),
     ("a parameter that is an array", replaced(parameters={"a": [1]}), b"", "an array"),
@@ -158,8 +162,12 @@ REFUSED = [
     ("a priority that is a string", {"inputs": [X], "parameters": {"priority": "1"}}, b"", "whole"),
     ("a negative timeout", {"inputs": [X], "parameters": {"timeout": -1}}, b"", "at least 0"),
     ("a timeout that is a float", {"inputs": [X], "parameters": {"timeout": 0.5}}, b"", "whole"),
-    ("binary_data_output as text", {"inputs": [X], "parameters": {"binary_data_output": "yes"}},
-     b"", "true or false"),
+    (
+        "binary_data_output as text",
+        {"inputs": [X], "parameters": {"binary_data_output": "yes"}},
+        b"",
+        "true or false",
+    ),
     ("a sequence", {"inputs": [X], "parameters": {"sequence_id": 3}}, b"", "no state"),
     ("outputs an object", {"inputs": [X], "outputs": {}}, b"", "an array"),
     ("outputs null", {"inputs": [X], "outputs": None}, b"", "null"),
@@ -167,12 +175,20 @@ REFUSED = [
     ("an output without a name", output(parameters={}), b"", "name"),
     ("an unknown output", output(name="logits"), b"", "does not give"),
     ("an output twice", {"inputs": [X], "outputs": [{"name": "expert_indices"}] * 2}, b"", "once"),
-    ("binary_data as a number", output(name="expert_indices", parameters={"binary_data": 1}), b"",
-     "true or false"),
+    (
+        "binary_data as a number",
+        output(name="expert_indices", parameters={"binary_data": 1}),
+        b"",
+        "true or false",
+    ),
     ("labels", output(name="expert_indices", parameters={"classification": 3}), b"", "labels"),
-    ("shared memory out", output(name="expert_indices", parameters={"shared_memory_region": "r"}),
-     b"", "Shared memory"),
-]  # fmt: skip
+    (
+        "shared memory out",
+        output(name="expert_indices", parameters={"shared_memory_region": "r"}),
+        b"",
+        "Shared memory",
+    ),
+]
 
 
 @pytest.mark.parametrize(

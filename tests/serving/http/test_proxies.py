@@ -210,9 +210,22 @@ def plain():
 )
 def test_curl_that_offers_http_2_is_answered(plain, tmp_path, body):
     (tmp_path / "body").write_bytes(body)
-    command = [program("curl"), "--http2", "-sS", "-m", "60", "-w", "%{http_code}", "-o", "/dev/null",
-               "-H", "Content-Type: application/json", "--data-binary", f"@{tmp_path / 'body'}",
-               f"http://{plain.address}{INFER}"]  # fmt: skip
+    command = [
+        program("curl"),
+        "--http2",
+        "-sS",
+        "-m",
+        "60",
+        "-w",
+        "%{http_code}",
+        "-o",
+        "/dev/null",
+        "-H",
+        "Content-Type: application/json",
+        "--data-binary",
+        f"@{tmp_path / 'body'}",
+        f"http://{plain.address}{INFER}",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (result.returncode, result.stdout) == (0, "200"), result.stderr
 
@@ -242,8 +255,13 @@ def test_javas_client_is_answered(plain, tmp_path):
     java = program("java")
     (tmp_path / "Ask.java").write_text(JAVA)
     (tmp_path / "body").write_bytes(BODY)
-    command = [java, "-Xshare:auto", str(tmp_path / "Ask.java"), f"http://{plain.address}{INFER}",
-               str(tmp_path / "body")]  # fmt: skip
+    command = [
+        java,
+        "-Xshare:auto",
+        str(tmp_path / "Ask.java"),
+        f"http://{plain.address}{INFER}",
+        str(tmp_path / "body"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     if "compiler" in result.stderr:
         pytest.skip("java has no compiler module, so this test did not run")
