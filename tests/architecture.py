@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "serving.metrics",
     ),
     ("parallel", "interop", "checkpoint"),
-    ("nn", "serving.engine", "testing"),
+    ("nn", "serving.engine"),
     ("models", "lab", "serving.http"),
     ("bench",),
     ("cli",),
@@ -57,7 +57,6 @@ CONTENTS = {
     "checkpoint": "save, restore, export",
     "models": "whole published models",
     "lab": "data, training, comparison",
-    "testing": "contract tests for your rule",
     "serving.errors": "codes and statuses",
     "serving.admission": "who may send what",
     "serving.cache": "results of whole requests",
@@ -77,7 +76,7 @@ _SERVICE = _PARTS | {"serving.errors", "serving.engine", "serving.http"}
 GROUPS = {
     **dict.fromkeys(_MATHS, "maths"),
     **dict.fromkeys(("parallel", "config", "interop", "nn", "checkpoint", "models"), "library"),
-    **dict.fromkeys(("lab", "testing", "bench"), "proof"),
+    **dict.fromkeys(("lab", "bench"), "proof"),
     **dict.fromkeys(_SERVICE, "service"),
     "cli": "command",
 }

@@ -18,13 +18,24 @@ from tests.architecture import (
     FLOOR_OF,
     FLOORS,
     GROUPS,
+    PICTURE,
     ROOT,
+    drawn,
     modules,
     table,
     violations,
     with_table,
 )
-from tests.architecture_figures import FIGURES, Tree, knots, longest_chain, number, report
+from tests.architecture_figures import (
+    FIGURES,
+    FRONT_DOORS,
+    Tree,
+    knots,
+    longest_chain,
+    number,
+    report,
+    room_of,
+)
 from tests.architecture_picture import picture, shown
 
 # To be mended with the rooms they are in; the list only gets shorter.
@@ -115,7 +126,9 @@ def test_import_moe_jax_is_light():
     assert done.stdout.strip() == "[]"
 
 
-def test_every_room_is_described_and_has_a_colour():
+def test_every_room_exists_is_described_and_has_a_colour():
+    rooms = {room_of(name) for name in modules()} - FRONT_DOORS
+    assert set(FLOOR_OF) == rooms
     assert set(CONTENTS) == set(FLOOR_OF)
     assert set(GROUPS) == set(FLOOR_OF)
 
@@ -129,6 +142,10 @@ def test_an_old_table_is_replaced_and_a_document_without_marks_is_refused():
     assert with_table(f"a\n{BEGIN}\nold\n{END}\nb") == f"a\n{BEGIN}\n{table()}{END}\nb"
     with pytest.raises(ValueError, match="expected the marks"):
         with_table("a document")
+
+
+def test_the_picture_is_current():
+    assert PICTURE.read_text() == drawn(), "run: python -m tests.architecture --write"
 
 
 def test_the_table_has_every_room_once():
