@@ -566,7 +566,8 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
 
     Example:
         >>> small = {"model_type": "mixtral", "vocab_size": 96, "hidden_size": 32,
-        ...          "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        ...          "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        ...          "intermediate_size": 48}
         >>> decoder_config(small).head_dim
         8
     """

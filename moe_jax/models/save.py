@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.interop import router_from_hf
@@ -153,8 +152,10 @@ def _as_held(record: TensorRecord, model: CausalLM) -> TensorRecord:
     """
     meaning = (canonical(record.name) or "") if record.in_block else ""
     of_router = meaning.startswith(("router.", "expert_bias"))
-    dtype = jnp.promote_types(record.dtype, model.dtype) if of_router else model.dtype
-    return dataclasses.replace(record, dtype=np.dtype(dtype))
+    dtype = np.dtype(model.dtype)
+    if of_router and record.dtype.itemsize > dtype.itemsize:
+        dtype = record.dtype
+    return dataclasses.replace(record, dtype=dtype)
 
 
 def _index(text: str, records: Mapping[str, TensorRecord]) -> str:

@@ -88,6 +88,22 @@ def test_generation_without_a_cache_gives_the_same_tokens():
         np.testing.assert_array_equal(made, io["greedy"][:, :2])
 
 
+def test_bfloat16_is_near_float32_and_is_saved_as_what_it_is(tmp_path):
+    model = load_model(GOLDENS / "deepseek_v3", dtype="bfloat16")
+    assert model.dtype == "bfloat16"
+    assert model.blocks()[1].params["router"]["kernel"].dtype == "float32"
+    with np.load(GOLDENS / "deepseek_v3" / "io.npz") as io:
+        error = np.abs(model(io["input_ids"]) - io["logits"])
+        assert np.median(error) < 0.05 * np.abs(io["logits"]).max()
+    folder = save_model(model, tmp_path / "saved")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    again = load_model(folder)
+    pairs = zip(jax.tree.leaves(model.params()), jax.tree.leaves(again.params()), strict=True)
+    for left, right in pairs:
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
 def test_the_table_of_goldens_covers_the_families_it_promises():
     types = {json.loads((GOLDENS / f / "config.json").read_text())["model_type"] for f in FAMILIES}
     assert types >= {
