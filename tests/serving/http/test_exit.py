@@ -95,7 +95,7 @@ def test_a_log_that_cannot_be_written_breaks_nothing(log):  # S4
     assert "Traceback" not in errors
 
 
-def test_sigterm_while_it_warms_exits_with_0():  # S12
+def test_sigterm_while_it_warms_exits_with_0():
     # Without the compilation cache, and with large buckets, the start takes seconds.
     settings = {
         "INPUT_DIM": 512,
