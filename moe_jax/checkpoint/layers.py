@@ -1,8 +1,8 @@
 """The layers of a checkpoint: where the parameters of its routers are, and which experts they feed.
 
 A checkpoint stores one ``LayerSpec`` for each router that was described when it was saved.
-``locate_layers`` finds the rest: checkpoints of version 0.1 hold no specs, and a tree of the usual
-names needs none.
+``locate_layers`` derives the others from the names in the tree: checkpoints of version 0.1 hold no
+specs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LayerSpec:
     index: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Every field as plain JSON values."""
+        """Returns every field as a plain JSON value."""
         return {
             "router": list(self.router),
             "layer": None if self.layer is None else list(self.layer),
@@ -55,7 +55,7 @@ class LayerSpec:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> LayerSpec:
-        """The inverse of ``to_json``."""
+        """Returns the spec that ``to_json`` wrote."""
         layer, experts = data["layer"], data["experts"]
         return LayerSpec(
             router=tuple(data["router"]),
@@ -74,7 +74,7 @@ class StoredLayer:
         router: the rule.
         state: its state.
         params: its parameters; ``kernel`` is f32[D, E].
-        layer: parameters of ``moe_layer``, with ``params`` under ``router``; None without experts.
+        layer: parameters of ``moe_layer``; its ``router`` is ``params``. None without experts.
         experts: what one expert computes; None without experts.
     """
 
@@ -120,9 +120,12 @@ def stored_layer(
 def check_specs(
     layers: Mapping[str, LayerSpec], routers: Mapping[str, Router], params: Any
 ) -> None:
-    """Raises CheckpointError for a spec without its router, or one that points at nothing.
+    """Checks that each spec has the name of a router and that its keys lead to arrays.
 
     ``params`` may hold arrays or their shapes.
+
+    Raises:
+        CheckpointError: a spec fails the check; the message names it.
     """
     for name, spec in layers.items():
         if name not in routers:
@@ -133,8 +136,8 @@ def check_specs(
         if (spec.layer is None) != (spec.experts is None):
             raise CheckpointError(
                 f"layers[{name!r}]: expected both of layer and experts or neither, got "
-                f"layer={spec.layer}, experts={spec.experts}. The keys say where the parameters "
-                "are, the FeedForward what they compute."
+                f"layer={spec.layer}, experts={spec.experts}. layer says where the "
+                "parameters are, experts what they compute."
             )
         router = _node(name, params, spec.router)
         if "kernel" not in router:
@@ -153,6 +156,7 @@ def check_specs(
                 )
         if spec.index is not None:
             sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(trees)}
+            # A scalar has no leading axis: the appended 0 makes every index too large for it.
             if len(sizes) != 1 or not spec.index < (*next(iter(sizes)), 0)[0]:
                 raise CheckpointError(
                     f"layers[{name!r}]: expected arrays with a leading axis above index {spec.index}, "
@@ -165,8 +169,8 @@ def locate_layers(
 ) -> dict[str, LayerSpec]:
     """Returns a spec for every router whose parameters can be recognised by their names.
 
-    In this order: the stacked layers of the language model of ``moe-jax train`` as version 0.1
-    saved it, then the first mapping called like the router that holds a ``kernel``.
+    Two layouts are tried in order: the stacked layers of a language model that ``moe-jax train`` of
+    version 0.1 saved, then the first mapping with the router's name that holds a ``kernel``.
     """
     specs = {}
     for name in routers:
@@ -201,10 +205,10 @@ def _stacked_spec(name: str, params: Any, metadata: Mapping[str, Any]) -> LayerS
 
 
 def _named_spec(name: str, params: Any, metadata: Mapping[str, Any]) -> LayerSpec | None:
-    """The spec of a router whose parameters are under its own name.
+    """The spec of a router whose parameters are under its name.
 
-    A checkpoint of version 0.1 said what its experts compute in ``metadata["experts"]``; they are
-    served where ``params[name]`` (or ``params`` itself) has them under ``experts``.
+    A checkpoint of version 0.1 describes its experts in ``metadata["experts"]``. The spec includes
+    them if ``params[name]`` (or ``params``, if it has no such name) holds ``experts``.
     """
     keys = _find_kernel(params, name)
     if keys is None:
@@ -216,7 +220,7 @@ def _named_spec(name: str, params: Any, metadata: Mapping[str, Any]) -> LayerSpe
         return LayerSpec(router=keys)
     try:
         experts = FeedForward(**settings)
-    except (TypeError, ValueError):  # metadata is free: "experts" may mean something else in it
+    except (TypeError, ValueError):  # users write metadata: "experts" may mean something else
         return LayerSpec(router=keys)
     return LayerSpec(router=keys, layer=layer, experts=experts)
 
@@ -227,6 +231,7 @@ def _find_kernel(params: Any, name: str) -> Keys | None:
         return None
     if name in params:
         keys, node = (name,), params[name]
+        # The kernel is in the mapping itself, in its "router", or in the "router" of its "moe".
         while isinstance(node, dict):
             if "kernel" in node:
                 return keys

@@ -1,4 +1,4 @@
-"""Dropless experts without E times the work: static sizes, chosen at run time by the load.
+"""Computes dropless experts in blocks whose static sizes are chosen at run time, by the load.
 
 Two ways of running sorted rows are combined, and both choose among a few static sizes by
 ``lax.switch``:
@@ -6,22 +6,23 @@ Two ways of running sorted rows are combined, and both choose among a few static
 * *Pieces*: a loop with a dynamic trip count over pieces of at most B rows of one expert. A piece
   runs in the smallest of a few sizes that holds it. Needs one expert's weights at a time.
 * *Bulk*: the first C rows of every expert in one batched product, as in ``capacity``, where C is
-  the cheapest of a few sizes for the loads at hand; what an expert has beyond C goes to the pieces.
+  the cheapest of a few sizes for the current loads. Rows of an expert beyond C go to the pieces.
 
-On a CPU, with hundreds of rows an expert, the pieces alone are as fast as one large product, since
-the hidden activations of a piece stay in the cache, and follow any load; accelerators want the bulk.
-Nothing is dropped, no buffer is sized for the worst case, and fewer experts per token cost less
-time.
+On a CPU with hundreds of rows per expert, the pieces alone are as fast as one large product, because
+the hidden activations of a piece stay in the cache. They also fit any load. Accelerators need the
+bulk to be fast. Nothing is dropped, no buffer is sized for the worst case, and fewer experts per
+token cost less time.
 
 The gradient is written by hand: differentiating through ``lax.switch`` would keep the residuals of
 every branch, and a loop with a dynamic trip count has no reverse derivative. The backward pass runs
-the hidden layers of the experts again instead of storing them. Forward mode (``jax.jvp``) does not pass
-through a written gradient: name ``capacity``, ``dense`` or ``ragged`` for it.
+the hidden layers of the experts again instead of storing them. A hand-written
+gradient does not support forward mode (``jax.jvp``): choose the implementation ``capacity``,
+``dense`` or ``ragged`` for it.
 
-The output of a piece is added to its tokens at once, in both directions, so that no buffer of T * K
-rows is written, read and summed whatever k is. That buffer, not the experts, kept a dynamic k from
-saving as much time as it saves operations. Only a forward pass that a gradient follows keeps its rows,
-for the gradient of the combine weights.
+Both passes add the output of a piece to its tokens immediately. A buffer of T * K rows would be
+written, read and summed whatever k is: with it, a smaller dynamic k saved operations but much less
+time. Only a forward pass that a gradient follows keeps its rows, for the gradient of the combine
+weights.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ from moe_jax.experts.base import (
 from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.types import Array, DispatchPlan, Params
 
-# TierSizes of the bulk as shares of the mean load (rows / E). Dense around 1, where the padding of a
-# balanced load is decided.
+# Sizes of the bulk, as shares of the mean load (rows / E). The steps are finest around 1, because
+# they decide the padding of a balanced load.
 _BULK_SHARES = {"cpu": (0.0,), "": (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0625, 1.125, 1.25)}
 
-# TierSizes of the pieces. Where the mean load is a piece or less, one piece holds most experts, so the
-# sizes are dense around the loads to expect; above it, only the last piece of an expert is padded, by
-# half a step on average: with steps of a quarter, 13 % of the rows at a mean k of 1.3 were padding.
+# Sizes of the pieces. If the mean load is at most the largest piece, one piece holds most experts, so
+# the steps are fine around the mean. Above it, only the last piece of an expert is padded, by half a
+# step on average: with steps of a quarter, 13 % of the rows at a mean k of 1.3 were padding.
 _MOST_PIECE_ROWS = 512
 _PIECE_SHARES_OF_LARGEST = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 _PIECE_SHARES_OF_MEAN = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25)
@@ -83,7 +84,7 @@ class _Layout(NamedTuple):
 
 
 def bulk_sizes(plan: DispatchPlan) -> tuple[int, ...]:
-    """Returns the static sizes C to choose from, ascending, none beyond what one expert can hold."""
+    """Returns the static sizes C to choose from, ascending, at most ``plan.max_group``."""
     mean = plan.num_rows / plan.assignments.num_experts
     shares = _BULK_SHARES.get(jax.default_backend(), _BULK_SHARES[""])
     return tuple(sorted({min(plan.max_group, _round_up(s * mean, 16)) for s in shares}))
@@ -112,7 +113,7 @@ def _piece_rows(sizes: tuple[int, ...], rows: Array) -> Array:
 
 
 def _fitting(sizes: tuple[int, ...], rows: Array) -> Array:
-    """Index of the smallest size that holds ``rows`` (the largest where none does)."""
+    """Index of the smallest size that holds ``rows`` (the largest size if none does)."""
     smaller = jnp.zeros(rows.shape, jnp.int32)
     for size in sizes[:-1]:
         smaller += (rows > size).astype(jnp.int32)
@@ -128,6 +129,8 @@ def _layout(plan: DispatchPlan, sizes: TierSizes) -> _Layout:
     """Chooses the bulk size that costs least for this load, in rows of arithmetic."""
     pieces, bulk = sizes.pieces, jnp.asarray(sizes.bulk, jnp.int32)
     beyond = jnp.maximum(plan.group_sizes[None, :] - bulk[:, None], 0)  # [tiers, E]
+    # A larger bulk computes more padding; a smaller one sends more rows to pieces, each of which
+    # copies its expert's weights.
     count = -(-beyond // pieces[-1])
     streamed = jnp.asarray([c + _STREAM_ROWS * (c > 0) for c in sizes.bulk], jnp.int32)
     cost = plan.assignments.num_experts * streamed
@@ -197,8 +200,8 @@ def _sum_over_slots(
     if not a.slots_per_token:
         empty = jnp.zeros((a.num_tokens, rows.shape[1]), jnp.float32)
         return empty.at[a.token_indices].add(fetch(counted, row, weights))
-    # Slot after slot, not all in one gather: XLA for CPU makes one loop of it, which holds no
-    # [T * K, D] and takes a tenth of the time.
+    # The sum goes slot by slot. XLA for CPU fuses it into one loop without a [T * K, D] buffer, which
+    # takes a tenth of the time of a single gather of all slots.
     by_slot = (-1, a.slots_per_token)
     counted, row = counted.reshape(by_slot), row.reshape(by_slot)
     each = None if weights is None else weights.reshape(by_slot)
@@ -246,12 +249,14 @@ def _run_layout(
         # Pieces are numbered expert after expert: the expert is the number of ends at or before it.
         expert = (layout.pieces_end <= index).sum(dtype=jnp.int32)
         held = layout.beyond[expert]
+        # The expert's first piece has the index `pieces_end - ceil(held / most)`; `done` counts the
+        # rows of its earlier pieces.
         done = (index - layout.pieces_end[expert] + -(-held // most)) * most
         row = plan.group_offsets[expert] + layout.base + done
         held = held - done
         one = one_expert(params, expert)
         rows = _rows(plan, row + slot, slot < held)
-        # Only the experts run in branches: what is outside is compiled once, not once a size.
+        # Only the expert runs inside the branches: code outside is compiled once, not per size.
         branches = [functools.partial(piece, size) for size in pieces]
         result = jax.lax.switch(_fitting(pieces, held), branches, one, *gather(rows))
         return put(carry, expert, row, rows, result)
@@ -267,7 +272,7 @@ def _pad(rows: Array, length: int) -> Array:
 def _put_rows(total: Array, row: Array, live: Array, rows: Array) -> Array:
     """Writes the live rows at ``row`` and leaves the rows after them, which belong to other experts.
 
-    ``total`` holds ``to_bits``: a loop that carried 16-bit floats would be rewritten at every piece.
+    ``total`` holds ``to_bits``: XLA for CPU would widen all of a 16-bit float carry at every piece.
     """
     old = jax.lax.dynamic_slice_in_dim(total, row, rows.shape[0])
     new = jnp.where(live[:, None], to_bits(rows), old)
@@ -281,7 +286,7 @@ def _add_rows(total: Array, rows: _Rows, values: Array) -> Array:
 
 
 def _add_expert(total: Params, expert: Array, update: Params) -> Params:
-    """Adds the gradient of one expert to those of all, in place of its slice."""
+    """Adds the gradient of one expert to its slice of the gradients of all experts."""
 
     def add(whole: Array, part: Array) -> Array:
         old = jax.lax.dynamic_index_in_dim(whole, expert, axis=0, keepdims=False)

@@ -1,8 +1,8 @@
-"""Keys of a config that change the mathematics of a block and that its family does not read.
+"""Checks the keys of a config that change the mathematics of a block but that its family ignores.
 
-Such a key must say what the family does anyway, or the config is refused: a setting that is silently
-ignored is a model that routes differently. What the family does is taken from the rule that was built
-for the config, so the table below names keys, not families.
+Such a key must state what the family does in any case; otherwise the config is rejected. A model
+whose setting is silently ignored would route differently from the trained one. The rule that was
+built for the config shows what the family does, so the table below names keys, not families.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _NO_ROUTING = re.compile(
 
 
 def check_router_keys(family: Family, c: HFConfig, router: Router) -> None:
-    """Refuses routing keys that are stated, not read, and not what ``router`` does.
+    """Rejects a stated routing key that the family ignores and that differs from ``router``.
 
     Args:
-        family: of the config.
+        family: the family of the config.
         c: the config, after ``family.router(c)`` has read its keys.
-        router: the rule that came out.
+        router: the rule that the family built from the config.
 
     Raises:
-        ValueError: a key says something else than the rule does; it is named.
+        ValueError: a key contradicts the rule; the message names the key.
     """
     scoring = _scoring(router)
     scale = scoring.scale * float(family.output_scale(c))
@@ -70,24 +70,27 @@ def check_router_keys(family: Family, c: HFConfig, router: Router) -> None:
         "moe_random_routing_dropped_token": (False,),
         "moe_use_hard_gate": (False,),
     }
-    known = set()
+    table_keys = set()
     for meaning, accepted in tables.items():
         for key in ALIASES.get(meaning, (meaning,)):
-            known.add(key)
+            table_keys.add(key)
             _check(c, key, family.accepts.get(key, accepted))
+    # A key that the table lacks may still change the routing: only values that mean "not used" are
+    # accepted, unless the family lists others.
     for key, value in c.stated.items():
         if not isinstance(key, str):
             continue
         about = _ROUTING_WORD.search(key) and not _NO_ROUTING.search(key)
-        if about and key not in known and key not in c.read and not isinstance(value, Mapping):
+        unread = key not in table_keys and key not in c.read
+        if about and unread and not isinstance(value, Mapping):
             _check(c, key, family.accepts.get(key, _off(True)))
 
 
 def check_expert_keys(family: Family, c: HFConfig, expert_fn: ExpertFn) -> None:
-    """Refuses keys of the experts that are stated, not read, and not what ``expert_fn`` does.
+    """Rejects a stated key of the experts that the family ignores and that differs from ``expert_fn``.
 
     Raises:
-        ValueError: a key says something else than the experts do; it is named.
+        ValueError: a key contradicts the experts; the message names the key.
     """
     activation = getattr(expert_fn, "activation", None)
     names = tuple(hf for hf, ours in HF_ACTIVATIONS.items() if ours == activation)
@@ -103,7 +106,7 @@ def check_expert_keys(family: Family, c: HFConfig, expert_fn: ExpertFn) -> None:
 
 
 def _off(holds: bool) -> tuple[Any, ...]:
-    """The values that say "not used", where that is what the family does."""
+    """Returns the values that mean "not used" if ``holds``, else no values."""
     return (None, False, 0, 0.0, "") if holds else ()
 
 
@@ -113,17 +116,18 @@ def _check(c: HFConfig, key: str, accepted: tuple[Any, ...]) -> None:
     value = c.value(key)
     if value is None or any(_same(value, a) for a in accepted):
         return
+    # The message lists the "off" values only if nothing else is accepted.
     does = [a for a in accepted if a not in _off(True)] or list(accepted[:1])
     wanted = "no such setting" if does == [None] or not does else " or ".join(map(in_words, does))
     raise ValueError(
         f"config of {c.model_type!r}, {key}: expected {wanted}, since models of this type do not read "
-        f"the key, got {in_words(value)}. If the weights were trained with that, this library has no "
-        "rule for them; if not, correct config.json."
+        f"the key, got {in_words(value)}. If the weights were trained with this value, this library "
+        "has no rule for them; if not, correct config.json."
     )
 
 
 def _same(value: Any, accepted: Any) -> bool:
-    """Equality in which 1 is not true, and 2.5 is 2.5000001."""
+    """Compares numbers up to a relative 1e-6, and a bool with a bool only: 1 is not True."""
     if isinstance(value, bool) or isinstance(accepted, bool):
         return value is accepted
     if isinstance(value, (int, float)) and isinstance(accepted, (int, float)):
@@ -132,7 +136,7 @@ def _same(value: Any, accepted: Any) -> bool:
 
 
 def _scoring(router: Router) -> Scoring:
-    """How the rule makes weights; for the rules without a ``Scoring``, the one that says the same."""
+    """Returns the rule's ``Scoring``, or an equivalent one for a rule that has none."""
     if isinstance(router, JointShared):
         return Scoring(score="sigmoid", norm="sum", scale=router.scale)
     if isinstance(router, ProductKeys):

@@ -1,8 +1,8 @@
-"""The cost of a compute budget, measured on files that neither training nor calibration saw.
+"""Measures the quality lost to a compute budget, on files unseen in training and calibration.
 
-Each fitted rule is compared with the trained model byte for byte on the same text, and the
-difference in bits a byte comes with an interval. See ``moe_jax.lab.calibration`` for the rules, and for
-what keeps the comparison fair.
+Each fitted rule is compared with the trained model on the same bytes. The difference in bits per byte
+has a 95 % interval. ``moe_jax.lab.calibration`` describes the rules, and how the comparison is kept
+fair.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from moe_jax.lab.progress import track
 from moe_jax.routers import Router
 from moe_jax.types import Array, Params, Routing
 
-EQUAL_QUALITY = 0.002  # relative change of bits a byte that still counts as none
-MAX_DRIFT = 0.03  # of the mean k on held-out text, relative
+EQUAL_QUALITY = 0.002  # largest relative rise in bits per byte that counts as equal
+MAX_DRIFT = 0.03  # largest relative change of the mean k on held-out text
 
 
 @jax.jit
@@ -44,13 +44,13 @@ def _score(params: dict[str, Params], h: Array, targets: Array) -> Array:
 def held_out_blocks(
     config: LMConfig, corpus: Corpus | None = None, *, tokens: int = 32_768, seed: int = 0
 ) -> Blocks:
-    """About ``tokens`` bytes of held-out files, evenly from all of them."""
+    """Returns blocks of about ``tokens`` bytes, taken evenly from all held-out files."""
     files = (load_corpus() if corpus is None else corpus).held_out
     return spread_blocks(files, config, tokens, seed)
 
 
 def layer_routings(model: Model, blocks: Blocks) -> list[Routing]:
-    """Returns the routing of each layer for blocks in one batch, host arrays over B * S tokens."""
+    """Runs all blocks as one batch; returns each layer's routing of B * S tokens, on the host."""
     inputs, mask = jnp.asarray(blocks.inputs), jnp.asarray(blocks.mask)
     layers = run_layers(model, model.routers, model.states, inputs, mask)
     return [jax.device_get(routing) for routing, _, _ in layers]
@@ -58,7 +58,7 @@ def layer_routings(model: Model, blocks: Blocks) -> list[Routing]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """A model with certain rules, measured on blocks of text. Host arrays."""
+    """Measurements of a model, with its rules, on blocks of text. Arrays are on the host."""
 
     nats_per_file: np.ndarray  # f64[files]
     bytes_per_file: np.ndarray  # f64[files]
@@ -90,13 +90,13 @@ def evaluate(
     routers: Sequence[Router] | None = None,
     states: Sequence[Any] | None = None,
 ) -> Evaluation:
-    """Measures a model on text, with its own rules or with others.
+    """Measures a model on text, with its rules or with the rules given.
 
     Args:
         model: parameters, and the rules to use unless others are given.
         blocks: the text.
         routers: a rule for each layer, with ``states``.
-        states: a state for each of them.
+        states: the state of each rule.
     """
     config, params = model.config, model.params
     routers = model.routers if routers is None else routers
@@ -144,7 +144,7 @@ def evaluate(
     )
 
 
-# --- what the difference is worth -----------------------------------------------------------
+# --- confidence in the difference -----------------------------------------------------------
 
 
 def paired_bootstrap(
@@ -157,17 +157,17 @@ def paired_bootstrap(
 ) -> dict[str, float]:
     """Returns a change in bits per byte with its 95 % interval, by resampling whole files.
 
-    Both models are measured on the same bytes, so files are drawn (with replacement) once for
-    both, and only what differs between the two is uncertain. Files are drawn rather than bytes
-    because bytes of one file are alike: an interval over bytes would be too narrow.
+    Both models are measured on the same bytes. Each draw of files (with replacement) is used for
+    both, so the interval contains only the uncertainty of their difference. Files are drawn rather
+    than bytes because bytes of one file are alike: an interval over bytes would be too narrow.
 
     Args:
         nats_after: f64[files], summed over each file.
-        nats_before: f64[files], of the model compared with.
+        nats_before: f64[files], the same of the reference model.
         num_bytes: f64[files].
 
     Returns:
-        ``delta``, ``low``, ``high`` in bits a byte, and ``relative``, ``relative_low``,
+        ``delta``, ``low``, ``high`` in bits per byte, and ``relative``, ``relative_low``,
         ``relative_high`` as shares of the bits before.
 
     Example:
@@ -179,6 +179,7 @@ def paired_bootstrap(
     after, before, size = (v[used] for v in (nats_after, nats_before, num_bytes))
     files = len(size)
     draw = np.random.default_rng(seed)
+    # How often each resample draws each file: one matrix product then sums all resamples.
     weights = draw.multinomial(files, np.full(files, 1.0 / files), size=resamples).astype(float)
 
     def quantiles(below: np.ndarray) -> tuple[float, float, float]:
@@ -198,8 +199,10 @@ def paired_bootstrap(
 
 
 def verdict(relative_low: float, relative_high: float) -> str:
-    """Returns ``"equal"`` if worse by at most 0.2 % with confidence, ``"worse"`` if surely not, else
-    ``"not shown"``."""
+    """Returns a word for the 95 % interval of the relative change in bits per byte.
+
+    ``"equal"`` if all of it is at most 0.2 %, ``"worse"`` if all of it is above, else ``"not shown"``.
+    """
     if relative_high <= EQUAL_QUALITY:
         return "equal"
     return "worse" if relative_low > EQUAL_QUALITY else "not shown"
@@ -207,7 +210,7 @@ def verdict(relative_low: float, relative_high: float) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Frontier:
-    """All rules at all budgets, beside the trained model."""
+    """Evaluations of all rules at all budgets, and of the trained model."""
 
     baseline: Evaluation
     evaluations: Mapping[str, Evaluation]  # by variant name
@@ -226,12 +229,12 @@ def measure(
 ) -> Frontier:
     """Evaluates fitted variants on held-out text beside the trained model.
 
-    ``rows`` has for each: ``rule``, ``label``, ``control``, ``saving`` (asked), ``target_mean_k``,
-    ``calibrated_mean_k``, ``held_out_mean_k``, ``mean_k_per_layer``, ``drift`` (relative),
-    ``drifted`` (by more than 3 %), ``achieved_saving``, ``executed_saving`` (rows the
-    implementation computed, padding included), ``bits_per_byte``, what ``paired_bootstrap`` gives,
-    ``verdict``, and ``recovered``: the share of each control's damage at the same budget that the
-    rule avoids, by control.
+    ``rows`` has for each variant: ``rule``, ``label``, ``control``, ``saving`` (requested),
+    ``target_mean_k``, ``calibrated_mean_k``, ``held_out_mean_k``, ``mean_k_per_layer``, ``drift``
+    (relative), ``drifted`` (by more than 3 %), ``achieved_saving``, ``executed_saving`` (rows the
+    implementation computed, padding included), ``bits_per_byte``, the values of ``paired_bootstrap``,
+    ``verdict``, and ``recovered``: for each control, the share of its loss at the same budget that
+    the rule avoids.
     """
     config = model.config
     evaluations: dict[str, Evaluation] = {}
@@ -244,13 +247,13 @@ def measure(
             for saving in savings:
                 name = variant_name(rule.name, saving)
                 routers, states = variants[name]
-                found = evaluate(model, blocks, routers=routers, states=states)
-                evaluations[name] = found
+                evaluation = evaluate(model, blocks, routers=routers, states=states)
+                evaluations[name] = evaluation
                 target = float(states[0].fit.target_mean_k)
                 change = paired_bootstrap(
-                    found.nats_per_file, base.nats_per_file, base.bytes_per_file
+                    evaluation.nats_per_file, base.nats_per_file, base.bytes_per_file
                 )
-                drift = found.mean_k / target - 1.0
+                drift = evaluation.mean_k / target - 1.0
                 rows.append(
                     {
                         "variant": name,
@@ -262,13 +265,13 @@ def measure(
                         "calibrated_mean_k": float(
                             np.mean([float(s.fit.achieved_mean_k) for s in states])
                         ),
-                        "held_out_mean_k": found.mean_k,
-                        "mean_k_per_layer": found.mean_k_per_layer.tolist(),
+                        "held_out_mean_k": evaluation.mean_k,
+                        "mean_k_per_layer": evaluation.mean_k_per_layer.tolist(),
                         "drift": drift,
                         "drifted": abs(drift) > MAX_DRIFT,
-                        "achieved_saving": 1.0 - found.mean_k / config.k,
-                        "executed_saving": 1.0 - found.slots_executed / base.slots_executed,
-                        "bits_per_byte": found.bits_per_byte,
+                        "achieved_saving": 1.0 - evaluation.mean_k / config.k,
+                        "executed_saving": 1.0 - evaluation.slots_executed / base.slots_executed,
+                        "bits_per_byte": evaluation.bits_per_byte,
                         **change,
                         "verdict": verdict(change["relative_low"], change["relative_high"]),
                     }

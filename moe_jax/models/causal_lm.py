@@ -27,13 +27,12 @@ Implementation = str | tuple[str, ...] | None
 
 @pytree
 class DecoderOutput:
-    """What a decoder returns beside its logits. Empty where it was not asked for."""
+    """The logits of a decoder and what the call requested besides; the rest is empty or None."""
 
     logits: Array  # f32[B, S, V]
-    hidden: tuple[
-        Array, ...
-    ]  # float[B, S, D]: embeddings, then after each layer; the last is normed
-    reports: tuple[LayerAux, ...]  # one a layer with experts
+    # float[B, S, D] each: the embeddings, then the output of each layer; the last one is normed.
+    hidden: tuple[Array, ...]
+    reports: tuple[LayerAux, ...]  # one per layer with experts
     cache: KVCache | None
 
 
@@ -42,7 +41,7 @@ class DecoderOutput:
 
 @jax.jit
 def token_layout(input_ids: Array, attention_mask: Array | None) -> TokenLayout:
-    """Positions and masks of whole sequences; positions count real tokens from 0.
+    """Returns positions and masks of whole sequences; positions count real tokens from 0.
 
     Args:
         input_ids: i32[B, S].
@@ -59,8 +58,9 @@ def token_layout(input_ids: Array, attention_mask: Array | None) -> TokenLayout:
 
 @jax.jit
 def cached_layout(layout: TokenLayout, cache: KVCache) -> TokenLayout:
-    """The layout of the same tokens behind those of a cache."""
+    """Returns the layout of tokens that follow the tokens of a cache."""
     start = cache.length
+    # `start * 0` is a zero of the dtype of `start`: both indices of the update need one dtype.
     key_mask = jax.lax.dynamic_update_slice(cache.key_mask, layout.mask, (start * 0, start))
     positions = layout.positions + cache.positions[:, None]
     return TokenLayout(positions=positions, mask=layout.mask, key_mask=key_mask, start=start)
@@ -108,15 +108,15 @@ def decoder_layer(
     implementation: Implementation = None,
     report: bool = False,
 ) -> tuple[Array, Params | None, LayerAux | None]:
-    """One layer. Compiled once for all layers of equal ``layer`` and shapes.
+    """Computes one layer. It is compiled once for all layers of equal ``layer`` and shapes.
 
     Args:
         config: the decoder (static).
-        layer: what this layer has (static).
+        layer: the configuration of this layer (static).
         params: ``attention``, norms, and ``moe`` (a ``MoEBlock``) or ``mlp``.
         h: float[B, S, D].
         layout: positions and padding.
-        cache: this layer's keys and values, or None. It is consumed: its buffers are written in place.
+        cache: this layer's keys and values, or None. It is donated: do not use it after the call.
         implementation: how experts run, see ``moe_jax.experts``.
         report: whether the block's routing and statistics are returned.
 
@@ -148,14 +148,14 @@ def decoder_layer(
 
 
 def _shared_mlp(config: DecoderConfig, params: Params, x: Array) -> Array:
-    """A feed-forward part beside the experts, with gate and up in one kernel (Granite)."""
+    """Computes the shared feed-forward part; one kernel holds gate and up (Granite)."""
     both = project(params["gate_up"], x)
     gate, up = both[..., : config.shared_d_ff], both[..., config.shared_d_ff :]
     return project(params["down"], ACTIVATIONS[config.activation](gate) * up)
 
 
 def _norm_if(config: DecoderConfig, params: Params, name: str, x: Array) -> Array:
-    """The norm of that name, where the layer has it."""
+    """Applies the norm ``name`` if the layer has it, else returns x."""
     return normalize(params[name], x, eps=config.norm_eps) if name in params else x
 
 
@@ -175,23 +175,24 @@ def forward(
     return_reports: bool = False,
     last_only: bool = False,
 ) -> DecoderOutput:
-    """Logits of a decoder. Each layer is compiled by itself, equal layers once.
+    """Computes the logits of a decoder. Each layer is compiled separately, equal layers once.
 
     Args:
         config: the decoder.
         params: ``embedding``, ``layers``, ``norm`` and ``head``, as ``CausalLM.params`` gives them.
         input_ids: i32[B, S].
         attention_mask: bool or int[B, S], 0 for padding; None is no padding.
-        cache: tokens before these, from ``init_cache`` or an earlier call. It is consumed: use the
-            one that is returned.
+        cache: keys and values of the preceding tokens, from ``init_cache`` or an earlier call. It is
+            donated: use the returned cache after the call.
         implementation: how experts run, see ``moe_jax.experts``.
         return_hidden: whether hidden states are returned.
         return_reports: whether each block's routing and statistics are returned.
-        last_only: logits of the last slot alone, f32[B, 1, V].
+        last_only: whether only the last position is unembedded: logits f32[B, 1, V], and the last
+            of ``hidden`` float[B, 1, D].
 
     Raises:
-        TypeError, ValueError: an input of another shape or dtype, ids outside the vocabulary, or more
-            tokens than the cache has room for.
+        TypeError, ValueError: an input has the wrong shape or dtype, an id is outside the vocabulary,
+            or the cache has no room for the tokens.
     """
     check_tokens(config, input_ids, attention_mask, cache)
     layout = token_layout(input_ids, attention_mask)
@@ -202,9 +203,15 @@ def forward(
     hidden, reports, layers = [h], [], []
     for layer, weights, kept in zip(config.layers, params["layers"], held, strict=True):
         h, kept, aux = decoder_layer(
-            config, layer, weights, h, layout, kept,
-            implementation=implementation, report=return_reports,
-        )  # fmt: skip
+            config,
+            layer,
+            weights,
+            h,
+            layout,
+            kept,
+            implementation=implementation,
+            report=return_reports,
+        )
         hidden.append(h)
         layers.append(kept)
         if aux is not None:
@@ -233,7 +240,7 @@ def check_tokens(
     attention_mask: Array | None = None,
     cache: KVCache | None = None,
 ) -> None:
-    """Checks shapes, and the values of ids where they are known.
+    """Checks shapes and, outside a trace, the values of ids and the room in the cache.
 
     Raises:
         TypeError, ValueError: see ``forward``.
@@ -252,13 +259,13 @@ def check_tokens(
         got = f"a {type(attention_mask).__name__}" if got is None else f"shape {list(got)}"
         raise ValueError(
             f"attention_mask: expected shape {list(input_ids.shape)} like input_ids, got {got}. Pass "
-            "one flag a token, 0 for padding."
+            "one flag per token, 0 for padding."
         )
     longest, slots = config.longest, input_ids.shape[1] if cache is None else cache.capacity
     if longest is not None and slots > longest:
         raise ValueError(
-            f"input_ids: expected at most {longest} tokens, got {slots}. Beyond that length the "
-            "model's rotary positions take other factors, which are not implemented."
+            f"input_ids: expected at most {longest} tokens, got {slots}. Longer sequences "
+            "use other rotary factors, which this library does not implement."
         )
     if not isinstance(input_ids, Tracer):
         ids = np.asarray(input_ids)
@@ -266,13 +273,13 @@ def check_tokens(
             bad = ids[(ids < 0) | (ids >= config.vocab_size)][0]
             raise ValueError(
                 f"input_ids: expected ids from 0 to {config.vocab_size - 1}, got {bad}. Use the "
-                "model's tokenizer; padding takes any valid id and a 0 in attention_mask."
+                "model's tokenizer; for padding, pass any valid id and 0 in attention_mask."
             )
     if cache is not None and not isinstance(cache.length, Tracer):
         room = cache.capacity - int(cache.length)
         if input_ids.shape[1] > room:
             raise ValueError(
-                f"input_ids: expected at most {room} tokens, as many as the cache has room for, got "
+                f"input_ids: expected at most {room} tokens, the room left in the cache, got "
                 f"{input_ids.shape[1]}. Give init_cache a larger capacity."
             )
 
@@ -281,7 +288,7 @@ def check_tokens(
 
 
 class HeldBlock(nnx.Module):
-    """The arrays of a ``MoEBlock`` as NNX variables; its static parts beside them."""
+    """Holds the arrays of a ``MoEBlock`` as NNX variables, and its static parts as attributes."""
 
     def __init__(self, block: MoEBlock) -> None:
         self.weights = hold(block.params, "")
@@ -292,7 +299,7 @@ class HeldBlock(nnx.Module):
         self.options = block.options
 
     def block(self) -> MoEBlock:
-        """The block, with the arrays as they are now."""
+        """Returns the block with the current arrays."""
         return MoEBlock(
             params=arrays(self.weights),
             state=self.router_state.get_value(),
@@ -304,7 +311,7 @@ class HeldBlock(nnx.Module):
 
 
 class HeldLayer(nnx.Module):
-    """The arrays of one decoder layer."""
+    """Holds the arrays of one decoder layer as NNX variables."""
 
     def __init__(self, params: Params) -> None:
         self.weights = hold({k: v for k, v in params.items() if k != "moe"}, "")
@@ -317,12 +324,12 @@ class HeldLayer(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """A published decoder. Arrays only: every computation is a function of this file.
+    """A published decoder. It holds arrays; the functions of this file do every computation.
 
     Args:
         config: the decoder.
         params: ``embedding`` [V, D], ``layers`` (a list, see ``decoder_layer``), ``norm``, and
-            ``head`` unless the embedding is the head too.
+            ``head`` unless the embedding also serves as the head.
         source: what ``save_model`` needs to write the model as it was read, or None.
 
     Example:
@@ -345,7 +352,7 @@ class CausalLM(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype that hidden states have."""
+        """The dtype of the hidden states."""
         return self.ends["embedding"].get_value().dtype
 
     def __call__(
@@ -379,7 +386,7 @@ class CausalLM(nnx.Module):
         """
         if layer not in self.config.moe_layers:
             raise ValueError(
-                f"layer: expected one with experts, among {list(self.config.moe_layers)}, got {layer}."
-                " Choose one of these."
+                f"layer: expected a layer with experts, one of {list(self.config.moe_layers)}, "
+                f"got {layer}. Choose one of these."
             )
         self.layers[layer].moe = HeldBlock(block)

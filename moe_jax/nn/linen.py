@@ -1,7 +1,7 @@
-"""Flax Linen modules. Arrays only; every computation is a call of a pure function.
+"""Flax Linen modules. They hold arrays; pure functions do every computation.
 
-Parameters are in the collection ``params``, the router's state in ``router_state``, which nothing
-but ``update_router`` writes, and only where it is mutable.
+Parameters are in the collection ``params``, the router's state in ``router_state``. Only
+``update_router`` writes that state, and only if ``apply`` is called with the collection mutable.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STATE = "router_state"
 
 
 def _boxed(params: Params, root: str) -> Params:
-    """Arrays in boxes that carry the logical names of their axes."""
+    """Boxes each array together with the logical names of its axes; ``root`` starts its path."""
 
     def box(path: Any, leaf: Array) -> Any:
         name = "/".join([root, *[str(getattr(p, "key", getattr(p, "idx", p))) for p in path]])
@@ -81,9 +81,12 @@ class Router(nn.Module):
     def regularization(
         self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
     ) -> Array:
-        """f32[]: what the rule's authors add to the training loss, of this layer's parameters in their
-        boxes or out of them: ``apply(variables, aux, method="regularization")``, inside the function
-        that is differentiated. ``ReLURouter`` and ``TopAny`` need it; it is 0 for most rules."""
+        """f32[]: the term that the rule's paper adds to the training loss, for this layer's parameters.
+
+        Call ``apply(variables, aux, method="regularization")`` inside the function that is
+        differentiated. The parameters may be boxed or not. ``ReLURouter`` and ``TopAny`` need the
+        term; it is 0 for most rules.
+        """
         return _regularization(self, self.router, aux, axis_name)
 
     def update_router(self, aux: LayerAux | RoutingStats) -> None:
@@ -93,7 +96,7 @@ class Router(nn.Module):
 
 
 class _MoELayer(nn.Module, kw_only=True):
-    """What ``MoE`` and ``DynamicMoE`` share; they differ in how they name their rule."""
+    """The common part of ``MoE`` and ``DynamicMoE``, which differ in how they give their rule."""
 
     d_model: int
     d_ff: int | None = None
@@ -109,14 +112,14 @@ class _MoELayer(nn.Module, kw_only=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.spec()  # a wrong value is refused when the module is made, not at its first call
+        self.spec()  # rejects a wrong value at construction, before the first call
 
     def rule(self) -> Rule:
         """The routing rule."""
         raise NotImplementedError
 
     def spec(self) -> LayerSpec:
-        """Everything static about the layer."""
+        """Returns the static description of the layer."""
         return LayerSpec(
             router=self.rule(),
             expert_fn=self.expert_fn,  # pyright: ignore[reportAttributeAccessIssue]
@@ -150,8 +153,8 @@ class _MoELayer(nn.Module, kw_only=True):
         Reads the router's state and never writes it: see ``update_router``.
         """
         spec = self.spec()
-        # One key makes all parts, as in init_moe_layer. Linen also calls these functions, abstractly,
-        # when it only checks the shapes of parameters that it was given; any key does then.
+        # All parts come from one key, as in init_moe_layer. Outside initialization, Linen evaluates
+        # the initializers only abstractly, to check the shapes of given parameters: any key will do.
         rng = self.make_rng("params") if self.is_initializing() else jax.random.key(0)
         names = jax.eval_shape(spec.init, rng)
         params = {
@@ -164,7 +167,7 @@ class _MoELayer(nn.Module, kw_only=True):
     def regularization(
         self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
     ) -> Array:
-        """f32[]: what the rule's authors add to the training loss, as ``Router.regularization``."""
+        """f32[]: the rule's term of the training loss; see ``Router.regularization``."""
         return _regularization(self, self.rule(), aux, axis_name)
 
     def update_router(self, aux: LayerAux | RoutingStats) -> None:
@@ -192,7 +195,7 @@ class MoE(_MoELayer):
 
 
 class DynamicMoE(_MoELayer):
-    """``MoE`` with ``DynamicK`` in the production guide's words, as ``moe_jax.nn.nnx.DynamicMoE``.
+    """``MoE`` with the rule ``DynamicK``; the arguments are those of ``moe_jax.nn.nnx.DynamicMoE``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -236,7 +239,7 @@ def _write(module: nn.Module, rule: Rule, aux: LayerAux | RoutingStats) -> None:
 def _regularization(
     module: nn.Module, rule: Rule, aux: LayerAux | Routing | ExpertChoice, axis_name: Axes
 ) -> Array:
-    # Linen hands a variable out as it was stored; only ``param`` takes it out of its box.
+    # `get_variable` returns a stored variable in its box; only `self.param` unboxes.
     params = nn.meta.unbox(module.get_variable("params", "router"))
     state = nn.meta.unbox(module.get_variable(STATE, "state"))
     return rule.regularization(params, state, routing_of(aux), axis_name=axis_name)

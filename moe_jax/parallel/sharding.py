@@ -46,7 +46,7 @@ Rules = Mapping[str, tuple[str, ...]]
 
 AXES = ("data", "expert_hosts", "expert", "model")
 
-# Logical axis -> axes of the mesh. What a mesh lacks is left out.
+# Logical axis -> axes of the mesh. Axes that a mesh does not have are left out.
 RULES: Rules = {
     "tokens": ("data", "expert_hosts", "expert"),
     "expert": ("expert_hosts", "expert"),
@@ -54,8 +54,8 @@ RULES: Rules = {
     "embed": (),
 }
 
-# Logical axes of each array of a layer. Arrays of a user's own experts get "expert" for the leading
-# axis and no name for the rest.
+# Logical axes of each array of a layer. Arrays of custom experts get "expert" for the leading axis
+# and no name for the rest.
 _NAMES: dict[str, tuple[str | None, ...]] = {
     "router/kernel": ("embed", None),
     "router/bias": (None,),
@@ -86,16 +86,16 @@ def make_mesh(
     expert_hosts: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh of ``data * expert_hosts * expert * model`` devices.
+    """Returns a mesh of ``data * expert_hosts * expert * model`` devices.
 
-    Devices of one process follow each other, so the first axes cross hosts and the last ones stay
-    inside: give ``data`` (or ``expert_hosts``) the number of hosts, or a multiple. On TPU slices the
-    axes are laid out by ``jax.experimental.mesh_utils``, slices outermost.
+    Devices are ordered process by process, so the first axes cross hosts and the last ones stay
+    inside a host. Set ``data`` (or ``expert_hosts``) to the number of hosts or a multiple of it. On
+    TPUs, ``jax.experimental.mesh_utils`` lays out the axes, slices outermost.
 
     Args:
         data, expert, model: sizes of the axes.
-        expert_hosts: hosts that one set of experts is spread over, for the two-level all-to-all.
-        devices: in order; None is all of them.
+        expert_hosts: number of hosts that share one set of experts, for the two-level all-to-all.
+        devices: the devices in order; None takes all of them.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
@@ -124,6 +124,7 @@ def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
         if slices == 1:
             return mesh_utils.create_device_mesh(shape, devices=devices)
+        # The network between slices is slow, so slices split the first axes, as far as they divide.
         across = [1] * len(shape)
         for i, size in enumerate(shape):
             across[i] = math.gcd(size, slices // math.prod(across))
@@ -135,17 +136,20 @@ def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 
 def mesh_axes(logical: str, mesh: AnyMesh, rules: Rules = RULES) -> tuple[str, ...]:
-    """The axes of the mesh that a logical axis is split over; those of size 1 are left out."""
+    """Returns the mesh axes that split a logical axis, without axes of size 1."""
     return tuple(a for a in rules.get(logical, ()) if mesh.shape.get(a, 1) > 1)
 
 
 def parallel_of(mesh: AnyMesh, rules: Rules = RULES, **options: Any) -> ExpertParallel:
-    """Returns what ``moe_layer(parallel=...)`` needs to know of a mesh.
+    """Returns the ``ExpertParallel`` of a mesh, for ``moe_layer(parallel=...)``.
 
     Args:
         mesh: from ``make_mesh``, or any with these axis names.
         rules: logical axes to axes of the mesh.
         **options: ``two_level``, ``send_shares``, ``exchange`` of ``ExpertParallel``.
+
+    Raises:
+        ValueError: the mesh has no axis that the rules name, or "mlp" has more than one axis.
 
     Example:
         >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "expert"))
@@ -186,11 +190,11 @@ def logical_axes(path: str, ndim: int) -> tuple[str | None, ...]:
 
 
 def param_specs(tree: Any, mesh: AnyMesh, rules: Rules = RULES) -> Any:
-    """A ``PartitionSpec`` for every array of a tree, by where it is in the tree.
+    """Returns a ``PartitionSpec`` for every array of a tree, by its path in the tree.
 
-    Arrays under ``experts``, ``shared`` or ``router`` are those of a layer, wherever that is: in a
-    model, with leading axes of stacked layers, in the moments of an optimiser. All else is on every
-    device.
+    Arrays under ``experts``, ``shared`` or ``router`` belong to a layer. The layer may be anywhere: in
+    a model, among stacked layers (with extra leading axes), in the moments of an optimiser. Every
+    other array is replicated on all devices.
 
     Example:
         >>> mesh = jax.sharding.AbstractMesh((2, 4), ("data", "expert"))
@@ -201,6 +205,7 @@ def param_specs(tree: Any, mesh: AnyMesh, rules: Rules = RULES) -> Any:
 
     def spec(keys: Any, leaf: Any) -> PartitionSpec:
         parts = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
+        # NNX variables and Linen boxes add a step of their name to the path of the array.
         parts = [part for part in parts if part not in ("value", "raw_value")]
         starts = [i for i, part in enumerate(parts) if part in ("experts", "shared", "router")]
         ndim = len(leaf.shape)
@@ -217,22 +222,22 @@ def param_specs(tree: Any, mesh: AnyMesh, rules: Rules = RULES) -> Any:
 
 
 def token_spec(mesh: AnyMesh, rules: Rules = RULES) -> PartitionSpec:
-    """How activations [tokens or batch, ...] are split: their leading axis, over all token axes."""
+    """Returns the spec of activations [tokens or batch, ...]: token axes split the leading axis."""
     return P(mesh_axes("tokens", mesh, rules) or None)
 
 
 def shardings(specs: Any, mesh: Mesh) -> Any:
-    """``NamedSharding`` for every ``PartitionSpec`` of a tree."""
+    """Returns a ``NamedSharding`` for every ``PartitionSpec`` of a tree."""
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
     )
 
 
 def shard(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
-    """Puts a tree on the devices of a mesh, by ``specs`` or, without them, by ``param_specs``.
+    """Puts a tree on the devices of a mesh, by ``specs``; None takes ``param_specs``.
 
-    ``specs`` may be a prefix of the tree: one spec for all below it. In several processes every
-    process passes the same whole arrays and keeps its part.
+    ``specs`` may be a prefix of the tree: one spec then holds for all arrays below it. With several
+    processes, every process passes the same whole arrays and keeps its part.
     """
     specs = param_specs(tree, mesh) if specs is None else specs
     return jax.tree.map(
@@ -253,7 +258,7 @@ def _place(x: Any, sharding: NamedSharding) -> Array:
 def pad_experts(params: Params, devices: int) -> Params:
     """Adds experts of zeros until their number is a multiple of ``devices``. No token uses them.
 
-    Do it once, after ``init`` or ``restore``; ``unpad_experts`` undoes it, for a checkpoint.
+    Call it once, after ``init`` or ``restore``. Before you save, ``unpad_experts`` undoes it.
 
     Example:
         >>> pad_experts({"up": jnp.ones((6, 2, 2))}, 4)["up"].shape
@@ -283,13 +288,13 @@ def jit_sharded(
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
 ) -> Any:
-    """Returns ``jax.jit(fn)`` with the shardings of a mesh, as ``pjit`` once did.
+    """Returns ``jax.jit(fn)`` with shardings on a mesh for arguments and results.
 
     Args:
-        fn: a function of arrays, seen as a whole: the compiler splits it.
+        fn: a function of global arrays; the compiler partitions it.
         mesh: where it runs.
         in_specs: for every argument that is not static, a ``PartitionSpec`` or a tree of them
-            (a prefix is enough), or None to take it as it comes. Arguments elsewhere are moved.
+            (a prefix is enough), or None to keep its sharding. Arguments placed otherwise are moved.
         out_specs: the same for the results.
         donate_argnums: arguments whose memory the results may take.
         static_argnums: arguments that are Python values.
@@ -326,28 +331,30 @@ def sharded_moe_layer(
     context: Context | None = None,
     options: LayerOptions = LayerOptions(),
 ) -> tuple[Array, LayerAux]:
-    """Computes ``moe_layer`` over the devices of a mesh, with the answer of one device.
+    """Computes ``moe_layer`` over the devices of a mesh; the result is that of one device.
 
     Tokens are split over the data and expert axes, each device routes its share, and rows travel to
-    their experts and back: see ``moe_jax.experts.expert_parallel``. Without ``capacity_factor``
-    the output is that of one device. With it, each device drops by itself, which on one device is
-    ``moe_layer(..., groups=number of devices that split tokens)``.
+    their experts and back: see ``moe_jax.experts.expert_parallel``. With ``capacity_factor``, each
+    device drops among its share of the tokens alone. On one device,
+    ``moe_layer(..., groups=number of devices that split tokens)`` drops the same assignments.
 
-    Call it under ``jax.jit`` (or ``jit_sharded``), as part of a model seen as a whole. The returned
-    routing is that of all tokens, so losses over it are global; ``router.update`` with the returned
-    statistics gives the same state on every device.
+    Call it with global arrays, under ``jax.jit`` or ``jit_sharded``. The returned routing covers all
+    tokens, so losses over it are global. ``router.update`` with the returned statistics gives the
+    same state on every device.
 
     Args:
-        router, expert_fn, params, state, x, token_mask, context: as in ``moe_layer``, seen as a
-            whole. ``params["experts"]`` has E rounded up to a multiple of the expert devices, see
-            ``pad_experts``. Any number of tokens will do; they are padded to fit.
-        mesh: None is the one that ``jax.set_mesh`` set.
-        parallel: None is ``parallel_of(mesh)``.
-        key: randomness of the gate's noise, another on every device (so not that of one device).
+        router, expert_fn, params, state, x, token_mask, context: as in ``moe_layer``, as global
+            arrays. The leading axis of ``params["experts"]`` is E, rounded up to a multiple of the
+            number of devices that split experts; see ``pad_experts``. The number of tokens is free:
+            they are padded to a multiple.
+        mesh: None takes the mesh of ``jax.set_mesh``.
+        parallel: None takes ``parallel_of(mesh)``.
+        key: randomness of the gate's noise. Each device folds its index in, so the noise differs
+            from that of one device.
         options: as in ``moe_layer``; ``max_rows`` is the row budget of each device.
 
     Raises:
-        ValueError: there is no mesh, experts do not fit it, or a rule that looks at the whole batch.
+        ValueError: no mesh is set, the experts do not fit it, or the rule looks at the whole batch.
 
     Example:
         >>> import moe_jax
@@ -368,7 +375,7 @@ def sharded_moe_layer(
         )
     where: AnyMesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if where.empty:
-        raise ValueError("mesh: expected one, got none. Pass mesh=, or call jax.set_mesh first.")
+        raise ValueError("mesh: expected a mesh, got none. Pass mesh=, or call jax.set_mesh first.")
     if AxisType.Explicit in where.axis_types:
         layer = functools.partial(
             sharded_moe_layer, router, expert_fn, parallel=parallel, options=options
@@ -434,6 +441,8 @@ def sharded_moe_layer(
             parallel=parallel,
         )
 
+    # Routing and output have one part per token shard. The statistics are already summed over the
+    # shards, so they are the same on every device.
     rows = P(tokens or None)
     specs = (param_specs(params, where), P(), rows, P(), rows, rows)
     run = jax.shard_map(
@@ -450,7 +459,7 @@ def sharded_moe_layer(
 
 
 def layer_over(mesh: Mesh | None) -> Callable[..., tuple[Array, LayerAux]]:
-    """``moe_layer`` without a mesh, ``sharded_moe_layer`` over one."""
+    """Returns ``moe_layer`` if ``mesh`` is None, else ``sharded_moe_layer`` over the mesh."""
     return moe_layer if mesh is None else functools.partial(sharded_moe_layer, mesh=mesh)
 
 

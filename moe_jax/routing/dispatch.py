@@ -1,4 +1,4 @@
-"""From a routing decision to rows that can be computed: one sort, every drop decided once."""
+"""Plans a routing decision: which assignments are kept, and in which row each is computed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PRIORITIES = ("score", "order", "choice")
 def expert_capacity(num_tokens: int, num_experts: int, k: float, capacity_factor: float) -> int:
     """Rows of one expert's buffer: ``ceil(capacity_factor * T * k / E)``, between 1 and T.
 
-    Counts k. (Peers differ: for ``capacity_factor=1.25, T=4096, E=8, k=2`` V-MoE and MaxText give
-    1280 rows as here; flaxformer, praxis and axlearn give 640, which drops 37.5 % of the
-    assignments even under perfect balance.)
+    The capacity grows with k. Libraries differ in this: for ``capacity_factor=1.25, T=4096, E=8,
+    k=2`` this function, V-MoE and MaxText give 1280 rows. Flaxformer, praxis and axlearn leave k out
+    and give 640 rows, which drops 37.5 % of the assignments even under perfect balance.
 
     Args:
         num_tokens: T.
         num_experts: E.
         k: experts per token; a mean such as 1.3 is fine.
-        capacity_factor: head room over perfect balance; 1.0 is no head room. Read as the decimal it
-            is written as: 1.1 times 10 rows are 11, although 1.1 in binary is a little more.
+        capacity_factor: head room over perfect balance; 1.0 is no head room. The decimal counts as
+            written: 1.1 times 10 rows are 11 rows, although the float 1.1 is slightly above 1.1.
 
     Raises:
         TypeError: an argument is not a number.
@@ -50,7 +50,7 @@ def expert_capacity(num_tokens: int, num_experts: int, k: float, capacity_factor
 
 
 def to_assignments(routing: Routing | ExpertChoice) -> Assignments:
-    """Flattens a routing decision of either kind into ``Assignments`` (the waist).
+    """Flattens token choice or expert choice into ``Assignments``, which all later steps take.
 
     Example:
         >>> import moe_jax
@@ -64,7 +64,7 @@ def to_assignments(routing: Routing | ExpertChoice) -> Assignments:
         "routing",
         routing,
         (Routing, ExpertChoice),
-        fix="Pass what the router returned; of what moe_layer reports that is aux.routing.",
+        fix="Pass the routing that the router returned; moe_layer returns it as aux.routing.",
     )
     if isinstance(routing, Routing):
         num_tokens, k = routing.expert_indices.shape
@@ -80,6 +80,8 @@ def to_assignments(routing: Routing | ExpertChoice) -> Assignments:
         )
     num_experts, capacity = routing.token_indices.shape
     tokens = routing.token_indices.reshape(-1)
+    # An empty slot holds the token index T. Below it points at token 0, so that gathers stay in
+    # bounds, and at expert E, which no count includes.
     valid = tokens < routing.num_tokens
     experts = jnp.arange(num_experts * capacity, dtype=jnp.int32) // capacity
     return Assignments(
@@ -97,7 +99,8 @@ def _stable_argsort(keys: Array, bound: int) -> Array:
     """``argsort(keys, stable)`` for ``0 <= keys < bound``.
 
     Packing key and index into one int32 makes it a sort of a single operand, which on CPU is
-    about three times as fast as a sort of (key, index) pairs. Falls back where it would overflow.
+    about three times as fast as a sort of (key, index) pairs. If the packed value could overflow,
+    the function sorts pairs.
     """
     n = keys.shape[0]
     if bound * n >= 2**31:
@@ -107,7 +110,7 @@ def _stable_argsort(keys: Array, bound: int) -> Array:
 
 
 def _rank(order: Array) -> Array:
-    """The inverse permutation."""
+    """Returns the inverse permutation of ``order``."""
     n = order.shape[0]
     return (
         jnp.zeros((n,), jnp.int32)
@@ -117,6 +120,7 @@ def _rank(order: Array) -> Array:
 
 
 def _count(experts: Array, counted: Array, num_experts: int) -> Array:
+    """i32[E]: the number of assignments of each expert for which ``counted`` bool[N] is True."""
     return (
         jnp.zeros((num_experts,), jnp.int32).at[experts].add(counted.astype(jnp.int32), mode="drop")
     )
@@ -125,6 +129,8 @@ def _count(experts: Array, counted: Array, num_experts: int) -> Array:
 def _sort_by_expert(experts: Array, kept: Array, group_sizes: Array) -> tuple[Array, Array]:
     """``order`` and ``position`` of the kept assignments, in batch order within an expert."""
     num_experts = group_sizes.shape[0]
+    # Dropped assignments take the key E, so they sort behind all kept ones. `starts` has an entry E
+    # too, because padding holds the expert index E.
     order = _stable_argsort(jnp.where(kept, experts, num_experts), num_experts + 1)
     starts = jnp.concatenate([jnp.cumsum(group_sizes) - group_sizes, jnp.zeros((1,), jnp.int32)])
     return order, _rank(order) - starts[experts]
@@ -140,11 +146,13 @@ def plan_dispatch(
     """Decides which assignments are computed and in which row. One stable sort by expert.
 
     Without ``capacity`` and ``max_rows`` nothing is dropped. With ``capacity`` an expert keeps its
-    first C assignments: by descending weight (``priority="score"``), by position in the batch
-    (``"order"``, as in Switch), or all first choices by position, then all second ones, and so on
-    (``"choice"``, as in GShard and DeepSpeed). With ``max_rows`` at most R assignments are kept in
-    all; a token's first expert is never among the dropped ones, neither by the row budget nor, then,
-    by capacity before any second choice.
+    first C assignments. ``priority`` sets their order: by descending weight (``"score"``), by
+    position in the batch (``"order"``, as in Switch), or all first choices by position, then all
+    second ones, and so on (``"choice"``, as in GShard and DeepSpeed).
+
+    With ``max_rows`` at most R assignments are kept in all. For token choice, the row budget never
+    drops a token's first expert. With R < N, capacity also drops first choices last: an expert loses
+    them only after all other choices in its queue.
 
     ``kept_weights(renormalize=True)`` gives the weight of a token's dropped experts to its kept
     ones, as DeepSpeed does; the GShard paper (arXiv:2006.16668) normalises before it drops.
@@ -209,6 +217,8 @@ def plan_dispatch(
         second = (index % slots > 0).astype(jnp.int32)
     else:
         second = jnp.zeros((n,), jnp.int32)
+    # Both sorts are ascending, so the highest weight has the lowest cost. Which assignments are kept
+    # is a discrete decision: no gradient flows through it.
     if priority == "score":
         cost = -jax.lax.stop_gradient(assignments.weights)
     elif priority == "choice" and slots:
@@ -253,7 +263,7 @@ def plan_dispatch(
         kept = within_budget(kept, max_rows)
     group_sizes = _count(experts, kept, e)
     starts = jnp.concatenate([jnp.cumsum(group_sizes) - group_sizes, jnp.zeros((1,), jnp.int32)])
-    # Kept rows come first, without gaps; the rest follow in any order, such as by index.
+    # Kept rows come first, without gaps; the dropped ones follow in batch order.
     after = group_sizes.sum() + jnp.cumsum(~kept, dtype=jnp.int32) - 1
     row = jnp.where(kept, starts[experts] + position, after)
     return DispatchPlan(
@@ -289,7 +299,8 @@ def plan_in_groups(
         priority: as in ``plan_dispatch``.
 
     Raises:
-        ValueError: ``groups`` does not divide T, expert choice, or what ``plan_dispatch`` refuses.
+        ValueError: ``groups`` does not divide T, the assignments are of expert choice, or
+            ``plan_dispatch`` rejects an argument.
 
     Example:
         >>> a = Assignments(
@@ -315,6 +326,8 @@ def plan_in_groups(
     def kept_of(group: Assignments) -> Array:
         return plan_dispatch(group, capacity=capacity, max_rows=max_rows, priority=priority).kept
 
+    # Groups are consecutive, so the flat arrays split by a reshape. Each group numbers its tokens from
+    # 0; only `kept` is taken from its plan, because rows are numbered over the whole batch.
     token = jnp.tile(jnp.arange(each * slots, dtype=jnp.int32) // slots, groups)
     split = Assignments(
         token_indices=token.reshape(groups, -1),
@@ -353,11 +366,12 @@ def kept_weights(plan: DispatchPlan, *, renormalize: bool = False) -> Array:
     slots = plan.assignments.slots_per_token
     if not slots:
         raise ValueError(
-            "renormalize: expected token choice, got expert choice, where a token's weights do "
-            "not belong together. Leave renormalize off."
+            "renormalize: expected token choice, got expert choice, whose weights are not "
+            "normalized over a token. Leave renormalize off."
         )
     before = plan.assignments.weights.reshape(-1, slots).sum(axis=1, keepdims=True)
     after = weights.reshape(-1, slots).sum(axis=1, keepdims=True)
+    # The inner `where` keeps the division, and so its gradient, finite for tokens that keep nothing.
     scale = jnp.where(after > 0, divide(before, jnp.where(after > 0, after, 1.0)), 0.0)
     return (weights.reshape(-1, slots) * scale).reshape(-1)
 
@@ -375,6 +389,7 @@ def combine(plan: DispatchPlan, outputs: Array, weights: Array) -> Array:
         f32[T, D].
     """
     a = plan.assignments
+    # A weight of 0 is not enough to ignore a row: 0 * NaN is NaN.
     rows = jnp.where(plan.kept[:, None], outputs.astype(jnp.float32), 0.0) * weights[:, None]
     if a.slots_per_token:
         return rows.reshape(a.num_tokens, a.slots_per_token, -1).sum(axis=1)

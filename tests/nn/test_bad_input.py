@@ -396,7 +396,7 @@ TABLE: dict[str, tuple[type[Exception], Any, str]] = {
         lambda: sharded(mesh="data"),
         "mesh: expected a jax.sharding.Mesh, got 'data'",
     ),
-    "no mesh at all": (ValueError, lambda: sharded(mesh=None), "mesh: expected one, got none"),
+    "no mesh at all": (ValueError, lambda: sharded(mesh=None), "mesh: expected a mesh, got none"),
     "an axis of the mesh as text": (TypeError, lambda: make_mesh(data="2"), "data: .*got '2'"),
     "axes that the rules do not name": (
         ValueError,

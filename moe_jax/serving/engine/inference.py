@@ -1,4 +1,4 @@
-"""The path of one request: shape, cache, values, device, and what is counted and logged of it."""
+"""Answers one request: checks it, asks the cache or the device, counts and logs the outcome."""
 
 from __future__ import annotations
 
@@ -33,10 +33,12 @@ def answer(
     start = time.perf_counter()
     request_id = query.request_id or _new_id()
     if query.call is not None:
-        if query.call.left:  # while the transport decoded the request, and it has counted that
+        # The deadline may pass while the transport decodes the request; the transport counts that.
+        if query.call.left:
             raise left_at_deadline()
-        # The client is answered when the call is left, so the failure is counted then, and not when
-        # the work ends. The listener lives as long as the call and must not hold the query's arrays.
+        # The client gets its answer when the call is left, so the failure is counted at that moment,
+        # not when the work ends. The listener lives as long as the call, so it must not hold the
+        # query's arrays.
         client = query.client
         query.call.on_leave(lambda: _failed(parts, left_at_deadline(), client, request_id, start))
     try:
@@ -49,7 +51,9 @@ def answer(
         entry, outcome, digest = results.fetch(order, compute, use_cache=query.use_cache)
     except Exception as error:
         if query.call is not None and query.call.left:
-            raise
+            raise  # the listener above has counted it
+        # `from` keeps the cause of a refusal, and hides the traceback of any other error, which
+        # `_failed` has logged.
         raise _failed(parts, error, query.client, request_id, start) from error.__cause__
     if query.call is not None and query.call.left:
         raise left_at_deadline()  # counted above; nobody receives the answer
@@ -67,7 +71,7 @@ def answer(
 
 
 def _checked(parts: Parts, results: Results, served: Served, query: Query, start: float) -> Order:
-    """Checks everything of a query but its values, and binds it to the current weights."""
+    """Checks a query, except the values in its arrays, and binds it to the current weights."""
     parts.lifecycle.check_open()
     # Taken once, so that no answer mixes the weights before and after a reload.
     snapshot = served.snapshot
@@ -95,8 +99,8 @@ def _checked(parts: Parts, results: Results, served: Served, query: Query, start
 def _checking(parts: Parts, order: Order) -> Checking:
     """Returns the check of an order's values.
 
-    Where the level may reject values, the check is made now, before any work on the device. Elsewhere
-    it is left for the time in which the device works.
+    If the security level may reject values, the check runs now, before any work on the device.
+    Otherwise it runs while the device works.
     """
     flat = order.x.reshape(-1, order.x.shape[-1])
     rows = flat if flat.dtype == np.float32 else flat.astype(np.float32)
@@ -140,12 +144,12 @@ def lookup(
 
 
 def rewarm(parts: Parts, results: Results, served: Served) -> int:
-    """Computes the hottest inputs with the current weights, so that a reload costs them no miss.
+    """Computes the hottest inputs with the current weights, so that they hit after a reload.
 
-    These are no requests and are not counted as requests.
+    The metrics do not count these computations as requests.
 
     Returns:
-        How many results were computed.
+        The number of results computed.
     """
     snapshot = served.snapshot
     hottest = results.hottest()
@@ -181,7 +185,7 @@ def _result(
         "digest": digest,
         "model_version": entry.version,
     }
-    # Names with an underscore are counts for the metrics, no outputs.
+    # Arrays whose names start with an underscore are counts for the metrics, not outputs.
     return Result({k: v for k, v in entry.arrays.items() if k[0] != "_"}, info)
 
 
@@ -190,7 +194,8 @@ def _failed(
 ) -> ServingError:
     """Counts and logs a failure, and returns the error to raise.
 
-    What is not a refusal becomes ``internal``. Its traceback goes to the log, not into the answer.
+    Lack of memory is a refusal. Any other error that is not a ``ServingError`` becomes ``internal``:
+    its traceback goes to the log, not into the answer.
     """
     if isinstance(error, MemoryError):
         error = out_of_memory()
@@ -217,7 +222,7 @@ def _failed(
 
 
 def left_at_deadline() -> ServingError:
-    """Returns the error of a call that its caller left (``Call.leave``)."""
+    """Returns the error for a call that was left at its deadline (``Call.leave``)."""
     return ServingError(
         "deadline_exceeded",
         "expected an answer within the deadline, got none yet. Allow more time, or send less.",

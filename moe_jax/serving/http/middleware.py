@@ -1,4 +1,4 @@
-"""The outermost layer of the ASGI application: ids, answers to faults, and log lines."""
+"""The outermost layer of the ASGI application: request ids, error responses, and log lines."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from moe_jax.serving.http.request_body import Disconnected
 from moe_jax.serving.http.request_headers import trace_of
 from moe_jax.serving.http.transport import TransportContext, as_serving_error
 
-# Prometheus and Kubernetes ask for these every few seconds: logged at the level of debugging.
+# Prometheus and Kubernetes request these paths every few seconds, so they are logged at debug level.
 _QUIET = frozenset({"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
 _STATUS_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class RequestMiddleware:
-    """Gives every request an id, every fault an answer, and every answer its headers.
+    """Gives every request an id, every error a response, and every response the common headers.
 
     Args:
         app: the routes.
-        transport: what they share.
+        transport: the state that the routes share.
     """
 
     def __init__(self, app: ASGIApp, transport: TransportContext) -> None:
@@ -40,14 +40,16 @@ class RequestMiddleware:
             return
         request = HttpRequest(self.transport, scope)
         scope["moe_request"] = request
-        scope["app"] = self  # tells Starlette's router that its errors are handled
+        # With "app" in the scope, Starlette's router raises HTTPException for an unknown path or
+        # method instead of sending a plain-text response. `_answered` turns it into an error body.
+        scope["app"] = self
         common = [
             (b"x-request-id", request.request_id.encode()),
             (b"x-content-type-options", b"nosniff"),
             (b"cache-control", b"no-store"),
         ]
         if self.transport.draining:
-            # Clients with a pool of connections open the next one elsewhere.
+            # Clients with a connection pool then open their next connection to another replica.
             common.append((b"connection", b"close"))
 
         async def answer(message: Message) -> None:
@@ -91,21 +93,22 @@ class RequestMiddleware:
         except Disconnected:
             return "disconnected"
         except Exception as error:
-            if request.status:  # the answer has begun; uvicorn ends the connection
+            if request.status:  # the response has begun; uvicorn closes the connection
                 self.transport.engine.log.exception("failed", path=request.path[:200])
                 raise
             return await self._refuse(error, send, request)
         return "ok"
 
     async def _refuse(self, error: Exception, send: Send, request: HttpRequest) -> str:
-        """Answers a fault and returns its code.
+        """Sends the response to an error and returns its code.
 
-        A function of its own: a name for the error in the frame that caught it would be a cycle, with
-        the request's body in it, until the collector of cycles finds it.
+        This is a separate function so that the frame that catches the error binds no second name to
+        it. Such a name would form a cycle of error, traceback and frame, which holds the request's
+        body in memory until the garbage collector runs.
         """
         refusal = as_serving_error(error)
         if refusal is None:
             self.transport.engine.log.exception("failed", path=request.path[:200])
-            refusal = ServingError("internal", "an internal error; the service's log has it.")
+            refusal = ServingError("internal", "an internal error. The service's log describes it.")
         await request.send_error(send, refusal)
         return refusal.code
