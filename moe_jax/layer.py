@@ -291,9 +291,9 @@ def with_auto_axes(
 ) -> tuple[Array, LayerAux]:
     """Runs a layer on arrays whose split over ``mesh`` is part of their type (Explicit axes).
 
-    Counting tokens is a scatter over split tokens, and JAX asks for the split of the result of every
-    such operation. So the axes are Auto inside, where the compiler decides, and only what comes out
-    has a stated split: y that of x, routing that of the tokens, statistics none.
+    Counting tokens is a scatter over split tokens. With Explicit axes, JAX requires the split of the
+    result of every such operation. So the axes are Auto inside, where the compiler decides. Only the
+    results have a stated split: y is split like x, the routing like the tokens, statistics not at all.
     """
     spec = jax.typeof(x).sharding.spec if x.ndim else ()
     spec = P(*spec) if len(spec) == x.ndim else P(*[None] * x.ndim)

@@ -84,11 +84,11 @@ def output_shape(expert_fn: ExpertFn, params: Params, x: Array) -> jax.ShapeDtyp
 
 
 def to_bits(array: Array) -> Array:
-    """16-bit floats as their bits, u16 of the same shape; anything else as it is.
+    """Returns 16-bit floats as their bits, u16 of the same shape, and any other array unchanged.
 
-    XLA for CPU slices and updates no 16-bit floats: it widens the whole array to float32, in a loop at
-    every step, for the sake of a few rows. Their bits it slices and updates in place. No gradient
-    passes.
+    XLA for CPU does not slice or update 16-bit floats: it widens the whole array to float32, in a
+    loop at every step, even for a few rows. It does slice and update their bits in place. No gradient
+    flows through the bits.
     """
     narrow = array.dtype in (jnp.bfloat16, jnp.float16)
     return jax.lax.bitcast_convert_type(array, jnp.uint16) if narrow else array

@@ -207,7 +207,7 @@ class Blocks:
         )
 
     def pad_to(self, size: int) -> Blocks:
-        """With masked blocks appended until N is a multiple of ``size``, so that no batch is odd."""
+        """Appends masked blocks until N is a multiple of ``size``, so that all batches are full."""
         more = -len(self) % size
 
         def grown(array: np.ndarray) -> np.ndarray:

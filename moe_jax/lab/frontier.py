@@ -104,6 +104,8 @@ def evaluate(
     started = time.perf_counter()
     count = len(blocks)
     size = min(BATCH, count)
+    # Full batches need one compilation only. The appended blocks are masked in the counts, and
+    # `[:count]` removes their losses below.
     padded = blocks.pad_to(size)
     losses, seen = [], []
     for i in range(0, len(padded), size):

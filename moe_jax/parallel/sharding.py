@@ -376,6 +376,7 @@ def sharded_moe_layer(
     where: AnyMesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     if where.empty:
         raise ValueError("mesh: expected a mesh, got none. Pass mesh=, or call jax.set_mesh first.")
+    # With Explicit axes the function calls itself once more, with the same axes as Auto.
     if AxisType.Explicit in where.axis_types:
         layer = functools.partial(
             sharded_moe_layer, router, expert_fn, parallel=parallel, options=options

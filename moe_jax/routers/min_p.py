@@ -27,8 +27,9 @@ class MinPState:
 class MinP(TokenChoice):
     """Experts with ``p_e >= ratio * p_max``, between ``min_k`` and ``max_k`` of them.
 
-    Known from sampling; asked for as a routing rule in llama.cpp issue 4470. With ``max_k=2`` and a
-    fitted ratio it is the dynamic skipping of NAEE (drop the second expert if w2 < ratio * w1).
+    Min-p is a sampling method; llama.cpp issue 4470 requests it as a routing rule. With ``max_k=2``
+    and a fitted ratio it equals the dynamic skipping of NAEE: drop the second expert if
+    w2 < ratio * w1.
 
     Args:
         num_experts: E.
@@ -82,7 +83,8 @@ class MinP(TokenChoice):
 
     def calibrate(self, params, state: MinPState, slots, x, context, *, real, target_mean_k):
         probs = np.asarray(slots.slot_probs)[real]
-        # A prefix ends at the first slot below the ratio, so a slot counts with the least before it.
+        # A token keeps a prefix of its slots, up to the first slot below the ratio. So the share that
+        # decides about a slot is the smallest share up to it.
         shares = np.minimum.accumulate(probs / probs[:, :1], axis=1)[:, self.min_k :]
         cut = budget.fit_cut(-shares, (target_mean_k - self.min_k) * len(shares))
         return dataclasses.replace(state, ratio=jnp.asarray(-cut, jnp.float32))
