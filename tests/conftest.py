@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,21 @@ class _CheapDoctests:
             return (yield)
         finally:
             jax.config.update("jax_disable_most_optimizations", False)
+
+
+# Linux gives a process 65,530 memory maps; a compiled program takes about four of them. A worker that
+# has run thousands of programs otherwise ends in a segmentation fault when it compiles the next one.
+_MAPS = Path("/proc/self/maps")
+_MOST_MAPS = 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory_maps() -> Iterator[None]:
+    """Releases compiled programs between modules once a worker holds many of them."""
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)
