@@ -328,3 +328,22 @@ def test_answers_do_not_depend_on_earlier_inputs():
     for i in range(3):
         layer(state, jax.random.normal(jax.random.key(i), (12, D)))
     jax.tree.map(np.testing.assert_array_equal, layer(state, draw(12)), first)
+
+
+@pytest.mark.parametrize("shared_d_ff", [0, 4])
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_no_array_is_in_the_parameters_and_state_of_a_layer_twice(shared_d_ff):
+    """A training step may donate both at once."""
+    step = jax.jit(
+        lambda tree: jax.tree.map(lambda v: v + jnp.ones((), v.dtype), tree), donate_argnums=0
+    )
+    for router in (TopK(num_experts=E, k=2, balance_rate=0.1), TopP(num_experts=E)):
+        params = init_moe_layer(
+            router,
+            FeedForward(activation="silu", gated=True, use_bias=True),
+            jax.random.key(0),
+            d_model=D,
+            d_ff=F,
+            shared_d_ff=shared_d_ff,
+        )
+        assert set(step((params, router.init_state()))[0]) == set(params)

@@ -159,6 +159,17 @@ def test_router_state_is_no_parameter():
     assert set(nnx.to_pure_dict(grads)) == {"router", "experts", "shared"}
 
 
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_no_array_of_a_module_is_in_it_twice(rule):
+    """A training step may donate the whole module, its routing state included."""
+    step = jax.jit(
+        lambda tree: jax.tree.map(lambda v: v + jnp.ones((), v.dtype), tree), donate_argnums=0
+    )
+    params_and_state = (nnx.Param, moe_nnx.RouterState)
+    step(nnx.to_pure_dict(nnx.state(_nnx(rule), params_and_state)))
+    step(nn.meta.unbox(_linen(rule).init(jax.random.key(0), X)))
+
+
 @pytest.mark.parametrize("name", ["dynamic_k", "expert_choice"])  # one of each kind of routing
 def test_gradients_equal_those_of_the_pure_function(name):
     rule = RULES[name]

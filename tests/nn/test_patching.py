@@ -48,6 +48,17 @@ def test_every_layer_reaches_its_budget_on_its_own_inputs(x):
     np.testing.assert_array_equal(model.first.params()["experts"]["up"], kernel)
 
 
+def test_a_share_of_the_experts_is_the_decimal_that_was_written():
+    """In binary, 0.07 * 100 is more than 7 and 0.29 * 100 less than 29."""
+    rule = moe_jax.TopK(num_experts=100, k=100)
+    layer = MoE(rule, d_model=1, d_ff=1, expert_fn=FFN, rngs=nnx.Rngs(0))
+    for percent in (1, 7, 10, 14, 28, 29, 30, 55, 56, 57, 58, 70, 100):
+        share = percent / 100
+        fewest = patch_model_with_dynamic_routing(nnx.clone(layer), share, 1.0)["model"]["min_k"]
+        most = patch_model_with_dynamic_routing(nnx.clone(layer), 0.01, share)["model"]["max_k"]
+        assert (fewest, most) == (percent, percent), share
+
+
 def test_the_output_of_the_model_changes_and_jit_sees_it(x):
     model = Model(nnx.Rngs(0))
     call = nnx.jit(lambda m, x: m(x))

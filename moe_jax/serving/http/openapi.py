@@ -220,6 +220,8 @@ def document(body_limit: int) -> dict[str, Any]:
         "/admin/reload": {
             "post": {
                 "summary": "Swap in another checkpoint between requests.",
+                "description": "Needs the admin key; 404 where the service has none. The checkpoint "
+                "is a folder below the reload folder; without one, the configured one is read again.",
                 "requestBody": {
                     "required": False,
                     "content": {
@@ -230,6 +232,7 @@ def document(body_limit: int) -> dict[str, Any]:
                 | _errors(
                     "malformed",
                     "unauthorized",
+                    "not_found",
                     "too_large",
                     "request_timeout",
                     "invalid_values",

@@ -12,6 +12,7 @@ from moe_jax.config import load_config
 from moe_jax.serving.engine import RouterEngine, make_logger
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.app import create_app
+from moe_jax.serving.http.openapi import document
 from tests.serving.engine.conftest import Log
 from tests.serving.engine.test_reload import write
 from tests.serving.http.fuzz import ask
@@ -306,6 +307,26 @@ def test_wrong_admin_keys_are_counted_and_block(level, method, path, refused):
         assert engine.get_metrics()["errors_by_code"]["unauthorized"] >= after
         assert 'moe_errors_total{code="unauthorized"}' in engine.metrics_text().decode()
         app.transport.close()
+
+
+def test_the_openapi_document_lists_what_reload_answers():
+    """404 without an admin key in the settings; 401, 400, 422 and 200 with one."""
+    operation = document(1)["paths"]["/admin/reload"]["post"]
+    assert "admin key" in operation["description"]
+    answers = []
+    with small_engine() as engine:
+        app = create_app(engine)
+        answers.append(asked(app, "POST", "/admin/reload"))
+        app.transport.close()
+    with small_engine(admin_key="root") as engine:
+        app = create_app(engine)
+        answers.append(asked(app, "POST", "/admin/reload"))
+        for body in (b"[", b'{"checkpoint": "/etc"}', b""):
+            answers.append(asked(app, "POST", "/admin/reload", body, authorization="Bearer root"))
+        app.transport.close()
+    assert [status for status, _ in answers] == [404, 401, 400, 422, 200]
+    for status, answer in answers[:-1]:
+        assert answer["code"] in operation["responses"][str(status)]["description"]
 
 
 def test_probes_without_a_key_are_no_violations():

@@ -49,6 +49,19 @@ def refused(call, *args, **options):
     return caught.value.code().name, dict(caught.value.trailing_metadata()), caught.value.details()
 
 
+@pytest.mark.parametrize("key", [None, "alice"])
+def test_a_model_that_is_not_served_is_not_ready(call, key):
+    """An answer, not an error: with a key or without, for an unknown name as for an unknown version."""
+
+    def ready(**asked):
+        return call("ModelReady", MESSAGES["ModelReadyRequest"](**asked), key=key).ready
+
+    assert ready(name="router")
+    assert ready(name="router", version="1")
+    for asked in ({"name": "unknown"}, {"name": ""}, {"name": "router", "version": "999"}):
+        assert not ready(**asked), asked
+
+
 def test_keys_and_limits(call):
     assert call("ServerLive", MESSAGES["ServerLiveRequest"]()).live
     assert call("ServerReady", MESSAGES["ServerReadyRequest"]()).ready
