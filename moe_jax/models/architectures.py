@@ -282,8 +282,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         types=("deepseek_v2",),
-        defaults={"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
-                  "qk_rope_head_dim": 64, "v_head_dim": 128},
+        defaults={
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
         experts=after_first,
         latent=True,
         mlp_bias="mlp_bias",
@@ -291,8 +296,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         types=("deepseek_v3",),
-        defaults={"first_k_dense_replace": 3, "q_lora_rank": 1536, "kv_lora_rank": 512,
-                  "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+        defaults={
+            "first_k_dense_replace": 3,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
         experts=after_first,
         latent=True,
         interleaved="rope_interleave",
@@ -335,8 +346,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         types=("ernie4_5_moe",),
-        defaults={"rope_theta": 5e5, "rms_norm_eps": 1e-5, "num_key_value_heads": 4,
-                  "tie_word_embeddings": True},
+        defaults={
+            "rope_theta": 5e5,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+        },
         experts=interval,
         qkv_bias="use_bias",
         out_bias="use_bias",
@@ -370,14 +385,22 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         types=("solar_open",),
-        defaults={"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_key_value_heads": 8,
-                  "head_dim": 128},
+        defaults={
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
         out_bias="",
     ),
     Architecture(
         types=("exaone_moe",),
-        defaults={"rms_norm_eps": 1e-5, "num_key_value_heads": 32, "sliding_window": 4096,
-                  "sliding_window_pattern": 4},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
         experts=by_types("first_k_dense_replace", 1),
         windows=listed(_every(4, "sliding_window_pattern")),
         qkv_bias="",
@@ -388,8 +411,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         types=("flint",),
-        defaults={"num_key_value_heads": 4, "head_dim": 128, "sliding_window": 513,
-                  "mlp_only_layers": [0, 1]},
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "sliding_window": 513,
+            "mlp_only_layers": [0, 1],
+        },
         experts=sparse_step,
         windows=listed(_flint_type),
         qk_norm="head",
@@ -419,8 +446,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         types=("hy_v3",),
-        defaults={"rope_theta": 11_158_840.0, "rms_norm_eps": 1e-5, "num_key_value_heads": 8,
-                  "head_dim": 128},
+        defaults={
+            "rope_theta": 11_158_840.0,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
         experts=by_types("", 1),
         mlp_bias="mlp_bias",
         qk_norm="head",
@@ -432,29 +463,45 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         qkv_bias="",
         out_bias="",
         qk_norm="full",
-        fixed={"use_qk_norm": (True,), "qk_norm_type": ("per_layer",),
-               "shared_intermediate_size": (0,)},
+        fixed={
+            "use_qk_norm": (True,),
+            "qk_norm_type": ("per_layer",),
+            "shared_intermediate_size": (0,),
+        },
         block="block_sparse_moe",
     ),
     Architecture(
         types=("glm4_moe_lite",),
-        defaults={"q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192,
-                  "qk_rope_head_dim": 64, "v_head_dim": 256, "rms_norm_eps": 1e-5},
+        defaults={
+            "q_lora_rank": 768,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 192,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 256,
+            "rms_norm_eps": 1e-5,
+        },
         experts=by_types("", 1),
         latent=True,
         interleaved="rope_interleave",
     ),
     Architecture(
         types=("axk1",),
-        defaults={"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
-                  "qk_rope_head_dim": 64, "v_head_dim": 128},
+        defaults={
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
         experts=by_types("first_k_dense_replace", 1),
         latent=True,
         interleaved="rope_interleave",
         fixed={"moe_layer_freq": (1,)},
         # The norm of the experts' output stands beside their module in the files.
-        renames=(("mlp.post_mlp_layernorm", "post_mlp_layernorm"),
-                 ("post_mlp_layernorm", "mlp.post_mlp_layernorm")),
+        renames=(
+            ("mlp.post_mlp_layernorm", "post_mlp_layernorm"),
+            ("post_mlp_layernorm", "mlp.post_mlp_layernorm"),
+        ),
         unused_when_dense=("mlp.post_mlp_layernorm.weight",),
     ),
     Architecture(
@@ -474,8 +521,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         types=("afmoe",),
-        defaults={"rms_norm_eps": 1e-5, "head_dim": 128, "sliding_window": 1024,
-                  "global_attn_every_n_layers": 4, "num_dense_layers": 1},
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "head_dim": 128,
+            "sliding_window": 1024,
+            "global_attn_every_n_layers": 4,
+            "num_dense_layers": 1,
+        },
         experts=by_types("num_dense_layers", 1),
         windows=listed(_every(4, "global_attn_every_n_layers")),
         qk_norm="head",
@@ -489,7 +541,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         output_gate=True,
         ignored=("global_attn_every_n_layers", "load_balance_coeff"),
     ),
-)  # fmt: skip
+)
 
 BY_MODEL_TYPE: dict[str, Architecture] = {t: row for row in ARCHITECTURES for t in row.types}
 

@@ -32,10 +32,17 @@ from moe_jax.types import Params
 
 # Files beside the weights that belong to the model: they are copied where the source still has them.
 _COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 def save_model(model: CausalLM, folder: str | Path) -> Path:
@@ -186,9 +193,9 @@ def _config(text: str, model: CausalLM) -> str:
         rule: Any = block.router
         same = type(rule) is type(trained) and hasattr(rule, "k")
         # A checkpoint that does not state its number of experts is read by its tensors.
-        alike = same and dataclasses.replace(
-            trained, k=rule.k, num_experts=rule.num_experts
-        ) == rule  # fmt: skip
+        alike = (
+            same and dataclasses.replace(trained, k=rule.k, num_experts=rule.num_experts) == rule
+        )
         if not alike:
             raise ValueError(
                 f"layer {number}: expected the rule that the model was trained with, got "

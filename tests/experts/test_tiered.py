@@ -37,8 +37,10 @@ def plan_of(indices, num_experts: int, **bounds) -> DispatchPlan:
         expert_indices=jnp.asarray(indices.reshape(-1)),
         weights=jnp.asarray(weights.reshape(-1), jnp.float32),
         valid=jnp.asarray(indices.reshape(-1) < num_experts),
-        num_tokens=tokens, num_experts=num_experts, slots_per_token=k,
-    )  # fmt: skip
+        num_tokens=tokens,
+        num_experts=num_experts,
+        slots_per_token=k,
+    )
     return _plan_dispatch(assignments, **bounds)
 
 
@@ -120,9 +122,11 @@ def test_expert_choice():
     choice = ExpertChoice(
         token_indices=jnp.asarray(tokens, jnp.int32),
         combine_weights=jnp.asarray(np.where(tokens < 20, 0.3, 0.0), jnp.float32),
-        router_logits=jnp.zeros((20, 4)), router_probs=jnp.full((20, 4), 0.25),
-        token_mask=jnp.ones((20,), bool), num_tokens=20,
-    )  # fmt: skip
+        router_logits=jnp.zeros((20, 4)),
+        router_probs=jnp.full((20, 4), 0.25),
+        token_mask=jnp.ones((20,), bool),
+        num_tokens=20,
+    )
     plan = _plan_dispatch(jax.jit(to_assignments)(choice))
     params, x = inputs(20, 4)
     weights = kept_weights(plan)

@@ -137,9 +137,16 @@ def test_attention_is_what_the_formulas_say(name):
     of_model, of_layer = VARIANTS[name]
     layer = LayerConfig(experts=True, **of_layer)
     config = DecoderConfig(
-        model_type="mixtral", vocab_size=8, d_model=D, num_heads=HEADS, num_kv_heads=KV,
-        head_dim=DIM, softmax_scale=0.4, layers=(layer,), **of_model,
-    )  # fmt: skip
+        model_type="mixtral",
+        vocab_size=8,
+        d_model=D,
+        num_heads=HEADS,
+        num_kv_heads=KV,
+        head_dim=DIM,
+        softmax_scale=0.4,
+        layers=(layer,),
+        **of_model,
+    )
     rng = np.random.default_rng(0)
     entries = list(layer_entries(config, layer))
     tensors = {e.name: rng.normal(0.3, 0.5, e.shape).astype(np.float32) for e in entries}

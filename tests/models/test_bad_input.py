@@ -74,7 +74,11 @@ def test_a_key_that_nobody_reads_is_refused_by_name(name):
         ("mixtral", {"hidden_act": "mish"}, "mish"),
         ("mixtral", {"rope_parameters": {"rope_type": "spiral"}}, "spiral"),
         ("mixtral", {"rope_parameters": {"rope_type": "linear"}}, "factor"),
-        ("mixtral", {"rope_scaling": {"type": "yarn", "factor": 2.0, "wavelength": 3}}, "wavelength"),
+        (
+            "mixtral",
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "wavelength": 3}},
+            "wavelength",
+        ),
         ("mixtral", {"vision_config": {"depth": 2}}, "vision_config"),
         ("mixtral", {"text_config": {"model_type": "mixtral"}}, "text_config"),
         ("qwen2_moe", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
@@ -84,7 +88,7 @@ def test_a_key_that_nobody_reads_is_refused_by_name(name):
         ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor"),
         ("phimoe", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_mscale"),
     ],
-)  # fmt: skip
+)
 def test_a_setting_that_is_not_implemented_is_refused_by_name(name, changes, said):
     with pytest.raises(ValueError, match=said):
         decoder_config(config_of(name, **changes))

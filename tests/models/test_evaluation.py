@@ -112,9 +112,13 @@ print(peak(sys.argv[1]), peak(sys.argv[2]))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_memory_does_not_hold_the_whole_model(tmp_path):
     config = SMALL | {
-        "model_type": "olmoe", "hidden_size": 256, "intermediate_size": 512, "num_experts": 16,
-        "num_experts_per_tok": 2, "num_hidden_layers": 8,
-    }  # fmt: skip
+        "model_type": "olmoe",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 8,
+    }
     block = dict(block_shapes(config, bias=False))
     few = make_folder(tmp_path / "few", config | {"num_hidden_layers": 2}, block)
     many = make_folder(tmp_path / "many", config, block)

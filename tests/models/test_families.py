@@ -17,8 +17,13 @@ pytestmark = pytest.mark.compile_cheaply
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 SHARED = {"n_shared_experts": 1}
-LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-          "v_head_dim": 8}  # fmt: skip
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 GRANITE = {
     "router.layer.weight": (4, 32),
     "input_linear.weight": (4, 96, 32),
@@ -27,47 +32,134 @@ GRANITE = {
 # model type -> (config beside SMALL, tensors of the block beside or instead of the usual ones)
 CASES: dict[str, tuple[dict, dict]] = {
     "flex_olmo": ({}, {}),
-    "dots1": ({"n_routed_experts": 4, "num_key_value_heads": 2, "first_k_dense_replace": 1,
-               "sliding_window": 4, "layer_types": [SLIDING, FULL]} | SHARED, {}),
-    "ernie4_5_moe": ({"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "use_bias": True,
-                      "num_key_value_heads": 2},
-                     {"moe_statics.e_score_correction_bias": (1, 4),
-                      "shared_experts.gate_proj.bias": (24,), "shared_experts.up_proj.bias": (24,),
-                      "shared_experts.down_proj.bias": (32,)}),
-    "hunyuan_v1_moe": ({"num_experts": 4, "moe_topk": [2, 2], "head_dim": 8,
-                        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
-                       {f"shared_mlp.{p}_proj.weight": (24, 32) for p in ("gate", "up")}
-                       | {"shared_mlp.down_proj.weight": (32, 24)}),
-    "mellum": ({"head_dim": 16, "sliding_window": 4, "layer_types": [SLIDING, FULL],
-                "mlp_layer_types": ["dense", "sparse"], "rope_parameters": {
-                    FULL: {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0,
-                           "original_max_position_embeddings": 16},
-                    SLIDING: {"rope_type": "default", "rope_theta": 1e4}}}, {}),
+    "dots1": (
+        {
+            "n_routed_experts": 4,
+            "num_key_value_heads": 2,
+            "first_k_dense_replace": 1,
+            "sliding_window": 4,
+            "layer_types": [SLIDING, FULL],
+        }
+        | SHARED,
+        {},
+    ),
+    "ernie4_5_moe": (
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 1,
+            "use_bias": True,
+            "num_key_value_heads": 2,
+        },
+        {
+            "moe_statics.e_score_correction_bias": (1, 4),
+            "shared_experts.gate_proj.bias": (24,),
+            "shared_experts.up_proj.bias": (24,),
+            "shared_experts.down_proj.bias": (32,),
+        },
+    ),
+    "hunyuan_v1_moe": (
+        {
+            "num_experts": 4,
+            "moe_topk": [2, 2],
+            "head_dim": 8,
+            "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+        },
+        {f"shared_mlp.{p}_proj.weight": (24, 32) for p in ("gate", "up")}
+        | {"shared_mlp.down_proj.weight": (32, 24)},
+    ),
+    "mellum": (
+        {
+            "head_dim": 16,
+            "sliding_window": 4,
+            "layer_types": [SLIDING, FULL],
+            "mlp_layer_types": ["dense", "sparse"],
+            "rope_parameters": {
+                FULL: {
+                    "rope_type": "yarn",
+                    "rope_theta": 5e5,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        {},
+    ),
     "solar_open": ({"n_routed_experts": 4, "head_dim": 16} | SHARED, {}),
-    "exaone_moe": ({"sliding_window": 4, "layer_types": [SLIDING, FULL], "num_shared_experts": 1,
-                    "num_key_value_heads": 2}, {}),
-    "flint": ({"head_dim": 16, "sliding_window": 4, "layer_types": [SLIDING, FULL],
-               "mlp_only_layers": [0]},
-              {f"shared_expert.{p}_proj.weight": (24, 32) for p in ("gate", "up")}
-              | {"shared_expert.down_proj.weight": (32, 24)}),
-    "kolibri1": ({"head_dim": 16, "sliding_window": 4, "layer_types": [SLIDING, FULL]},
-                 {f"shared_expert.{p}_proj.weight": (24, 32) for p in ("gate", "up")}
-                 | {"shared_expert.down_proj.weight": (32, 24)}),
+    "exaone_moe": (
+        {
+            "sliding_window": 4,
+            "layer_types": [SLIDING, FULL],
+            "num_shared_experts": 1,
+            "num_key_value_heads": 2,
+        },
+        {},
+    ),
+    "flint": (
+        {
+            "head_dim": 16,
+            "sliding_window": 4,
+            "layer_types": [SLIDING, FULL],
+            "mlp_only_layers": [0],
+        },
+        {f"shared_expert.{p}_proj.weight": (24, 32) for p in ("gate", "up")}
+        | {"shared_expert.down_proj.weight": (32, 24)},
+    ),
+    "kolibri1": (
+        {"head_dim": 16, "sliding_window": 4, "layer_types": [SLIDING, FULL]},
+        {f"shared_expert.{p}_proj.weight": (24, 32) for p in ("gate", "up")}
+        | {"shared_expert.down_proj.weight": (32, 24)},
+    ),
     "hy_v3": ({"head_dim": 16, "num_shared_experts": 1}, {}),
     "minimax_m2": ({"num_local_experts": 4, "head_dim": 16, "rotary_dim": 8}, {}),
     "glm4_moe_lite": ({"n_routed_experts": 4} | SHARED | LATENT, {}),
-    "axk1": ({"n_routed_experts": 4, "n_group": 2, "topk_group": 1} | SHARED | LATENT,
-             {"post_mlp_layernorm.weight": (32,)}),
-    "granitemoeshared": ({"num_local_experts": 4, "shared_intermediate_size": 24,
-                          "embedding_multiplier": 3.0, "attention_multiplier": 0.2}, GRANITE),
-    "granitemoe_swa": ({"num_local_experts": 4, "shared_intermediate_size": 24, "sliding_window": 4,
-                        "layer_rope_theta": [0, 5000.0]}, GRANITE),
-    "afmoe": ({"head_dim": 16, "num_shared_experts": 1, "sliding_window": 4, "mup_enabled": True,
-               "layer_types": [FULL, SLIDING]}, {}),
-}  # fmt: skip
+    "axk1": (
+        {"n_routed_experts": 4, "n_group": 2, "topk_group": 1} | SHARED | LATENT,
+        {"post_mlp_layernorm.weight": (32,)},
+    ),
+    "granitemoeshared": (
+        {
+            "num_local_experts": 4,
+            "shared_intermediate_size": 24,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+        },
+        GRANITE,
+    ),
+    "granitemoe_swa": (
+        {
+            "num_local_experts": 4,
+            "shared_intermediate_size": 24,
+            "sliding_window": 4,
+            "layer_rope_theta": [0, 5000.0],
+        },
+        GRANITE,
+    ),
+    "afmoe": (
+        {
+            "head_dim": 16,
+            "num_shared_experts": 1,
+            "sliding_window": 4,
+            "mup_enabled": True,
+            "layer_types": [FULL, SLIDING],
+        },
+        {},
+    ),
+}
 WITHOUT_BIAS = ("flex_olmo", "ernie4_5_moe", "hunyuan_v1_moe", "mellum", "flint")
-GOLDENS = {"mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3",
-           "glm4_moe", "granitemoe", "phimoe"}  # fmt: skip
+GOLDENS = {
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "granitemoe",
+    "phimoe",
+}
 
 
 def make(folder, name):
@@ -126,7 +218,9 @@ def test_layers_have_the_windows_and_positions_that_transformers_gives_them():
     assert kinds == [(None, False), (None, False), (8, True), (8, True), (None, True)]
     kinds = [x.experts for x in layers("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[1])]
     assert kinds == [False, False, False, True, False]
-    windows = [x.window for x in layers("qwen2_moe", use_sliding_window=True, sliding_window=4,
-                                        max_window_layers=3)]  # fmt: skip
+    windows = [
+        x.window
+        for x in layers("qwen2_moe", use_sliding_window=True, sliding_window=4, max_window_layers=3)
+    ]
     assert windows == [4, None, 4, None, None]
     assert [x.window for x in layers("mixtral", sliding_window=4)] == [4] * 5
