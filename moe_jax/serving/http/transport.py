@@ -124,7 +124,12 @@ class TransportContext:
         future.add_done_callback(self._on_done)
         done, _ = await asyncio.wait((future,), timeout=seconds)
         if done:
-            return future.result()
+            try:
+                return future.result()
+            finally:
+                # An error's traceback holds this frame, and the future holds the error: without these
+                # names no cycle keeps the request's bytes until the garbage collector runs.
+                del future, done
         if call is not None:
             call.leave()
         raise ServingError(
