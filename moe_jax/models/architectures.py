@@ -189,8 +189,8 @@ class Architecture:
         output_gate: see ``DecoderConfig``.
         sinks: see ``DecoderConfig``.
         granite: whether the four multipliers of Granite are read.
-        shared: key of ``DecoderConfig.shared_d_ff``; "" is none.
-        clip: key of ``DecoderConfig.qkv_clip``; "" is none.
+        shared: key of ``DecoderConfig.shared_d_ff``; "" if the family has no such key.
+        clip: key of ``DecoderConfig.qkv_clip``; "" if the family has no such key.
         fixed: keys that the maths depends on, with the values that are implemented, default first.
         ignored: further keys that transformers does not read for these types.
         renames: (old, new) parts of tensor names, where a checkpoint spells them otherwise.

@@ -75,7 +75,7 @@ class LayerConfig:
     Attributes:
         experts: whether the layer has a Mixture-of-Experts block instead of one feed-forward part.
         window: how many positions a token sees, itself included; None is all before it.
-        rope: rotary positions; None is none.
+        rope: rotary positions; None applies no rotation.
     """
 
     experts: bool = True
@@ -101,7 +101,7 @@ class DecoderConfig:
         out_bias: whether the output projection of attention has one.
         qk_norm: "none", "head" (each head by itself) or "full" (all heads together).
         qk_norm_after_rope: whether queries and keys are rotated before their norm.
-        qkv_clip: bound on queries, keys and values after their norms; None is none.
+        qkv_clip: bound on queries, keys and values after their norms; None sets no bound.
         sinks: whether each head has a logit that takes attention from nothing (gpt-oss).
         output_gate: whether the sigmoid of a projection of attention's input weighs its output.
         norm: "rms" or "layer" (with biases).
