@@ -12,6 +12,9 @@ from moe_jax.bench.workload import random_array
 from moe_jax.routers import DynamicK, ExpertThreshold, MinP, Router, TopK, TopP
 from moe_jax.types import Routing
 
+# Estimators that need only x and the router's logits, beside the default of DynamicK.
+_ESTIMATORS = ("router_margin", "activation_norm", "large_activation_share")
+
 
 def bench_route(
     *,
@@ -22,25 +25,29 @@ def bench_route(
     rounds: int = 30,
     progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
-    """Returns one row for each rule: its ratio to ``top_k(x @ kernel)`` with the same K."""
+    """Returns one row for each rule, and for each difficulty estimator: its ratio to ``top_k(x @ kernel)`` with the same K."""
     rows = []
     x = random_array((tokens, d_model), "f32", 1)
-    rules: list[Router] = [
-        TopK(num_experts=experts, k=k),
-        DynamicK(num_experts=experts, min_k=1, max_k=k),
-        TopP(num_experts=experts, max_k=k),
-        MinP(num_experts=experts, max_k=k),
-        ExpertThreshold(num_experts=experts, target_k=k / 2, max_k=k),
-    ]
-    params = rules[0].init(jax.random.key(0), d_model)
+    rules: dict[str, Router] = {
+        "TopK": TopK(num_experts=experts, k=k),
+        "DynamicK": DynamicK(num_experts=experts, min_k=1, max_k=k),
+        **{
+            f"DynamicK, {name}": DynamicK(num_experts=experts, min_k=1, max_k=k, difficulty=name)
+            for name in _ESTIMATORS
+        },
+        "TopP": TopP(num_experts=experts, max_k=k),
+        "MinP": MinP(num_experts=experts, max_k=k),
+        "ExpertThreshold": ExpertThreshold(num_experts=experts, target_k=k / 2, max_k=k),
+    }
+    params = rules["TopK"].init(jax.random.key(0), d_model)
     floor = jax.jit(
         lambda x: jax.lax.top_k(
             jax.numpy.matmul(x, params["kernel"], precision=jax.lax.Precision.HIGHEST), k
         )
     )
     cases: dict[str, Callable[[], Any]] = {}
-    for router in rules:
-        progress(type(router).__name__)
+    for name, router in rules.items():
+        progress(name)
 
         def decide(state, x, router=router):
             routing = router(params, state, x)
@@ -48,7 +55,7 @@ def bench_route(
             return routing.expert_indices, routing.combine_weights
 
         step, state = jax.jit(decide), router.init_state()
-        cases[type(router).__name__] = lambda f=step, s=state: f(s, x)
+        cases[name] = lambda f=step, s=state: f(s, x)
     timings, floors = interleave(lambda: floor(x), cases, rounds=rounds)
     for name, timing in timings.items():
         rows.append(

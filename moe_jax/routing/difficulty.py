@@ -74,8 +74,12 @@ def router_margin(x: Array, context: Context) -> Array:
     logits = _need(context, "router_logits", "router_margin", "f32[T, E]")
     if logits.shape[-1] < 2:
         return jnp.zeros(logits.shape[:-1], jnp.float32)
-    top, _ = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), 2)
-    return 1.0 - (top[:, 0] - top[:, 1])
+    p = jax.nn.softmax(logits, axis=-1)
+    # Two maxima, because XLA sorts whole rows for the two largest of each. Of equal maxima only one is
+    # masked, so the second is then the same and the margin 0.
+    best = jnp.argmax(p, axis=-1)
+    others = jnp.where(jnp.arange(p.shape[-1])[None, :] == best[:, None], -1.0, p)
+    return 1.0 - (p.max(axis=-1) - others.max(axis=-1))
 
 
 def attention_entropy(x: Array, context: Context) -> Array:

@@ -52,6 +52,13 @@ def test_router_margin():
     close(difficulty.router_margin(X, {"router_logits": LOGITS}), [1.0, 1.0, 0.3])
 
 
+def test_router_margin_is_that_of_the_two_largest_wherever_they_are():
+    logits = jax.random.normal(jax.random.key(2), (64, 5)).at[:8, 4].set(9.0)
+    top = np.sort(np.asarray(jax.nn.softmax(logits, axis=-1)), axis=-1)
+    got = difficulty.router_margin(X, {"router_logits": logits})
+    np.testing.assert_array_equal(got, 1.0 - (top[:, -1] - top[:, -2]))
+
+
 def test_one_expert_is_never_difficult():
     one = jnp.ones((3, 1), jnp.float32)
     for name in ("router_entropy", "router_margin"):
