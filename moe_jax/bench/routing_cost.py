@@ -25,7 +25,10 @@ def bench_route(
     rounds: int = 30,
     progress: Callable[[str], None] = lambda label: None,
 ) -> list[dict[str, Any]]:
-    """Returns one row for each rule, and for each difficulty estimator: its ratio to ``top_k(x @ kernel)`` with the same K."""
+    """Returns one row for each rule and each difficulty estimator that needs only x.
+
+    ``ratio`` is to ``top_k(x @ kernel)`` with the same K.
+    """
     rows = []
     x = random_array((tokens, d_model), "f32", 1)
     rules: dict[str, Router] = {
