@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -138,12 +139,32 @@ def check_instance(name: str, value: Any, kind: type | tuple[type, ...], *, fix:
         raise TypeError(f"{name}: expected {wanted}, got {describe_value(value)}. {fix}")
 
 
+def holds(comparison: Callable[[], bool]) -> bool | None:
+    """Returns what a comparison of sizes gives; None where symbolic sizes leave it open.
+
+    Under ``jax.export`` with symbolic shapes a size may be an expression such as ``2*b``.
+
+    Example:
+        >>> (b,) = jax.export.symbolic_shape("b", constraints=["b <= 8"])
+        >>> holds(lambda: 2 * b <= 16), holds(lambda: b >= 4)
+        (True, None)
+    """
+    try:
+        return bool(comparison())
+    except jax.errors.InconclusiveDimensionOperation:
+        return None
+
+
 def check_count(name: str, value: Any, *, least: int = 1, fix: str) -> None:
     """Raises TypeError unless ``value`` is an integer, ValueError unless it is at least ``least``.
+
+    A symbolic size (``jax.export``) counts as an integer.
 
     Example:
         >>> check_count("groups", 2, fix="Pass the number of groups.")
     """
+    if jax.export.is_symbolic_dim(value):
+        return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(
             f"{name}: expected an integer of at least {least}, got {describe_value(value)}. {fix}"

@@ -120,7 +120,7 @@ class LayerOptions:
             tokens, k = routing.num_tokens, routing.num_experts
         # With more groups than tokens ``plan_in_groups`` refuses, and says more.
         return expert_capacity(
-            max(1, tokens // self.groups), routing.num_experts, k, self.capacity_factor
+            jax.core.max_dim(1, tokens // self.groups), routing.num_experts, k, self.capacity_factor
         )
 
 

@@ -21,9 +21,12 @@ so they are Python values under ``jit`` and a change of one retraces.
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 Array = jax.Array
@@ -41,6 +44,9 @@ def static() -> Any:
 def pytree(cls: type[_T]) -> type[_T]:
     """Makes ``cls`` a frozen, keyword-only, slotted dataclass and registers it with JAX.
 
+    Functions that take or return it can be exported and serialised (``jax.export``). The process that
+    runs them needs the module of ``cls`` imported; a function of plain dicts and arrays needs nothing.
+
     Example:
         >>> @pytree
         ... class Pair:
@@ -53,7 +59,40 @@ def pytree(cls: type[_T]) -> type[_T]:
     fields = dataclasses.fields(frozen)
     meta = [f.name for f in fields if f.metadata.get("static")]
     data = [f.name for f in fields if not f.metadata.get("static")]
-    return jax.tree_util.register_dataclass(frozen, data_fields=data, meta_fields=meta)
+    registered = jax.tree_util.register_dataclass(frozen, data_fields=data, meta_fields=meta)
+    _register_serialization(registered, meta)
+    return registered
+
+
+_SERIALIZED_NAMES: dict[str, int] = {}  # how many classes were registered under each name
+
+
+def _register_serialization(cls: type[Any], meta: list[str]) -> None:
+    """Registers ``cls`` with ``jax.export``; its static fields ``meta`` are written as JSON."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    # A notebook cell that runs twice defines its class twice; JAX wants a name for each.
+    repetition = _SERIALIZED_NAMES[name] = _SERIALIZED_NAMES.get(name, 0) + 1
+
+    def write(values: Sequence[Any]) -> bytearray:
+        for field, value in zip(meta, values, strict=True):
+            if isinstance(value, bool | int | float | str | None):
+                continue
+            if jax.export.is_symbolic_dim(value):
+                fix = "Return its arrays instead, or export for one fixed batch size."
+            else:
+                fix = "Export a function of its arrays instead."
+            raise ValueError(
+                f"{cls.__name__}.{field}: expected a number, text or None to serialise, got "
+                f"{value}. {fix}"
+            )
+        return bytearray(json.dumps(list(values)).encode())
+
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=name if repetition == 1 else f"{name}#{repetition}",
+        serialize_auxdata=write,
+        deserialize_auxdata=lambda data: tuple(json.loads(bytes(data).decode())),
+    )
 
 
 @pytree
@@ -162,9 +201,9 @@ class DispatchPlan:
         """Static upper bound on the kept assignments: ``min(N, R, E * C)``."""
         bound = self.order.shape[0]
         if self.max_rows is not None:
-            bound = min(bound, self.max_rows)
+            bound = jax.core.min_dim(bound, self.max_rows)
         if self.capacity is not None:
-            bound = min(bound, self.capacity * self.assignments.num_experts)
+            bound = jax.core.min_dim(bound, self.capacity * self.assignments.num_experts)
         return bound
 
     @property
@@ -173,8 +212,8 @@ class DispatchPlan:
 
         No rule gives a token the same expert twice, so an expert never sees more than T rows.
         """
-        bound = min(self.num_rows, self.assignments.num_tokens)
-        return bound if self.capacity is None else min(bound, self.capacity)
+        bound = jax.core.min_dim(self.num_rows, self.assignments.num_tokens)
+        return bound if self.capacity is None else jax.core.min_dim(bound, self.capacity)
 
 
 @pytree

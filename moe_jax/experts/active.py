@@ -19,6 +19,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe_jax.checks import holds
 from moe_jax.experts.base import Implementation, one_expert, vary_like
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
 from moe_jax.experts.tiered import (
@@ -121,7 +122,7 @@ def slots_executed(plan: DispatchPlan) -> Array:
 def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
     """Refuses plans that may keep more rows than there are experts."""
     rows, experts = plan.num_rows, plan.assignments.num_experts
-    if rows > experts:
+    if not holds(lambda: rows <= experts):
         return (
             f"is for fewer rows than experts, and this plan has up to {rows} for {experts} experts"
         )

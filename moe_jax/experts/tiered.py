@@ -33,6 +33,7 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from moe_jax.experts.base import (
@@ -58,6 +59,8 @@ _BULK_SHARES = {"cpu": (0.0,), "": (0.0, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.0
 _MOST_PIECE_ROWS = 512
 _PIECE_SHARES_OF_LARGEST = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 _PIECE_SHARES_OF_MEAN = (0.25, 0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25)
+
+_SYMBOLIC_PIECES = (32, 64, 128, 256, 512)  # where the number of rows is symbolic (``jax.export``)
 
 # What touching one expert's weights costs, in rows of arithmetic: a piece copies the weights of its
 # expert, and the batched product streams the weights of all.
@@ -85,6 +88,8 @@ class _Layout(NamedTuple):
 
 def bulk_sizes(plan: DispatchPlan) -> tuple[int, ...]:
     """Returns the static sizes C to choose from, ascending, at most ``plan.max_group``."""
+    if jax.export.is_symbolic_dim(plan.num_rows):
+        return (0,)  # no mean load to take a share of
     mean = plan.num_rows / plan.assignments.num_experts
     shares = _BULK_SHARES.get(jax.default_backend(), _BULK_SHARES[""])
     return tuple(sorted({min(plan.max_group, _round_up(s * mean, 16)) for s in shares}))
@@ -92,6 +97,8 @@ def bulk_sizes(plan: DispatchPlan) -> tuple[int, ...]:
 
 def piece_sizes(plan: DispatchPlan) -> tuple[int, ...]:
     """Returns the static sizes B of the pieces, ascending. Longer runs are cut at the largest."""
+    if jax.export.is_symbolic_dim(plan.num_rows):
+        return _SYMBOLIC_PIECES
     mean = plan.num_rows / plan.assignments.num_experts
     if mean > _MOST_PIECE_ROWS:
         sizes = [_round_up(_MOST_PIECE_ROWS * share, 8) for share in _PIECE_SHARES_OF_LARGEST]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_choice, check_count, check_finite, check_instance
+from moe_jax.checks import check_choice, check_count, check_finite, check_instance, holds
 from moe_jax.routing.numerics import divide, exact
 from moe_jax.types import Array, Assignments, DispatchPlan, ExpertChoice, Routing
 
@@ -45,8 +43,10 @@ def expert_capacity(num_tokens: int, num_experts: int, k: float, capacity_factor
             f"capacity_factor, k: expected positive numbers, got {capacity_factor}, {k}. "
             "1.25 is a usual capacity factor; leave capacity out for dropless routing."
         )
-    rows = math.ceil(exact(capacity_factor) * num_tokens * exact(k) / num_experts)
-    return max(1, min(num_tokens, rows))
+    share = exact(capacity_factor) * exact(k) / num_experts
+    # Integer arithmetic alone, which symbolic sizes have too: -(-a // b) rounds up.
+    rows = -(-share.numerator * num_tokens // share.denominator)
+    return jax.core.max_dim(1, jax.core.min_dim(num_tokens, rows))
 
 
 def to_assignments(routing: Routing | ExpertChoice) -> Assignments:
@@ -100,10 +100,10 @@ def _stable_argsort(keys: Array, bound: int) -> Array:
 
     Packing key and index into one int32 makes it a sort of a single operand, which on CPU is
     about three times as fast as a sort of (key, index) pairs. If the packed value could overflow,
-    the function sorts pairs.
+    the function sorts pairs; so it does for a symbolic n without an upper bound.
     """
     n = keys.shape[0]
-    if bound * n >= 2**31:
+    if not holds(lambda: bound * n < 2**31):
         return jnp.argsort(keys, stable=True).astype(jnp.int32)
     packed = keys * n + jnp.arange(n, dtype=jnp.int32)
     return jax.lax.sort(packed, is_stable=False) % n
@@ -185,9 +185,16 @@ def plan_dispatch(
             check_count(name, bound, fix="None means nothing is dropped.")
     n, e = assignments.expert_indices.shape[0], assignments.num_experts
     slots = assignments.slots_per_token
-    if max_rows is not None and max_rows >= n:
+    rows, tokens = max_rows, assignments.num_tokens
+    if rows is not None and holds(lambda: rows >= n):
         max_rows = None
-    if max_rows is not None and slots and max_rows < assignments.num_tokens:
+    if rows is not None and slots and holds(lambda: rows >= tokens) is None:
+        raise ValueError(
+            f"max_rows: expected a bound on the symbolic number of tokens {tokens}, got none that "
+            f"shows that it is at most max_rows={rows}. Pass it to jax.export.symbolic_shape, e.g. "
+            f"constraints=['{tokens} <= {rows}']."
+        )
+    if rows is not None and slots and not holds(lambda: rows >= tokens):
         raise ValueError(
             f"max_rows: expected at least T={assignments.num_tokens}, so that no token loses its "
             f"first expert, got {max_rows}. Raise it, or use capacity to drop more."
