@@ -20,12 +20,15 @@ so they are Python values under ``jit`` and a change of one retraces.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.core
 import jax.export
 import jax.numpy as jnp
 
@@ -64,16 +67,10 @@ def pytree(cls: type[_T]) -> type[_T]:
     return registered
 
 
-_SERIALIZED_NAMES: dict[str, int] = {}  # how many classes were registered under each name
-
-
 def _register_serialization(cls: type[Any], meta: list[str]) -> None:
     """Registers ``cls`` with ``jax.export``; its static fields ``meta`` are written as JSON."""
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    # A notebook cell that runs twice defines its class twice; JAX wants a name for each.
-    repetition = _SERIALIZED_NAMES[name] = _SERIALIZED_NAMES.get(name, 0) + 1
 
-    def write(values: Sequence[Any]) -> bytearray:
+    def write(values: Sequence[Any]) -> bytes:
         for field, value in zip(meta, values, strict=True):
             if isinstance(value, bool | int | float | str | None):
                 continue
@@ -85,14 +82,19 @@ def _register_serialization(cls: type[Any], meta: list[str]) -> None:
                 f"{cls.__name__}.{field}: expected a number, text or None to serialise, got "
                 f"{value}. {fix}"
             )
-        return bytearray(json.dumps(list(values)).encode())
+        return json.dumps(list(values)).encode()
 
-    jax.export.register_pytree_node_serialization(
-        cls,
-        serialized_name=name if repetition == 1 else f"{name}#{repetition}",
-        serialize_auxdata=write,
-        deserialize_auxdata=lambda data: tuple(json.loads(bytes(data).decode())),
-    )
+    # A notebook cell that runs twice defines its class twice. JAX raises for a name that is taken.
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    for repetition in itertools.count(1):
+        with contextlib.suppress(ValueError):
+            jax.export.register_pytree_node_serialization(
+                cls,
+                serialized_name=name if repetition == 1 else f"{name}#{repetition}",
+                serialize_auxdata=write,
+                deserialize_auxdata=lambda data: tuple(json.loads(bytes(data).decode())),
+            )
+            return
 
 
 @pytree

@@ -1,4 +1,4 @@
-"""``jax.export``: every public value serialises, batch sizes may be symbolic, no process needs moe_jax."""
+"""``jax.export``: every public value serialises, and batch sizes may be symbolic."""
 
 from __future__ import annotations
 

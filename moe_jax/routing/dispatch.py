@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from moe_jax.checks import check_choice, check_count, check_finite, check_instance, holds
