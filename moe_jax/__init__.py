@@ -8,6 +8,7 @@ from moe_jax.experts import FeedForward, explain_choice, run_experts
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer, moe_layer
 from moe_jax.routers import (
     DynamicK,
+    Elastic,
     ExpertChoiceRouter,
     ExpertThreshold,
     MinP,
@@ -17,15 +18,18 @@ from moe_jax.routers import (
     TopAny,
     TopK,
     TopP,
+    Traits,
     router_from_json,
+    with_share,
 )
 from moe_jax.routing.budget import fit_thresholds, row_budget
 from moe_jax.routing.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
+from moe_jax.routing.elasticity import Schedule, distillation_loss
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.losses import LossWeights, aux_loss
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.stats import flops_report, routing_stats
-from moe_jax.types import Assignments, DispatchPlan, ExpertChoice, Routing, RoutingStats
+from moe_jax.types import Assignments, DispatchPlan, ExpertChoice, Routing, RoutingStats, pytree
 
 __version__ = "0.1.0"
 
@@ -43,6 +47,7 @@ __all__ = [
     "Assignments",
     "DispatchPlan",
     "DynamicK",
+    "Elastic",
     "ExpertChoice",
     "ExpertChoiceRouter",
     "ExpertThreshold",
@@ -57,11 +62,14 @@ __all__ = [
     "Router",
     "Routing",
     "RoutingStats",
+    "Schedule",
     "Scoring",
     "TopAny",
     "TopK",
     "TopP",
+    "Traits",
     "aux_loss",
+    "distillation_loss",
     "expert_capacity",
     "explain_choice",
     "fit_thresholds",
@@ -70,9 +78,11 @@ __all__ = [
     "kept_weights",
     "moe_layer",
     "plan_dispatch",
+    "pytree",
     "router_from_json",
     "routing_stats",
     "row_budget",
     "run_experts",
     "to_assignments",
+    "with_share",
 ]

@@ -28,7 +28,8 @@ from moe_jax.experts import FeedForward
 from moe_jax.lab.data import VOCAB_SIZE
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer
 from moe_jax.parallel.sharding import Mesh, layer_over
-from moe_jax.routers import Router, TopK
+from moe_jax.routers import Elastic, Router, TopK, router_from_json, with_share
+from moe_jax.routing.elasticity import Schedule, distillation_loss
 from moe_jax.routing.losses import LossWeights, aux_loss
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, Params, pytree
@@ -69,6 +70,12 @@ class LMConfig:
         renormalize: whether combine weights are divided by their sum. Off, as dropping an expert
             then leaves the weights of the others as they were trained.
         implementation: see ``moe_jax.experts``.
+        rule: the rule to train with, of the same ``num_experts``; None is ``TopK``. ``k`` then only
+            says what savings are relative to.
+        schedule: when tokens draw their budget, for a ``rule`` that is ``Elastic``; None is never.
+        distill: weight of the self-distillation: 0 trains on the drawn budgets themselves; else each
+            step runs all k experts with the usual loss and, while the schedule's share is above 0, a
+            drawn pass that is taught by the first (KL divergence).
 
     Raises:
         ValueError: a size that does not fit.
@@ -97,6 +104,9 @@ class LMConfig:
     balance_rate: float = 0.0
     renormalize: bool = False
     implementation: str | None = None
+    rule: Router | None = None
+    schedule: Schedule | None = None
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         sizes = ("num_layers", "d_model", "num_heads", "num_experts", "k", "d_ff", "length")
@@ -113,19 +123,37 @@ class LMConfig:
                 f"moe_every: expected a divisor of num_layers={self.num_layers}, got "
                 f"{self.moe_every}. Layers come in groups of moe_every, the last of each with experts."
             )
-        for name in ("dense_d_ff", "router_rate", "expert_rate", "router_decay", "expert_decay"):
+        rates = ("router_rate", "expert_rate", "router_decay", "expert_decay", "distill")
+        for name in ("dense_d_ff", *rates):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}.")
-        self.router()  # refuses a k that does not fit
+        if self.schedule is not None and not isinstance(self.rule, Elastic):
+            raise ValueError(
+                f"schedule: expected it with rule=Elastic(...), got rule={self.rule!r}. Only that rule "
+                "draws budgets."
+            )
+        if self.distill and self.schedule is None:
+            raise ValueError(
+                f"distill: expected a schedule with it, got distill={self.distill} alone. Pass "
+                "schedule=Schedule(start=0.7)."
+            )
+        router = self.router()  # refuses a k that does not fit
+        if router.num_experts != self.num_experts:
+            raise ValueError(
+                f"rule: expected one of num_experts={self.num_experts}, got {router!r}. Give both "
+                "the same number."
+            )
 
     @property
     def num_moe_layers(self) -> int:
         """Layers with experts: as many as there are routers and states."""
         return self.num_layers // self.moe_every
 
-    def router(self) -> TopK:
+    def router(self) -> Router:
         """The rule that the model is trained with."""
+        if self.rule is not None:
+            return self.rule
         return TopK(
             num_experts=self.num_experts,
             k=self.k,
@@ -147,8 +175,17 @@ class LMConfig:
         return LossWeights(load_balancing=self.load_balancing, router_z=self.router_z)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON object with every field."""
-        return dataclasses.asdict(self)
+        """Returns a JSON object with every field.
+
+        Raises:
+            TypeError: the rule has a field that JSON cannot hold, such as a function.
+        """
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.rule is not None:
+            data["rule"] = self.rule.to_json()
+        if self.schedule is not None:
+            data["schedule"] = dataclasses.asdict(self.schedule)
+        return data
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> LMConfig:
@@ -164,7 +201,12 @@ class LMConfig:
                 f"LMConfig: expected fields among {', '.join(sorted(known))}, got "
                 f"{', '.join(unknown)}. Use the version of the library that wrote it."
             )
-        return LMConfig(**data)
+        values = dict(data)
+        if isinstance(values.get("rule"), Mapping):
+            values["rule"] = router_from_json(values["rule"])
+        if isinstance(values.get("schedule"), Mapping):
+            values["schedule"] = Schedule(**values["schedule"])
+        return LMConfig(**values)
 
 
 # --- the model ------------------------------------------------------------------------------
@@ -416,19 +458,50 @@ def loss(
     states: Sequence[Any],
     tokens: Array,
     mesh: Mesh | None = None,
+    *,
+    share: Array | None = None,
 ) -> tuple[Array, tuple[tuple[Any, ...], dict[str, Array]]]:
     """Returns the training loss: mean nats per byte plus the auxiliary losses, averaged over layers.
 
     Args:
         tokens: i32[B, S + 1].
+        share: f32[], share of tokens that draw their budget, see ``LMConfig.schedule``.
 
     Returns:
         f32[], and (states after ``router.update``, metrics): ``bits_per_byte``, the auxiliary terms
-        before weighting, ``max_over_mean_load`` and ``mean_experts_per_token``.
+        before weighting, ``distillation``, ``max_over_mean_load``, ``mean_experts_per_token`` and
+        ``computed_experts_per_token`` (of all passes of the step together).
     """
-    out = forward(config, params, states, tokens[:, :-1], mesh=mesh)
+    drawn = None if share is None else with_share(tuple(states), share)
+    if drawn is not None and not config.distill:
+        states = drawn
+    inputs, router = tokens[:, :-1], config.router()
+    out = forward(config, params, states, inputs, mesh=mesh)
     value, metrics = objective(config, out, tokens[:, 1:])
-    router = config.router()
+    layers = range(config.num_moe_layers)
+    own = [
+        router.regularization(
+            layer_params(params, i)["moe"]["router"], states[i], out.layers[i].routing
+        )
+        for i in layers
+    ]
+    value = value + jnp.stack(own).mean()
+    metrics["distillation"] = jnp.zeros(())
+    metrics["computed_experts_per_token"] = metrics["mean_experts_per_token"]
+    if drawn is not None and config.distill:
+        # A branch, so that steps before the schedule's start pay for one pass alone.
+        def second_pass() -> tuple[Array, Array]:
+            reduced = forward(config, params, drawn, inputs, mesh=mesh)
+            used = [layer.stats.mean_experts_per_token for layer in reduced.layers]
+            return distillation_loss(reduced.logits, out.logits), jnp.stack(used).mean()
+
+        def no_pass() -> tuple[Array, Array]:
+            return jnp.zeros(()), jnp.zeros(())
+
+        taught, used = jax.lax.cond(jnp.asarray(share) > 0, second_pass, no_pass)
+        value = value + config.distill * taught
+        metrics["distillation"] = taught
+        metrics["computed_experts_per_token"] += used
     new = tuple(router.update(s, a.stats) for s, a in zip(states, out.layers, strict=True))
     return value, (new, metrics)
 

@@ -37,6 +37,7 @@ from moe_jax.parallel.sharding import (
     shard,
     token_spec,
 )
+from moe_jax.routers import with_share
 from moe_jax.types import Array, Params, pytree
 
 
@@ -69,7 +70,8 @@ def train_step(
     config: LMConfig, steps: int, state: TrainState, tokens: Array, mesh: Mesh | None = None
 ) -> tuple[TrainState, dict[str, Array]]:
     """Takes one step on tokens i32[B, S + 1]. ``state`` is donated: use the returned one."""
-    value = functools.partial(loss, config, mesh=mesh)
+    share = None if config.schedule is None else config.schedule.share_at(state.step, steps)
+    value = functools.partial(loss, config, mesh=mesh, share=share)
     gradient = jax.value_and_grad(
         lambda p: value(p, states=state.router_states, tokens=tokens), has_aux=True
     )
@@ -217,7 +219,8 @@ def train(
             config=config,
             params=whole.params,
             routers=(config.router(),) * config.num_moe_layers,
-            states=whole.router_states,
+            # What is saved is served: every token gets its full budget until a rule is fitted.
+            states=with_share(whole.router_states, 0.0),
             metadata={"training": summary, "data": text},
         )
         error = None

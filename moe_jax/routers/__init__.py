@@ -2,6 +2,7 @@
 
 from moe_jax.routers.base import Router, Traits, router_from_json
 from moe_jax.routers.dynamic_k import DynamicK
+from moe_jax.routers.elastic import Elastic, with_share
 from moe_jax.routers.expert_choice import ExpertChoiceRouter
 from moe_jax.routers.expert_threshold import ExpertThreshold
 from moe_jax.routers.min_p import MinP
@@ -13,6 +14,7 @@ from moe_jax.routers.top_p import TopP
 
 __all__ = [
     "DynamicK",
+    "Elastic",
     "ExpertChoiceRouter",
     "ExpertThreshold",
     "MinP",
@@ -24,4 +26,5 @@ __all__ = [
     "TopP",
     "Traits",
     "router_from_json",
+    "with_share",
 ]

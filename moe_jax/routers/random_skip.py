@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import check_choice, check_k, check_number
 from moe_jax.routers.base import TokenChoice, Traits
 from moe_jax.routing import budget
+from moe_jax.routing.chance import fit_mixed_counts, mixed_counts, token_chance
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import first_k
@@ -94,10 +93,8 @@ class RandomSkip(TokenChoice):
         return self.drop == "lowest"
 
     def select(self, params, state: RandomSkipState, slots, x, context):
-        chance = _chance(slots.logits, 1 + self.k)
-        low = jnp.floor(state.mean_k)
-        one_more = (chance[:, 0] < state.mean_k - low).astype(jnp.int32)
-        counts = low.astype(jnp.int32) + one_more
+        chance = token_chance(slots.logits, 1 + self.k)
+        counts = mixed_counts(chance[:, 0], state.mean_k)
         if self.drop == "lowest":
             keep = first_k(counts, self.k)
         else:  # the first `counts` slots of a random order
@@ -106,28 +103,5 @@ class RandomSkip(TokenChoice):
         return keep, self.weights(slots, keep)
 
     def calibrate(self, params, state: RandomSkipState, slots, x, context, *, real, target_mean_k):
-        # Equal tokens draw equal chances, so the share below a number is not quite that number.
-        chance = np.asarray(_chance(slots.logits, 1))[real, 0]
-        low = math.floor(target_mean_k)
-        share = target_mean_k - low
-        if share:
-            share = min(max(budget.fit_cut(chance, share * chance.size), 0.0), 1.0 - 2**-20)
-        return dataclasses.replace(state, mean_k=jnp.asarray(low + share, jnp.float32))
-
-
-def _chance(logits: Array, numbers: int) -> Array:
-    """f32[T, numbers] in [0, 1): hashes of each token's logits (murmur3's finaliser)."""
-    # Rounded first: the last bits of a product depend on the batch's shape. A sum over experts does
-    # not depend on their order, which keeps the rule equivariant under a relabelling of experts.
-    steps = jnp.clip(jnp.round(logits * 256.0), -1e9, 1e9).astype(jnp.int32)
-    words = jax.lax.bitcast_convert_type(steps, jnp.uint32)
-    mixed = _finalise(words).sum(axis=-1, dtype=jnp.uint32)
-    lanes = jnp.arange(1, numbers + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
-    hashed = _finalise(mixed[:, None] ^ lanes[None, :])
-    return (hashed >> 8).astype(jnp.float32) / jnp.float32(1 << 24)
-
-
-def _finalise(h: Array) -> Array:
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)
+        chance = np.asarray(token_chance(slots.logits, 1))[real, 0]
+        return dataclasses.replace(state, mean_k=fit_mixed_counts(chance, target_mean_k))

@@ -8,6 +8,7 @@ from typing import Any
 from moe_jax.checks import check_choice
 from moe_jax.routers.base import Router
 from moe_jax.routers.dynamic_k import DynamicK
+from moe_jax.routers.elastic import Elastic
 from moe_jax.routers.expert_threshold import ExpertThreshold
 from moe_jax.routers.min_p import MinP
 from moe_jax.routers.random_skip import RandomSkip
@@ -18,7 +19,7 @@ DYNAMIC_RULES = ("TopP", "MinP", "DynamicK", "ExpertThreshold")
 
 
 def dynamic_twin(
-    trained: TopK,
+    trained: TopK | Elastic,
     rule: str,
     *,
     target_mean_k: float,
@@ -57,7 +58,7 @@ def dynamic_twin(
     return TopP(**common) if rule == "TopP" else MinP(**common)
 
 
-def control_twin(trained: TopK, drop: str, *, mean_k: float) -> RandomSkip:
+def control_twin(trained: TopK | Elastic, drop: str, *, mean_k: float) -> RandomSkip:
     """Returns the control that drops experts of ``trained`` without looking at the token."""
     return RandomSkip(
         num_experts=trained.num_experts,

@@ -30,6 +30,7 @@ from moe_jax.interop.rules import (
 )
 from moe_jax.routers import (
     DynamicK,
+    Elastic,
     ExpertChoiceRouter,
     ExpertThreshold,
     MinP,
@@ -167,6 +168,13 @@ CASES: dict[str, Router] = {
     ),
     "RandomSkip: lowest": RandomSkip(num_experts=E, k=2, mean_k=1.5),
     "RandomSkip: random": RandomSkip(num_experts=E, k=3, mean_k=1.5, drop="random"),
+    "Elastic: k, all drawn": Elastic(num_experts=E, k=4, share=1.0),
+    "Elastic: min-p, half drawn, rescaled": Elastic(
+        num_experts=E, k=3, draw="min_p", share=0.5, rescale=True
+    ),
+    "Elastic: 2 to 4, renormalised": Elastic(
+        num_experts=E, k=4, min_k=2, share=0.5, scoring=Scoring(norm="sum")
+    ),
     "ReLU": ReLURouter(num_experts=E, target_k=2.0),
     "ReLU: at most 3, scaled": ReLURouter(
         num_experts=E, target_k=2.0, max_k=3, scoring=Scoring(score="relu", scale=2.0)
@@ -386,6 +394,9 @@ def test_weights_are_what_the_scoring_promises(case: Case):
         "identity": lambda: z,
     }[scoring.score]()
     used = np.asarray(routing.expert_mask)
+    if getattr(case.router, "rescale", False):  # sums to what the k best weigh
+        whole = np.sort(s, axis=1)[:, -case.router.k :].sum(axis=1, keepdims=True)
+        s = s * whole / np.where(used, s, 0.0).sum(axis=1, keepdims=True)
     if isinstance(case.router, TopAny):  # its scores select and send gradients, and weigh nothing
         s = np.ones_like(z) / np.maximum(used.sum(axis=1, keepdims=True), 1)
     if scoring.post == "softmax":
