@@ -13,7 +13,7 @@ from __future__ import annotations
 import typer
 
 from moe_jax.bench.commands import app as bench
-from moe_jax.cli import backup, configuration, devices, models, published, service
+from moe_jax.cli import backup, configuration, devices, experiments, models, published, service
 from moe_jax.cli.output import LibraryErrorsExit2, out
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.add_typer(models.app)
 app.add_typer(published.app)
 app.add_typer(service.app)
+app.add_typer(experiments.app)
 app.add_typer(backup.app)
 app.add_typer(devices.app)
 app.add_typer(configuration.app, name="config")

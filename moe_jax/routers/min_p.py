@@ -87,7 +87,7 @@ class MinP(TokenChoice):
 
 
 def fit_min_p(probs: np.ndarray, min_k: int, target_mean_k: float) -> Array:
-    """Returns the ratio f32[] at which tokens with slot probabilities f32[T, K] use the target's mean."""
+    """Returns the ratio f32[] at which tokens with slot probabilities f32[T, K] hit the target."""
     # A token keeps a prefix of its slots, up to the first slot below the ratio. So the share that
     # decides about a slot is the smallest share up to it.
     shares = np.minimum.accumulate(probs / probs[:, :1], axis=1)[:, min_k:]

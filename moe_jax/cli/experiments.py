@@ -1,0 +1,61 @@
+"""Commands about declared experiments: experiment, results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_jax.cli.output import AsJson, library_errors_exit_2, notes, out, print_json
+
+app = typer.Typer()
+
+Folder = Annotated[
+    Path, typer.Option("--out", help="Folder of all experiments; each has its own inside.")
+]
+
+
+@app.command()
+def experiment(
+    name: Annotated[str, typer.Argument(help="A name in configs/experiments, or a JSON file.")],
+    folder: Folder = Path("runs/experiments"),
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure these rules instead, such as top_p or your module:Class."),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds instead of the declared ones, such as 0,1,2.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Start no further run after so many minutes.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a declared experiment; a run that was stopped goes on where it was."""
+    import dataclasses
+
+    from moe_jax.lab.experiments.declaration import load
+    from moe_jax.lab.experiments.runner import run_experiment
+
+    with library_errors_exit_2():
+        declared = load(name)
+        if rule:
+            declared = dataclasses.replace(declared, rules=tuple(rule))
+        if seeds is not None:
+            declared = dataclasses.replace(
+                declared, seeds=tuple(int(seed) for seed in seeds.split(","))
+            )
+        place = folder / declared.name
+        results = run_experiment(
+            declared,
+            place,
+            progress=notes.is_terminal,
+            note=lambda text: notes.print(text, highlight=False),
+            seconds=None if minutes is None else 60 * minutes,
+        )
+    if as_json:
+        print_json({"folder": str(place), "done": results["done"], "planned": results["planned"]})
+        return
+    out.print((place / "results.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    out.print(f"results.json, results.csv and results.png are in {place}.", soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Experiments declared as files: recipes, seeds and expectations in JSON, tables out."""

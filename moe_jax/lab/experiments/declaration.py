@@ -1,0 +1,182 @@
+"""The file that declares an experiment, checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import moe_jax
+from moe_jax.lab.language_model import LMConfig
+
+KINDS = ("budgets", "decode")
+FOLDER = "configs/experiments"
+PARTS = ("router", "norms")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way to train a model.
+
+    Attributes:
+        name: the key in the file.
+        config: the model and its training.
+        steps: training steps, or steps of distillation after ``base``.
+        base: recipe whose trained model is frozen and distilled; "" trains from the start.
+        parts: what the distillation changes: ``router``, or ``router`` and ``norms``.
+        budgets: whether rules are fitted to the model; False for models that a fixed budget was
+            trained into, such as ReLU routing.
+    """
+
+    name: str
+    config: LMConfig
+    steps: int
+    base: str = ""
+    parts: tuple[str, ...] = ()
+    budgets: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A declared experiment. ``load`` reads it from a file.
+
+    Attributes:
+        name: of the file, without ``.json``.
+        kind: ``budgets`` trains recipes and measures what each saving costs; ``decode`` measures rules
+            that look at the whole batch of a decoding step.
+        title, question: for the report.
+        expectations: what was expected before the run; printed beside the outcome.
+        recipes: by name, in the order in which they are run.
+        reference: the recipe that others are compared with, at its full budget.
+        rules: names of ``moe_jax.lab.calibration.RULES``, ``as_trained``, or ``module:Class``.
+        savings: shares of the reference's experts per token.
+        seeds: of parameters and batches.
+        core: recipes that run with every seed before the others run at all; so a run that is stopped
+            early has compared these.
+        calibration_tokens, held_out_tokens: bytes of text.
+        batch_sizes, budgets: of ``decode``: tokens per decoding step; rules as JSON, by label.
+    """
+
+    name: str
+    kind: str
+    title: str
+    question: str
+    expectations: tuple[str, ...]
+    recipes: Mapping[str, Recipe]
+    reference: str
+    rules: tuple[str, ...] = ()
+    savings: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    core: tuple[str, ...] = ()
+    calibration_tokens: int = 8_192
+    held_out_tokens: int = 32_768
+    batch_sizes: tuple[int, ...] = ()
+    batch_rules: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def experiment_files() -> dict[str, Path]:
+    """Returns the declared experiments by name: of the working folder, then of the repository."""
+    roots = (Path(moe_jax.__file__).resolve().parents[1], Path.cwd())
+    return {p.stem: p for root in roots for p in sorted((root / FOLDER).glob("*.json"))}
+
+
+def load(name: str | Path) -> Experiment:
+    """Reads a declared experiment, by its name or the path of its file.
+
+    Raises:
+        ValueError: no such experiment, or a file that declares none; the field is named.
+    """
+    files = experiment_files()
+    path = files.get(str(name), Path(name))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ValueError(
+            f"experiment: expected one of {', '.join(sorted(files)) or 'no file'} in {FOLDER}, or the "
+            f"path of a JSON file, got {str(name)!r}."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object, got no JSON ({error}).") from None
+    return declared(path.stem, data)
+
+
+def declared(name: str, data: Mapping[str, Any]) -> Experiment:
+    """Returns the experiment that a JSON object declares.
+
+    Raises:
+        ValueError: an unknown or missing field, or values that do not fit.
+    """
+    fields = dict(data)
+    known = {f.name for f in dataclasses.fields(Experiment)} - {"name"} | {"model", "steps"}
+    unknown = sorted(set(fields) - known)
+    missing = sorted({"kind", "title", "question", "recipes", "reference", "steps"} - set(fields))
+    if unknown or missing:
+        raise ValueError(
+            f"experiment {name}: expected the fields {', '.join(sorted(known))}, got "
+            f"{', '.join(unknown) or 'none'} besides, and not {', '.join(missing) or 'nothing'}."
+        )
+    model, steps = fields.pop("model", {}), fields.pop("steps")
+    recipes = {
+        label: _recipe(label, {**model, **changes}, steps)
+        for label, changes in fields.pop("recipes").items()
+    }
+    for recipe in recipes.values():
+        if recipe.base and recipe.base not in recipes:
+            raise ValueError(
+                f"recipe {recipe.name}: expected base to be one of {', '.join(recipes)}, got "
+                f"{recipe.base!r}."
+            )
+    for label in ("expectations", "rules", "savings", "seeds", "core", "batch_sizes"):
+        if label in fields:
+            fields[label] = tuple(fields[label])
+    experiment = Experiment(name=name, recipes=recipes, **{"expectations": (), **fields})
+    if experiment.kind not in KINDS or experiment.reference not in recipes:
+        raise ValueError(
+            f"experiment {name}: expected a kind of {', '.join(KINDS)} and a reference among "
+            f"{', '.join(recipes)}, got {experiment.kind!r} and {experiment.reference!r}."
+        )
+    return experiment
+
+
+def _recipe(name: str, values: dict[str, Any], steps: int) -> Recipe:
+    own = {
+        "steps": int(values.pop("steps", steps)),
+        "base": values.pop("base", ""),
+        "parts": tuple(values.pop("parts", ("router",) if "base" in values else ())),
+        "budgets": values.pop("budgets", True),
+    }
+    strange = [part for part in own["parts"] if part not in PARTS]
+    if strange or own["steps"] < 1:
+        raise ValueError(
+            f"recipe {name}: expected steps of at least 1 and parts among {', '.join(PARTS)}, got "
+            f"steps={own['steps']}, parts={list(own['parts'])}."
+        )
+    try:
+        return Recipe(name=name, config=LMConfig.from_json(values), **own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"recipe {name}: {error}") from None
+
+
+def fingerprint(experiment: Experiment, recipe: Recipe) -> str:
+    """Returns 16 hex digits over everything that a recipe's results depend on, but the seed."""
+    parts: list[Any] = []
+    while True:
+        parts.append([recipe.config.to_json(), recipe.steps, list(recipe.parts), recipe.budgets])
+        if not recipe.base:
+            break
+        recipe = experiment.recipes[recipe.base]
+    measured = [
+        experiment.kind,
+        list(experiment.rules),
+        list(experiment.savings),
+        experiment.calibration_tokens,
+        experiment.held_out_tokens,
+        list(experiment.batch_sizes),
+        dict(experiment.batch_rules),
+        experiment.recipes[experiment.reference].config.k,
+    ]
+    text = json.dumps([parts, measured], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

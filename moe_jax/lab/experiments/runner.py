@@ -1,0 +1,147 @@
+"""Runs a declared experiment, one recipe and seed after the other, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.progress import Progress
+
+import moe_jax
+from moe_jax.lab.calibration import calibration_blocks
+from moe_jax.lab.data import Corpus, load_corpus
+from moe_jax.lab.experiments.budget_table import budget_rows
+from moe_jax.lab.experiments.declaration import Experiment, Recipe, fingerprint
+from moe_jax.lab.experiments.recipes import trained_model
+from moe_jax.lab.experiments.tables import write_results
+from moe_jax.lab.frontier import held_out_blocks
+from moe_jax.lab.progress import track
+
+Unit = tuple[Recipe, int]
+
+
+def units(experiment: Experiment) -> list[Unit]:
+    """Every recipe and seed: the core first, seed by seed, then the other recipes."""
+    recipes = experiment.recipes.values()
+    core = [r for r in recipes if r.name in experiment.core]
+    others = [r for r in recipes if r.name not in experiment.core]
+    return [(r, seed) for part in (core, others) for seed in experiment.seeds for r in part]
+
+
+def run_experiment(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    progress: Progress | bool = True,
+    note: Callable[[str], None] = lambda text: None,
+    corpus: Corpus | None = None,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Runs what is left of an experiment and writes its tables.
+
+    Args:
+        experiment: from ``declaration.load``.
+        folder: of the results. A finished recipe and seed is a file in ``units/``, which a later call
+            reuses if the declaration still says the same of it; models are in ``models/``.
+        progress: see ``moe_jax.lab.training.train``.
+        note: called with a line of text for each finished unit.
+        corpus: the text; None is the standard library's source.
+        seconds: start no further unit after so long; None runs all.
+
+    Returns:
+        What ``results.json`` holds: see ``tables.write_results``.
+    """
+    started = time.perf_counter()
+    corpus = load_corpus() if corpus is None else corpus
+    todo = units(experiment)
+    (folder / "units").mkdir(parents=True, exist_ok=True)
+    with track(progress, experiment.name, len(todo)) as advance:
+        for recipe, seed in todo:
+            path = unit_file(folder, recipe, seed)
+            label = f"{recipe.name}, seed {seed}"
+            if finished(experiment, recipe, path) is None:
+                if seconds is not None and time.perf_counter() - started > seconds:
+                    break
+                unit = run_unit(experiment, recipe, seed, folder, corpus, advance_note=note)
+                temporary = path.with_suffix(".partial")
+                temporary.write_text(json.dumps(unit) + "\n", encoding="utf-8")
+                os.replace(temporary, path)
+                note(f"{label}: {unit['seconds']:.0f} s")
+            advance(label)
+    return write_results(experiment, list(finished_units(experiment, folder)), folder)
+
+
+def run_unit(
+    experiment: Experiment,
+    recipe: Recipe,
+    seed: int,
+    folder: Path,
+    corpus: Corpus,
+    *,
+    advance_note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Trains one recipe with one seed and measures it."""
+    started = time.perf_counter()
+    model, training = trained_model(experiment, recipe, seed, folder / "models", corpus)
+    # The same text for every seed: the interval over seeds is that of training.
+    sizes = {"calibration": experiment.calibration_tokens, "held_out": experiment.held_out_tokens}
+    blocks = {
+        "calibration": calibration_blocks(model.config, corpus, tokens=sizes["calibration"]),
+        "held_out": held_out_blocks(model.config, corpus, tokens=sizes["held_out"]),
+    }
+    if experiment.kind == "decode":
+        from moe_jax.lab.experiments.decode_table import decode_rows
+
+        rows = decode_rows(experiment, model, note=advance_note, **blocks)
+    else:
+        rows = budget_rows(experiment, recipe, model, note=advance_note, **blocks)
+    return {
+        "recipe": recipe.name,
+        "seed": seed,
+        "fingerprint": fingerprint(experiment, recipe),
+        "training": training,
+        "machine": machine_note(),
+        "data": corpus.describe()["fingerprint"],
+        "seconds": time.perf_counter() - started,
+        "rows": rows,
+    }
+
+
+def unit_file(folder: Path, recipe: Recipe, seed: int) -> Path:
+    return folder / "units" / f"{recipe.name}-{seed}.json"
+
+
+def finished(experiment: Experiment, recipe: Recipe, path: Path) -> dict[str, Any] | None:
+    """The unit in this file, or None if there is none or the declaration has changed since."""
+    try:
+        unit = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return unit if unit["fingerprint"] == fingerprint(experiment, recipe) else None
+
+
+def finished_units(experiment: Experiment, folder: Path) -> Iterator[dict[str, Any]]:
+    for recipe, seed in units(experiment):
+        unit = finished(experiment, recipe, unit_file(folder, recipe, seed))
+        if unit is not None:
+            yield unit
+
+
+def machine_note() -> dict[str, Any]:
+    """Returns what a figure's reader must know of the machine and the versions."""
+    load: Sequence[float] = os.getloadavg() if hasattr(os, "getloadavg") else ()
+    return {
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "device": jax.devices()[0].device_kind,
+        "load": round(load[0], 1) if load else None,
+        "jax": jax.__version__,
+        "moe_jax": moe_jax.__version__,
+        "python": platform.python_version(),
+    }
