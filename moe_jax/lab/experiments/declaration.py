@@ -142,10 +142,11 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
 
 
 def _recipe(name: str, values: dict[str, Any], steps: int) -> Recipe:
+    parts = ("router",) if "base" in values else ()
     own = {
         "steps": int(values.pop("steps", steps)),
         "base": values.pop("base", ""),
-        "parts": tuple(values.pop("parts", ("router",) if "base" in values else ())),
+        "parts": tuple(values.pop("parts", parts)),
         "budgets": values.pop("budgets", True),
     }
     strange = [part for part in own["parts"] if part not in PARTS]

@@ -1,0 +1,181 @@
+"""Declared experiments: what a file may say, resuming, and the tables."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from moe_jax.cli import app
+from moe_jax.lab.experiments.budget_table import interval
+from moe_jax.lab.experiments.declaration import declared, experiment_files, load
+from moe_jax.lab.experiments.recipes import distil
+from moe_jax.lab.experiments.tables import write_results
+from moe_jax.lab.model_files import load_model
+
+pytestmark = pytest.mark.compile_cheaply
+
+ELASTIC = {"kind": "Elastic", "num_experts": 4, "k": 3}
+TINY = {
+    "kind": "budgets",
+    "title": "Tiny",
+    "question": "Does it run?",
+    "expectations": ["It does."],
+    "model": {
+        "num_layers": 1,
+        "d_model": 16,
+        "num_heads": 2,
+        "num_experts": 4,
+        "k": 3,
+        "d_ff": 8,
+        "length": 16,
+        "batch_size": 2,
+    },
+    "steps": 2,
+    "seeds": [0],
+    "reference": "fixed",
+    "recipes": {
+        "fixed": {},
+        "router_only": {"base": "fixed", "rule": ELASTIC, "steps": 2},
+    },
+    "rules": ["as_trained"],
+    "savings": [0.35],
+    "calibration_tokens": 256,
+    "held_out_tokens": 256,
+}
+
+
+def changed(**fields):
+    return {**copy.deepcopy(TINY), **fields}
+
+
+def test_an_experiment_runs_resumes_and_writes_its_tables(tmp_path):
+    file, out = tmp_path / "tiny.json", tmp_path / "runs"
+    file.write_text(json.dumps(TINY), encoding="utf-8")
+    command = ["experiment", str(file), "--out", str(out)]
+    stopped = CliRunner().invoke(app, [*command, "--minutes", "0", "--json"])
+    assert stopped.exit_code == 0, stopped.output
+    first = CliRunner().invoke(app, command)
+    assert first.exit_code == 0, first.output
+    assert "2 of 2 runs" in first.output
+    assert "It does." in first.output
+    folder = out / "tiny"
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert {(r["recipe"], r["rule"], r["saving"]) for r in rows} == {
+        ("fixed", "as_trained", 0.0),
+        ("router_only", "as_trained", 0.0),
+        ("router_only", "as_trained", 0.35),
+    }
+    assert len((folder / "results.csv").read_text(encoding="utf-8").splitlines()) == 1 + len(rows)
+    saving = next(r for r in rows if r["saving"])
+    assert abs(saving["mean_k"] / (3 * 0.65) - 1) < 0.1
+    assert saving["training_cost"] > 1.0
+
+    # Nothing but the routers moved, and they did.
+    before, after = (load_model(folder / "models" / f"{n}-0") for n in ("fixed", "router_only"))
+    kernels = [m.params["layers"]["moe"]["router"]["kernel"] for m in (before, after)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0
+    np.testing.assert_array_equal(before.params["embedding"], after.params["embedding"])
+    np.testing.assert_array_equal(before.params["norm"], after.params["norm"])
+
+    units = sorted((folder / "units").iterdir())
+    written = [unit.stat().st_mtime_ns for unit in units]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert [unit.stat().st_mtime_ns for unit in units] == written
+    # Another declaration of the same name measures again what it changed.
+    other = declared("tiny", changed(rules=["drop_lowest"]))
+    assert write_results(other, [], tmp_path / "other")["done"] == 0
+
+
+def test_a_distilled_recipe_needs_an_elastic_rule():
+    recipes = {"fixed": {}, "router_only": {"base": "fixed"}}
+    experiment = declared("tiny", changed(recipes=recipes))
+    with pytest.raises(ValueError, match="expected rule to be an Elastic one"):
+        distil(None, experiment.recipes["router_only"], 0, None, cost=0.0)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"colour": 1}, "got colour besides"),
+        ({"kind": "tea"}, "expected a kind of budgets, decode"),
+        ({"reference": "none"}, "a reference among fixed"),
+        ({"recipes": {"fixed": {"parts": ["experts"]}}}, "parts among router, norms"),
+        ({"recipes": {"fixed": {"layers": 2}}}, "recipe fixed: LMConfig: expected fields among"),
+        ({"recipes": {"fixed": {"base": "gone"}}}, "expected base to be one of fixed"),
+        ({"recipes": {"fixed": {"distill": 1.0}}}, "distill: expected a schedule with it"),
+    ],
+)
+def test_a_bad_declaration_is_refused_by_its_field(fields, words):
+    with pytest.raises(ValueError, match=words):
+        declared("tiny", changed(**fields))
+
+
+def test_every_declared_experiment_is_valid():
+    names = experiment_files()
+    assert "e2" in names
+    for name in names:
+        experiment = load(name)
+        assert experiment.expectations, f"{name}: state what is expected before it runs"
+        assert set(experiment.core) <= set(experiment.recipes)
+
+
+def test_an_interval_over_seeds_is_students():
+    got = interval([0.01, 0.03])
+    assert got.mean == pytest.approx(0.02)
+    assert got.high - got.mean == pytest.approx(12.706 * 0.01, rel=1e-3)
+    # (t for 97.5 % + t for 80 %) * standard error
+    assert got.detectable == pytest.approx((12.706 + 1.376) * 0.01, rel=1e-3)
+    assert interval([0.01]).high == np.inf
+
+
+def unit(recipe: str, seed: int, bits: list[float]) -> dict:
+    rows = [
+        {
+            "rule": "as_trained" if i == 0 else "top_p",
+            "label": "x",
+            "control": False,
+            "saving": 0.0 if i == 0 else 0.2,
+            "mean_k": 3.0 - i,
+            "bits_per_byte": value,
+            "nats_per_file": [value * 100, value * 50],
+            "seconds": 1.0,
+            "mean_k_per_layer": [3.0],
+        }
+        for i, value in enumerate(bits)
+    ]
+    machine = {"cores": 2, "processor": "p", "device": "cpu", "jax": "0", "moe_jax": "0", "load": 1}
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "training": {"cost": 2.0 if seed else 1.0, "seconds": 1.0},
+        "machine": machine,
+        "data": "",
+        "seconds": 60.0,
+        "rows": rows,
+    }
+
+
+def test_rows_are_paired_by_seed_with_the_reference(tmp_path):
+    units = [
+        unit("fixed", 0, [2.0, 2.1]),
+        unit("fixed", 1, [3.0, 3.15]),
+        unit("router_only", 0, [2.02]),
+        unit("router_only", 1, [3.03]),
+    ]
+    results = write_results(declared("tiny", changed(seeds=[0, 1])), units, tmp_path)
+    rows = {(r["recipe"], r["saving"]): r for r in results["rows"]}
+    assert rows["fixed", 0.2]["relative"] == pytest.approx(0.05)
+    assert rows["fixed", 0.2]["worst_file"] == pytest.approx(0.05)
+    assert rows["router_only", 0.0]["relative"] == pytest.approx(0.01)
+    # Equal in both seeds: the interval has no width.
+    assert rows["router_only", 0.0]["relative_high"] == pytest.approx(0.01)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| fixed | x | +5.00 % (+5.00 to +5.00) |" in text
+    assert (tmp_path / "results.png").stat().st_size > 1000
+    # A reference without its seed leaves no row to compare with.
+    alone = write_results(declared("tiny", TINY), units[2:], tmp_path / "alone")
+    assert alone["rows"] == []
