@@ -33,6 +33,7 @@ from moe_jax.experts import (
     check_expert_fn,
     check_implementation,
     check_params,
+    check_platform,
     run_experts,
 )
 from moe_jax.experts.exchange import ExpertParallel
@@ -73,6 +74,8 @@ class LayerOptions:
             to before anything was dropped, see ``kept_weights``.
         implementation: None lets the library choose; a name of ``moe_jax.experts.IMPLEMENTATIONS``,
             or a tuple of names in order of preference.
+        platform: what the layer is compiled for: "cpu", "tpu", "cuda" or "rocm". None takes it from
+            the mesh and the arrays, and leaves it to the lowering where they do not say.
         groups: number of equal, consecutive token groups. Capacity and row budget apply within
             each group, which reproduces what that many devices would drop.
 
@@ -89,6 +92,7 @@ class LayerOptions:
     priority: str = "score"
     renormalize_kept: bool = False
     implementation: str | tuple[str, ...] | None = None
+    platform: str | None = None
     groups: int = 1
 
     def __post_init__(self) -> None:
@@ -109,6 +113,7 @@ class LayerOptions:
         check_choice("priority", self.priority, PRIORITIES)
         check_flag("renormalize_kept", self.renormalize_kept)
         check_implementation(self.implementation)
+        check_platform(self.platform)
         check_count("groups", self.groups, fix="1 plans for the whole batch at once.")
 
     def capacity(self, routing: Routing | ExpertChoice) -> int | None:
@@ -384,7 +389,13 @@ def run_routing(
     if weight_on_input:
         work = _weighted_rows(*work)
     run = run_experts if parallel is None else functools.partial(run_parallel, parallel=parallel)
-    ran = run(expert_fn, params, *work, implementation=options.implementation)
+    ran = run(
+        expert_fn,
+        params,
+        *work,
+        implementation=options.implementation,
+        platform=options.platform,
+    )
     y = ran.y
     if weight_on_input:
         y = y.reshape(tokens, -1, y.shape[-1]).sum(axis=1)

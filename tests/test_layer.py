@@ -211,7 +211,11 @@ def test_run_experts_says_what_it_did():
     params, state = make(router)
     routing = jax.jit(lambda x: router(params["router"], state, x))(draw(12))
     plan = moe_jax.plan_dispatch(moe_jax.to_assignments(routing))
-    run = jax.jit(moe_jax.run_experts, static_argnums=0, static_argnames="implementation")
+    run = jax.jit(
+        functools.partial(moe_jax.run_experts, platform="cpu"),
+        static_argnums=0,
+        static_argnames="implementation",
+    )
     for asked, name in ((None, choose(plan).name), ("dense", "dense")):
         ran = run(
             FFN, params["experts"], draw(12), plan, plan.assignments.weights, implementation=asked

@@ -6,13 +6,15 @@ first that does not refuse. A new implementation is one file and one line in ``_
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
 
-from moe_jax.checks import check_array, check_instance, describe_value
+from moe_jax.checks import check_array, check_choice, check_instance, describe_value
 from moe_jax.experts.active import ACTIVE
-from moe_jax.experts.base import ExpertsOutput, Implementation, num_experts_of
+from moe_jax.experts.base import ExpertsOutput, Implementation, num_experts_of, vary_like
 from moe_jax.experts.capacity import CAPACITY
 from moe_jax.experts.dense import DENSE
 from moe_jax.experts.feed_forward import (
@@ -22,27 +24,49 @@ from moe_jax.experts.feed_forward import (
     check_expert_fn,
     check_params,
 )
+from moe_jax.experts.grouped import GROUPED
+from moe_jax.experts.platforms import PLATFORMS, Platform, platform_of
 from moe_jax.experts.ragged import RAGGED
 from moe_jax.experts.tiered import TIERED
 from moe_jax.types import Array, DispatchPlan, Params
 
-_ALL = (ACTIVE, RAGGED, TIERED, CAPACITY, DENSE)  # in order of preference
+_ALL = (ACTIVE, GROUPED, RAGGED, TIERED, CAPACITY, DENSE)  # in order of preference
 IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in _ALL}
 
 __all__ = [
     "ACTIVATIONS",
     "IMPLEMENTATIONS",
+    "PLATFORMS",
+    "Choice",
     "ExpertFn",
     "ExpertsOutput",
     "FeedForward",
     "Implementation",
+    "Platform",
     "check_expert_fn",
     "check_implementation",
     "check_params",
+    "check_platform",
     "choose",
     "explain_choice",
+    "platform_of",
     "run_experts",
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What ``explain_choice`` returns: the platform, and what each candidate says."""
+
+    platform: (
+        str | None
+    )  # None: unknown until lowering, which then takes each platform's own choice
+    platform_reason: str  # where the platform is known from
+    candidates: tuple[tuple[str, str], ...]  # (name, "chosen" | reason), in order of preference
+
+    def __str__(self) -> str:
+        lines = [f"platform: {self.platform or 'any'} ({self.platform_reason})"]
+        return "\n".join([*lines, *(f"{name}: {said}" for name, said in self.candidates)])
 
 
 def explain_choice(
@@ -50,21 +74,51 @@ def explain_choice(
     implementation: str | tuple[str, ...] | None = None,
     *,
     expert_fn: ExpertFn = FeedForward(),
-    backend: str | None = None,
-) -> list[tuple[str, str]]:
-    """Returns what each candidate says: ``[(name, "chosen" | reason)]``, in order of preference.
+    platform: str | None = None,
+) -> Choice:
+    """Returns the platform, why it is taken, and what each implementation says for it.
 
     A single name is chosen whatever it says, since the caller asked for it.
+
+    Args:
+        plan: from ``plan_dispatch``.
+        implementation: None, a name, or names in order of preference.
+        expert_fn: one expert.
+        platform: what is compiled for: a name in ``PLATFORMS``. None takes it from the mesh in use and
+            the devices of the plan, see ``platform_of``. Where it is unknown, inside ``jit``, the
+            candidates are those of the CPU, and lowering chooses by itself for each platform.
+
+    Example:
+        >>> import moe_jax
+        >>> router = moe_jax.TopK(num_experts=4, k=2)
+        >>> params, x = router.init(jax.random.key(0), 8), jax.numpy.ones((9, 8))
+        >>> routing = router(params, router.init_state(), x)
+        >>> plan = moe_jax.plan_dispatch(moe_jax.to_assignments(routing))
+        >>> print(str(explain_choice(plan, ("grouped", "tiered"), platform="tpu")))
+        platform: tpu (stated by platform=)
+        grouped: chosen
+        tiered: not needed: an earlier one was chosen
     """
+    check_platform(platform)
+    where = platform_of(plan, platform=platform)
+    candidates = _candidates(plan, implementation, expert_fn, where.name or "cpu")
+    return Choice(where.name, where.reason, tuple(candidates))
+
+
+def _candidates(
+    plan: DispatchPlan,
+    implementation: str | tuple[str, ...] | None,
+    expert_fn: ExpertFn,
+    platform: str,
+) -> list[tuple[str, str]]:
     check_implementation(implementation)
     if isinstance(implementation, str):
         return [(implementation, "chosen")]
-    backend = backend or jax.default_backend()
     names = tuple(IMPLEMENTATIONS) if implementation is None else implementation
     reasons: list[tuple[str, str]] = []
     chosen = False
     for name in names:
-        reason = IMPLEMENTATIONS[name].refuse(expert_fn, plan, backend)
+        reason = IMPLEMENTATIONS[name].refuse(expert_fn, plan, platform)
         if reason is None and not chosen:
             reasons.append((name, "chosen"))
             chosen = True
@@ -78,22 +132,28 @@ def choose(
     implementation: str | tuple[str, ...] | None = None,
     *,
     expert_fn: ExpertFn = FeedForward(),
-    backend: str | None = None,
+    platform: str | None = None,
 ) -> Implementation:
     """Returns the implementation that ``explain_choice`` marks as chosen.
 
     Raises:
         ValueError: an unknown name, or every candidate refused; the reasons are in the message.
     """
-    candidates = explain_choice(plan, implementation, expert_fn=expert_fn, backend=backend)
-    for name, reason in candidates:
+    choice = explain_choice(plan, implementation, expert_fn=expert_fn, platform=platform)
+    for name, reason in choice.candidates:
         if reason == "chosen":
             return IMPLEMENTATIONS[name]
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in candidates)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.candidates)
     raise ValueError(
         f"implementation: expected one that can run, got {implementation!r} ({reasons}). "
         "Name a single one to insist on it."
     )
+
+
+def check_platform(platform: Any) -> None:
+    """Raises unless ``platform`` is None or a name in ``PLATFORMS``."""
+    if platform is not None:
+        check_choice("platform", platform, PLATFORMS)
 
 
 def check_implementation(implementation: Any) -> None:
@@ -127,6 +187,7 @@ def run_experts(
     weights: Array,
     *,
     implementation: str | tuple[str, ...] | None = None,
+    platform: str | None = None,
 ) -> ExpertsOutput:
     """Runs the plan: ``y[t] = sum of weights[n] * expert(x[t])`` over the kept assignments of t.
 
@@ -137,6 +198,7 @@ def run_experts(
         plan: from ``plan_dispatch``.
         weights: f32[N], from ``kept_weights``.
         implementation: None, a name, or names in order of preference.
+        platform: what is compiled for, a name in ``PLATFORMS``; None finds out, see ``platform_of``.
 
     Returns:
         y f32[T, D_out], the rows that were computed, and the name of what computed them.
@@ -179,9 +241,35 @@ def run_experts(
             f"got {num_experts_of(params)}. Initialise as many experts as the router has."
         )
     check_params(expert_fn, params, d_model=x.shape[1], num_experts=a.num_experts)
-    chosen = choose(plan, implementation, expert_fn=expert_fn)
-    return ExpertsOutput(
-        y=chosen.run(expert_fn, params, x, plan, weights),
-        slots_executed=chosen.slots_executed(plan),
-        implementation=chosen.name,
+    where = platform_of((x, params, plan), platform=platform)
+
+    def run(platform: str, *args: Any) -> tuple[Array, Array]:
+        params, x, plan, weights = args
+        chosen = choose(plan, implementation, expert_fn=expert_fn, platform=platform)
+        sizes = {"platform": platform} if chosen.sized_by_platform else {}
+        y = chosen.run(expert_fn, params, x, plan, weights, **sizes)
+        return y, vary_like(chosen.slots_executed(plan, **sizes), y)
+
+    def named(platform: str) -> str:
+        return choose(plan, implementation, expert_fn=expert_fn, platform=platform).name
+
+    args = (params, x, plan, weights)
+    if where.name is not None:
+        y, executed = run(where.name, *args)
+        return ExpertsOutput(y=y, slots_executed=executed, implementation=named(where.name))
+    # The platform is unknown until lowering, so the trace holds what each would choose, and lowering
+    # keeps one. GPUs of other makers run what CPUs run, unless the caller states the platform.
+    kernels, loops = named("tpu"), named("cpu")
+    sized = IMPLEMENTATIONS[loops].sized_by_platform
+    if kernels == loops and not sized:
+        y, executed = run("cpu", *args)
+        return ExpertsOutput(y=y, slots_executed=executed, implementation=loops)
+    on_tpu, on_cuda = functools.partial(run, "tpu"), functools.partial(run, "cuda")
+    y, executed = jax.lax.platform_dependent(
+        *args,
+        tpu=on_tpu,
+        cuda=on_tpu if kernels == "grouped" else on_cuda,
+        default=functools.partial(run, "cpu"),
     )
+    name = loops if kernels == loops else f"{loops} (cpu), {kernels} (tpu, cuda)"
+    return ExpertsOutput(y=y, slots_executed=executed, implementation=name)

@@ -105,22 +105,33 @@ def _bwd(ffn, residuals, dy):
 _stream.defvjp(_fwd, _bwd)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=0, static_argnames="platform")
+def run(
+    expert_fn: ExpertFn,
+    params: Params,
+    x: Array,
+    plan: DispatchPlan,
+    weights: Array,
+    *,
+    platform: str = "cpu",
+) -> Array:
     """Computes f32[T, D_out], one kept row after another; see ``Implementation.run``."""
     check_params(expert_fn, params, d_model=x.shape[1], num_experts=plan.assignments.num_experts)
-    if isinstance(expert_fn, FeedForward) and jax.default_backend() == "cpu":
+    if isinstance(expert_fn, FeedForward) and platform == "cpu":
         return _stream(expert_fn, params, x, weights, plan)
     return run_with_sizes(expert_fn, _ONE_ROW, params, x, weights, plan)
 
 
-def slots_executed(plan: DispatchPlan) -> Array:
+def slots_executed(plan: DispatchPlan, platform: str = "cpu") -> Array:
     """f32[]: the kept rows and no padding."""
+    del platform
     return slots_executed_with(plan, _ONE_ROW)
 
 
-def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
-    """Refuses plans that may keep more rows than there are experts."""
+def refuse(expert_fn: ExpertFn, plan: DispatchPlan, platform: str) -> str | None:
+    """Refuses plans that may keep more rows than there are experts, and platforms with kernels."""
+    if platform in ("tpu", "cuda") and isinstance(expert_fn, FeedForward):
+        return f"runs one row after another, and the kernels of {platform} take all at once"
     rows, experts = plan.num_rows, plan.assignments.num_experts
     if not holds(lambda: rows <= experts):
         return (
@@ -135,4 +146,5 @@ ACTIVE = Implementation(
     slots_executed=slots_executed,
     refuse=refuse,
     summary="one row at a time, reading only the experts in use (decoding)",
+    sized_by_platform=True,
 )

@@ -21,7 +21,7 @@ class ExpertsOutput:
 
     y: Array  # f32[T, D_out]: the weighted sum over each token's experts
     slots_executed: Array  # f32[]: rows pushed through experts, padding included
-    implementation: str = static()  # what ran
+    implementation: str = static()  # what ran, or what runs on which platform
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,17 +35,20 @@ class Implementation:
             what is dropped was decided in the plan.
         slots_executed: ``(plan) -> f32[]``, the rows that ``run`` pushes through experts, padding
             included.
-        refuse: ``(expert_fn, plan, backend) -> str | None``, the reason why it cannot or should not
-            run this plan on this backend. Asked when the choice is automatic; an implementation
+        refuse: ``(expert_fn, plan, platform) -> str | None``, the reason why it cannot or should not
+            run this plan on this platform. Asked when the choice is automatic; an implementation
             asked for by name runs.
         summary: one line for people.
+        sized_by_platform: whether ``run`` and ``slots_executed`` take ``platform=``, because their
+            static sizes or loops depend on it.
     """
 
     name: str
-    run: Callable[[ExpertFn, Params, Array, DispatchPlan, Array], Array]
-    slots_executed: Callable[[DispatchPlan], Array]
+    run: Callable[..., Array]
+    slots_executed: Callable[..., Array]
     refuse: Callable[[ExpertFn, DispatchPlan, str], str | None]
     summary: str
+    sized_by_platform: bool = False
 
 
 def all_experts(expert_fn: ExpertFn, params: Params, rows: Array) -> Array:

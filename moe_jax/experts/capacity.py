@@ -40,7 +40,7 @@ def slots_executed(plan: DispatchPlan) -> Array:
     return jnp.asarray(plan.assignments.num_experts * plan.max_group, jnp.float32)
 
 
-def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
+def refuse(expert_fn: ExpertFn, plan: DispatchPlan, platform: str) -> str | None:
     """Refuses plans without a capacity, whose buffers would hold T rows for every expert."""
     if plan.capacity is None:
         return "has no capacity to size its buffers by: dropless buffers would hold T rows each"

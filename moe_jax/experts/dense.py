@@ -35,6 +35,6 @@ DENSE = Implementation(
     name="dense",
     run=run,
     slots_executed=slots_executed,
-    refuse=lambda expert_fn, plan, backend: "costs E times the work; it is the oracle",
+    refuse=lambda expert_fn, plan, platform: "costs E times the work; it is the oracle",
     summary="every expert on every token (oracle)",
 )

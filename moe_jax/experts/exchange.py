@@ -96,6 +96,7 @@ class ExchangeSpec(NamedTuple):
     expert_fn: ExpertFn
     parallel: ExpertParallel
     implementation: str | tuple[str, ...] | None
+    platform: str | None
     devices: int
     sizes: tuple[int, ...]  # S to choose from, ascending
     bounded: bool  # whether the largest S holds any load, so that one round suffices

@@ -68,6 +68,7 @@ def run_parallel(
     parallel: ExpertParallel,
     *,
     implementation: str | tuple[str, ...] | None = None,
+    platform: str | None = None,
 ) -> ExpertsOutput:
     """``run_experts`` where the experts are spread over devices. Inside ``shard_map`` only.
 
@@ -79,6 +80,7 @@ def run_parallel(
         weights: f32[N], from ``kept_weights``.
         parallel: the axes (static).
         implementation: what runs this device's experts, see ``moe_jax.experts``.
+        platform: what is compiled for; None takes it from the mesh.
 
     Returns:
         y f32[T, D_out], and the rows that this device's experts computed, padding included.
@@ -102,7 +104,15 @@ def run_parallel(
         params = bias_once(params, parallel.model_axis)
     params, x, weights, plan = vary_over((params, x, weights, plan), parallel.axes)
     if devices == 1:
-        ran = run_experts(expert_fn, params, x, plan, weights, implementation=implementation)
+        ran = run_experts(
+            expert_fn,
+            params,
+            x,
+            plan,
+            weights,
+            implementation=implementation,
+            platform=platform,
+        )
         y, executed = ran.y, vary_like(ran.slots_executed, x)
     else:
         sizes, bounded = send_sizes(
@@ -114,7 +124,7 @@ def run_parallel(
             capacity=plan.capacity,
             shares=parallel.send_shares,
         )
-        spec = ExchangeSpec(expert_fn, parallel, implementation, devices, sizes, bounded)
+        spec = ExchangeSpec(expert_fn, parallel, implementation, platform, devices, sizes, bounded)
         output: Any = _run(spec, params, x, weights, plan)
         y, executed = output
     if parallel.model_axis is not None:
@@ -143,7 +153,13 @@ def _experts(
     """This device's experts on the rows [M, D] that arrived: outputs in the dtype of the rows, and
     f32[], the rows computed."""
     ran = run_experts(
-        spec.expert_fn, params, rows, plan, kept_weights(plan), implementation=spec.implementation
+        spec.expert_fn,
+        params,
+        rows,
+        plan,
+        kept_weights(plan),
+        implementation=spec.implementation,
+        platform=spec.platform,
     )
     return ran.y.astype(rows.dtype), ran.slots_executed
 

@@ -68,13 +68,13 @@ def slots_executed(plan: DispatchPlan) -> Array:
     return jnp.asarray(plan.num_rows, jnp.float32)
 
 
-def refuse(expert_fn: ExpertFn, plan: DispatchPlan, backend: str) -> str | None:
-    """Refuses experts other than ``FeedForward``, and backends without a native ragged product."""
+def refuse(expert_fn: ExpertFn, plan: DispatchPlan, platform: str) -> str | None:
+    """Refuses experts other than ``FeedForward``, and platforms without a native ragged product."""
     if not isinstance(expert_fn, FeedForward):
         return "runs FeedForward only: a grouped product cannot run an expert that is a function"
-    if backend == "tpu":
+    if platform == "tpu":
         return None
-    return f"does E times the work on {backend} unless XLA fuses ragged_dot (a flag)"
+    return f"does E times the work on {platform} unless XLA fuses ragged_dot (a flag)"
 
 
 RAGGED = Implementation(

@@ -86,12 +86,12 @@ class _Layout(NamedTuple):
     pieces_end: Array  # i32[E]: pieces of all experts up to and including this one
 
 
-def bulk_sizes(plan: DispatchPlan) -> tuple[int, ...]:
+def bulk_sizes(plan: DispatchPlan, platform: str = "cpu") -> tuple[int, ...]:
     """Returns the static sizes C to choose from, ascending, at most ``plan.max_group``."""
     if jax.export.is_symbolic_dim(plan.num_rows):
         return (0,)  # no mean load to take a share of
     mean = plan.num_rows / plan.assignments.num_experts
-    shares = _BULK_SHARES.get(jax.default_backend(), _BULK_SHARES[""])
+    shares = _BULK_SHARES.get(platform, _BULK_SHARES[""])
     return tuple(sorted({min(plan.max_group, _round_up(s * mean, 16)) for s in shares}))
 
 
@@ -127,9 +127,9 @@ def _fitting(sizes: tuple[int, ...], rows: Array) -> Array:
     return smaller
 
 
-def sizes_for(plan: DispatchPlan) -> TierSizes:
+def sizes_for(plan: DispatchPlan, platform: str = "cpu") -> TierSizes:
     """Returns the sizes that ``run`` chooses among for plans of these static bounds."""
-    return TierSizes(bulk_sizes(plan), piece_sizes(plan))
+    return TierSizes(bulk_sizes(plan, platform), piece_sizes(plan))
 
 
 def _layout(plan: DispatchPlan, sizes: TierSizes) -> _Layout:
@@ -440,10 +440,18 @@ def backward(expert_fn: ExpertFn, sizes: TierSizes, residuals, dy: Array):
 run_with_sizes.defvjp(_fwd, backward)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+@functools.partial(jax.jit, static_argnums=0, static_argnames="platform")
+def run(
+    expert_fn: ExpertFn,
+    params: Params,
+    x: Array,
+    plan: DispatchPlan,
+    weights: Array,
+    *,
+    platform: str = "cpu",
+) -> Array:
     """Computes f32[T, D_out] in bulk and pieces; see ``Implementation.run``."""
-    return run_with_sizes(expert_fn, sizes_for(plan), params, x, weights, plan)
+    return run_with_sizes(expert_fn, sizes_for(plan, platform), params, x, weights, plan)
 
 
 def slots_executed_with(plan: DispatchPlan, sizes: TierSizes) -> Array:
@@ -454,15 +462,16 @@ def slots_executed_with(plan: DispatchPlan, sizes: TierSizes) -> Array:
     return rows.astype(jnp.float32)
 
 
-def slots_executed(plan: DispatchPlan) -> Array:
+def slots_executed(plan: DispatchPlan, platform: str = "cpu") -> Array:
     """f32[]: rows of the chosen bulk and of all pieces, padding included."""
-    return slots_executed_with(plan, sizes_for(plan))
+    return slots_executed_with(plan, sizes_for(plan, platform))
 
 
 TIERED = Implementation(
     name="tiered",
     run=run,
     slots_executed=slots_executed,
-    refuse=lambda expert_fn, plan, backend: None,
+    refuse=lambda expert_fn, plan, platform: None,
     summary="sorted rows in pieces of a size chosen at run time (dropless)",
+    sized_by_platform=True,
 )

@@ -85,13 +85,17 @@ def test_ragged_runs_gated_experts_with_biases_and_no_others():
 
 
 def test_the_automatic_choice():
-    def chosen(plan, backend):
-        return experts.choose(plan, backend=backend).name
+    def chosen(plan, platform):
+        return experts.choose(plan, platform=platform).name
 
     assert chosen(plan_of(draw(1, 8, 2), 8), "cpu") == "active"
     assert chosen(PLANS["uniform"](), "cpu") == "tiered"
     assert ragged.refuse(FeedForward(), PLANS["uniform"](), "tpu") is None
-    assert "E times" in ragged.refuse(FeedForward(), PLANS["uniform"](), "gpu")
+    assert "E times" in ragged.refuse(FeedForward(), PLANS["uniform"](), "cuda")
+    for platform in ("tpu", "cuda"):
+        assert chosen(plan_of(draw(1, 8, 2), 8), platform) == "grouped"
+        assert chosen(PLANS["uniform"](), platform) == "grouped"
+    assert chosen(PLANS["uniform"](), "rocm") == "tiered"
     assert experts.choose(PLANS["uniform"](), "ragged").name == "ragged"
 
 
@@ -116,7 +120,7 @@ def test_active_is_recomputed_under_checkpoint_to_the_same_gradient():
     np.testing.assert_allclose(jax.grad(jax.checkpoint(loss))(x), jax.grad(loss)(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dense", "capacity", "tiered", "active", "ragged"])
+@pytest.mark.parametrize("name", ["dense", "capacity", "tiered", "active", "ragged", "grouped"])
 def test_bfloat16_products_accumulate_in_float32(name):
     """2048 ones add up to 2048; in bfloat16 the sum would stay at 256, where 256 + 1 is 256."""
     wide = 2048

@@ -1,0 +1,186 @@
+"""Grouped products over expert-sorted rows: the experts of TPUs and GPUs.
+
+Every projection is one ``grouped_dot``: a kernel that multiplies each row by the matrix of its expert
+and so does exactly the work of the kept rows, up to the tiles in which two experts meet. Runs
+``FeedForward`` only, because a product cannot run an expert that is a function.
+
+The gradient is written by hand. Its products are grouped too, six for a gated expert, and it keeps the
+hidden activations [R, F] only: rows are gathered again, and the gradient of a combine weight is
+``hidden . (dy @ down.T)``, so the experts' outputs are not kept. Everything moves by gathers. Forward
+mode (``jax.jvp``) is not supported.
+
+Kernels never write rows past the last expert's, so these are masked after every product. The number of
+rows is the row budget of the plan in whole tiles; kernels skip the tiles past the kept rows, so a
+smaller dynamic k computes less without a budget.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.experts.base import Implementation, mask_rows
+from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
+from moe_jax.experts.grouped_product import (
+    grouped_dot,
+    grouped_dot_transposed,
+    grouped_outer,
+)
+from moe_jax.experts.tiered import sum_over_slots
+from moe_jax.types import Array, DispatchPlan, Params
+
+_TILE = 128
+
+
+class _Rows(NamedTuple):
+    """The kept rows in sorted order, padded to whole tiles. R is their number."""
+
+    live: Array  # bool[R]
+    assignments: Array  # i32[R]
+    tokens: Array  # i32[R]
+    experts: Array  # i32[R]: E - 1 where not live
+
+
+def padded_rows(plan: DispatchPlan) -> int:
+    """R: the most rows that the plan keeps, in whole tiles.
+
+    Fewer than a tile stay as they are; the kernels pad them.
+    """
+    rows = plan.num_rows
+    return rows if rows <= _TILE else -(-rows // _TILE) * _TILE
+
+
+def _sorted_rows(plan: DispatchPlan) -> _Rows:
+    a = plan.assignments
+    row = jnp.arange(padded_rows(plan), dtype=jnp.int32)
+    n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
+    live = row < plan.group_sizes.sum(dtype=jnp.int32)
+    experts = jnp.where(live, a.expert_indices[n], a.num_experts - 1)
+    return _Rows(live, n, a.token_indices[n], experts)
+
+
+def _project(params: Params, name: str, rows: Array, where: _Rows, group_sizes: Array) -> Array:
+    out = grouped_dot(rows, params[name].astype(rows.dtype), group_sizes)
+    bias = params.get(f"{name}_bias")
+    if bias is not None:
+        out = (out.astype(jnp.float32) + bias.astype(jnp.float32)[where.experts]).astype(out.dtype)
+    return mask_rows(where.live, out)
+
+
+def _act(ffn: FeedForward, projected: dict[str, Array]) -> Array:
+    """The hidden activations [R, F] from the projections, in float32 inside."""
+    act = ACTIVATIONS[ffn.activation]
+    wide = {name: rows.astype(jnp.float32) for name, rows in projected.items()}
+    hidden = act(wide["gate"]) * wide["up"] if ffn.gated else act(wide["up"])
+    return hidden.astype(projected["up"].dtype)
+
+
+def _projected(
+    ffn: FeedForward, params: Params, x: Array, plan: DispatchPlan, where: _Rows
+) -> dict[str, Array]:
+    rows = mask_rows(where.live, x[where.tokens])
+    names = ("gate", "up") if ffn.gated else ("up",)
+    return {name: _project(params, name, rows, where, plan.group_sizes) for name in names}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped(ffn: FeedForward, params: Params, x: Array, weights: Array, plan: DispatchPlan):
+    return _fwd(ffn, params, x, weights, plan)[0]
+
+
+def _fwd(ffn, params, x, weights, plan):
+    where = _sorted_rows(plan)
+    projected = _projected(ffn, params, x, plan, where)
+    outputs = _project(params, "down", _act(ffn, projected), where, plan.group_sizes)
+    return sum_over_slots(plan, outputs, weights), (params, x, weights, plan, projected)
+
+
+def _bwd(ffn, residuals, dy):
+    params, x, weights, plan, projected = residuals
+    a, sizes, dtype = plan.assignments, plan.group_sizes, x.dtype
+    where = _sorted_rows(plan)
+    hidden, pull = jax.vjp(functools.partial(_act, ffn), projected)
+    rows = mask_rows(where.live, x[where.tokens])
+    dy_rows = mask_rows(where.live, dy[where.tokens])
+    row_weights = jnp.where(where.live, weights[where.assignments], 0.0)[:, None]
+
+    # `back` is the gradient of the hidden activations before the combine weight. Its product with
+    # them is the gradient of the weight, so neither the outputs nor a second product are needed.
+    down = params["down"].astype(dtype)
+    back = mask_rows(where.live, grouped_dot_transposed(dy_rows.astype(dtype), down, sizes))
+    wide = back.astype(jnp.float32)
+    row_dweights = (wide * hidden.astype(jnp.float32)).sum(axis=1)
+    if "down_bias" in params:
+        row_dweights += (params["down_bias"].astype(jnp.float32)[where.experts] * dy_rows).sum(
+            axis=1
+        )
+
+    weighted = (dy_rows * row_weights).astype(dtype)
+    (dprojected,) = pull((wide * row_weights).astype(dtype))
+    gradients: dict[str, Any] = {}
+    drows = jnp.zeros((), jnp.float32)
+    for name, inputs, dout in (
+        ("down", hidden, weighted),
+        *((name, rows, dprojected[name]) for name in projected),
+    ):
+        kernel = params[name]
+        dout = mask_rows(where.live, dout)
+        gradients[name] = grouped_outer(inputs, dout, sizes, kernel.dtype)
+        if f"{name}_bias" in params:
+            gradients[f"{name}_bias"] = _bias_gradient(params[f"{name}_bias"], dout, where)
+        if name != "down":
+            part = grouped_dot_transposed(dout, kernel.astype(dtype), sizes)
+            drows = drows + mask_rows(where.live, part).astype(jnp.float32)
+    dx = sum_over_slots(plan, drows, None).astype(dtype)
+
+    sorted_row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)]
+    row = jnp.where(plan.kept, sorted_row + plan.position, 0)
+    dweights = jnp.where(plan.kept, row_dweights[row], 0.0)
+    return {name: gradients[name] for name in params}, dx, dweights, None
+
+
+def _bias_gradient(bias: Array, dout: Array, where: _Rows) -> Array:
+    total = jnp.zeros(bias.shape, jnp.float32)
+    added = total.at[where.experts].add(dout.astype(jnp.float32), indices_are_sorted=True)
+    return added.astype(bias.dtype)
+
+
+_grouped.defvjp(_fwd, _bwd)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
+    """Computes f32[T, D_out] by grouped products; see ``Implementation.run``."""
+    if not isinstance(expert_fn, FeedForward):
+        raise ValueError(
+            f"expert_fn: expected FeedForward, got {type(expert_fn).__name__}. "
+            "A grouped product runs no other expert; use implementation='tiered'."
+        )
+    check_params(expert_fn, params, d_model=x.shape[1], num_experts=plan.assignments.num_experts)
+    return _grouped(expert_fn, params, x, weights, plan)
+
+
+def slots_executed(plan: DispatchPlan) -> Array:
+    """f32[]: the kept rows. Tiles in which two experts meet are computed for both, beyond this."""
+    return plan.group_sizes.sum().astype(jnp.float32)
+
+
+def refuse(expert_fn: ExpertFn, plan: DispatchPlan, platform: str) -> str | None:
+    """Refuses experts other than ``FeedForward``, and platforms without kernels."""
+    if not isinstance(expert_fn, FeedForward):
+        return "runs FeedForward only: a grouped product cannot run an expert that is a function"
+    if platform in ("tpu", "cuda"):
+        return None
+    return f"has no kernel for {platform}, where it is a loop over tiles"
+
+
+GROUPED = Implementation(
+    name="grouped",
+    run=run,
+    slots_executed=slots_executed,
+    refuse=refuse,
+    summary="kernels that multiply sorted rows by their expert's matrix (FeedForward; TPU, GPU)",
+)

@@ -1,0 +1,254 @@
+"""The kernels under ``grouped_product``: each computes the three forms of ``ProductSpec``.
+
+All take ``(spec, left, right, group_sizes)`` and are traced while a program is lowered. tokamax is an
+optional library (the extra ``accelerator``) and takes seconds to import, so it is imported where it is
+used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.types import Array
+
+_LANES = 128  # TPU kernels take tiles of multiples of this, and no axis below it
+_VMEM_BYTES = (
+    12 * 2**20
+)  # what the tiles of one kernel may take; v5e and v5p allow 16 MB by default
+_MOST_PADDING = 0.1  # of the rows, computed twice because a tile has rows of two experts
+_LOOP_ROWS = 128
+
+
+def has_tokamax() -> bool:
+    """Whether tokamax is installed."""
+    return importlib.util.find_spec("tokamax") is not None
+
+
+# --- TPU ----------------------------------------------------------------------------------------
+
+
+def tpu_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Array:
+    """A grouped product by Mosaic kernels: tokamax's, or jax's own megablox without tokamax.
+
+    Both are versions of the kernels of MegaBlocks (Gale et al. 2022, arXiv:2211.15841). An axis of the
+    matrices below 128 is left to XLA.
+    """
+    widths = (left.shape[1], *right.shape[1:])
+    if min(widths) < _LANES:
+        return xla_product(spec, left, right, group_sizes)
+    rows = left.shape[0]
+    # Kernels take whole tiles of rows.
+    whole = -(-rows // _LANES) * _LANES
+    tiles = tpu_tiles(spec, whole, left, right, group_sizes.shape[0])
+    whole = -(-rows // tiles[0]) * tiles[0]
+    left = _pad_rows(left, whole)
+    if spec.form == "outer":
+        return _tpu_outer()(left, _pad_rows(right, whole), group_sizes, spec.dtype, tiles)
+    product = _tpu_rows()(left, right, group_sizes, spec.dtype, tiles, spec.form == "transposed")
+    return product[:rows]
+
+
+def tpu_tiles(spec: Any, rows: int, left: Any, right: Any, experts: int) -> tuple[int, int, int]:
+    """Returns the tile (rows, contracted or K, N) whose traffic with memory is least.
+
+    A tile of rows that two experts share is computed for each, so taller tiles compute more padding:
+    the tallest with at most a tenth of it is taken, and never less than 128, below which the matrix
+    unit waits for weights. A matrix that fits as one tile of its contracted axis is read once for all
+    rows of its expert; otherwise it is read again for every tile of rows.
+
+    Example:
+        >>> from moe_jax.experts.grouped_product import ProductSpec
+        >>> spec = ProductSpec("rows", jnp.dtype("bfloat16"))
+        >>> left = jax.ShapeDtypeStruct((65536, 2048), jnp.bfloat16)
+        >>> right = jax.ShapeDtypeStruct((64, 2048, 1024), jnp.bfloat16)
+        >>> tpu_tiles(spec, 65536, left, right, 64)
+        (128, 2048, 1024)
+    """
+    fitting = [t for t in (512, 256, 128) if experts * t <= _MOST_PADDING * rows and rows % t == 0]
+    tall = fitting[0] if fitting else _LANES
+    outer = spec.form == "outer"
+    k = left.shape[1]
+    n = right.shape[1] if outer or spec.form == "transposed" else right.shape[2]
+    size, out = left.dtype.itemsize, jnp.dtype(spec.dtype).itemsize
+
+    def cost(tile: tuple[int, int]) -> float:
+        tk, tn = tile
+        if outer:
+            held = 2 * tall * (tk + tn) * size + tk * tn * (4 + 2 * out)
+            read = rows * (k * math.ceil(n / tn) + n * math.ceil(k / tk)) * size
+        else:
+            held = 2 * size * (tall * tk + tk * tn) + tall * tn * (4 + 2 * out)
+            visits = experts if tk >= k else rows // tall + experts
+            read = (rows * k * math.ceil(n / tn) + visits * k * n) * size
+        # Ties go to the larger tile, which takes fewer steps.
+        return math.inf if held > _VMEM_BYTES else read - 1e-6 * tk * tn
+
+    tiles = [(tk, tn) for tk in _tile_widths(k) for tn in _tile_widths(n)]
+    best = min(tiles, key=cost)
+    return tall, *best
+
+
+def _tile_widths(width: int) -> list[int]:
+    """The width itself and its halves, in whole lanes."""
+    widths = {width}
+    for parts in (2, 4, 8, 16, 32, 64):
+        widths.add(min(width, -(-width // parts // _LANES) * _LANES))
+    return sorted(widths | {_LANES})
+
+
+def _pad_rows(rows: Array, length: int) -> Array:
+    return jnp.pad(rows, ((0, length - rows.shape[0]), (0, 0))) if length > rows.shape[0] else rows
+
+
+def _tpu_rows() -> Any:
+    if has_tokamax():
+        kernels = importlib.import_module("tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel")
+
+        def product(left, right, group_sizes, dtype, tiles, transposed):
+            return kernels.gmm(
+                left,
+                right,
+                group_sizes=group_sizes,
+                precision=(jax.lax.Precision.DEFAULT,) * 2,
+                out_dtype=dtype,
+                tiling=tiles,
+                transpose_rhs=transposed,
+            )
+
+        return product
+    kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+
+    def product(left, right, group_sizes, dtype, tiles, transposed):
+        return kernels.gmm(left, right, group_sizes, dtype, tiles, transpose_rhs=transposed)
+
+    return product
+
+
+def _tpu_outer() -> Any:
+    if has_tokamax():
+        kernels = importlib.import_module("tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel")
+
+        def product(left, right, group_sizes, dtype, tiles):
+            return kernels.tgmm(
+                left.T,
+                right,
+                group_sizes=group_sizes,
+                precision=(jax.lax.Precision.DEFAULT,) * 2,
+                out_dtype=dtype,
+                tiling=tiles,
+            )
+
+        return product
+    kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
+
+    def product(left, right, group_sizes, dtype, tiles):
+        return kernels.tgmm(left.T, right, group_sizes, dtype, tiles)
+
+    return product
+
+
+# --- NVIDIA -------------------------------------------------------------------------------------
+
+
+def gpu_product(
+    spec: Any, left: Array, right: Array, group_sizes: Array, *, device: Any = None
+) -> Array:
+    """A grouped product by tokamax's kernels; by ``loop_product`` without tokamax.
+
+    Args:
+        spec, left, right, group_sizes: as everywhere here.
+        device: what code is generated for. Without one (an export from a host without GPU) only the
+            Triton kernels can be generated.
+    """
+    if not has_tokamax():
+        return loop_product(spec, left, right, group_sizes)
+    tokamax = importlib.import_module("tokamax")
+    general = functools.partial(
+        tokamax.ragged_dot_general,
+        left,
+        right,
+        group_sizes=group_sizes,
+        ragged_dot_dimension_numbers=_dimensions(spec),
+        preferred_element_type=spec.dtype,
+    )
+    if device is not None:
+        return general(implementation=("mosaic", "triton"))
+    with tokamax.config.cross_compile(True):
+        return general(implementation="triton")
+
+
+def _dimensions(spec: Any) -> Any:
+    contracted = {
+        "rows": ([1], [1]),
+        "transposed": ([1], [2]),
+        "outer": ([0], [0]),
+    }[spec.form]
+    return jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(contracted, ([], [])),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[] if spec.form == "outer" else [0],
+    )
+
+
+# --- any platform -------------------------------------------------------------------------------
+
+
+def xla_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Array:
+    """A grouped product by ``jax.lax.ragged_dot``: native on TPU, E times the work elsewhere."""
+    out = jax.lax.ragged_dot_general(
+        left,
+        right,
+        group_sizes,
+        ragged_dot_dimension_numbers=_dimensions(spec),
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(spec.dtype)
+
+
+def loop_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Array:
+    """A grouped product in a loop over tiles of at most 128 rows of one expert.
+
+    The trip count is the number of tiles in use, so experts without rows cost nothing.
+    """
+    rows, most = left.shape[0], min(_LOOP_ROWS, left.shape[0])
+    left = jnp.pad(left, ((0, most), (0, 0)))  # a tile may start at the last row
+    tiles_end = jnp.cumsum(-(-group_sizes // most))
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    slot = jnp.arange(most, dtype=jnp.int32)
+    outer = spec.form == "outer"
+    if outer:
+        right = jnp.pad(right, ((0, most), (0, 0)))
+        shape = (group_sizes.shape[0], left.shape[1], right.shape[1])
+    else:
+        shape = (rows + most, right.shape[2 if spec.form == "rows" else 1])
+
+    def step(index: Array, total: Array) -> Array:
+        expert = (tiles_end <= index).sum(dtype=jnp.int32)
+        done = (index - tiles_end[expert] + -(-group_sizes[expert] // most)) * most
+        first = starts[expert] + done
+        live = (slot < group_sizes[expert] - done)[:, None]
+        block = jax.lax.dynamic_slice_in_dim(left, first, most)
+        block = jnp.where(live, block, jnp.zeros((), block.dtype))
+        if outer:
+            other = jax.lax.dynamic_slice_in_dim(right, first, most)
+            other = jnp.where(live, other, jnp.zeros((), other.dtype))
+            part = jnp.matmul(block.T, other, preferred_element_type=jnp.float32)
+            old = jax.lax.dynamic_index_in_dim(total, expert, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(total, old + part, expert, 0)
+        matrix = jax.lax.dynamic_index_in_dim(right, expert, keepdims=False)
+        matrix = matrix if spec.form == "rows" else matrix.T
+        part = jnp.matmul(block, matrix, preferred_element_type=jnp.float32)
+        old = jax.lax.dynamic_slice_in_dim(total, first, most)
+        part = jnp.where(live, part.astype(total.dtype), old)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, first, 0)
+
+    total = jnp.zeros(shape, jnp.float32 if outer else spec.dtype)
+    total = jax.lax.fori_loop(jnp.int32(0), tiles_end[-1], step, total)
+    return total.astype(spec.dtype) if outer else total[:rows]
