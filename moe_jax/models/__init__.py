@@ -1,7 +1,7 @@
 """Whole published Mixture-of-Experts models: load, run, generate, save back."""
 
-from moe_jax.models.architectures import decoder_config, supported_decoders
 from moe_jax.models.causal_lm import CausalLM, DecoderOutput
+from moe_jax.models.config_reader import decoder_config, supported_decoders
 from moe_jax.models.decoder_config import DecoderConfig
 from moe_jax.models.evaluation import Evaluation, evaluate
 from moe_jax.models.generate import Sampling, generate, stream_tokens

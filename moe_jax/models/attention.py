@@ -16,7 +16,7 @@ from moe_jax.types import Array, Params, pytree
 class TokenLayout:
     """Where the tokens of one call stand in their sequences.
 
-    Slots are columns of the cache, or of ``input_ids`` where there is none; padding takes slots.
+    Slots are columns of the cache, or of ``input_ids`` without a cache; padding takes slots.
     Positions count real tokens only.
     """
 

@@ -261,12 +261,6 @@ def check_tokens(
             f"attention_mask: expected shape {list(input_ids.shape)} like input_ids, got {got}. Pass "
             "one flag per token, 0 for padding."
         )
-    longest, slots = config.longest, input_ids.shape[1] if cache is None else cache.capacity
-    if longest is not None and slots > longest:
-        raise ValueError(
-            f"input_ids: expected at most {longest} tokens, got {slots}. Longer sequences "
-            "use other rotary factors, which this library does not implement."
-        )
     if not isinstance(input_ids, Tracer):
         ids = np.asarray(input_ids)
         if ids.min() < 0 or ids.max() >= config.vocab_size:

@@ -184,20 +184,35 @@ def read_rope(
         truncate=bool(stated.get("truncate", True)),
         low_freq_factor=float(stated.get("low_freq_factor") or 1.0),
         high_freq_factor=float(stated.get("high_freq_factor") or 1.0),
-        short_factors=tuple(map(float, stated["short_factor"])) if kind == "longrope" else (),
+        short_factors=_factors(keys, kind, stated, "short_factor"),
+        # transformers 5.24 keeps PhiMoE's short factors at every length; only its magnitude changes.
+        long_factors=_factors(
+            keys, kind, stated, "short_factor" if keys.model_type == "phimoe" else "long_factor"
+        ),
         attention_factor=_attention_factor(keys, kind, stated, float(factor), original),
+        long_attention_factor=_attention_factor(
+            keys, kind, stated, float(factor), original, magnitude="long_mscale"
+        ),
     )
     if rope.dim < 2 or rope.dim % 2 or rope.dim > head_dim:
         raise keys.error(
             "partial_rotary_factor", f"such that an even part of {head_dim} is rotated", partial
         )
-    if kind == "longrope" and len(rope.short_factors) != rope.dim // 2:
-        raise keys.error(
-            "short_factor", f"a list of {rope.dim // 2} numbers", len(rope.short_factors)
-        )
+    for key, values in (("short_factor", rope.short_factors), ("long_factor", rope.long_factors)):
+        if kind == "longrope" and len(values) != rope.dim // 2:
+            raise keys.error(key, f"a list of {rope.dim // 2} numbers", f"{len(values)} of them")
     everywhere = stated.get("mscale_all_dim") or 0
     stretch = _magnitude(float(factor), everywhere) if kind != "default" and everywhere else 1.0
     return rope, stretch * stretch
+
+
+def _factors(keys: ConfigKeys, kind: str, stated: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    """The divisors of "longrope", empty for other kinds."""
+    if kind != "longrope":
+        return ()
+    if not isinstance(stated.get(key), list):
+        raise keys.error(f"rope_parameters.{key}", "a list of numbers", stated.get(key))
+    return tuple(map(float, stated[key]))
 
 
 def _magnitude(factor: float, multiplier: float = 1.0) -> float:
@@ -205,17 +220,21 @@ def _magnitude(factor: float, multiplier: float = 1.0) -> float:
 
 
 def _attention_factor(
-    keys: ConfigKeys, kind: str, stated: Mapping[str, Any], factor: float, original: int
+    keys: ConfigKeys,
+    kind: str,
+    stated: Mapping[str, Any],
+    factor: float,
+    original: int,
+    *,
+    magnitude: str = "short_mscale",
 ) -> float:
-    """What cosine and sine are multiplied by."""
+    """What cosine and sine are multiplied by; ``magnitude`` is the key where PhiMoE states it."""
     given = stated.get("attention_factor")
     if kind == "longrope":
-        if (
-            keys.model_type == "phimoe"
-        ):  # its own spelling, one for short and one for long sequences
-            given = stated.get("short_mscale")
+        if keys.model_type == "phimoe":
+            given = stated.get(magnitude)
             if given is None:
-                raise keys.error("rope_parameters.short_mscale", "a number", given)
+                raise keys.error(f"rope_parameters.{magnitude}", "a number", given)
         if given is None:
             stretched = factor > 1
             given = math.sqrt(1 + math.log(factor) / math.log(original)) if stretched else 1.0

@@ -28,7 +28,9 @@ class RopeConfig:
         high_freq_factor: "llama3": wavelengths below ``original_length / high_freq_factor`` are kept.
         short_factors: "longrope": a divisor for each frequency, for sequences up to
             ``original_length``.
+        long_factors: "longrope": the same for longer sequences.
         attention_factor: multiplies cosine and sine, and so the logits by its square.
+        long_attention_factor: "longrope": the same for sequences longer than ``original_length``.
     """
 
     dim: int
@@ -44,7 +46,9 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
+    long_attention_factor: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,12 +116,12 @@ class DecoderConfig:
         activation: of dense feed-forward parts, a name in ``moe_jax.experts.ACTIVATIONS``.
         mlp_bias: whether dense feed-forward parts have biases.
         d_ff: width of dense feed-forward parts.
-        shared_d_ff: width of a feed-forward part beside the experts' block; 0 is none. Most models
+        shared_d_ff: width of a feed-forward part beside the experts' block, 0 if absent. Most models
             keep shared experts inside the block, where ``moe_jax.interop`` reads them.
         embedding_multiplier: multiplies embeddings.
         residual_multiplier: multiplies what attention and experts add.
         logits_multiplier: multiplies the logits.
-        logits_softcap: bound that a tanh puts on the logits; None is none.
+        logits_softcap: bound that a tanh puts on the logits; None sets no bound.
         tied: whether the embedding is the head too.
         head_bias: whether the head has a bias.
     """
@@ -164,13 +168,3 @@ class DecoderConfig:
     def moe_layers(self) -> tuple[int, ...]:
         """Numbers of the layers with experts."""
         return tuple(i for i, layer in enumerate(self.layers) if layer.experts)
-
-    @property
-    def longest(self) -> int | None:
-        """Most positions that the rotary embeddings hold for, where there is a bound."""
-        lengths = [
-            layer.rope.original_length
-            for layer in self.layers
-            if layer.rope is not None and layer.rope.kind == "longrope"
-        ]
-        return min(lengths) if lengths else None

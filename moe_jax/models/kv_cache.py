@@ -48,11 +48,14 @@ def init_cache(
     """
     for layer in config.layers:
         rope = layer.rope
-        if rope is not None and rope.kind == "dynamic" and capacity > rope.max_length:
+        if rope is None or rope.kind not in ("dynamic", "longrope"):
+            continue
+        longest = rope.max_length if rope.kind == "dynamic" else rope.original_length
+        if capacity > longest:
             raise ValueError(
-                f"capacity: expected at most {rope.max_length} tokens, got {capacity}. Dynamic rotary "
-                "positions change beyond that length, for cached keys too: shorten the sequence, or "
-                "run the whole sequence without a cache."
+                f"capacity: expected at most {longest} tokens, got {capacity}. Rotary positions of "
+                f"kind {rope.kind!r} change beyond that length, for cached keys too: shorten the "
+                "sequence, or run the whole sequence without a cache (use_cache=False)."
             )
     widths: dict[str, tuple[int, ...]]
     if config.latent is None:

@@ -16,9 +16,9 @@ from moe_jax.interop.hub import config_of_layer
 from moe_jax.interop.quantization import dequantize, part_of, quantization_of
 from moe_jax.interop.safetensors import SafetensorsFolder
 from moe_jax.layer import LayerAux
-from moe_jax.models.architectures import architecture_of, decoder_config
 from moe_jax.models.attention import TokenLayout
 from moe_jax.models.causal_lm import CausalLM, Implementation, decoder_layer
+from moe_jax.models.config_reader import architecture_of, decoder_config
 from moe_jax.models.decoder_config import DecoderConfig
 from moe_jax.models.hub_layout import (
     LAYER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 def inverse_frequencies(rope: RopeConfig) -> np.ndarray:
     """f32[dim / 2]: radians a position, of each pair of dimensions.
 
-    Formulas of transformers' ``modeling_rope_utils``. "dynamic" gives those of short sequences.
+    Formulas of transformers' ``modeling_rope_utils``. "dynamic" and "longrope" give those of
+    short sequences.
 
     Example:
         >>> inverse_frequencies(RopeConfig(dim=4, theta=100.0)).tolist()
@@ -78,8 +80,15 @@ def angles(rope: RopeConfig, positions: Array) -> tuple[Array, Array]:
         exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / rope.dim
         stretch = growth ** np.float32(rope.dim / (rope.dim - 2))
         frequencies = 1.0 / (rope.theta * stretch) ** jnp.asarray(exponents, jnp.float32)
-    radians = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     scale = np.float32(rope.attention_factor)
+    if rope.kind == "longrope":
+        # One sequence beyond the length of pretraining changes the factors of the whole batch, as in
+        # transformers.
+        stretched = positions.max() >= rope.original_length
+        longer = dataclasses.replace(rope, short_factors=rope.long_factors)
+        frequencies = jnp.where(stretched, inverse_frequencies(longer), frequencies)
+        scale = jnp.where(stretched, np.float32(rope.long_attention_factor), scale)
+    radians = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
     return jnp.cos(radians) * scale, jnp.sin(radians) * scale
 
 

@@ -160,6 +160,23 @@ def test_attention_is_what_the_formulas_say(name):
     np.testing.assert_allclose(got[0], want, rtol=0, atol=2e-5)
 
 
+def test_longrope_has_other_factors_beyond_the_length_of_pretraining():
+    rope = RopeConfig(
+        dim=4,
+        kind="longrope",
+        original_length=3,
+        short_factors=(1.0, 2.0),
+        long_factors=(4.0, 8.0),
+        attention_factor=1.1,
+        long_attention_factor=1.3,
+    )
+    for last, factors, magnitude in ((2, (1.0, 2.0), 1.1), (3, (4.0, 8.0), 1.3)):
+        cosine, sine = angles(rope, np.array([[0, last]], np.int32))
+        radians = last * np.array([1.0, 0.01]) / factors
+        np.testing.assert_allclose(cosine[0, 1], magnitude * np.cos(radians), rtol=1e-6)
+        np.testing.assert_allclose(sine[0, 1], magnitude * np.sin(radians), rtol=1e-6)
+
+
 def test_frequencies_of_every_kind_are_what_transformers_computes():
     dim, theta = 8, 10_000.0
     plain = [theta ** (-2 * i / dim) for i in range(4)]

@@ -86,7 +86,12 @@ def test_a_key_that_nobody_reads_is_refused_by_name(name):
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
         ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank"),
         ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor"),
-        ("phimoe", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_mscale"),
+        (
+            "phimoe",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "short_mscale",
+        ),
+        ("mixtral", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor"),
     ],
 )
 def test_a_setting_that_is_not_implemented_is_refused_by_name(name, changes, said):

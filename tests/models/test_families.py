@@ -1,198 +1,60 @@
-"""Every row of the table loads, goes on from a cache as without, and is saved with the same bits.
+"""Every family of the table without a whole golden in ``models/``: what transformers computes.
 
-The numbers of the families without a golden are held by ``test_attention``, variant by variant.
+Weights are a function of their names, so a folder in ``models_generated/`` holds only shapes, the
+config, and transformers' results. ``tests/goldens/generate_models.py`` wrote them.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from moe_jax.interop.safetensors import SafetensorsFolder
+from moe_jax.interop.safetensors import SafetensorsFolder, write_safetensors
 from moe_jax.models import generate, load_model, save_model, supported_decoders
-from moe_jax.models.architectures import BY_MODEL_TYPE, decoder_config
-from tests.models.made import SMALL, block_shapes, make_folder
+from moe_jax.models.config_reader import decoder_config
+from tests.goldens.weights import draw
+from tests.models.made import SMALL
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+GENERATED = GOLDENS / "models_generated"
+NAMES = sorted(path.name for path in GENERATED.iterdir() if path.is_dir())
 
 pytestmark = pytest.mark.compile_cheaply
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-SHARED = {"n_shared_experts": 1}
-LATENT = {
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-}
-GRANITE = {
-    "router.layer.weight": (4, 32),
-    "input_linear.weight": (4, 96, 32),
-    "output_linear.weight": (4, 32, 48),
-}
-# model type -> (config beside SMALL, tensors of the block beside or instead of the usual ones)
-CASES: dict[str, tuple[dict, dict]] = {
-    "flex_olmo": ({}, {}),
-    "dots1": (
-        {
-            "n_routed_experts": 4,
-            "num_key_value_heads": 2,
-            "first_k_dense_replace": 1,
-            "sliding_window": 4,
-            "layer_types": [SLIDING, FULL],
-        }
-        | SHARED,
-        {},
-    ),
-    "ernie4_5_moe": (
-        {
-            "moe_num_experts": 4,
-            "moe_k": 2,
-            "moe_num_shared_experts": 1,
-            "use_bias": True,
-            "num_key_value_heads": 2,
-        },
-        {
-            "moe_statics.e_score_correction_bias": (1, 4),
-            "shared_experts.gate_proj.bias": (24,),
-            "shared_experts.up_proj.bias": (24,),
-            "shared_experts.down_proj.bias": (32,),
-        },
-    ),
-    "hunyuan_v1_moe": (
-        {
-            "num_experts": 4,
-            "moe_topk": [2, 2],
-            "head_dim": 8,
-            "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
-        },
-        {f"shared_mlp.{p}_proj.weight": (24, 32) for p in ("gate", "up")}
-        | {"shared_mlp.down_proj.weight": (32, 24)},
-    ),
-    "mellum": (
-        {
-            "head_dim": 16,
-            "sliding_window": 4,
-            "layer_types": [SLIDING, FULL],
-            "mlp_layer_types": ["dense", "sparse"],
-            "rope_parameters": {
-                FULL: {
-                    "rope_type": "yarn",
-                    "rope_theta": 5e5,
-                    "factor": 4.0,
-                    "original_max_position_embeddings": 16,
-                },
-                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
-            },
-        },
-        {},
-    ),
-    "solar_open": ({"n_routed_experts": 4, "head_dim": 16} | SHARED, {}),
-    "exaone_moe": (
-        {
-            "sliding_window": 4,
-            "layer_types": [SLIDING, FULL],
-            "num_shared_experts": 1,
-            "num_key_value_heads": 2,
-        },
-        {},
-    ),
-    "flint": (
-        {
-            "head_dim": 16,
-            "sliding_window": 4,
-            "layer_types": [SLIDING, FULL],
-            "mlp_only_layers": [0],
-        },
-        {f"shared_expert.{p}_proj.weight": (24, 32) for p in ("gate", "up")}
-        | {"shared_expert.down_proj.weight": (32, 24)},
-    ),
-    "kolibri1": (
-        {"head_dim": 16, "sliding_window": 4, "layer_types": [SLIDING, FULL]},
-        {f"shared_expert.{p}_proj.weight": (24, 32) for p in ("gate", "up")}
-        | {"shared_expert.down_proj.weight": (32, 24)},
-    ),
-    "hy_v3": ({"head_dim": 16, "num_shared_experts": 1}, {}),
-    "minimax_m2": ({"num_local_experts": 4, "head_dim": 16, "rotary_dim": 8}, {}),
-    "glm4_moe_lite": ({"n_routed_experts": 4} | SHARED | LATENT, {}),
-    "axk1": (
-        {"n_routed_experts": 4, "n_group": 2, "topk_group": 1} | SHARED | LATENT,
-        {"post_mlp_layernorm.weight": (32,)},
-    ),
-    "granitemoeshared": (
-        {
-            "num_local_experts": 4,
-            "shared_intermediate_size": 24,
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.2,
-        },
-        GRANITE,
-    ),
-    "granitemoe_swa": (
-        {
-            "num_local_experts": 4,
-            "shared_intermediate_size": 24,
-            "sliding_window": 4,
-            "layer_rope_theta": [0, 5000.0],
-        },
-        GRANITE,
-    ),
-    "afmoe": (
-        {
-            "head_dim": 16,
-            "num_shared_experts": 1,
-            "sliding_window": 4,
-            "mup_enabled": True,
-            "layer_types": [FULL, SLIDING],
-        },
-        {},
-    ),
-}
-WITHOUT_BIAS = ("flex_olmo", "ernie4_5_moe", "hunyuan_v1_moe", "mellum", "flint")
-GOLDENS = {
-    "mixtral",
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "gpt_oss",
-    "deepseek_v2",
-    "deepseek_v3",
-    "glm4_moe",
-    "granitemoe",
-    "phimoe",
-}
+
+def written(name: str, folder: Path) -> Path:
+    """The checkpoint of a golden, its weights drawn."""
+    folder.mkdir()
+    shutil.copy(GENERATED / name / "config.json", folder)
+    shapes = json.loads((GENERATED / name / "shapes.json").read_text())
+    specs = {n: (np.dtype(np.float32), tuple(shape)) for n, shape in shapes.items()}
+    write_safetensors(folder / "model.safetensors", specs, lambda n: draw(n, shapes[n]))
+    return folder
 
 
-def make(folder, name):
-    more, block = CASES[name]
-    stated = {"num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"} & set(more)
-    config = SMALL | {"model_type": name, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    config["num_key_value_heads"] = 2
-    config |= more if stated else {"num_experts": 4} | more
-    if "moe_k" in config or "moe_topk" in config:
-        del config["num_experts_per_tok"]
-    row = BY_MODEL_TYPE[name]
-    if row.granite:
-        config.pop("moe_intermediate_size")
-    elif name == "flex_olmo":
-        config.pop("moe_intermediate_size")
-        block = dict(block_shapes(config, bias=False))
-    else:
-        block = dict(block_shapes(config, bias=name not in WITHOUT_BIAS)) | block
-    return make_folder(folder, config, block, prefix=f"{row.block}.")
+def test_every_family_has_a_golden():
+    types = {json.loads(p.read_text())["model_type"] for p in GOLDENS.glob("models*/*/config.json")}
+    assert types == set(supported_decoders())
 
 
-def test_every_family_has_a_case_or_a_golden():
-    assert set(CASES) | GOLDENS == set(supported_decoders())
-
-
-@pytest.mark.parametrize("name", sorted(CASES))
-def test_a_made_model_runs_with_a_cache_as_without_and_is_saved_with_its_bits(name, tmp_path):
-    folder = make(tmp_path / "made", name)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_family_computes_what_transformers_does_and_is_saved_with_its_bits(name, tmp_path):
+    folder = written(name, tmp_path / "made")
     model = load_model(folder)
-    ids = np.random.default_rng(1).integers(0, 96, (2, 6))
-    made = generate(model, ids, max_new_tokens=3)
-    logits = model(np.concatenate([ids, made[:, :-1]], axis=1))
-    np.testing.assert_array_equal(np.argmax(logits[:, -3:], axis=-1), made)
+    with np.load(GENERATED / name / "io.npz") as arrays:
+        io = dict(arrays)
+    out = model.run(io["input_ids"], return_hidden=True)
+    np.testing.assert_allclose(out.logits, io["logits"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(np.stack(out.hidden), io["hidden"], rtol=0, atol=1e-4)
+    real = io["padded_mask"].astype(bool)
+    padded = model(io["padded_ids"], io["padded_mask"])
+    np.testing.assert_allclose(padded[real], io["padded_logits"][real], rtol=0, atol=1e-4)
+    made = generate(model, io["input_ids"], max_new_tokens=io["greedy"].shape[1])
+    np.testing.assert_array_equal(made, io["greedy"])
     saved = SafetensorsFolder(save_model(model, tmp_path / "saved"))
     tensors = SafetensorsFolder(folder)
     assert set(saved) == set(tensors)
