@@ -36,8 +36,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("parallel", "interop", "checkpoint"),
     ("nn", "serving.engine"),
-    ("models", "lab", "serving.http"),
-    ("bench",),
+    ("models", "serving.http"),
+    ("lab", "bench"),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

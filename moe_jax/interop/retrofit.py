@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.interop.blocks import MoEBlock
+from moe_jax.interop.budget_shares import shared_budget
 from moe_jax.routers import Router, TopK
 from moe_jax.routers.twin import control_twin, dynamic_twin, starting_state
 from moe_jax.routing.budget import mean_k_after
@@ -145,8 +146,8 @@ def make_dynamic(
         >>> report.trained_k, round(report.calibration_mean_k, 2)
         (2, 1.6)
     """
-    trained = _fixed_rule(block)
-    target = _target(trained, target_mean_k, target_saving)
+    trained = fixed_rule(block)
+    target = target_of(trained.k, target_mean_k, target_saving)
     most = trained.k if max_k is None else max_k
     if most > trained.k and not elastic:
         raise ValueError(
@@ -155,7 +156,7 @@ def make_dynamic(
         )
     fit_x, test_x = _split(calibration_x, held_out_x)
     if trained.use_expert_scale:
-        block, trained = _fold_expert_scale(block)
+        block, trained = fold_expert_scale(block)
     router = dynamic_twin(trained, rule, target_mean_k=target, max_k=most, difficulty=difficulty)
     twin = _with_rule(block, router, fit_x, target)
     low = _control(block, trained, "lowest", fit_x, target)
@@ -210,7 +211,7 @@ def make_model_dynamic(
     Raises:
         ValueError: as ``make_dynamic``; or blocks of different k, or inputs missing.
     """
-    rules = {name: _fixed_rule(block) for name, block in blocks.items()}
+    rules = {name: fixed_rule(block) for name, block in blocks.items()}
     ks = sorted({r.k for r in rules.values()})
     if len(ks) != 1 or set(calibration_x) != set(blocks):
         raise ValueError(
@@ -222,7 +223,7 @@ def make_model_dynamic(
             f"steps: expected at least 2, got {steps}. 8 measures seven budgets a block."
         )
     k = ks[0]
-    target = _target(next(iter(rules.values())), target_mean_k, target_saving)
+    target = target_of(next(iter(rules.values())).k, target_mean_k, target_saving)
     grid = np.linspace(k, 1.0, steps + 1)[1:-1]
     curves: dict[str, list[float]] = {}
     for name, block in blocks.items():
@@ -233,24 +234,14 @@ def make_model_dynamic(
             for m in grid
         ]
         curves[name] = [0.0, *(c * c for c in np.maximum.accumulate(changes))]
-    level = dict.fromkeys(blocks, 0)
-    width = (k - 1.0) / steps
-    asked = (k - target) * len(blocks)
-    while width * sum(level.values()) < asked:
-        open_ = [n for n in blocks if level[n] + 1 < len(curves[n])]
-        if not open_:  # all blocks are at the last step; scaling goes between it and 1
-            break
-        cheapest = min(open_, key=lambda n: curves[n][level[n] + 1] - curves[n][level[n]])
-        level[cheapest] += 1
-    # Steps are whole, the budget is not: without this a target of 3.2 would end at 3.25.
-    scale = asked / (width * sum(level.values()))
+    means = shared_budget(curves, k=k, target_mean_k=target)
     made: dict[str, MoEBlock] = {}
     reports: dict[str, RetrofitReport] = {}
     for name, block in blocks.items():
-        if not level[name]:
+        mean_k = means[name]
+        if mean_k == k:
             made[name] = block
             continue
-        mean_k = k - scale * width * level[name]
         made[name], reports[name] = make_dynamic(
             block, calibration_x[name], target_mean_k=mean_k, rule=rule, **options
         )
@@ -334,7 +325,12 @@ class DriftMonitor:
         return self._static if self.tripped else self._dynamic
 
 
-def _fixed_rule(block: MoEBlock) -> TopK:
+def fixed_rule(block: MoEBlock) -> TopK:
+    """The rule of a block as it was trained.
+
+    Raises:
+        ValueError: the block has another rule than ``TopK``.
+    """
     if not isinstance(block.router, TopK):
         raise ValueError(
             f"block: expected one with a fixed k (TopK), got {type(block.router).__name__}. "
@@ -343,18 +339,23 @@ def _fixed_rule(block: MoEBlock) -> TopK:
     return block.router
 
 
-def _target(trained: TopK, mean_k: float | None, saving: float | None) -> float:
+def target_of(trained_k: int, mean_k: float | None, saving: float | None) -> float:
+    """The mean k that one of ``mean_k`` and ``saving`` asks of a block trained with ``trained_k``.
+
+    Raises:
+        ValueError: no or two targets, or one out of reach.
+    """
     if (mean_k is None) == (saving is None):
         raise ValueError(
             f"target: expected one of target_mean_k and target_saving, got {mean_k} and {saving}. "
             "target_saving=0.2 keeps 80 % of the expert calls."
         )
-    if saving is not None and trained.k > 1:
-        return mean_k_after(float(saving), min_k=1, trained_k=trained.k)
-    target = trained.k if mean_k is None else float(mean_k)
-    if not 1.0 < target < trained.k:
+    if saving is not None and trained_k > 1:
+        return mean_k_after(float(saving), min_k=1, trained_k=trained_k)
+    target = trained_k if mean_k is None else float(mean_k)
+    if not 1.0 < target < trained_k:
         raise ValueError(
-            f"target: expected a mean strictly between 1 and the trained k={trained.k}, got "
+            f"target: expected a mean strictly between 1 and the trained k={trained_k}, got "
             f"{target:g}. A block trained with k=1 cannot use fewer."
         )
     return target
@@ -371,9 +372,9 @@ def _control(block: MoEBlock, trained: TopK, drop: str, x: Array, target: float)
     return _with_rule(block, control_twin(trained, drop, mean_k=target), x, target)
 
 
-def _fold_expert_scale(block: MoEBlock) -> tuple[MoEBlock, TopK]:
+def fold_expert_scale(block: MoEBlock) -> tuple[MoEBlock, TopK]:
     """The same block without a factor per expert: its last projection is multiplied instead."""
-    router = dataclasses.replace(_fixed_rule(block), use_expert_scale=False)
+    router = dataclasses.replace(fixed_rule(block), use_expert_scale=False)
     rest = dict(block.params["router"])
     scale = rest.pop("expert_scale").astype(jnp.float32)
     experts = dict(block.params["experts"])

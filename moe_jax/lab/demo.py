@@ -26,7 +26,6 @@ from moe_jax.lab import plots
 from moe_jax.lab.calibration import RULES, calibration_blocks, fit_rules
 from moe_jax.lab.data import Blocks, Corpus, SourceFile, load_corpus
 from moe_jax.lab.frontier import (
-    EQUAL_QUALITY,
     Frontier,
     evaluate,
     held_out_blocks,
@@ -38,6 +37,7 @@ from moe_jax.lab.model_files import Model, load_model, load_variants, save_model
 from moe_jax.lab.progress import progress_bar, track
 from moe_jax.lab.summary import summarise
 from moe_jax.lab.training import train
+from moe_jax.models.confidence import EQUAL_QUALITY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

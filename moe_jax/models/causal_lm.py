@@ -123,18 +123,52 @@ def decoder_layer(
     Returns:
         float[B, S, D], the cache with this call's tokens, and the report or None.
     """
-    add = functools.partial(_add, config)
+    h, cache = attention_half(config, layer, params, h, layout, cache)
+    h, aux = feed_forward_half(config, layer, params, h, layout.mask, implementation=implementation)
+    return h, cache, aux if report else None
+
+
+def attention_half(
+    config: DecoderConfig,
+    layer: LayerConfig,
+    params: Params,
+    h: Array,
+    layout: TokenLayout,
+    cache: Params | None = None,
+) -> tuple[Array, Params | None]:
+    """Computes the first half of ``decoder_layer``: h float[B, S, D] after attention, and the cache."""
     x = _norm_if(config, params, "attention_norm", h)
     y, cache = attend(config, layer, params["attention"], x, layout, cache)
-    h = add(h, _norm_if(config, params, "attention_post_norm", y))
-    x = _norm_if(config, params, "mlp_norm", h)
+    return _add(config, h, _norm_if(config, params, "attention_post_norm", y)), cache
+
+
+def block_input(config: DecoderConfig, params: Params, h: Array) -> Array:
+    """float[B, S, D]: what the experts' block of a layer receives, from h after attention."""
+    return _norm_if(config, params, "mlp_norm", h)
+
+
+def feed_forward_half(
+    config: DecoderConfig,
+    layer: LayerConfig,
+    params: Params,
+    h: Array,
+    mask: Array,
+    *,
+    implementation: Implementation = None,
+) -> tuple[Array, LayerAux | None]:
+    """Computes the second half of ``decoder_layer`` from h float[B, S, D] after attention.
+
+    Returns:
+        float[B, S, D], and the report of the block, None in a dense layer.
+    """
+    x = block_input(config, params, h)
     aux = None
     if layer.experts:
         block: MoEBlock = params["moe"]
         y, aux = block.apply(
             block.params,
             x,
-            token_mask=layout.mask,
+            token_mask=mask,
             implementation=implementation,
             return_aux=True,
         )
@@ -143,8 +177,7 @@ def decoder_layer(
     else:
         dense = FeedForward(activation=config.activation, gated=True, use_bias=config.mlp_bias)
         y = dense(params["mlp"], x.reshape(-1, x.shape[-1])).reshape(x.shape)
-    h = add(h, _norm_if(config, params, "mlp_post_norm", y))
-    return h, cache, aux if report else None
+    return _add(config, h, _norm_if(config, params, "mlp_post_norm", y)), aux
 
 
 def _shared_mlp(config: DecoderConfig, params: Params, x: Array) -> Array:

@@ -261,7 +261,9 @@ class StreamedLayer:
         return h, aux
 
 
-def stream_layers(folder: str | Path | HubFolder, *, dtype: Any = None) -> Iterator[StreamedLayer]:
+def stream_layers(
+    folder: str | Path | HubFolder, *, dtype: Any = None, start: int = 0
+) -> Iterator[StreamedLayer]:
     """Yields a model's layers in order, one in memory at a time.
 
     Pass all sequences through a layer before the next is asked for. Embedding and head come from
@@ -270,6 +272,7 @@ def stream_layers(folder: str | Path | HubFolder, *, dtype: Any = None) -> Itera
     Args:
         folder: see ``load_model``, or the folder already opened.
         dtype: see ``HubFolder``; not together with an opened folder.
+        start: number of the first layer to read.
 
     Raises:
         FileNotFoundError, ValueError: see ``load_model``.
@@ -279,7 +282,7 @@ def stream_layers(folder: str | Path | HubFolder, *, dtype: Any = None) -> Itera
         [False, True]
     """
     opened = folder if isinstance(folder, HubFolder) else HubFolder(folder, dtype=dtype)
-    for number in range(opened.config.num_layers):
+    for number in range(start, opened.config.num_layers):
         layer = StreamedLayer(number, opened.config, opened.layer(number))
         opened.release()
         yield layer

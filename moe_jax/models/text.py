@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sysconfig
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,25 +68,47 @@ class TokenizedText:
     Attributes:
         input_ids: i32[N, S], padded on the right.
         mask: bool[N, S], False for padding.
-        files: number of files.
-        bytes: size of their text in UTF-8.
-        tokens: how many tokens they make.
+        file_index: i32[N], the file of each sequence.
+        paths: the files' paths.
+        file_bytes: i64[files], sizes of their text in UTF-8.
+        file_tokens: i64[files], how many tokens each makes.
     """
 
     input_ids: np.ndarray
     mask: np.ndarray
-    files: int
-    bytes: int
-    tokens: int
+    file_index: np.ndarray
+    paths: tuple[str, ...]
+    file_bytes: np.ndarray
+    file_tokens: np.ndarray
+
+    @property
+    def files(self) -> int:
+        """Number of files."""
+        return len(self.paths)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole text in UTF-8."""
+        return int(self.file_bytes.sum())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the text makes."""
+        return int(self.file_tokens.sum())
 
 
 def tokenize_files(
-    folder: str | Path, tokenizer: TextTokenizer, *, length: int = 512, limit: int | None = None
+    folder: str | Path | Sequence[Path],
+    tokenizer: TextTokenizer,
+    *,
+    length: int = 512,
+    limit: int | None = None,
 ) -> TokenizedText:
     """Cuts the text files of a folder into sequences of ``length`` tokens; none spans two files.
 
     Args:
-        folder: a text file, or a folder whose files are read in the order of their names.
+        folder: a text file, a folder whose files are read in the order of their names, or the files
+            themselves.
         tokenizer: of the model.
         length: S, tokens a sequence.
         limit: files after so many tokens are left out.
@@ -93,16 +117,24 @@ def tokenize_files(
         FileNotFoundError: no such file or folder.
         ValueError: no text, or a file that is not UTF-8.
     """
-    path = Path(folder)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a text file or a folder of them, got nothing.")
-    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if isinstance(folder, (str, Path)):
+        path = Path(folder)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path}: expected a text file or a folder of them, got no such path. Check it."
+            )
+        paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    else:
+        paths = list(folder)
+        path = paths[0].parent if paths else Path()
     if length < 2:
         raise ValueError(f"length: expected at least 2 tokens a sequence, got {length}.")
     rows: list[list[int]] = []
-    size = tokens = files = 0
+    files: list[str] = []
+    owner: list[int] = []
+    sizes: list[tuple[int, int]] = []
     for file in paths:
-        if limit is not None and tokens >= limit:
+        if limit is not None and sum(tokens for _, tokens in sizes) >= limit:
             break
         try:
             text = file.read_text("utf-8")
@@ -111,9 +143,14 @@ def tokenize_files(
                 f"{file}: expected text in UTF-8, got other bytes. Move it out of the folder."
             ) from None
         ids = tokenizer.encode(text) if text.strip() else []
-        rows += [ids[i : i + length] for i in range(0, len(ids), length)]
-        size, tokens, files = size + len(text.encode()), tokens + len(ids), files + bool(ids)
-    if not tokens:
+        if not ids:
+            continue
+        pieces = [ids[i : i + length] for i in range(0, len(ids), length)]
+        rows += pieces
+        owner += [len(files)] * len(pieces)
+        sizes.append((len(text.encode()), len(ids)))
+        files.append(str(file.relative_to(path)) if file != path else file.name)
+    if not files:
         raise ValueError(
             f"{path}: expected files with text, got none. Give a folder of text files."
         )
@@ -121,4 +158,28 @@ def tokenize_files(
     mask = np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
         out[i, : len(row)], mask[i, : len(row)] = row, True
-    return TokenizedText(input_ids=out, mask=mask, files=files, bytes=size, tokens=tokens)
+    counts = np.asarray(sizes, np.int64)
+    return TokenizedText(
+        input_ids=out,
+        mask=mask,
+        file_index=np.asarray(owner, np.int32),
+        paths=tuple(files),
+        file_bytes=counts[:, 0],
+        file_tokens=counts[:, 1],
+    )
+
+
+def standard_library(part: str) -> list[Path]:
+    """The .py files of the running Python's library, split by a hash of their paths.
+
+    Args:
+        part: "calibration" or "held_out"; no file is in both.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    chosen = []
+    for path in sorted(root.glob("*.py")):
+        # One file in four is for calibration, so that evaluation has the larger part.
+        calibration = zlib.crc32(path.name.encode()) % 4 == 0
+        if calibration == (part == "calibration") and path.stat().st_size:
+            chosen.append(path)
+    return chosen

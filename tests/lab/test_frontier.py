@@ -15,6 +15,7 @@ from moe_jax.lab import calibration, demo, frontier, model_files
 from moe_jax.lab import language_model as model_of
 from moe_jax.lab import training as lm
 from moe_jax.lab.data import load_corpus
+from moe_jax.models.confidence import paired_bootstrap
 
 TINY = model_of.LMConfig(
     num_layers=2,
@@ -60,7 +61,7 @@ def test_the_trained_rule_costs_exactly_nothing(model, held_out):
     base = frontier.evaluate(model, held_out)
     # Rebuilt, not the same object: equal by value is what counts.
     again = frontier.evaluate(model, held_out, routers=(TINY.router(),) * 2, states=model.states)
-    change = frontier.paired_bootstrap(again.nats_per_file, base.nats_per_file, base.bytes_per_file)
+    change = paired_bootstrap(again.nats_per_file, base.nats_per_file, base.bytes_per_file)
     assert set(change.values()) == {0.0}
     assert base.mean_k == TINY.k
     assert base.bytes_per_file.sum() == held_out.num_tokens
@@ -110,32 +111,6 @@ def test_the_trained_selection_bias_is_carried_over(model, fitting_text):
     routers = (calibration.RULES["top_p"].build(TINY, 3.0),) * 2
     fitted = calibration.fit_layers(biased, routers, fitting_text, 3.0)
     np.testing.assert_array_equal(fitted[1].expert_bias, states[1].expert_bias)
-
-
-def test_bootstrap_covers_a_known_shift_as_often_as_it_says():
-    draw = np.random.default_rng(0)
-    shift, hits, widths = 0.01, 0, []
-    for seed in range(100):
-        size = draw.integers(200, 2000, 80).astype(float)
-        before = size * (1.5 + 0.3 * draw.normal(size=80))  # files differ widely ...
-        after = before + size * (shift * np.log(2) + 0.02 * draw.normal(size=80))  # ... not the gap
-        found = frontier.paired_bootstrap(after, before, size, resamples=1000, seed=seed)
-        hits += found["low"] <= shift <= found["high"]
-        widths.append(found["high"] - found["low"])
-    assert 87 <= hits <= 100
-    assert np.mean(widths) < 0.02  # an unpaired interval would be ten times as wide
-
-
-def test_bootstrap_of_no_change_is_no_change_and_empty_files_do_not_matter():
-    before = np.array([3.0, 5.0, 0.0])
-    found = frontier.paired_bootstrap(before, before, np.array([2.0, 2.0, 0.0]))
-    assert set(found.values()) == {0.0}
-
-
-def test_verdicts():
-    assert frontier.verdict(-0.001, 0.002) == "equal"
-    assert frontier.verdict(0.001, 0.003) == "not shown"
-    assert frontier.verdict(0.0021, 0.003) == "worse"
 
 
 def test_calibrate_saves_rules_with_their_provenance(tmp_path, source, corpus):

@@ -1,0 +1,407 @@
+"""A compute budget for a whole published model: a fitted rule for each layer, in a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.checkpoint import Checkpoint, CheckpointError, LayerSpec, restore, save
+from moe_jax.experts import FeedForward
+from moe_jax.interop import MoEBlock
+from moe_jax.interop.budget_shares import shared_budget
+from moe_jax.interop.retrofit import fixed_rule, fold_expert_scale, target_of
+from moe_jax.models.causal_lm import CausalLM, Implementation
+from moe_jax.models.load import HubFolder, StreamedLayer, stream_layers
+from moe_jax.models.streaming import (
+    LayerPass,
+    ModelSource,
+    Progress,
+    Stream,
+    pack_state,
+    unpack_state,
+    with_rule,
+)
+from moe_jax.routers import Router
+from moe_jax.routers.base import router_from_json
+from moe_jax.routers.twin import dynamic_twin, starting_state
+from moe_jax.types import Params
+
+SHARES = ("uniform", "measured", "profile")
+MEASURED_TOKENS = 4096  # at most so many tokens measure a layer's sensitivity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Budget:
+    """A fitted rule for each layer with experts, by the layer's number.
+
+    Attributes:
+        routers: the rules. A layer that keeps its trained k has its trained rule.
+        states: their fitted states, each with its provenance in ``fit``.
+        params: the routers' parameters, by which a block of another model is recognised.
+        trained_k: experts per token as trained.
+        target_mean_k: the mean k that each layer was fitted to.
+        metadata: rule, targets and text, as JSON values.
+    """
+
+    routers: Mapping[int, Router]
+    states: Mapping[int, Any]
+    params: Mapping[int, Params]
+    trained_k: Mapping[int, int]
+    target_mean_k: Mapping[int, float]
+    metadata: Mapping[str, Any]
+
+    def block(self, layer: int, block: MoEBlock) -> MoEBlock:
+        """Returns a layer's block with the fitted rule.
+
+        Raises:
+            ValueError: the block is not the one that the rule was fitted for.
+        """
+        held = self.params.get(layer)
+        router: Any = self.routers.get(layer)
+        if getattr(block.router, "use_expert_scale", False):
+            block, _ = fold_expert_scale(block)
+        kernel = block.params["router"].get("kernel")
+        if held is None or kernel is None or not np.array_equal(held["kernel"], kernel):
+            raise ValueError(
+                f"layer {layer}: expected the router that the budget was fitted for, got another. "
+                "Use the model folder that moe-jax budget read, or fit a new budget."
+            )
+        return with_rule(block, router, self.states[layer])
+
+
+def fit_budget(
+    model: ModelSource,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    rule: str = "MinP",
+    target_mean_k: float | None = None,
+    target_saving: float | None = None,
+    share: str = "uniform",
+    steps: int = 6,
+    difficulty: str = "router_entropy",
+    batch_size: int = 8,
+    dtype: Any = None,
+    implementation: Implementation = None,
+    progress: Progress | None = None,
+    work: str | Path | None = None,
+) -> Budget:
+    """Fits a rule to a budget, layer by layer, on what reaches each layer under the fitted rules.
+
+    Args:
+        model: see ``evaluate``. A folder is read once, twice where ``share`` is not "uniform".
+        input_ids: i32[N, S], calibration text.
+        attention_mask: bool or int[N, S], 0 for padding.
+        rule: ``TopP``, ``MinP``, ``DynamicK`` or ``ExpertThreshold``.
+        target_mean_k: experts per token, the mean over layers; or
+        target_saving: share of expert calls to save against the trained k.
+        share: how layers share the target. "uniform" gives each layer the same; "measured" saves
+            where the output of a layer, measured on the text, changes least; "profile" measures on
+            Gaussian inputs instead and needs no text for it, in the manner of LExI
+            (arXiv:2509.02753), but with the fitted rule and a greedy allocation.
+        steps: resolution of a layer's budget, for "measured" and "profile".
+        difficulty: estimator for ``DynamicK``.
+        batch_size: see ``evaluate``.
+        dtype: see ``HubFolder``.
+        implementation: how experts run, see ``moe_jax.experts``.
+        progress: called after each layer.
+        work: folder from which an interrupted call continues, see ``evaluate``.
+
+    Raises:
+        ValueError: a target out of reach, an unknown rule or share, or a model without fixed-k layers.
+
+    Example:
+        >>> ids = np.random.default_rng(0).integers(0, 96, (8, 32))
+        >>> budget = fit_budget("tests/goldens/models/mixtral", ids, target_saving=0.2)
+        >>> round(float(budget.states[1].fit.achieved_mean_k), 1)
+        1.6
+    """
+    if share not in SHARES:
+        raise ValueError(f"share: expected one of {', '.join(SHARES)}, got {share!r}. Choose one.")
+    task = [rule, target_mean_k, target_saving, share, steps, difficulty]
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "implementation": implementation,
+        "progress": progress,
+    }
+    source = model if not isinstance(model, (str, Path)) else HubFolder(model, dtype=dtype)
+    means: dict[int, float] = {}
+    if share != "uniform":
+        curves, k = _curves(
+            source, input_ids, attention_mask, rule, share, steps, difficulty, options, work
+        )
+        target = target_of(k, target_mean_k, target_saving)
+        means = shared_budget(curves, k=k, target_mean_k=target)
+    stream = Stream(
+        source,
+        input_ids,
+        attention_mask,
+        lanes=("budget",),
+        work=work,
+        task=["fit", *task],
+        **options,
+    )
+    routers: dict[int, Router] = {}
+    states: dict[int, Any] = {}
+    params: dict[int, Params] = {}
+    trained_k: dict[int, int] = {}
+    for taken in stream.layers():
+        if taken.block is None:
+            continue
+        number, block = taken.number, taken.block
+        trained = fixed_rule(block)
+        if trained.use_expert_scale:
+            block, trained = fold_expert_scale(block)
+        mean = means.get(number)
+        if mean is None:
+            mean = target_of(trained.k, target_mean_k, target_saving)
+        if mean < trained.k:
+            router = dynamic_twin(trained, rule, target_mean_k=mean, difficulty=difficulty)
+            x = jnp.asarray(taken.inputs("budget"))
+            state = router.fit(
+                block.params["router"], starting_state(router, block.state), x, target_mean_k=mean
+            )
+        else:
+            router, state = trained, block.state
+        pack_state(stream.arrays, f"state/{number}", state)
+        pack_state(stream.arrays, f"params/{number}", block.params["router"])
+        names = sorted(block.params["router"])
+        note = {"k": trained.k, "mean_k": mean, "names": names, "router": router.to_json()}
+        stream.notes[str(number)] = note
+        for _ in taken.experts("budget", with_rule(block, router, state)):
+            pass
+    config = stream.config
+    for number in config.moe_layers:
+        note = stream.notes[str(number)]
+        # From the notes and not from the loop: some layers may have been fitted before an interruption.
+        routers[number] = router_from_json(note["router"])
+        names = dict.fromkeys(note["names"], 0)
+        params[number] = unpack_state(stream.arrays, f"params/{number}", names)
+        like = routers[number].init_state()
+        states[number] = unpack_state(stream.arrays, f"state/{number}", like)
+        trained_k[number] = note["k"]
+    stream.finish()
+    return Budget(
+        routers=routers,
+        states=states,
+        params=params,
+        trained_k=trained_k,
+        target_mean_k={n: stream.notes[str(n)]["mean_k"] for n in config.moe_layers},
+        metadata={
+            "model_type": config.model_type,
+            "rule": rule,
+            "share": share,
+            "target_mean_k": target_mean_k,
+            "target_saving": target_saving,
+            "calibration_tokens": int(stream.mask.sum()),
+        },
+    )
+
+
+def _layers(source: HubFolder | CausalLM) -> Iterator[StreamedLayer]:
+    if isinstance(source, HubFolder):
+        return stream_layers(source)
+    params = source.params()["layers"]
+    return (StreamedLayer(i, source.config, layer) for i, layer in enumerate(params))
+
+
+# --- sensitivity ------------------------------------------------------------------------------
+
+
+def _curves(
+    source: Any,
+    input_ids: Any,
+    attention_mask: Any,
+    rule: str,
+    share: str,
+    steps: int,
+    difficulty: str,
+    options: dict[str, Any],
+    work: str | Path | None,
+) -> tuple[dict[int, list[float]], int]:
+    """Squared relative change of each layer's output by budget, and the trained k."""
+    curves: dict[int, list[float]] = {}
+    ks: set[int] = set()
+    if share == "profile":
+        for layer in _layers(source):
+            if layer.block is not None:
+                ks.add(fixed_rule(layer.block).k)
+                curves[layer.number] = _profile(layer, rule, steps, difficulty)
+        return curves, _one_k(ks)
+    stream = Stream(
+        source,
+        input_ids,
+        attention_mask,
+        lanes=("trained",),
+        work=None if work is None else Path(work) / "sensitivity",
+        task=["sensitivity", rule, steps, difficulty],
+        **options,
+    )
+    for taken in stream.layers():
+        if taken.block is None:
+            continue
+        stream.notes[str(taken.number)] = {
+            "k": fixed_rule(taken.block).k,
+            "curve": _measured(taken, rule, steps, difficulty),
+        }
+        for _ in taken.experts("trained", taken.block):
+            pass
+    stream.finish()
+    for number in stream.config.moe_layers:
+        ks.add(stream.notes[str(number)]["k"])
+        curves[number] = stream.notes[str(number)]["curve"]
+    return curves, _one_k(ks)
+
+
+def _one_k(ks: set[int]) -> int:
+    if len(ks) != 1 or min(ks) < 2:
+        raise ValueError(
+            f"share: expected one trained k of at least 2 in all layers, got {sorted(ks)}. Use "
+            "share='uniform'."
+        )
+    return ks.pop()
+
+
+def _twins(block: MoEBlock, x: Any, rule: str, steps: int, difficulty: str) -> Iterator[MoEBlock]:
+    """Yields the block with the rule fitted to each budget below the trained k, on inputs x."""
+    trained = fixed_rule(block)
+    if trained.use_expert_scale:
+        block, trained = fold_expert_scale(block)
+    for mean in np.linspace(trained.k, 1.0, steps + 1)[1:-1]:
+        router = dynamic_twin(trained, rule, target_mean_k=float(mean), difficulty=difficulty)
+        start = starting_state(router, block.state)
+        state = router.fit(block.params["router"], start, x, target_mean_k=float(mean))
+        yield with_rule(block, router, state)
+
+
+def _measured(taken: LayerPass, rule: str, steps: int, difficulty: str) -> list[float]:
+    """Changes of the hidden states after the layer, on the first batches of the text."""
+    stream, block = taken.stream, taken.block
+    assert block is not None
+    batches, tokens = 0, 0
+    while batches < len(stream.parts) and tokens < MEASURED_TOKENS:
+        tokens += int(stream.mask[stream.parts[batches]].sum())
+        batches += 1
+    hidden = stream.hidden["trained"][:batches]
+    rows = []
+    for i in range(batches):
+        x = np.asarray(taken.input_of("trained", i), np.float32)
+        rows.append(x[stream.mask[stream.parts[i]]])
+    before = [np.asarray(taken.output(i, h, block)[0], np.float32) for i, h in enumerate(hidden)]
+    masks = [stream.mask[part] for part in stream.parts[:batches]]
+    size = sum(float((b[m] ** 2).sum()) for b, m in zip(before, masks, strict=True))
+    curve = [0.0]
+    x = jnp.asarray(np.concatenate(rows))
+    for twin in _twins(block, x, rule, steps, difficulty):
+        change = 0.0
+        for i, h in enumerate(hidden):
+            after = np.asarray(taken.output(i, h, twin)[0], np.float32)
+            change += float(((after - before[i])[masks[i]] ** 2).sum())
+        curve.append(max(curve[-1], change / size))
+    return curve
+
+
+def _profile(layer: StreamedLayer, rule: str, steps: int, difficulty: str) -> list[float]:
+    """Changes of the block's output on Gaussian inputs of the norm's scale."""
+    block = layer.block
+    assert block is not None
+    d = layer.config.d_model
+    x = jax.random.normal(jax.random.key(layer.number), (1024, d), jnp.float32)
+    scale = layer.params.get("mlp_norm", {}).get("scale")
+    if scale is not None:
+        x = x * scale.astype(jnp.float32)[None, :]
+    x = x.astype(jax.tree.leaves(block.params["experts"])[0].dtype)
+    before = np.asarray(block(x), np.float32)
+    curve = [0.0]
+    for twin in _twins(block, x, rule, steps, difficulty):
+        after = np.asarray(twin(x), np.float32)
+        relative = float(((after - before) ** 2).sum() / (before**2).sum())
+        curve.append(max(curve[-1], relative))
+    return curve
+
+
+# --- on disk ----------------------------------------------------------------------------------
+
+
+def save_budget(
+    budget: Budget,
+    folder: str | Path,
+    *,
+    model: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Saves a budget as a checkpoint, which ``load_budget``, ``moe-jax export`` and the service open.
+
+    Args:
+        budget: what to save.
+        folder: the folder to make.
+        model: a model folder whose experts are saved too, so that the service can compute outputs
+            and not routing alone. All layers are in memory at a time.
+        overwrite: whether a checkpoint at ``folder`` is replaced.
+
+    Raises:
+        CheckpointError: see ``moe_jax.checkpoint.save``.
+        ValueError: an expert of the model is no ``FeedForward``; see ``HubFolder``.
+    """
+    params: dict[str, Any] = {f"layer_{n}": {"router": p} for n, p in budget.params.items()}
+    specs = {name: LayerSpec(router=(name, "router")) for name in params}
+    if model is not None:
+        for layer in stream_layers(model):
+            if layer.block is None:
+                continue
+            name, block = f"layer_{layer.number}", budget.block(layer.number, layer.block)
+            if not isinstance(block.expert_fn, FeedForward) or set(block.params) != {
+                "router",
+                "experts",
+            }:
+                raise ValueError(
+                    f"layer {layer.number}: expected plain experts, got a block with "
+                    f"{', '.join(sorted(block.params))} ({type(block.expert_fn).__name__}). The "
+                    "service computes outputs of plain experts only: save the routers alone."
+                )
+            params[name] = dict(block.params)
+            specs[name] = LayerSpec(router=(name, "router"), layer=(name,), experts=block.expert_fn)
+    numbers = [str(n) for n in budget.routers]
+    note = {
+        **budget.metadata,
+        "trained_k": {n: budget.trained_k[int(n)] for n in numbers},
+        "layer_mean_k": {n: budget.target_mean_k[int(n)] for n in numbers},
+    }
+    checkpoint = Checkpoint(
+        params=params,
+        routers={f"layer_{n}": router for n, router in budget.routers.items()},
+        states={f"layer_{n}": state for n, state in budget.states.items()},
+        layers=specs,
+        metadata={"model_budget": note},
+    )
+    return save(folder, checkpoint, overwrite=overwrite)
+
+
+def load_budget(folder: str | Path) -> Budget:
+    """Loads what ``save_budget`` wrote.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or one without a model's budget.
+    """
+    held = restore(folder)
+    note = held.metadata.get("model_budget")
+    if note is None:
+        raise CheckpointError(
+            f"{folder}: expected a budget of a published model, got another checkpoint. Give the "
+            "folder that moe-jax budget wrote."
+        )
+    numbers = {int(name.removeprefix("layer_")): name for name in held.routers}
+    return Budget(
+        routers={n: held.routers[name] for n, name in sorted(numbers.items())},
+        states={n: held.states[name] for n, name in sorted(numbers.items())},
+        params={n: held.params[name]["router"] for n, name in sorted(numbers.items())},
+        trained_k={int(n): k for n, k in note["trained_k"].items()},
+        target_mean_k={int(n): k for n, k in note["layer_mean_k"].items()},
+        metadata={k: v for k, v in note.items() if k not in ("trained_k", "layer_mean_k")},
+    )
