@@ -3,7 +3,7 @@
 #
 # From a folder as the Hub has them to a model that uses a fifth fewer experts: fit, evaluate beside
 # the controls, generate, save. The folder here is a tiny OLMoE that this notebook makes and trains for
-# a minute; with a real one, begin at "Fit".
+# seconds; with a real one, begin at "Fit".
 
 # %%
 import json
@@ -39,7 +39,7 @@ work = Path(tempfile.mkdtemp())
 # `config.json` in OLMoE's own keys, tensors under OLMoE's own names, and a tokenizer of single letters.
 
 # %%
-D, F, E, K, LAYERS, VOCAB = 48, 48, 8, 4, 3, 96
+D, F, E, K, LAYERS, VOCAB = 48, 48, 8, 4, 2, 96
 config = {
     "model_type": "olmoe",
     "vocab_size": VOCAB,
@@ -93,7 +93,7 @@ letters.save(str(untrained / "tokenizer.json"))
 # Training is ordinary JAX: `forward` is a pure function of the parameters.
 
 # %%
-LENGTH, BATCH, STEPS = 64, 16, 150
+LENGTH, BATCH, STEPS = 64, 16, 100
 model = load_model(untrained)
 tokenizer = TextTokenizer(untrained, vocab_size=VOCAB)
 text = tokenize_files(standard_library("calibration"), tokenizer, length=LENGTH, limit=200_000)
@@ -136,7 +136,9 @@ for number in range(STEPS):
     if number % 50 == 0 or number == STEPS - 1:
         print(f"step {number}: {float(value):.3f} nats a letter")
 
-folder = save_model(CausalLM(model.config, with_weights(trained), source=model.source), work / "tiny")
+folder = save_model(
+    CausalLM(model.config, with_weights(trained), source=model.source), work / "tiny"
+)
 
 # %% [markdown]
 # ## Fit
@@ -146,12 +148,8 @@ folder = save_model(CausalLM(model.config, with_weights(trained), source=model.s
 # `moe-jax budget FOLDER --text DIR --rule MinP --target-saving 0.2 --out runs/tiny-20`.
 
 # %%
-calibration = tokenize_files(
-    standard_library("calibration"), tokenizer, length=LENGTH, limit=8_000
-)
-budget = fit_budget(
-    folder, calibration.input_ids, calibration.mask, rule="MinP", target_saving=0.2
-)
+calibration = tokenize_files(standard_library("calibration"), tokenizer, length=LENGTH, limit=6_000)
+budget = fit_budget(folder, calibration.input_ids, calibration.mask, rule="MinP", target_saving=0.2)
 save_budget(budget, work / "tiny-20")
 for layer, fitted in budget.states.items():
     print(f"layer {layer}: {float(fitted.fit.achieved_mean_k):.3f} of {K} experts a token")
@@ -164,12 +162,14 @@ for layer, fitted in budget.states.items():
 # `moe-jax evaluate FOLDER --text DIR --budget runs/tiny-20 --controls`.
 
 # %%
-held_out = tokenize_files(standard_library("held_out"), tokenizer, length=LENGTH, limit=12_000)
+held_out = tokenize_files(standard_library("held_out"), tokenizer, length=LENGTH, limit=6_000)
 price = compare(folder, held_out, load_budget(work / "tiny-20"), controls=True).report()
 for row in price["rules"]:
     line = f"{row['rule']:>18}: mean k {row['mean_k']:.3f}, {row['bits_per_byte']:.4f} bits a byte"
     if "relative" in row:
-        line += f", {row['relative']:+.2%} ({row['relative_low']:+.2%} to {row['relative_high']:+.2%})"
+        line += (
+            f", {row['relative']:+.2%} ({row['relative_low']:+.2%} to {row['relative_high']:+.2%})"
+        )
     print(line)
 assert abs(price["rules"][1]["saving"] - 0.2) < 0.05
 

@@ -80,7 +80,7 @@ def test_wrong_text_and_tokenizers_are_named(folder, text, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="another model"):
         TextTokenizer(folder, vocab_size=50)
     tokenizer = TextTokenizer(folder, vocab_size=96)
-    with pytest.raises(FileNotFoundError, match="nothing"):
+    with pytest.raises(FileNotFoundError, match="no such path"):
         tokenize_files(tmp_path / "missing", tokenizer)
     (tmp_path / "blank.txt").write_text(" \n")
     with pytest.raises(ValueError, match="files with text"):
