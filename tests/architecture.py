@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("routers", "experts"),
     (
         "layer",
+        "testing",
         "config",
         "serving.admission",
         "serving.cache",
@@ -50,6 +51,7 @@ CONTENTS = {
     "routers": "one file a routing rule",
     "experts": "one file a way to run them",
     "layer": "the whole path of x",
+    "testing": "a rule's contract",
     "parallel": "devices, hosts, placement",
     "config": "JSON, MOE_*, presets",
     "interop": "blocks of published models",
@@ -68,7 +70,7 @@ CONTENTS = {
     "cli": "the moe-jax command",
 }
 
-_MATHS = {"types", "checks", "routing", "routers", "experts", "layer"}
+_MATHS = {"types", "checks", "routing", "routers", "experts", "layer", "testing"}
 _PARTS = {"serving.admission", "serving.cache", "serving.resilience", "serving.metrics"}
 _SERVICE = _PARTS | {"serving.errors", "serving.engine", "serving.http"}
 

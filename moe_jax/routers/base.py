@@ -98,8 +98,9 @@ class Router(abc.ABC):
         )
         if missing:
             raise TypeError(
-                f"{cls.__name__}: expected a complete rule, got none of {', '.join(missing)}. Define "
-                "it, or add abc.ABC to the bases of a contract that rules share."
+                f"{cls.__name__}: expected a complete rule, but these are missing: "
+                f"{', '.join(missing)}. Define them as in docs/write_a_rule.md, or add abc.ABC to the "
+                "bases of a contract that rules share."
             )
         cls.__repr__ = Router.__repr__  # the dataclass decorator keeps a __repr__ that exists
         registry.register_rule(cls)

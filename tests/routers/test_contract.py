@@ -7,11 +7,7 @@ table by a line in ``CASES``; ``test_every_shipped_rule_is_in_the_table`` sees t
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import warnings
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +45,15 @@ from moe_jax.routing.budget import fit_knots
 from moe_jax.routing.difficulty import ESTIMATORS, raw_difficulty, register_estimator
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.routing.gate import Gate
-from moe_jax.routing.losses import LossWeights, aux_loss
+from moe_jax.routing.losses import LossWeights
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import first_k
 from moe_jax.routing.stats import routing_stats
-from moe_jax.types import ExpertChoice, Routing, pytree
+from moe_jax.testing import PROMISES, build_case, check_router, decisions, values
+from moe_jax.testing import RouterCase as Case
+from moe_jax.testing import example_context as context_for
+from moe_jax.testing.case import expert_weights
+from moe_jax.types import ExpertChoice, pytree
 
 pytestmark = pytest.mark.compile_cheaply
 
@@ -193,57 +193,19 @@ def test_every_shipped_rule_is_in_the_table():
     assert not missing, f"add a line to CASES for {missing}"
 
 
-def context_for(x: jax.Array) -> dict[str, jax.Array]:
-    """Something of every kind that an estimator may ask for, a function of each token alone."""
-    wide = x.astype(jnp.float32)
-    return {
-        "gradients": wide[:, ::-1] * wide[:, :1],
-        "attention": jax.nn.softmax(wide, axis=-1),
-        "logits": 2.0 * wide,
-        "targets": jnp.argmax(wide[:, ::-1], axis=-1).astype(jnp.int32),
-    }
-
-
-@partial(jax.jit, static_argnums=0)
-def route(router, params, state, x, mask, context):
-    """The one compiled function of a case that most promises below are checked through."""
-    return router(params, state, x, token_mask=mask, context=context)
-
-
-@dataclasses.dataclass
-class Case:
-    router: Router
-    params: Any
-    state: Any
-    x: jax.Array
-
-    def __call__(self, x=None, *, params=None, state=None, mask=None, context=None):
-        x = self.x if x is None else x
-        return route(
-            self.router,
-            self.params if params is None else params,
-            self.state if state is None else state,
-            x,
-            jnp.ones((x.shape[0],), bool) if mask is None else mask,
-            context_for(x) if context is None else context,
-        )
-
-
 def build(router: Router) -> Case:
-    x = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
-    params = router.init(jax.random.key(0), D)
-    params = {**params, "kernel": 2.0 * params["kernel"]}
+    case = build_case(router)
+    params, state = dict(case.params), case.state
     if "expert_scale" in params:
         params["expert_scale"] = jnp.linspace(0.5, 2.0, E)
-    state = router.init_state()
     if isinstance(router, DynamicK):  # as fit does; unfitted scores need not lie in [0, 1]
-        known = {**context_for(x), "router_logits": router.gate(params, x)}
-        raw = raw_difficulty(router.difficulty, x, known)
+        known = {**context_for(case.x), "router_logits": router.gate(params, case.x)}
+        raw = raw_difficulty(router.difficulty, case.x, known)
         state = dataclasses.replace(state, knots=fit_knots(np.asarray(raw)))
     if hasattr(state, "expert_bias") and getattr(router, "balance_rate", 1.0):
         bias = 0.1 * jax.random.normal(jax.random.key(2), (E,), jnp.float32)
         state = dataclasses.replace(state, expert_bias=bias)
-    return Case(router, params, state, x)
+    return dataclasses.replace(case, params=params, state=state)
 
 
 # Module scope, so that pytest runs a case's tests together and each case compiles once a worker.
@@ -264,102 +226,30 @@ def scoring_of(router: Router) -> Scoring:
     return Scoring(score="sigmoid") if isinstance(router, TopAny) else router.scoring
 
 
-def expert_weights(routing: Routing | ExpertChoice) -> np.ndarray:
-    """f32[T, E]: every expert's weight on every token, 0 where unused; what the model feels."""
-    dense = np.zeros(np.shape(routing.router_logits), np.float32)
-    if isinstance(routing, ExpertChoice):
-        for e, (tokens, weights) in enumerate(
-            zip(np.asarray(routing.token_indices), np.asarray(routing.combine_weights), strict=True)
-        ):
-            dense[tokens[tokens < routing.num_tokens], e] = weights[tokens < routing.num_tokens]
-        return dense
-    indices, weights = np.asarray(routing.expert_indices), np.asarray(routing.combine_weights)
-    for t, e in np.ndindex(indices.shape):
-        if indices[t, e] < routing.num_experts:
-            dense[t, indices[t, e]] = weights[t, e]
-    return dense
-
-
-def same(a: Any, b: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
-def same_routing(a, b, *, rows=slice(None), rtol: float = 0.0) -> None:
-    """The same experts with the same weights for these tokens."""
-    np.testing.assert_array_equal(np.asarray(a.expert_mask)[rows], np.asarray(b.expert_mask)[rows])
-    wa, wb = expert_weights(a)[rows], expert_weights(b)[rows]
-    np.testing.assert_allclose(wa, wb, rtol=rtol, atol=rtol)
-
-
 # --- promises: what comes out ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, "float32"), (7, "bfloat16"), (T, "float16")])
 def test_shapes_and_dtypes(case: Case, tokens, dtype):
-    router = case.router
-    x = jax.ShapeDtypeStruct((tokens, D), dtype)
-    out = jax.eval_shape(lambda x: router(case.params, case.state, x, context=context_for(x)), x)
-    assert (out.router_logits.shape, out.router_logits.dtype) == ((tokens, E), jnp.float32)
-    assert (out.router_probs.shape, out.router_probs.dtype) == ((tokens, E), jnp.float32)
-    assert (out.token_mask.shape, out.token_mask.dtype) == ((tokens,), jnp.bool_)
-    assert out.combine_weights.dtype == jnp.float32
-    if isinstance(out, ExpertChoice):
-        assert out.token_indices.dtype == jnp.int32
-        assert out.token_indices.shape == out.combine_weights.shape
-        assert out.token_indices.shape[0] == E
-        assert out.num_tokens == tokens
-    else:
-        assert (out.expert_indices.shape, out.expert_indices.dtype) == (
-            (tokens, router.max_k),
-            jnp.int32,
-        )
-        assert out.combine_weights.shape == (tokens, router.max_k)
-        if out.residual_weight is not None:  # only rules with zero-computation experts have one
-            assert out.residual_weight.shape == (tokens,)
-            assert out.residual_weight.dtype == jnp.float32
-        assert out.num_experts == E
+    decisions.shapes_and_dtypes(case, tokens, dtype)
 
 
 def test_probabilities_sum_to_one(case: Case):
-    np.testing.assert_allclose(case().router_probs.sum(axis=-1), np.ones(T), rtol=1e-5)
+    decisions.probabilities_sum_to_one(case)
 
 
 def test_k_lies_within_its_bounds_and_no_expert_is_used_twice(case: Case):
-    routing, router = case(), case.router
-    k = np.asarray(routing.num_experts_per_token)
-    assert k.min() >= router.min_k
-    assert k.max() <= router.max_k
-    # `expert_mask` counts an expert once, so a repeated one would make its count fall short.
-    np.testing.assert_array_equal(k, np.asarray(routing.expert_mask).sum(axis=1))
-    if isinstance(routing, ExpertChoice):
-        for row in np.asarray(routing.token_indices):
-            real = row[row < T]
-            assert len(set(real)) == len(real)
-    if not router.traits.may_leave_token_empty:
-        assert k.min() >= 1
+    decisions.k_lies_within_its_bounds(case)
 
 
 def test_exact_budgets_are_exact(case: Case):
     if case.router.traits.budget != "exact":
         pytest.skip("the rule does not promise it")
-    want = case.router.mean_k if hasattr(case.router, "mean_k") else case.router.k
-    # Expert choice rounds to whole rows of an expert's buffer.
-    per_expert = math.ceil(want * T / E)
-    got = np.asarray(case().num_experts_per_token).sum()
-    assert got == (per_expert * E if isinstance(case(), ExpertChoice) else want * T)
+    decisions.exact_budgets_are_exact(case)
 
 
 def test_used_slots_are_a_prefix_and_the_rest_holds_the_sentinel(case: Case):
-    routing = case()
-    if isinstance(routing, ExpertChoice):
-        indices, none = np.asarray(routing.token_indices), routing.num_tokens
-    else:
-        indices, none = np.asarray(routing.expert_indices), E
-    used = indices < none
-    assert (indices >= 0).all()
-    assert (indices[~used] == none).all()
-    assert (np.asarray(routing.combine_weights)[~used] == 0).all()
-    assert (np.diff(used.astype(int), axis=1) <= 0).all()
+    decisions.unused_slots_hold_the_sentinel(case)
 
 
 def test_slots_are_ordered_by_selection_score(case: Case):
@@ -416,30 +306,11 @@ def test_weights_are_what_the_scoring_promises(case: Case):
 
 
 def test_a_disabled_expert_stays_out_whatever_was_learned(learner: Case):
-    """Balancing sees that nobody uses it and would bring it back: by bias, by cutoff, by threshold."""
     if learner.router.min_k == E:
         pytest.skip("it uses every expert")
     if getattr(learner.router, "balance", "sign") == "quantile":
         pytest.skip("it refuses disabled experts")
-    gate = dataclasses.replace(learner.router.gate, disabled_experts=(5,))
-    router = dataclasses.replace(learner.router, gate=gate)
-    favour = {"expert_bias": 100.0, "cutoffs": -100.0}
-    state = dataclasses.replace(
-        learner.state,
-        **{
-            n: getattr(learner.state, n).at[5].set(v)
-            for n, v in favour.items()
-            if hasattr(learner.state, n)
-        },
-    )
-    params = dict(learner.params)
-    if "thresholds" in params:
-        params["thresholds"] = params["thresholds"].at[5].set(-1.0)
-    used = np.asarray(
-        dataclasses.replace(learner, router=router)(params=params, state=state).expert_mask
-    )
-    assert not used[:, 5].any()
-    assert used.any()
+    decisions.a_disabled_expert_stays_out(learner)
 
 
 def test_ties_go_to_the_lowest_index(case: Case):
@@ -464,140 +335,41 @@ def test_ties_go_to_the_lowest_index(case: Case):
 
 
 def test_jit_equals_eager(case: Case):
-    eager = case.router(
-        case.params,
-        case.state,
-        case.x,
-        token_mask=jnp.ones((T,), bool),
-        context=context_for(case.x),
-    )
-    same_routing(case(), eager, rtol=1e-6)
-    np.testing.assert_allclose(case().router_logits, eager.router_logits, rtol=1e-5, atol=1e-6)
+    decisions.jit_equals_eager(case)
 
 
 def test_vmap_equals_a_loop(learner: Case):
-    x = jax.random.normal(jax.random.key(3), (2, T, D), jnp.float32)
-    call = jax.jit(
-        jax.vmap(lambda x: learner.router(learner.params, learner.state, x, context=context_for(x)))
-    )
-    both = call(x)
-    for i in range(2):
-        same_routing(jax.tree.map(lambda leaf, i=i: leaf[i], both), learner(x[i]), rtol=1e-5)
+    decisions.vmap_equals_a_loop(learner)
 
 
 def test_permuting_tokens_permutes_the_answer(case: Case):
-    order = np.random.default_rng(0).permutation(T)
-    a, b = case(), case(case.x[order])
-    np.testing.assert_array_equal(np.asarray(a.expert_mask)[order], np.asarray(b.expert_mask))
-    np.testing.assert_allclose(expert_weights(a)[order], expert_weights(b), rtol=1e-6)
+    decisions.permuting_tokens_permutes_the_answer(case)
 
 
 def test_relabelling_experts_relabels_the_answer(case: Case):
-    """Experts have no identity beyond their parameters. Groups are relabelled as blocks."""
-    groups = scoring_of(case.router).num_groups
-    rng = np.random.default_rng(0)
-    blocks = np.arange(E).reshape(groups, -1)[rng.permutation(groups)]
-    order = np.concatenate([rng.permutation(block) for block in blocks])
-
-    def relabel(leaf):
-        return leaf[..., order] if leaf.ndim and leaf.shape[-1] == E else leaf
-
-    fit = getattr(case.state, "fit", None)
-    state = jax.tree.map(relabel, case.state)
-    if fit is not None:
-        state = dataclasses.replace(state, fit=fit)
-    a, b = case(), case(params=jax.tree.map(relabel, case.params), state=state)
-    np.testing.assert_array_equal(np.asarray(a.expert_mask)[:, order], np.asarray(b.expert_mask))
-    np.testing.assert_allclose(expert_weights(a)[:, order], expert_weights(b), rtol=1e-5, atol=1e-6)
-
-
-OTHER = jax.random.normal  # tokens that share nothing with a case's own
-
-
-def changed_from(x: jax.Array, first: int) -> jax.Array:
-    """x with every token from ``first`` on replaced."""
-    fresh = 3.0 * OTHER(jax.random.key(9), x.shape, jnp.float32)
-    return jnp.where(jnp.arange(T)[:, None] < first, x, fresh)
+    decisions.relabelling_experts_relabels_the_answer(case)
 
 
 def test_batch_invariance_as_the_traits_say(case: Case):
-    alone = jnp.where(jnp.arange(T)[:, None] == 5, case.x, changed_from(case.x, 0))
-    if case.router.traits.batch_invariant:
-        same_routing(case(), case(alone), rows=5)  # bit for bit
-        few = case(case.x[4:7])  # another batch size: the same up to the product's rounding
-        np.testing.assert_array_equal(few.expert_mask, np.asarray(case().expert_mask)[4:7])
-        np.testing.assert_allclose(
-            expert_weights(few), expert_weights(case())[4:7], rtol=1e-5, atol=1e-6
-        )
-    else:
-        assert not np.array_equal(expert_weights(case()), expert_weights(case(alone)))
-        rows = [
-            np.array_equal(
-                np.asarray(case().expert_mask)[t],
-                np.asarray(
-                    case(
-                        jnp.where(jnp.arange(T)[:, None] == t, case.x, changed_from(case.x, 0))
-                    ).expert_mask
-                )[t],
-            )
-            for t in range(T)
-        ]
-        assert not all(rows), "a trait says that neighbours matter, and they never do"
+    decisions.batch_invariance_as_the_traits_say(case)
 
 
 def test_causality_as_the_traits_say(case: Case):
-    half = slice(0, T // 2)
-    before, after = case(), case(changed_from(case.x, T // 2))
-    if case.router.traits.causal:
-        same_routing(before, after, rows=half)
-    else:
-        assert not np.array_equal(
-            np.asarray(before.expert_mask)[half], np.asarray(after.expert_mask)[half]
-        ), "a trait says that later tokens matter, and they do not"
-
-
-@jax.jit
-def everything_measured(routing) -> dict[str, Any]:
-    plan = plan_dispatch(to_assignments(routing))
-    _, terms = aux_loss(routing, ALL_LOSSES)
-    return {"stats": routing_stats(routing, plan), **terms}
+    decisions.causality_as_the_traits_say(case)
 
 
 def test_padding_counts_in_nothing(case: Case):
-    """Whatever sits in padding, NaN and inf included: answers, statistics and losses are equal."""
-    mask = jnp.arange(T) % 3 != 1
-    clean = jnp.where(mask[:, None], case.x, 0.0)
-    a = case(clean, mask=mask)
-    measured = everything_measured(a)
-    assert not np.asarray(a.expert_mask)[~np.asarray(mask)].any()
-    assert float(measured["stats"].token_count) == float(mask.sum())
-    for value in (jnp.nan, jnp.inf, 1e30):
-        dirty = jnp.where(mask[:, None], case.x, value)
-        b = case(dirty, mask=mask)
-        same_routing(a, b)
-        jax.tree.map(
-            partial(np.testing.assert_allclose, rtol=1e-6), everything_measured(b), measured
-        )
-        same(case.router.observe(case.state, b), case.router.observe(case.state, a))
-        own = partial(case.router.regularization, case.params, case.state)
-        np.testing.assert_allclose(own(b), own(a), rtol=1e-6)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(measured))
+    decisions.padding_counts_in_nothing(case)
 
 
 def test_a_batch_of_padding_alone_is_measured_without_nan(case: Case):
-    routing = case(jnp.full((T, D), jnp.nan, jnp.float32), mask=jnp.zeros((T,), bool))
-    assert not np.asarray(routing.expert_mask).any()
-    for leaf in jax.tree.leaves(everything_measured(routing)):
-        assert np.isfinite(leaf).all()
+    decisions.a_batch_of_padding_alone_is_measured_without_nan(case)
 
 
 def test_a_nan_token_poisons_no_other(case: Case):
     if not case.router.traits.batch_invariant:
         pytest.skip("the other tokens of this rule may move when one is taken away")
-    routing = case(case.x.at[3].set(jnp.nan))
-    rest = np.arange(T) != 3
-    same_routing(case(), routing, rows=rest)
-    assert np.isfinite(expert_weights(routing)[rest]).all()
+    decisions.a_nan_token_poisons_no_other(case)
 
 
 def test_expert_choice_never_takes_a_nan_token():
@@ -610,36 +382,10 @@ def test_expert_choice_never_takes_a_nan_token():
 # --- promises: gradients --------------------------------------------------------------------
 
 
-@partial(jax.jit, static_argnums=0)
-def gradients(router, params, state, x, mask):
-    def loss(params, x):
-        routing = router(params, state, x, token_mask=mask, context=context_for(x))
-        ramp = jnp.cos(jnp.arange(routing.combine_weights.size, dtype=jnp.float32))
-        weighed = (routing.combine_weights * ramp.reshape(routing.combine_weights.shape)).sum()
-        own = router.regularization(params, state, routing)
-        return weighed + aux_loss(routing, ALL_LOSSES)[0] + own
-
-    return jax.grad(loss, argnums=(0, 1))(params, x)
-
-
-def gradients_of(case: Case, x, mask=None):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "router: expected raw weights for training")
-        mask = jnp.ones((T,), bool) if mask is None else mask
-        return gradients(case.router, case.params, case.state, x, mask)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1.0, 10.0, 30.0, 1e4])
 def test_gradients_are_finite(learner: Case, scale):
     """At ties (scale 0) and at logits of tens, where float32 underflows, to ten thousands."""
-    got = gradients_of(learner, scale * learner.x)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
-    # One token whose scores all underflow, one whose scores all saturate.
-    kernel = learner.params["kernel"]
-    for sign in (-1.0, 1.0):
-        push = sign * scale * kernel.mean(axis=1)[None, :] / jnp.square(kernel.mean(axis=1)).sum()
-        got = gradients_of(learner, jnp.broadcast_to(push, (T, D)))
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+    values.gradients_are_finite(learner, [scale])
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "sqrtsoftplus", "relu"])
@@ -657,16 +403,11 @@ def test_probabilities_of_tiny_scores_have_finite_gradients(score):
 
 
 def test_the_router_learns(learner: Case):
-    kernel = gradients_of(learner, learner.x)[0]["kernel"]
-    assert (np.abs(kernel).max(axis=0) > 0).all()
+    values.the_router_learns(learner)
 
 
 def test_padding_sends_no_gradient(learner: Case):
-    mask = jnp.arange(T) % 3 != 1
-    want = gradients_of(learner, jnp.where(mask[:, None], learner.x, 0.0), mask)
-    got = gradients_of(learner, jnp.where(mask[:, None], learner.x, jnp.nan), mask)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), got, want)
-    assert not np.asarray(got[1])[~np.asarray(mask)].any()
+    values.padding_sends_no_gradient(learner)
 
 
 def test_renormalised_weights_warn_in_training_where_k_may_be_one():
@@ -691,39 +432,15 @@ def test_renormalised_weights_warn_in_training_where_k_may_be_one():
 
 
 def test_logits_are_float32_whatever_x_is(case: Case):
-    """bfloat16 x gives the answer of the same numbers in float32, not of a rounded product."""
-    rounded = case.x.astype(jnp.bfloat16)
-    plain = dataclasses.replace(case.router.gate, jitter=0.0, noise=0.0)
-    half = plain(case.params, rounded)
-    assert half.dtype == jnp.float32
-    np.testing.assert_array_equal(half, plain(case.params, rounded.astype(jnp.float32)))
+    values.logits_are_float32(case)
 
 
 def test_noise_acts_only_with_a_key(case: Case):
-    gate = case.router.gate
-    quiet = dataclasses.replace(case.router, gate=dataclasses.replace(gate, jitter=0.0, noise=0.0))
-    context = context_for(case.x)
-    without = quiet(case.params, case.state, case.x, context=context)
-    same(case.router(case.params, case.state, case.x, context=context), without)
-    one, two = (
-        case.router(case.params, case.state, case.x, key=jax.random.key(i), context=context)
-        for i in range(2)
-    )
-    noisy = bool(gate.jitter or gate.noise)
-    assert np.array_equal(one.router_logits, without.router_logits) != noisy
-    assert np.array_equal(one.router_logits, two.router_logits) != noisy
+    values.noise_acts_only_with_a_key(case)
 
 
 def test_nothing_retraces_when_an_equal_router_is_rebuilt_or_the_state_changes(case: Case):
-    case()
-    before = route._cache_size()
-    rebuilt = dataclasses.replace(case.router)
-    assert rebuilt is not case.router
-    assert rebuilt == case.router
-    assert hash(rebuilt) == hash(case.router)
-    state = jax.tree.map(lambda leaf: leaf + jnp.ones((), leaf.dtype), case.state)
-    Case(rebuilt, case.params, state, case.x)()
-    assert route._cache_size() == before
+    values.nothing_retraces(case)
 
 
 def test_a_state_is_small_and_keeps_its_shape_under_update(case: Case):
@@ -732,16 +449,7 @@ def test_a_state_is_small_and_keeps_its_shape_under_update(case: Case):
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(wide.init_state()))
     assert nbytes < 4096
 
-    def step(state, routing):
-        stats = routing_stats(
-            routing, plan_dispatch(to_assignments(routing)), observed=router.observe(state, routing)
-        )
-        return router.update(state, stats)
-
-    after = jax.eval_shape(step, case.state, case())
-    assert jax.tree.structure(after) == jax.tree.structure(case.state)
-    for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(case.state), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    values.a_state_is_small_and_keeps_its_shape(case)
 
 
 SINGLE_MODELS: dict[str, Router] = {
@@ -850,9 +558,7 @@ def test_no_array_is_in_a_tree_twice(name):
 def test_an_unknown_context_key_is_refused_by_name(case: Case):
     if callable(getattr(case.router, "difficulty", None)):
         pytest.skip("a function of the user's own may read anything")
-    wrong = {**context_for(case.x), "gradiants": case.x}
-    with pytest.raises(ValueError, match=r"context: expected keys among .*, got gradiants\."):
-        jax.eval_shape(lambda: case.router(case.params, case.state, case.x, context=wrong))
+    values.an_unknown_context_key_is_refused(case)
     with pytest.raises(TypeError, match=r"context: expected a mapping .*got float32"):
         case.router(case.params, case.state, case.x, context=case.x)
 
@@ -873,13 +579,8 @@ def test_an_estimator_that_says_what_it_reads_is_held_to_it():
 
 
 def test_init_works_under_eval_shape(case: Case):
-    shapes = jax.eval_shape(lambda key: case.router.init(key, D), jax.random.key(0))
-    real = case.router.init(jax.random.key(0), D)
-    assert jax.tree.structure(shapes) == jax.tree.structure(real)
-    assert shapes["kernel"].shape == real["kernel"].shape == (D, E)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes))
-    state = jax.eval_shape(case.router.init_state)
-    assert jax.tree.structure(state) == jax.tree.structure(case.router.init_state())
+    values.init_works_under_eval_shape(case)
+    assert case.params["kernel"].shape == (D, E)
 
 
 def test_json_round_trip(case: Case):
@@ -888,12 +589,8 @@ def test_json_round_trip(case: Case):
         with pytest.raises(TypeError, match=r"difficulty: expected .* got .* Register it"):
             router.to_json()
         return
-    data = json.loads(json.dumps(router.to_json()))
-    back = router_from_json(data)
-    assert back == router
-    assert hash(back) == hash(router)
-    assert back.fingerprint() == router.fingerprint()
-    assert repr(back) == repr(router)
+    values.json_round_trip(case)
+    assert repr(router_from_json(router.to_json())) == repr(router)
 
 
 def test_fingerprints_tell_routers_apart():
@@ -910,8 +607,7 @@ def test_a_registered_estimator_travels_by_name():
 
 
 def test_rules_are_frozen(case: Case):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        case.router.num_experts = 3
+    values.rules_are_frozen(case)
 
 
 def test_a_rule_cannot_inherit_from_a_rule():
@@ -923,9 +619,69 @@ def test_a_rule_cannot_inherit_from_a_rule():
 
 def test_a_rule_that_lacks_a_method_is_refused_by_its_name():
     rules = registered_rules()
-    with pytest.raises(TypeError, match=r"Half: expected a complete rule, got none of .*select"):
+    with pytest.raises(
+        TypeError, match=r"Half: expected a complete rule, but these are missing: select, traits\."
+    ):
         type("Half", (TokenChoice,), {"init_state": lambda self: None})
     assert registered_rules() == rules
+
+
+def test_check_router_runs_the_whole_contract_on_a_class_of_the_users_own():
+    assert set(check_router(OneIfSure)) == set(PROMISES)
+
+
+def broken(name: str, select, **traits) -> type[Router]:
+    """A rule like ``OneIfSure`` that selects in another way, or says another thing of itself."""
+    said = dataclasses.replace(OneIfSure(num_experts=E).traits, **traits)
+    fields = ("__annotations__", "min_k", "max_k", "gate", "scoring", "init_state")
+    body = {field: vars(OneIfSure)[field] for field in fields}
+    body |= {"__module__": __name__, "select": select, "traits": property(lambda self: said)}
+    cls = type(name, (TokenChoice,), body)
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)  # pyright: ignore
+
+
+def of_the_batch(self, params, state, slots, x, context):
+    sure = slots.slot_probs[:, 0] > slots.slot_probs[:, 0].mean()
+    return first_k(jnp.where(sure, 1, 2), 2), slots.scores
+
+
+def none_at_all(self, params, state, slots, x, context):
+    return first_k(jnp.where(slots.slot_probs[:, 0] > 0.5, 0, 2), 2), slots.scores
+
+
+def without_gradient(self, params, state, slots, x, context):
+    keep = first_k(jnp.full((x.shape[0],), 2), 2)
+    return keep, jnp.sqrt(slots.scores - slots.scores)
+
+
+@pytest.mark.parametrize(
+    ("select", "traits", "promises"),
+    [
+        (of_the_batch, {}, ["batch_invariance_as_the_traits_say", "causality_as_the_traits_say"]),
+        (OneIfSure.select, {"batch_invariant": False}, ["batch_invariance_as_the_traits_say"]),
+        (OneIfSure.select, {"causal": False}, ["causality_as_the_traits_say"]),
+        (none_at_all, {}, ["k_lies_within_its_bounds"]),
+        (without_gradient, {}, ["gradients_are_finite"]),
+    ],
+)
+def test_check_router_names_the_promise_that_a_rule_breaks(select, traits, promises):
+    rules = registered_rules()
+    rule = broken("Broken", select, **traits)(num_experts=E)
+    others = [name for name in PROMISES if name not in promises]
+    with pytest.raises(AssertionError, match=rf"Broken\(.*breaks {len(promises)} of") as caught:
+        check_router(rule, skip=[name for name in others if name != "rules_are_frozen"])
+    for name in promises:
+        assert f"\n{name}: " in str(caught.value)
+    assert registered_rules().keys() - rules.keys() <= {"Broken"}
+
+
+def test_check_router_says_what_it_needs():
+    with pytest.raises(TypeError, match="expected a routing rule or its class, got 3"):
+        check_router(3)  # pyright: ignore
+    with pytest.raises(TypeError, match=r"expected defaults for .* of TokenTable"):
+        check_router(TokenTable)
+    with pytest.raises(ValueError, match=r"skip: expected names among .*, got speed"):
+        check_router(OneIfSure, skip=["speed"])
 
 
 def test_a_new_rule_is_only_a_class():
