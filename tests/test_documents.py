@@ -82,6 +82,11 @@ def test_the_scaling_example_runs_on_eight_devices():
     )
 
 
+def test_the_page_about_rules_runs_and_its_rule_keeps_the_contract():
+    code = "\n".join(blocks(ROOT / "docs" / "write_a_rule.md", "python"))
+    assert run(code) == "29 promises kept\n2.0 experts a token\n"
+
+
 def test_the_service_in_a_program_runs():
     [code] = blocks(ROOT / "docs" / "operations.md", "python")
     narrow = {"MOE_INPUT_DIM": "768", "MOE_BUCKETS": "1024"}

@@ -10,10 +10,22 @@ typer and rich is imported inside its commands, so that ``moe-jax --help`` stays
 
 from __future__ import annotations
 
+import os
+import sys
+
 import typer
 
 from moe_jax.bench.commands import app as bench
-from moe_jax.cli import backup, configuration, devices, experiments, models, published, service
+from moe_jax.cli import (
+    backup,
+    configuration,
+    devices,
+    experiments,
+    models,
+    published,
+    rules,
+    service,
+)
 from moe_jax.cli.output import LibraryErrorsExit2, out
 
 app = typer.Typer(
@@ -27,6 +39,7 @@ app.add_typer(models.app)
 app.add_typer(published.app)
 app.add_typer(service.app)
 app.add_typer(experiments.app)
+app.add_typer(rules.app)
 app.add_typer(backup.app)
 app.add_typer(devices.app)
 app.add_typer(configuration.app, name="config")
@@ -46,4 +59,6 @@ def version() -> None:
 
 def main() -> None:
     """Entry point of the ``moe-jax`` command."""
+    # So that --rule module:Class finds the user's module: a script's path begins at its own folder.
+    sys.path.append(os.getcwd())
     app()

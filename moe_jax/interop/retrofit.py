@@ -102,7 +102,7 @@ def make_dynamic(
     *,
     target_mean_k: float | None = None,
     target_saving: float | None = None,
-    rule: str = "TopP",
+    rule: str | Router | type[Router] = "TopP",
     max_k: int | None = None,
     elastic: bool = False,
     held_out_x: Array | None = None,
@@ -120,7 +120,8 @@ def make_dynamic(
         target_mean_k: experts per token on average.
         target_saving: share of expert calls to save against the trained k, instead of
             ``target_mean_k``.
-        rule: ``TopP``, ``MinP``, ``DynamicK`` or ``ExpertThreshold``.
+        rule: ``TopP``, ``MinP``, ``DynamicK`` or ``ExpertThreshold``; or a rule of your own, its class
+            or ``module:Class``, see ``moe_jax.routers.twin.dynamic_twin``.
         max_k: most experts one token may use; the trained k by default.
         elastic: allow ``max_k`` above the trained k. A model that was not trained for it gets worse
             there ("inference-time scaling wall", arXiv:2509.21892).
@@ -166,7 +167,7 @@ def make_dynamic(
     counts = np.asarray(routing.num_experts_per_token)
     histogram = np.bincount(counts, minlength=router.max_k + 1) / counts.size
     report = RetrofitReport(
-        rule=rule,
+        rule=rule if isinstance(rule, str) else type(router).__name__,
         trained_k=trained.k,
         target_mean_k=target,
         calibration_mean_k=float(twin.state.fit.achieved_mean_k),
@@ -185,7 +186,7 @@ def make_model_dynamic(
     *,
     target_mean_k: float | None = None,
     target_saving: float | None = None,
-    rule: str = "TopP",
+    rule: str | Router | type[Router] = "TopP",
     steps: int = 8,
     **options: Any,
 ) -> tuple[dict[str, MoEBlock], ModelRetrofitReport]:

@@ -31,7 +31,8 @@ from moe_jax.lab.language_model import LMConfig, embed, layer_params, router_inp
 from moe_jax.lab.model_files import Model, load_model, save_model
 from moe_jax.lab.progress import track
 from moe_jax.layer import LayerOptions, add_residual, run_routing
-from moe_jax.routers import RandomSkip, Router
+from moe_jax.routers import Elastic, RandomSkip, Router, TopK
+from moe_jax.routers.registry import load_rule
 from moe_jax.routers.twin import control_twin, dynamic_twin, starting_state
 from moe_jax.routing.budget import check_target, mean_k_after
 from moe_jax.types import Array, Params, Routing, pytree
@@ -68,6 +69,11 @@ class Rule:
     def build(self, config: LMConfig, target_mean_k: float) -> Router:
         """Returns the rule for a trained model, to be fitted to a mean k."""
         trained = config.router()
+        if not isinstance(trained, TopK | Elastic):
+            raise ValueError(
+                f"{self.label}: expected a model trained with TopK or Elastic, got {trained!r}. "
+                "Fit that rule itself with fit_layers."
+            )
         if self.drop is not None:
             # mean_k is only where an unfitted state starts; one value for all budgets compiles once.
             return control_twin(trained, self.drop, mean_k=config.k)
@@ -103,6 +109,8 @@ RULES: dict[str, Rule] = {
 def find_rules(names: Sequence[str]) -> list[Rule]:
     """Returns the rules of these names; the name of a class gives the first rule of that class.
 
+    ``module:Class`` is a rule of your own, named after its class.
+
     Raises:
         ValueError: an unknown name; the message lists the known ones.
     """
@@ -117,13 +125,19 @@ def find_rules(names: Sequence[str]) -> list[Rule]:
             f"model, or choose from {', '.join(by_class)}."
         )
     meant = [by_class.get(name, name) for name in names]
-    unknown = [name for name in meant if name not in RULES]
+    unknown = [name for name in meant if name not in RULES and ":" not in name]
     if unknown:
         raise ValueError(
             f"rule: expected some of {', '.join((*RULES, *by_class))}, got {', '.join(unknown)}. "
-            "Choose from these, or build a Router and fit it with fit_layers."
+            "Choose from these, or give your own rule as module:Class."
         )
-    return [RULES[name] for name in meant]
+    return [RULES[name] if name in RULES else _own_rule(name) for name in meant]
+
+
+def _own_rule(path: str) -> Rule:
+    label = path.partition(":")[2]
+    load_rule(path)  # refuses what is no rule, before any work
+    return Rule(name=label, label=label, kind=path)
 
 
 # --- a model, layer by layer ----------------------------------------------------------------

@@ -469,8 +469,8 @@ def loss(
 
     Returns:
         f32[], and (states after ``router.update``, metrics): ``bits_per_byte``, the auxiliary terms
-        before weighting, ``distillation``, ``max_over_mean_load``, ``mean_experts_per_token`` and
-        ``computed_experts_per_token`` (of all passes of the step together).
+        before weighting, ``distillation``, ``max_over_mean_load``, ``load_balance_score``,
+        ``mean_experts_per_token`` and ``computed_experts_per_token`` (of all passes of a step).
     """
     drawn = None if share is None else with_share(tuple(states), share)
     if drawn is not None and not config.distill:
@@ -515,5 +515,6 @@ def objective(config: LMConfig, out: Output, targets: Array) -> tuple[Array, dic
     metrics = {name: jnp.stack([t[name] for _, t in pairs]).mean() for name in pairs[0][1]}
     metrics["bits_per_byte"] = language / _NATS_PER_BIT
     metrics["max_over_mean_load"] = jnp.stack([s.max_over_mean_load for s in stats]).max()
+    metrics["load_balance_score"] = jnp.stack([s.load_balance_score for s in stats]).min()
     metrics["mean_experts_per_token"] = jnp.stack([s.mean_experts_per_token for s in stats]).mean()
     return language + auxiliary, metrics

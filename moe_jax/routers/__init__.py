@@ -1,6 +1,7 @@
 """Routing rules. Each is a value in a separate file; a new rule is one file and one line below."""
 
-from moe_jax.routers.base import Router, Traits, router_from_json
+from moe_jax.routers.base import Router, TokenChoice, Traits, router_from_json
+from moe_jax.routers.catalog import catalog
 from moe_jax.routers.dynamic_k import DynamicK
 from moe_jax.routers.elastic import Elastic, with_share
 from moe_jax.routers.expert_choice import ExpertChoiceRouter
@@ -21,10 +22,12 @@ __all__ = [
     "RandomSkip",
     "ReLURouter",
     "Router",
+    "TokenChoice",
     "TopAny",
     "TopK",
     "TopP",
     "Traits",
+    "catalog",
     "router_from_json",
     "with_share",
 ]

@@ -80,6 +80,34 @@ def rule_class(kind: str) -> type[Any]:
     return _registered[kind]
 
 
+def load_rule(path: str) -> Any:
+    """Imports a rule of your own by ``module:Class`` (or ``module:value``, a rule that is built).
+
+    Raises:
+        ValueError: no such module or name, or it is no rule; the message says which.
+
+    Example:
+        >>> load_rule("moe_jax.routers:MinP").__name__
+        'MinP'
+    """
+    module, _, name = path.partition(":")
+    try:
+        value = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"rule: expected module:Class of a rule that can be imported, got {path!r}: {error}. Give "
+            "the module as in an import, and run where it is importable."
+        ) from None
+    cls = value if isinstance(value, type) else type(value)
+    # `base` imports this file, so a rule is recognised by its registration.
+    if not any(cls is rule for rule in _registered.values()):
+        raise ValueError(
+            f"rule: expected a routing rule at {path!r}, got {value!r}. Derive it from "
+            "moe_jax.routers.TokenChoice, see docs/write_a_rule.md."
+        )
+    return value
+
+
 def to_json(rule: Any) -> dict[str, Any]:
     """Returns a JSON object with ``kind`` and every field of a rule.
 

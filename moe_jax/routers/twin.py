@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from moe_jax.checks import check_choice
+from moe_jax.routers import registry
 from moe_jax.routers.base import Router
 from moe_jax.routers.dynamic_k import DynamicK
 from moe_jax.routers.elastic import Elastic
@@ -20,7 +21,7 @@ DYNAMIC_RULES = ("TopP", "MinP", "DynamicK", "ExpertThreshold")
 
 def dynamic_twin(
     trained: TopK | Elastic,
-    rule: str,
+    rule: str | Router | type[Router],
     *,
     target_mean_k: float,
     max_k: int | None = None,
@@ -30,19 +31,27 @@ def dynamic_twin(
 
     Args:
         trained: the fixed-k rule.
-        rule: a name in ``DYNAMIC_RULES``.
+        rule: a name in ``DYNAMIC_RULES``; ``module:Class`` of a rule of your own, or the class itself,
+            which is built with the fields of ``trained`` that it has; or a rule that is built, whose
+            gate and scoring become those of ``trained`` where they are at their defaults.
         target_mean_k: experts per token on average; only ``ExpertThreshold`` has it in the rule.
         max_k: most experts one token may use; None is the trained k, so that a saving is never
             paid for with experts that the model was not trained to combine.
         difficulty: estimator of ``DynamicK``.
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: an unknown rule, or one of another number of experts.
+        TypeError: a class with another field that has no default.
 
     Example:
         >>> dynamic_twin(TopK(num_experts=8, k=2), "TopP", target_mean_k=1.6).max_k
         2
     """
+    if isinstance(rule, str) and ":" in rule:
+        rule = registry.load_rule(rule)
+    if not isinstance(rule, str):
+        most = trained.k if max_k is None else max_k
+        return _own_rule(trained, rule, target_mean_k=target_mean_k, max_k=most)
     check_choice("rule", rule, DYNAMIC_RULES)
     common: dict[str, Any] = {
         "num_experts": trained.num_experts,
@@ -56,6 +65,37 @@ def dynamic_twin(
     if rule == "ExpertThreshold":
         return ExpertThreshold(target_k=target_mean_k, **common)
     return TopP(**common) if rule == "TopP" else MinP(**common)
+
+
+def _own_rule(
+    trained: TopK | Elastic, rule: Router | type[Router], *, target_mean_k: float, max_k: int
+) -> Router:
+    values: dict[str, Any] = {"gate": trained.gate, "scoring": trained.scoring}
+    if not isinstance(rule, type):
+        if rule.num_experts != trained.num_experts:
+            raise ValueError(
+                f"rule: expected one of num_experts={trained.num_experts}, got {rule!r}. The model has "
+                f"{trained.num_experts} experts."
+            )
+        fields = {f.name: f.default for f in dataclasses.fields(rule)}  # pyright: ignore
+        changes = {n: v for n, v in values.items() if n in fields and getattr(rule, n) == fields[n]}
+        return dataclasses.replace(rule, **changes)  # pyright: ignore
+    fields = {f.name: f for f in dataclasses.fields(rule)}  # pyright: ignore
+    values |= {"num_experts": trained.num_experts, "k": trained.k, "max_k": max_k}
+    values |= dict.fromkeys(("mean_k", "target_k", "target_mean_k"), target_mean_k)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise TypeError(
+            f"rule: expected defaults for {', '.join(missing)} of {rule.__name__}, got none. Give them "
+            "defaults, or pass a rule that is built."
+        )
+    return rule(**{name: value for name, value in values.items() if name in fields})
 
 
 def control_twin(trained: TopK | Elastic, drop: str, *, mean_k: float) -> RandomSkip:

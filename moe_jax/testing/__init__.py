@@ -10,11 +10,11 @@ that a test suite can report them one by one::
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_jax.routers import Router
+from moe_jax.routers.catalog import example_rule
 from moe_jax.testing import decisions, values
 from moe_jax.testing.case import ContextOf, RouterCase, build_case, example_context
 
@@ -123,37 +123,3 @@ def check_router(
             f"{router!r} breaks {len(broken)} of {len(checked)} promises:\n" + "\n".join(broken)
         )
     return tuple(checked)
-
-
-_EXAMPLE_FIELDS = {"num_experts": 8, "k": 2, "max_k": 3, "mean_k": 1.5, "target_k": 2.0}
-
-
-def example_rule(cls: type[Any]) -> Router:
-    """Builds a rule of this class for 8 experts, with usual values for fields without a default.
-
-    Raises:
-        TypeError: the class is no rule, or has another field without a default.
-
-    Example:
-        >>> import moe_jax
-        >>> example_rule(moe_jax.TopK)
-        TopK(num_experts=8, k=2)
-    """
-    if not issubclass(cls, Router) or not dataclasses.is_dataclass(cls):
-        raise TypeError(
-            f"rule: expected a class of rules, got {cls.__name__}. Derive it from "
-            "moe_jax.routers.TokenChoice and decorate it with "
-            "@dataclasses.dataclass(frozen=True, kw_only=True)."
-        )
-    needed = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    other = [name for name in needed if name not in _EXAMPLE_FIELDS]
-    if other:
-        raise TypeError(
-            f"rule: expected defaults for {', '.join(other)} of {cls.__name__}, got none. Pass a rule "
-            f"instead of its class: {cls.__name__}(num_experts=8, ...)."
-        )
-    return cls(**{name: _EXAMPLE_FIELDS[name] for name in needed})

@@ -678,8 +678,13 @@ def test_check_router_names_the_promise_that_a_rule_breaks(select, traits, promi
 def test_check_router_says_what_it_needs():
     with pytest.raises(TypeError, match="expected a routing rule or its class, got 3"):
         check_router(3)  # pyright: ignore
-    with pytest.raises(TypeError, match=r"expected defaults for .* of TokenTable"):
-        check_router(TokenTable)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Needy:
+        pass
+
+    with pytest.raises(TypeError, match=r"expected a class of rules, got Needy\."):
+        check_router(Needy)  # pyright: ignore
     with pytest.raises(ValueError, match=r"skip: expected names among .*, got speed"):
         check_router(OneIfSure, skip=["speed"])
 

@@ -1,0 +1,127 @@
+"""The table of rules for people, and a smoke training of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from moe_jax.lab.data import Batches, Corpus, load_corpus
+from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.training import init_training, train_step
+from moe_jax.routers import Router, catalog
+from moe_jax.routers.catalog import Entry, entry_of, example_rule
+from moe_jax.routers.registry import load_rule
+
+# A rule has collapsed if fewer than this share of the experts carries the load, or tokens have none.
+LEAST_BALANCE = 0.25
+SMOKE = LMConfig(
+    num_layers=1, d_model=32, num_heads=2, num_experts=8, k=2, d_ff=32, length=64, batch_size=8
+)
+
+
+def entries(rules: Sequence[str] | None = None) -> list[Entry]:
+    """Returns the catalogue's rows, or those of some rules: names, or ``module:Class`` of your own.
+
+    Raises:
+        ValueError: an unknown name, or one that cannot be imported.
+    """
+    known = catalog()
+    if not rules:
+        return list(known.values())
+    chosen = []
+    for name in rules:
+        if ":" in name:
+            chosen.append(entry_of(load_rule(name)))
+        elif name in known:
+            chosen.append(known[name])
+        else:
+            raise ValueError(f"rule: expected one of {', '.join(known)}, got {name!r}.")
+    return chosen
+
+
+def table(chosen: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Returns the rows as JSON values."""
+    return [
+        {
+            "rule": entry.name,
+            **dataclasses.asdict(entry.traits),
+            "calibrated": entry.calibrated,
+            "source": entry.source,
+            "golden": entry.golden,
+            "summary": entry.summary,
+        }
+        for entry in chosen
+    ]
+
+
+def smoke(
+    chosen: Sequence[Entry],
+    *,
+    steps: int = 60,
+    seed: int = 0,
+    corpus: Corpus | None = None,
+    note: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Trains a tiny language model with each rule, and says whether its routing collapsed.
+
+    Args:
+        chosen: rows of the catalogue.
+        steps: training steps each.
+        seed: of parameters and batches.
+        corpus: the text; None is the standard library's source.
+        note: called with each row as it is measured.
+
+    Returns:
+        For each rule ``rule``, ``outcome`` (``trains``, ``collapsed`` or ``skipped``), ``reason``, and
+        where it was trained ``first`` and ``last`` bits per byte, ``mean_k``, ``balance`` (the share of
+        experts that carry the load) and ``seconds``.
+    """
+    corpus = load_corpus() if corpus is None else corpus
+    rows = []
+    for entry in chosen:
+        rows.append(_smoke_one(entry, steps, seed, corpus))
+        note(rows[-1])
+    return rows
+
+
+def _smoke_one(entry: Entry, steps: int, seed: int, corpus: Corpus) -> dict[str, Any]:
+    row: dict[str, Any] = {"rule": entry.name, "outcome": "skipped", "reason": ""}
+    needs = entry.example.context_keys
+    if entry.module.startswith("moe_jax.interop") and (needs is None or needs):
+        return {**row, "reason": f"reads {', '.join(sorted(needs or ['context']))} of its model"}
+    router: Router = entry.example
+    if router.num_experts != SMOKE.num_experts and entry.name != "ProductKeys":
+        router = example_rule(type(entry.example), num_experts=SMOKE.num_experts)
+    config = dataclasses.replace(SMOKE, rule=router, num_experts=router.num_experts)
+    batches = Batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=seed)
+    state = init_training(config, steps, seed)
+    seen: list[dict[str, Any]] = []
+    for step in range(steps):
+        state, metrics = train_step(config, steps, state, jnp.asarray(batches[step]))
+        seen.append(metrics)
+    first, last = (float(metrics["bits_per_byte"]) for metrics in (seen[0], seen[-1]))
+    balance = float(seen[-1]["load_balance_score"])
+    mean_k = float(seen[-1]["mean_experts_per_token"])
+    reasons = [
+        text
+        for broken, text in (
+            (not math.isfinite(last), "the loss is not a number"),
+            (not last < first - 0.5, "the loss does not fall"),
+            (balance < LEAST_BALANCE, "few experts carry the load"),
+            (mean_k < 0.05, "tokens have no experts"),
+        )
+        if broken
+    ]
+    return {
+        "rule": entry.name,
+        "outcome": "collapsed" if reasons else "trains",
+        "reason": "; ".join(reasons),
+        "first": first,
+        "last": last,
+        "mean_k": mean_k,
+        "balance": balance,
+    }

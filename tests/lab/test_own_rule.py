@@ -1,0 +1,70 @@
+"""Rules by name: the catalogue, and rules of the user's own in every place that takes one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_jax import ExpertThreshold, MinP, Scoring, TopK
+from moe_jax.cli import app
+from moe_jax.interop.rules import TokenTable
+from moe_jax.lab.calibration import find_rules
+from moe_jax.lab.language_model import LMConfig
+from moe_jax.routers import catalog
+from moe_jax.routers.registry import known_kinds
+from moe_jax.routers.twin import dynamic_twin
+
+pytestmark = pytest.mark.compile_cheaply
+
+
+def test_a_rule_of_the_users_own_is_named_by_its_module():
+    [rule] = find_rules(["moe_jax.routers:MinP"])
+    assert (rule.name, rule.label, rule.control) == ("MinP", "MinP", False)
+    config = LMConfig(num_experts=4, k=2)
+    assert rule.build(config, 1.5) == MinP(num_experts=4, max_k=2, scoring=config.scoring)
+    for path, words in (
+        ("moe_jax.nowhere:Rule", "module:Class of a rule that can be imported.*nowhere"),
+        ("moe_jax.routers:Nothing", "module:Class of a rule that can be imported.*Nothing"),
+        ("moe_jax.routers:Traits", "expected a routing rule at"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            find_rules([path])
+
+
+def test_a_built_rule_takes_the_gate_and_scoring_of_the_trained_one():
+    trained = TopK(num_experts=4, k=2, scoring=Scoring(norm="sum"))
+    own = dynamic_twin(trained, MinP(num_experts=4, max_k=2, ratio=0.3), target_mean_k=1.5)
+    assert own == MinP(num_experts=4, max_k=2, ratio=0.3, scoring=Scoring(norm="sum"))
+    with pytest.raises(ValueError, match="expected one of num_experts=4"):
+        dynamic_twin(trained, MinP(num_experts=8), target_mean_k=1.5)
+    assert dynamic_twin(trained, ExpertThreshold, target_mean_k=1.5) == ExpertThreshold(
+        num_experts=4, target_k=1.5, max_k=2, scoring=Scoring(norm="sum")
+    )
+    with pytest.raises(TypeError, match="expected defaults for vocab_size of TokenTable"):
+        dynamic_twin(trained, TokenTable, target_mean_k=1.5)
+
+
+def test_every_rule_of_the_library_is_in_the_catalogue_with_its_source():
+    entries = catalog()
+    assert set(entries) == set(known_kinds())
+    for name, entry in entries.items():
+        if entry.module.startswith("moe_jax."):
+            assert entry.source, f"{name}: add a line to _SOURCES in moe_jax/routers/catalog.py"
+            assert entry.golden, name
+            assert entry.summary, name
+
+
+def test_the_command_shows_rules_and_trains_one():
+    shown = CliRunner().invoke(app, ["rules", "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert {"TopP", "ZeroExperts"} <= {row["rule"] for row in json.loads(shown.stdout)["rules"]}
+    own = ["rules", "--rule", "moe_jax.routers:TopK", "--smoke", "--steps", "12", "--json"]
+    trained = CliRunner().invoke(app, own)
+    assert trained.exit_code == 0, trained.output
+    [row] = json.loads(trained.stdout)["rules"]
+    assert row["outcome"] == "trains"
+    assert row["last"] < row["first"]
+    refused = CliRunner().invoke(app, ["rules", "--rule", "Nothing"])
+    assert refused.exit_code == 2
