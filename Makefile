@@ -9,7 +9,7 @@ NEWER ?= $(shell .ci/newer-python)
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 --timeout 60
 AGAIN = { echo "The installation failed. It runs again in 20 seconds."; sleep 20; $(1); }
 
-.PHONY: help demo demo-quick test lint format check test-newer clean \
+.PHONY: help demo demo-quick docs test lint format check test-newer clean \
   verify-image verify-monitoring verify-rollout verify-soak
 
 help:  ## show this list
@@ -21,12 +21,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml
-	$(PIP_INSTALL) -e . || $(call AGAIN,$(PIP_INSTALL) -e .)
+	$(PIP_INSTALL) -e '.[serve]' || $(call AGAIN,$(PIP_INSTALL) -e '.[serve]')
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 	$(PIP_INSTALL) -e '.[dev]' || $(call AGAIN,$(PIP_INSTALL) -e '.[dev]')
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: $(BIN)/python pyproject.toml
+	$(PIP_INSTALL) -e '.[docs]' || $(call AGAIN,$(PIP_INSTALL) -e '.[docs]')
+	@touch $@
 
 demo: $(VENV)/.installed  ## train, calibrate, save, restore and evaluate on real text; figures in runs/demo
 	$(BIN)/moe-jax demo --out runs/demo
@@ -63,6 +67,10 @@ verify-rollout: $(VENV)/.installed-dev  ## two instances behind HAProxy with Red
 
 verify-soak: $(VENV)/.installed-dev  ## five minutes of good and bad traffic: memory, files and threads stay flat
 	$(BIN)/python -m deploy.verify.soak
+
+docs: $(VENV)/.installed-docs  ## build the documentation site into build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	$(BIN)/python -m website.check build/site
 
 clean:  ## remove environments, caches and runs
 	rm -rf .venv .venv-newer .jax_cache .pytest_cache .ruff_cache .hypothesis runs build dist *.egg-info

@@ -21,8 +21,10 @@ DOCUMENTS = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "benchmarks" / "README.md",
     ROOT / "notebooks" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
+# Pages of the site that website/pages.py generates.
+GENERATED = {ROOT / "docs" / "rules.md"}
 # Folders that a document tells the reader to make.
 MADE_BY_READERS = {"deploy/docker/wheels/"}
 HUB = ROOT / "tests" / "goldens" / "hub" / "mixtral_fused"
@@ -74,6 +76,24 @@ def test_the_readme_runs_from_top_to_bottom():
     assert "MinP" in printed
 
 
+def test_the_how_to_pages_run():
+    """One process for all, as each page stands alone but imports the same library."""
+    pages = ROOT / "docs" / "how-to"
+    code = "\n".join(
+        block
+        for name in ("own-text", "own-model", "budget")
+        for block in blocks(pages / f"{name}.md", "python")
+    )
+    [retrofit] = blocks(pages / "published-model.md", "python")
+    shown = "\n".join(blocks(ROOT / "README.md", "python")).splitlines()
+    for line in retrofit.splitlines()[1:]:
+        assert line in shown, "the page shows lines of the README, which run there"
+    printed = run(code).splitlines()
+    assert printed[0].startswith(("file", "section"))
+    assert printed[1] == "(4, 128, 64) 1.7"
+    assert float(printed[2]) == pytest.approx(2.5, rel=0.01)
+
+
 def test_the_scaling_example_runs_on_eight_devices():
     [code] = [c for c in blocks(ROOT / "docs" / "scaling.md", "python") if "pad_experts(" in c]
     start = blocks(ROOT / "README.md", "python")[0]
@@ -103,6 +123,15 @@ def test_the_client_of_the_service_runs():
     assert "127.0.0.1:8000" in code
     with served(small_engine()) as service:
         assert "(4, 128, 4)" in run(code.replace("127.0.0.1:8000", service.address))
+        gateway = (ROOT / "examples" / "routing_gateway.py").read_text(encoding="utf-8")
+        head, _, _ = gateway.partition('if __name__ == "__main__":')
+        printed = run(f"{head}\nmain({service.address!r})")
+    assert "batch 3: requests [" in printed
+    [*_, one, two] = printed.splitlines()
+    assert (one.split(":")[0], two.split(":")[0]) == ("server 0", "server 1")
+    means = [float(mean) for mean in re.findall(r"mean k (\d\.\d+)", printed)]
+    assert means == sorted(means)
+    assert means[0] < means[-1]
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -144,6 +173,8 @@ def test_paths_and_links_lead_somewhere(path):
         if file.startswith("http"):
             continue
         linked = path if not file else path.parent / file
+        if linked.resolve() in GENERATED:
+            continue
         if not linked.exists() or (anchor and anchor not in anchors(linked)):
             missing.append(target)
     assert missing == []

@@ -118,7 +118,7 @@ def machine() -> dict[str, Any]:
     """Returns a description of this machine, without host names."""
     model = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
         pass
@@ -155,4 +155,4 @@ def write_results(
         content["details"] = [{k: v for k, v in r.items() if k not in promised} for r in rows]
     else:
         content["rows"] = rows
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import checkpoint as checkpoints
-from moe_jax.checkpoint.description import describe_checkpoint, superseded
+from moe_jax.checkpoint.description import describe_checkpoint, router_sizes, superseded
 from moe_jax.checkpoint.sealed import LIBRARY, PathLike, Seal, checksum_of, sync_folder
-from moe_jax.config import Config
+from moe_jax.config import Config, load_config
 
 
 class ArchiveError(ValueError):
@@ -63,9 +63,10 @@ def export(
     Args:
         path: the folder to make. It must be free: an export is never replaced.
         checkpoint: a checkpoint's folder. It is verified before it is copied.
-        config: the configuration to serve it with; None takes the checkpoint's own. It is kept as
-            it is; where it says another router than the checkpoint has, the service goes by the
-            checkpoint, and the manifest names the settings in ``provenance["superseded"]``.
+        config: the configuration to serve it with; None takes the checkpoint's own, or the default
+            with the sizes of the checkpoint's first router. It is kept as it is. Where it differs
+            from the checkpoint, the service goes by the checkpoint, and the manifest names the
+            settings in ``provenance["superseded"]``.
         baseline: a file that ``moe-jax bench ... --json`` wrote.
 
     Raises:
@@ -99,12 +100,7 @@ def export(
     opened = checkpoints.open_checkpoint(source)  # reads and verifies every file
     about, described = opened.about, describe_checkpoint(opened)
     if config is None:
-        if about["config"] is None:
-            raise ArchiveError(
-                f"{source}: expected a checkpoint with its configuration, got one without. "
-                "Pass the configuration that it is served with (--config FILE)."
-            )
-        config = Config.from_json(about["config"])
+        config = _config_of(opened)
     differing = _superseded(config, opened, sorted(described["routers"]))
     measured = None if baseline is None else _read_baseline(Path(baseline))
     thresholds = {name: router["fit"] for name, router in described["routers"].items()}
@@ -131,6 +127,21 @@ def export(
             _write_json(beside / "baseline.json", measured)
         manifest = SEAL.close(beside, content)
     return {**manifest, "checksum": checksum_of(manifest)}
+
+
+def _config_of(opened: checkpoints.OpenCheckpoint) -> Config:
+    """The configuration that a checkpoint was saved with, or the default one with its sizes."""
+    if opened.about["config"] is not None:
+        return Config.from_json(opened.about["config"])
+    try:
+        layer = opened.layer(None)
+        return load_config(env={}, **router_sizes(layer.router, layer.width))
+    except ValueError as error:
+        raise ArchiveError(
+            f"{opened.path}: expected a checkpoint with its configuration, or with a router to take "
+            f"its sizes from, got neither ({error}). Pass the configuration that it is served with "
+            "(--config FILE)."
+        ) from error
 
 
 def _superseded(

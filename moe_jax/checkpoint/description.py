@@ -105,3 +105,20 @@ def superseded(config: Config, opened: OpenCheckpoint) -> dict[str, int]:
     sizes = router_sizes(layer.router, layer.width)
     wanted = config.router_config
     return {name: value for name, value in sizes.items() if value != getattr(wanted, name)}
+
+
+def set_otherwise(config: Config, sizes: dict[str, int]) -> dict[str, int]:
+    """Returns the sizes that a configuration sets to another value; a default sets nothing.
+
+    Example:
+        >>> from moe_jax.config import load_config
+        >>> sizes = {"input_dim": 16, "num_experts": 4, "min_experts": 1, "max_experts": 2}
+        >>> set_otherwise(load_config(env={}, num_experts=6), sizes)
+        {'num_experts': 4}
+    """
+    wanted, defaults = config.router_config, Config().router_config
+    return {
+        name: value
+        for name, value in sizes.items()
+        if getattr(wanted, name) not in (value, getattr(defaults, name))
+    }

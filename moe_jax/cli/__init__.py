@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
@@ -32,7 +33,8 @@ app = typer.Typer(
     name="moe-jax",
     help="Dynamic Mixture-of-Experts routing for JAX, with compute budgets that are held.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.add_typer(models.app)
@@ -44,6 +46,26 @@ app.add_typer(backup.app)
 app.add_typer(devices.app)
 app.add_typer(configuration.app, name="config")
 app.add_typer(bench, name="bench", cls=LibraryErrorsExit2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import moe_jax
+
+        out.print(f"moe_jax {moe_jax.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Dynamic Mixture-of-Experts routing for JAX, with compute budgets that are held."""
 
 
 @app.command()

@@ -26,9 +26,9 @@ def export(
 ) -> None:
     """Write parameters, thresholds, configuration and baseline into one checksummed folder.
 
-    Without --config the configuration is the checkpoint's own, if it was saved with one; those of
-    moe-jax train and calibrate need --config. The environment is not looked at:
-    an export must not depend on who makes it.
+    Without --config the configuration is the checkpoint's own if it was saved with one, else the
+    default one with the checkpoint's sizes. The environment is not read: an export must not depend
+    on who makes it.
     """
     from moe_jax.checkpoint import archive
     from moe_jax.config import load_config

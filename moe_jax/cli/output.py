@@ -18,6 +18,23 @@ out = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Your own text: a file, or a folder of text files. Default: the standard library's "
+        "source, or the checkpoint's own text."
+    ),
+]
+Glob = Annotated[
+    str | None, typer.Option(help="Files of a --data folder, such as '*.md'. Default: any text.")
+]
+AllowOtherData = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-data",
+        help="Use a text other than the checkpoint's own, which is refused without it.",
+    ),
+]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Configuration file (JSON).")]
 
 

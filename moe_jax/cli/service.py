@@ -138,7 +138,10 @@ def smoke(
     admin_key: AdminKey = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a running service: health, one routed batch, metrics. Exit code 1 if a check fails."""
+    """Check a running service: health, one routed batch, metrics. Exit code 1 if a check fails.
+
+    The batch is random numbers: its experts per token say nothing about a calibrated budget.
+    """
     from moe_jax.serving.http.smoke import check
 
     with library_errors_exit_2():

@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from moe_jax.checkpoint import check_free
 from moe_jax.checkpoint.sealed import PathLike
-from moe_jax.lab.data import Blocks, Corpus, cut_blocks, load_corpus
+from moe_jax.lab.data import Blocks, Corpus, corpus_of_checkpoint, cut_blocks, load_corpus
 from moe_jax.lab.language_model import LMConfig, embed, layer_params, router_input
 from moe_jax.lab.model_files import Model, load_model, save_model
 from moe_jax.lab.progress import track
@@ -221,7 +221,10 @@ def run_layers(
 
 
 def fit_layers(
-    model: Model, routers: Sequence[Router], blocks: Blocks, target_mean_k: float
+    model: Model,
+    routers: Sequence[Router],
+    blocks: Blocks,
+    target_mean_k: float | Sequence[float],
 ) -> tuple[Any, ...]:
     """Fits the rule of every layer to a mean k, from the first layer to the last.
 
@@ -233,7 +236,7 @@ def fit_layers(
         model: the trained model.
         routers: a rule for each layer, with a budget to fit.
         blocks: calibration text.
-        target_mean_k: experts per token, the same for each layer.
+        target_mean_k: experts per token, one number for all layers or one for each.
 
     Returns:
         A fitted state for each layer, with its provenance.
@@ -242,13 +245,14 @@ def fit_layers(
         ValueError: the target is out of reach, or a rule (not a control) missed it by over 1 %.
     """
     config, params = model.config, model.params
+    targets = np.broadcast_to(np.asarray(target_mean_k, float), len(routers)).tolist()
     blocks = blocks.pad_to(min(BATCH, len(blocks)))
     size = min(BATCH, len(blocks))
     starts = range(0, len(blocks), size)
     masks = [jnp.asarray(blocks.mask[i : i + size]) for i in starts]
     hs = [embed_batch(params, jnp.asarray(blocks.inputs[i : i + size])) for i in starts]
     fitted = []
-    for index, router in enumerate(routers):
+    for index, (router, target) in enumerate(zip(routers, targets, strict=True)):
         layer = layer_params(params, index)
         pairs = [attend(config, layer, h) for h in hs]
         tokens = np.concatenate([np.asarray(x).reshape(-1, config.d_model) for _, x in pairs])
@@ -258,14 +262,14 @@ def fit_layers(
             layer["moe"]["router"],
             starting_state(router, model.states[index]),
             jnp.asarray(tokens),
-            target_mean_k=target_mean_k,
+            target_mean_k=target,
         )
         reached = float(state.fit.achieved_mean_k)
-        missed = abs(reached / target_mean_k - 1) > MAX_CALIBRATION_ERROR
+        missed = abs(reached / target - 1) > MAX_CALIBRATION_ERROR
         # A control decides by chance, so its mean is only near its target; it is reported as it is.
         if missed and not isinstance(router, RandomSkip):
             raise ValueError(
-                f"{type(router).__name__}: expected mean k {target_mean_k:g} within "
+                f"{type(router).__name__}: expected mean k {target:g} within "
                 f"{MAX_CALIBRATION_ERROR:.0%} on the calibration text of layer {index}, got "
                 f"{reached:.3f}. Use more calibration text or another target."
             )
@@ -353,7 +357,8 @@ def calibrate(
         progress: see ``moe_jax.lab.training.train``.
         console: see ``moe_jax.lab.training.train``.
         overwrite: whether a checkpoint at ``out`` is replaced.
-        corpus: the text; None is ``load_corpus()``.
+        corpus: the text; None is the text that the checkpoint was trained on, which must still be
+            the same (see ``moe_jax.lab.data.corpus_of_checkpoint``).
 
     Returns:
         The new checkpoint's folder, and a summary: what was asked for, and for each rule and layer
@@ -361,6 +366,7 @@ def calibrate(
 
     Raises:
         ValueError: an unknown rule, no target or two, or a target out of reach.
+        DataError: the checkpoint's text has changed or is not there.
         CheckpointError: the source cannot be read, or ``out`` is taken.
     """
     chosen = find_rules([rule] if isinstance(rule, str) else rule)
@@ -373,8 +379,9 @@ def calibrate(
             "target_saving=0.2 (--target-saving 0.2)."
         )
     check_free(out, overwrite)
-    corpus = load_corpus() if corpus is None else corpus
     model = load_model(source)
+    if corpus is None:
+        corpus = corpus_of_checkpoint({"data": model.metadata.get("data")})
     trained = model.config.router()
     if model.routers != (trained,) * model.config.num_moe_layers:
         model = load_model(source, "trained")
@@ -392,12 +399,14 @@ def calibrate(
             advance(one.label)
     fits = {name: [s.fit.describe() for s in states] for name, (_, states) in fitted.items()}
     first = fitted.pop(names[0])
+    text = corpus.describe()
     note = {
         "rules": names,
         "target_mean_k": target_mean_k,
         "tokens": blocks.num_tokens,
         "seed": seed,
-        "data": corpus.describe()["fingerprint"],
+        "data": text["fingerprint"],
+        "text": text,
     }
     new = dataclasses.replace(
         model,

@@ -1,7 +1,7 @@
-"""The main job, start to end: train, calibrate, save, restore elsewhere, measure, draw, tell.
+"""The demo from start to end: train, calibrate, save, restore in a fresh process, measure, draw.
 
-``run`` is what ``moe-jax demo`` calls. Everything is made from the Python standard library's own
-source, so nothing is downloaded and every machine has it.
+``run`` is what ``moe-jax demo`` calls. The default text is the Python standard library's own source,
+so nothing is downloaded and every machine has it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Settings:
     held_out_tokens: int = 32_768
 
 
-FULL = Settings(model=LMConfig(), steps=350)
+FULL_STEPS = 350
+FULL = Settings(model=LMConfig(), steps=FULL_STEPS)
 QUICK = Settings(
     model=LMConfig(num_layers=2, d_model=64, num_heads=2, num_experts=8, d_ff=64),
     steps=120,
@@ -73,10 +74,11 @@ def run(
     corpus: Corpus | None = None,
 ) -> dict[str, Any]:
     """Runs the demo and leaves in ``out``: ``model/`` and ``calibrated/`` (checkpoints), pictures,
-    ``source.html`` and ``results.json``.
+    ``source.html``, ``results.json`` and ``measurements.npz`` (nats of each file under each rule).
 
     Args:
-        out: the folder; what an earlier run left there is replaced.
+        out: the folder; results of an earlier run are replaced, but a quick run never replaces a
+            full one.
         quick: a smaller model and less of it, in under a minute.
         seed: of the model, the batches and the blocks measured on.
         console: where the bar and the summary go; None is standard output.
@@ -88,17 +90,15 @@ def run(
 
     Raises:
         RuntimeError: a fresh process restored the checkpoint and routed differently.
-        DataError, CheckpointError: there is no text, or ``out`` is a checkpoint or cannot be written.
+        DataError: there is no text.
+        CheckpointError: ``out`` is a checkpoint, has a full demo and this one is quick, or cannot be
+            written.
     """
     started = time.perf_counter()
     console = Console() if console is None else console
     settings = settings or (QUICK if quick else FULL)
     out = Path(out).resolve()
-    if (out / "manifest.json").exists():
-        raise CheckpointError(
-            f"{out}: expected a folder for the demo's results, got a checkpoint. Choose another: "
-            "the demo puts its own checkpoints and pictures inside."
-        )
+    check_place(out, quick)
     for name in ("model", "calibrated"):
         check_free(out / name, overwrite=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def run(
             fresh = _check_in_fresh_process(saved, out, calibration)
             advance(f"{fresh['compared']} routings equal bit for bit")
         with _timed(seconds, "evaluate"):
-            found = measure(
+            measured = measure(
                 model,
                 variants,
                 held_out,
@@ -132,8 +132,8 @@ def run(
                 progress=bar,
             )
         with _timed(seconds, "draw"), track(bar, "draw", 4) as advance:
-            shown = _showcase(found)
-            pictures = _draw(out, model, found, shown, corpus.held_out, advance)
+            shown = _showcase(measured)
+            pictures = _draw(out, model, measured, shown, corpus.held_out, advance)
     seconds["total"] = time.perf_counter() - started
 
     results: dict[str, Any] = {
@@ -151,22 +151,52 @@ def run(
         "equal_quality": EQUAL_QUALITY,
         "trained": {
             "k": config.k,
-            "bits_per_byte": found.baseline.bits_per_byte,
-            "mean_k": found.baseline.mean_k,
-            "max_over_mean_load": _imbalance(found.baseline.tokens_per_expert),
+            "bits_per_byte": measured.baseline.bits_per_byte,
+            "mean_k": measured.baseline.mean_k,
+            "max_over_mean_load": _imbalance(measured.baseline.tokens_per_expert),
         },
-        "rows": list(found.rows),
+        "rows": list(measured.rows),
         "fresh_process": fresh,
         "showcase": shown,
-        "histogram": found.evaluations[shown].histogram.tolist(),
+        "histogram": measured.evaluations[shown].histogram.tolist(),
         "pictures": [str(p.relative_to(out)) for p in pictures],
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
-    (out / "results.json").write_text(
-        json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-    )
+    write_results(out, results)
+    arrays = {name: one.nats_per_file for name, one in measured.evaluations.items()}
+    arrays |= {
+        "trained": measured.baseline.nats_per_file,
+        "bytes": measured.baseline.bytes_per_file,
+    }
+    np.savez(out / "measurements.npz", allow_pickle=False, **arrays)
     summarise(results, out, console)
     return results
+
+
+def check_place(out: Path, quick: bool) -> None:
+    """Raises CheckpointError for a checkpoint, or if a quick run would replace a full one."""
+    if (out / "manifest.json").exists():
+        raise CheckpointError(
+            f"{out}: expected a folder for the demo's results, got a checkpoint. Choose another: "
+            "the demo puts its own checkpoints and pictures inside."
+        )
+    if not quick:
+        return
+    try:
+        before = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(before, dict) and not before.get("quick", True):
+        raise CheckpointError(
+            f"{out}: expected a folder without the results of a full demo, got one with them. A quick "
+            "demo does not replace them: choose another folder with --out."
+        )
+
+
+def write_results(out: Path, results: Mapping[str, Any]) -> None:
+    """Writes ``results.json``."""
+    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
+    (out / "results.json").write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -203,7 +233,7 @@ def _check_in_fresh_process(checkpoint: Path, out: Path, blocks: Blocks) -> dict
         file_index=sample.file_index,
     )
     command = [sys.executable, "-m", "moe_jax.lab.demo", str(checkpoint), str(file), str(answer)]
-    root = Path(moe_jax.__file__).resolve().parents[1]  # found without being installed, too
+    root = Path(moe_jax.__file__).resolve().parents[1]  # importable without being installed, too
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(
@@ -235,21 +265,21 @@ def _answer_check(arguments: Sequence[str]) -> None:
 # --- pictures -------------------------------------------------------------------------------
 
 
-def _showcase(found: Frontier) -> str:
+def _showcase(measured: Frontier) -> str:
     """The dynamic rule to draw: the cheapest in quality at the middle budget."""
-    savings = sorted({row["saving"] for row in found.rows})
+    savings = sorted({row["saving"] for row in measured.rows})
     middle = savings[len(savings) // 2]
-    dynamic = [r for r in found.rows if r["saving"] == middle and not r["control"]]
-    return min(dynamic or found.rows, key=lambda row: row["delta"])["variant"]
+    dynamic = [r for r in measured.rows if r["saving"] == middle and not r["control"]]
+    return min(dynamic or measured.rows, key=lambda row: row["delta"])["variant"]
 
 
 def _draw(
-    out: Path, model: Model, found: Frontier, shown: str, files: Sequence[SourceFile], advance
+    out: Path, model: Model, measured: Frontier, shown: str, files: Sequence[SourceFile], advance
 ) -> list[Path]:
-    row = next(r for r in found.rows if r["variant"] == shown)
+    row = next(r for r in measured.rows if r["variant"] == shown)
     label = f"{row['label']} at -{row['saving']:.0%}"
-    one, config = found.evaluations[shown], model.config
-    paths = [plots.frontier(found.rows, out / "frontier.png", equal_quality=EQUAL_QUALITY)]
+    one, config = measured.evaluations[shown], model.config
+    paths = [plots.frontier(measured.rows, out / "frontier.png", equal_quality=EQUAL_QUALITY)]
     advance("frontier")
     paths.append(
         plots.experts_per_token(
@@ -260,13 +290,13 @@ def _draw(
     )
     advance("experts per token")
     loads = {
-        f"trained, k={config.k}": found.baseline.tokens_per_expert,
+        f"trained, k={config.k}": measured.baseline.tokens_per_expert,
         label: one.tokens_per_expert,
     }
     paths.append(plots.utilisation(loads, out / "utilisation.png"))
     advance("utilisation")
     file = min(files, key=lambda f: abs(f.data.size - 6_000))
-    routers, states = found.variants[shown]
+    routers, states = measured.variants[shown]
     ruled = dataclasses.replace(model, routers=routers, states=states)
     counts = count_experts(ruled, file.data)
     paths.append(

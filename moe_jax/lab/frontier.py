@@ -29,7 +29,7 @@ from moe_jax.lab.data import Blocks, Corpus, load_corpus
 from moe_jax.lab.language_model import LMConfig, nats, unembed
 from moe_jax.lab.model_files import Model, Variants
 from moe_jax.lab.progress import track
-from moe_jax.models.confidence import MAX_DRIFT, paired_bootstrap, verdict
+from moe_jax.models.confidence import MAX_DRIFT, avoided_share, paired_bootstrap, verdict
 from moe_jax.routers import Router
 from moe_jax.types import Array, Params, Routing
 
@@ -169,8 +169,9 @@ def measure(
     ``target_mean_k``, ``calibrated_mean_k``, ``held_out_mean_k``, ``mean_k_per_layer``, ``drift``
     (relative), ``drifted`` (by more than 3 %), ``achieved_saving``, ``executed_saving`` (rows the
     implementation computed, padding included), ``bits_per_byte``, the values of ``paired_bootstrap``,
-    ``verdict``, and ``recovered``: for each control, the share of its loss at the same budget that
-    the rule avoids.
+    ``verdict``, and for each control ``recovered``, the share of its loss at the same budget that
+    the rule avoids, and ``recovered_interval``, the ends of its 95 % interval (see
+    ``moe_jax.models.confidence.avoided_share``).
     """
     config = model.config
     evaluations: dict[str, Evaluation] = {}
@@ -214,9 +215,17 @@ def measure(
                 )
                 advance(f"{rule.label}, -{saving:.0%}")
     for row in rows:
-        row["recovered"] = {
-            other["rule"]: 1.0 - row["delta"] / other["delta"]
-            for other in rows
-            if other["control"] and other["saving"] == row["saving"] and other["delta"] > 0
-        }
+        row["recovered"], row["recovered_interval"] = {}, {}
+        for other in rows:
+            if not other["control"] or other["saving"] != row["saving"] or other["delta"] <= 0:
+                continue
+            own, theirs = (
+                evaluations[one["variant"]].nats_per_file - base.nats_per_file
+                for one in (row, other)
+            )
+            share, low, high = avoided_share(own, theirs)
+            row["recovered"][other["rule"]] = share
+            # JSON has no infinity: an interval without an end there is None.
+            ends = [end if np.isfinite(end) else None for end in (low, high)]
+            row["recovered_interval"][other["rule"]] = ends
     return Frontier(baseline=base, evaluations=evaluations, variants=variants, rows=tuple(rows))

@@ -174,6 +174,15 @@ class LMConfig:
     def loss_weights(self) -> LossWeights:
         return LossWeights(load_balancing=self.load_balancing, router_z=self.router_z)
 
+    def summary(self) -> str:
+        """Returns the sizes in words.
+
+        Example:
+            >>> LMConfig().summary()
+            '4 layers, 16 experts, k=4, width 128'
+        """
+        return f"{self.num_layers} layers, {self.num_experts} experts, k={self.k}, width {self.d_model}"
+
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object with every field.
 

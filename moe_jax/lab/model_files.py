@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_jax import checkpoint
 from moe_jax.checkpoint.sealed import PathLike
+from moe_jax.lab.data import Corpus, corpus_of_checkpoint
 from moe_jax.lab.language_model import LMConfig
 from moe_jax.routers import Router
 from moe_jax.types import Params
@@ -118,6 +119,25 @@ def load_variants(path: PathLike, names: Sequence[str] | None = None) -> dict[st
         )
         for name in names
     }
+
+
+def corpus_for(
+    path: PathLike,
+    root: PathLike | None = None,
+    *,
+    glob: str | None = None,
+    allow_other: bool = False,
+    calibrated: bool = False,
+) -> Corpus:
+    """Returns the text of a checkpoint; see ``moe_jax.lab.data.corpus_of_checkpoint``.
+
+    With ``calibrated``, the text of the checkpoint's calibration comes before that of its training,
+    and either counts as its own.
+    """
+    metadata = checkpoint.load_metadata(path)["metadata"]
+    if not calibrated:
+        metadata = {name: value for name, value in metadata.items() if name != "calibration"}
+    return corpus_of_checkpoint(metadata, root, glob=glob, allow_other=allow_other)
 
 
 def _layer_name(variant: str, layer: int) -> str:

@@ -98,17 +98,17 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     ]
     for control in dict.fromkeys(name for row in best for name in row["recovered"]):
         shares = ", ".join(
-            f"{row['recovered'][control]:.0%} at -{row['saving']:.0%} ({row['label']})"
+            f"{_avoided(row, control)} at -{row['saving']:.0%} ({row['label']})"
             for row in best
             if control in row["recovered"]
         )
-        sentences.append(f"The best rule avoids of the damage of {_plain(control)}: {shares}.")
+        sentences.append(f"Loss of the {_plain(control)} that the best rule avoids: {shares}.")
     top_p = [row for row in rows if row["rule"] == "top_p" and "drop_lowest" in row["recovered"]]
     if top_p:
         shares = ", ".join(
-            f"{row['recovered']['drop_lowest']:.0%} at -{row['saving']:.0%}" for row in top_p
+            f"{_avoided(row, 'drop_lowest')} at -{row['saving']:.0%}" for row in top_p
         )
-        sentences.append(f"Top-p avoids of the damage of {_plain('drop_lowest')}: {shares}.")
+        sentences.append(f"Loss of the {_plain('drop_lowest')} that top-p avoids: {shares}.")
     losers = [row for row in dynamic if min(row["recovered"].values(), default=1.0) <= 0]
     sentences.append(f"No better than one of the controls: {listed(losers)}.")
     drifted = [
@@ -134,6 +134,13 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         f"{fresh['tokens']} bytes bit for bit the same."
     )
     return sentences
+
+
+def _avoided(row: Mapping[str, Any], control: str) -> str:
+    """``49% (31 to 63)``, with the 95 % interval."""
+    ends = row["recovered_interval"][control]
+    low, high = ("unbounded" if end is None else f"{100 * end:.0f}" for end in ends)
+    return f"{row['recovered'][control]:.0%} ({low} to {high})"
 
 
 def _plain(control: str) -> str:

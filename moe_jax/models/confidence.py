@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 EQUAL_QUALITY = 0.002  # largest relative rise in bits per byte that counts as equal
@@ -57,6 +59,55 @@ def paired_bootstrap(
             strict=True,
         )
     )
+
+
+def avoided_share(
+    change: np.ndarray,
+    control_change: np.ndarray,
+    *,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Returns the share of a control's loss that a rule avoids, with its 95 % interval.
+
+    The share is ``1 - sum(change) / sum(control_change)``. Each resample draws seeds and files (with
+    replacement) and uses the same draw for the rule and the control. With one seed only files vary.
+    Three seeds show the spread between seeds only roughly.
+
+    Args:
+        change: f64[files] or f64[seeds, files], the rise in nats of the rule over the trained model.
+        control_change: the same of the control; its sum must be positive.
+        resamples: number of draws.
+        seed: of the draws.
+
+    Returns:
+        The share, and the ends of its interval. An end is infinite if more than 2.5 % of the
+        resamples have a control without a loss.
+
+    Example:
+        >>> change = np.linspace(1.0, 2.0, 40)
+        >>> [round(value, 6) for value in avoided_share(change, 2 * change)]
+        [0.5, 0.5, 0.5]
+    """
+    rule, control = np.atleast_2d(change), np.atleast_2d(control_change)
+    sums = resampled_sums([rule, control], resamples=resamples, seed=seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # Where a resampled control costs nothing, no share of it can be avoided.
+        shares = np.where(sums[1] > 0, 1.0 - sums[0] / sums[1], -np.inf)
+    low, high = np.quantile(shares, (0.025, 0.975), method="nearest")
+    return float(1.0 - rule.sum() / control.sum()), float(low), float(high)
+
+
+def resampled_sums(
+    values: Sequence[np.ndarray], *, resamples: int = 4000, seed: int = 0
+) -> list[np.ndarray]:
+    """Returns sums f64[resamples] of arrays f64[seeds, files], over the same draws for all."""
+    seeds, files = values[0].shape
+    draw = np.random.default_rng(seed)
+    # How often each resample draws each file and each seed.
+    of_files = draw.multinomial(files, np.full(files, 1.0 / files), size=resamples).astype(float)
+    of_seeds = draw.multinomial(seeds, np.full(seeds, 1.0 / seeds), size=resamples).astype(float)
+    return [np.einsum("rs,rs->r", of_seeds, of_files @ value.T) for value in values]
 
 
 def verdict(relative_low: float, relative_high: float) -> str:

@@ -105,8 +105,10 @@ def save_model(model: CausalLM, folder: str | Path) -> Path:
                 metadata=source.metadata[file],
             )
         if source.index is not None:
-            (part / "model.safetensors.index.json").write_text(_index(source.index, records))
-        (part / "config.json").write_text(config)
+            (part / "model.safetensors.index.json").write_text(
+                _index(source.index, records), encoding="utf-8"
+            )
+        (part / "config.json").write_text(config, encoding="utf-8")
         for name in _COMPANIONS:
             if (Path(source.folder) / name).is_file():
                 shutil.copyfile(Path(source.folder) / name, part / name)

@@ -164,7 +164,7 @@ def test_rollback_to_nothing_or_to_a_damaged_release_is_refused(made, tmp_path):
     assert os.readlink(releases / "current") == second["release"]
 
 
-def test_an_export_is_never_replaced_and_needs_a_configuration(made, tmp_path):
+def test_an_export_is_never_replaced_and_takes_the_sizes_of_its_router(made, tmp_path):
     with pytest.raises(archive.ArchiveError, match="never replaced"):
         archive.export(made / "export-0", made / "checkpoint-0")
     router = build_router(CONFIG)
@@ -176,10 +176,14 @@ def test_an_export_is_never_replaced_and_needs_a_configuration(made, tmp_path):
             states={"router": router.init_state()},
         ),
     )
+    archive.export(tmp_path / "out", bare)
+    sizes = json.loads((tmp_path / "out" / "config.json").read_text())["router_config"]
+    assert (sizes["input_dim"], sizes["num_experts"]) == (D, router.num_experts)
+    empty = save(tmp_path / "empty", Checkpoint(params={"w": jnp.ones(3)}))
     with pytest.raises(archive.ArchiveError, match="Pass the configuration"):
-        archive.export(tmp_path / "out", bare)
+        archive.export(tmp_path / "other", empty)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_json()))
-    words = ["--out", str(tmp_path / "out"), "--config", str(tmp_path / "config.json"), "--json"]
+    words = ["--out", str(tmp_path / "with"), "--config", str(tmp_path / "config.json"), "--json"]
     result = runner.invoke(app, ["export", str(bare), *words])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["provenance"]["config"] == CONFIG.config_hash

@@ -54,10 +54,11 @@ def test_description_names_the_text(corpus):
     assert set(PARTS) <= set(told)
 
 
-def test_a_folder_without_source_is_refused_with_advice(tmp_path):
+def test_a_library_without_source_is_refused_with_advice(tmp_path, monkeypatch):
     (tmp_path / "one.py").write_text("x = 1\n")
-    with pytest.raises(DataError, match=r"expected at least 30 .py files.*got 1 .*pass root="):
-        load_corpus(tmp_path)
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(DataError, match=r"expected at least 30 files.*got 1 .*--data FOLDER"):
+        load_corpus()
 
 
 def numbered(path: str, size: int, base: int) -> SourceFile:

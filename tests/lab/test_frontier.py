@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax.lab import calibration, demo, frontier, model_files
+from moe_jax.checkpoint import CheckpointError
+from moe_jax.lab import calibration, demo, evaluation, frontier, model_files, seeds
 from moe_jax.lab import language_model as model_of
 from moe_jax.lab import training as lm
 from moe_jax.lab.data import load_corpus
-from moe_jax.models.confidence import paired_bootstrap
+from moe_jax.models.confidence import avoided_share, paired_bootstrap
 
 TINY = model_of.LMConfig(
     num_layers=2,
@@ -180,6 +181,112 @@ def test_the_whole_demo(tmp_path, corpus):
     shown = console.export_text()
     assert "Equal quality" in shown
     assert "Next: moe-jax" in shown
+
+
+def test_a_share_of_a_controls_loss_has_an_interval_over_files_and_seeds():
+    draw = np.random.default_rng(0)
+    control = 2.0 + 0.5 * draw.normal(size=(3, 60))
+    rule = 0.5 * control + 0.1 * draw.normal(size=(3, 60))
+    share, low, high = avoided_share(rule, control)
+    assert low < share < high
+    assert share == pytest.approx(0.5, abs=0.03)
+    # The same draw for both: the interval is far narrower than that of either alone.
+    assert high - low < 0.06
+    apart = rule + np.array([[-0.5], [0.0], [0.5]])
+    wide = avoided_share(apart, control)
+    assert wide[2] - wide[1] > 3 * (high - low)
+
+
+def test_a_control_that_may_cost_nothing_leaves_the_interval_open():
+    control = np.array([3.0, -2.5, 1.0, -1.0, 0.2])
+    assert avoided_share(0.1 * control, control)[1] == -np.inf
+
+
+def write_demo(out, seed, **changed):
+    """The files of a demo with one rule and one control, without the demo."""
+    draw = np.random.default_rng(seed)
+    size = np.full(40, 100.0)
+    before = 200.0 + draw.normal(size=40)
+    rises = {"top_p-35": 1.0, "drop_lowest-35": 2.0}
+    after = {name: before + rise + 0.3 * draw.normal(size=40) for name, rise in rises.items()}
+    out.mkdir(parents=True)
+    np.savez(out / "measurements.npz", bytes=size, trained=before, **after)
+    rows = [
+        {
+            "variant": name,
+            "rule": name.removesuffix("-35"),
+            "label": name,
+            "control": name.startswith("drop"),
+            "saving": 0.35,
+            "achieved_saving": 0.35,
+            "drift": 0.0,
+            "relative": float(nats.sum() / before.sum() - 1),
+            "recovered": {} if name.startswith("drop") else {"drop_lowest": 0.5},
+        }
+        for name, nats in after.items()
+    ]
+    results = {
+        "library_version": "1",
+        "quick": False,
+        "seed": seed,
+        "model": {},
+        "data": {},
+        "calibration_tokens": 1,
+        "held_out_files": 40,
+        "trained": {"k": 4, "bits_per_byte": 2.9},
+        "seconds": {"total": 1.0},
+        "rows": rows,
+        **changed,
+    }
+    demo.write_results(out, results)
+
+
+def test_the_demo_over_seeds_pools_and_refuses_to_lose_a_full_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda out, seed, **rest: write_demo(out, seed))
+    console = Console(record=True, width=120, file=io.StringIO())
+    results = seeds.run_seeds(tmp_path, [0, 1, 2], console=console)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    [row] = [row for row in results["rows"] if row["rule"] == "top_p"]
+    assert row["relative_low"] < row["relative"] < row["relative_high"]
+    assert row["relative"] == pytest.approx(np.mean(row["relative_by_seed"]), rel=0.01)
+    low, high = row["avoided_interval"]["drop_lowest"]
+    assert low < row["avoided"]["drop_lowest"] < high
+    assert row["avoided"]["drop_lowest"] == pytest.approx(0.5, abs=0.1)
+    assert "seeds 0, 1, 2" in console.export_text()
+    assert (tmp_path / "frontier.png").stat().st_size > 5_000
+    for folder in (tmp_path, tmp_path / "seed_0"):
+        with pytest.raises(CheckpointError, match="results of a full demo"):
+            demo.check_place(folder, quick=True)
+    demo.check_place(tmp_path, quick=False)
+    with pytest.raises(ValueError, match="at least two different numbers"):
+        seeds.run_seeds(tmp_path, [0, 0])
+    write_demo(tmp_path / "other", 3, model={"k": 2})
+    with pytest.raises(ValueError, match="differ in their seed only, got different model"):
+        seeds.pool([tmp_path / "seed_0", tmp_path / "other"])
+
+
+def test_a_checkpoint_is_measured_with_its_controls_and_tails(tmp_path, source, corpus):
+    fitted, _ = calibration.calibrate(
+        source, tmp_path / "c", "MinP", target_saving=0.25, tokens=2048, progress=False
+    )
+    report = evaluation.evaluate_checkpoint(fitted, corpus=corpus, tokens=4096, progress=False)
+    assert report["interval"][0] < report["bits_per_byte"] < report["interval"][1]
+    assert report["change"]["relative"] == pytest.approx(
+        report["bits_per_byte"] / report["trained"]["bits_per_byte"] - 1, abs=1e-9
+    )
+    means = [layer["mean_k"] for layer in report["layers"]]
+    assert [layer["target_mean_k"] for layer in report["layers"]] == [3.0, 3.0]
+    for control in report["controls"].values():
+        assert control["mean_k"] == pytest.approx(np.mean(means), rel=0.03)
+    assert set(report["controls"]) == {"drop_lowest", "drop_random"}
+    k = report["tails"]["mean_k_of_sequences"]
+    assert k["p5"] <= k["median"] <= k["p95"] <= k["p99"] <= k["max"] <= TINY.k
+    files = report["tails"]["change_of_files"]
+    assert files["median"] <= files["p95"] <= files["max"]
+    json.dumps(report, allow_nan=False)
+    plain = evaluation.evaluate_checkpoint(source, corpus=corpus, tokens=4096, progress=False)
+    assert plain["bits_per_byte"] == pytest.approx(report["trained"]["bits_per_byte"])
+    assert (plain["controls"], plain["change"]) == ({}, {})
 
 
 def test_the_page_counts_every_byte_once(model, corpus):

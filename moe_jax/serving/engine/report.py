@@ -143,6 +143,8 @@ def _components(parts: Parts, results: Results, served: Served) -> dict[str, dic
             "source": snapshot.weights.source,
             "version": snapshot.version,
             "rule": type(snapshot.router).__name__,
+            "layer": snapshot.weights.name,
+            "layers": list(snapshot.weights.names),
             "models": sorted(snapshot.models),
             **snapshot.served_as(),
             "calibration": None if fit is None else fit.describe(),

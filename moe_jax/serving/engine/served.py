@@ -12,6 +12,7 @@ import numpy as np
 
 import moe_jax
 from moe_jax.checkpoint import CheckpointError
+from moe_jax.checkpoint.description import set_otherwise
 from moe_jax.serving import admission, metrics
 from moe_jax.serving.engine.parts import Parts
 from moe_jax.serving.engine.snapshot import Snapshot, build_snapshot, load_weights, version_of
@@ -80,6 +81,7 @@ class Served:
             "engine_ready",
             version=snapshot.version,
             router=type(snapshot.router).__name__,
+            layer=snapshot.weights.name,
             trained=snapshot.trained,
             models=sorted(snapshot.models),
             backend=jax.default_backend(),
@@ -155,18 +157,22 @@ class Served:
     def _log_hints(self, snapshot: Snapshot) -> None:
         """Logs where what is served differs from what the operator may expect."""
         log, config = self._parts.log, self._parts.config
-        served = snapshot.served_as()
-        differing = {
-            name: value
-            for name, value in served.items()
-            if snapshot.trained and value != getattr(config.router_config, name)
-        }
+        differing = set_otherwise(config, snapshot.served_as()) if snapshot.trained else {}
         if differing:
             log.warning(
                 "configuration_superseded",
                 hint="the checkpoint's values of these settings of router_config are in force, not "
                 "the configured ones. Configure the checkpoint's values.",
                 served=differing,
+            )
+        others = [name for name in snapshot.weights.names if name != snapshot.weights.name]
+        if others and not config.serving.checkpoint_router:
+            log.info(
+                "serving_one_router",
+                hint="the checkpoint has several routers, and the service serves one. Set "
+                "MOE_CHECKPOINT_ROUTER to choose another.",
+                serving=snapshot.weights.name,
+                others=others[:32],
             )
         if snapshot.trained and "moe" not in snapshot.models and config.serving.serve_moe != "off":
             log.info(
@@ -213,6 +219,7 @@ class Served:
                 "reloaded",
                 version=new.version,
                 previous=previous,
+                layer=new.weights.name,
                 trained=new.trained,
                 seconds=round(seconds, 3),
             )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checkpoint import open_checkpoint
+from moe_jax.checkpoint import CheckpointError, open_checkpoint
 from moe_jax.checkpoint.description import router_sizes
 from moe_jax.config import Config, ConfigError, build_router
 from moe_jax.experts import FeedForward
@@ -50,6 +50,8 @@ class Weights:
         layer: parameters of ``moe_layer``, or None.
         trained: whether they come from a checkpoint.
         source: the checkpoint folder or the seed, for reports.
+        name: name of the router in the checkpoint, such as ``layer_0``; ``untrained`` without one.
+        names: names of all routers in the checkpoint.
     """
 
     router: Router
@@ -59,6 +61,8 @@ class Weights:
     layer: dict[str, Params] | None
     trained: bool
     source: str
+    name: str = "untrained"
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,21 +293,30 @@ def _summing_to_one(router: Router) -> Router:
 
 
 def _from_checkpoint(config: Config, folder: str) -> Weights:
-    found = open_checkpoint(folder).layer(config.serving.checkpoint_router or None)
-    served = config.serving.serve_moe != "off" and found.layer is not None
+    try:
+        opened = open_checkpoint(folder)
+    except CheckpointError as error:
+        if folder != config.serving.checkpoint:
+            raise
+        # The message names the folder only; the operator has to know which setting named it.
+        raise type(error)(f"MOE_CHECKPOINT (or --checkpoint): {error}") from error
+    layer = opened.layer(config.serving.checkpoint_router or None)
+    served = config.serving.serve_moe != "off" and layer.layer is not None
     if config.serving.serve_moe == "on" and not served:
         raise ConfigError(
             f"serve_moe: expected a checkpoint with experts, got {folder} without any that this "
             "service can read. Set MOE_SERVE_MOE=auto, or save them with moe-jax train."
         )
     return Weights(
-        router=found.router,
-        params=found.params,
-        state=found.state,
-        experts=found.experts if served else None,
-        layer=found.layer if served else None,
+        router=layer.router,
+        params=layer.params,
+        state=layer.state,
+        experts=layer.experts if served else None,
+        layer=layer.layer if served else None,
         trained=True,
         source=folder,
+        name=layer.name,
+        names=tuple(opened.content.routers),
     )
 
 

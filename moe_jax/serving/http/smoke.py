@@ -98,7 +98,8 @@ def _routes(service: Service) -> str:
     _hold(np.isfinite(weights).all() and (weights >= 0).all(), "weights not finite or negative")
     _hold((weights[indices < 0] == 0).all(), "weights where there is no expert")
     kind = " (degraded)" if facts.get("degraded") else ""
-    return f"16 tokens, {counts.mean():.2f} experts each, {milliseconds:.1f} ms{kind}"
+    # Random input has no tokens of the model's text: its mean k says nothing about the budget.
+    return f"16 random tokens, {counts.mean():.2f} experts each, {milliseconds:.1f} ms{kind}"
 
 
 def _as_expected(service: Service, layer: Any) -> str:
@@ -116,7 +117,7 @@ def _as_expected(service: Service, layer: Any) -> str:
     _hold(not other.any(), f"{int(other.sum())} of {len(other)} tokens go to other experts")
     worst = float(np.abs(ours - theirs).max())
     _hold(worst <= 1e-5, f"weights differ by up to {worst:.2g}, expected 1e-05 at most")
-    return f"{len(other)} tokens, weights within {worst:.1g}"
+    return f"{len(other)} random tokens, weights within {worst:.1g}"
 
 
 def _by_expert(indices: np.ndarray, weights: np.ndarray, experts: int) -> np.ndarray:

@@ -88,7 +88,7 @@ def memory_limit() -> int:
     total = int(psutil.virtual_memory().total)
     for file in _MEMORY_LIMITS:
         try:
-            limit = int(file.read_text())
+            limit = int(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # no such file, or "max"
             continue
         return min(limit, total)

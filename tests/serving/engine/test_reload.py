@@ -48,6 +48,9 @@ def test_a_checkpoint_is_served_with_its_calibration(make_engine, states, tmp_pa
     component = engine.health_check()["components"]["router"]
     assert (component["status"], component["source"]) == ("ok", path)
     assert component["calibration"]["target_mean_k"] == 2.0
+    assert (component["layer"], component["layers"]) == ("router", ["router"])
+    [ready] = [facts for _, event, facts in log.lines if event == "engine_ready"]
+    assert ready["layer"] == "router"
     result = engine.route(states(8, 60), use_cache=False)
     k, c = result["num_experts_per_token"], result["complexity_scores"]
     assert k.mean() == pytest.approx(2.0, abs=0.25)
@@ -61,7 +64,18 @@ def test_a_checkpoint_is_served_with_its_calibration(make_engine, states, tmp_pa
     assert drift == pytest.approx(k.mean() / 2.0)
 
 
-def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_path):
+def test_defaults_that_the_checkpoint_knows_better_are_no_warning(make_engine, tmp_path, log):
+    """The width of 768 and the largest k of 4 are defaults: nobody configured them."""
+    make_engine(checkpoint=write(tmp_path / "one", seed=1), input_dim=768)
+    assert "configuration_superseded" not in log.events()
+
+
+def test_a_missing_checkpoint_names_the_setting(make_engine, tmp_path):
+    with pytest.raises(CheckpointError, match=r"MOE_CHECKPOINT \(or --checkpoint\): .*nowhere"):
+        make_engine(checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_path, log):
     config = LMConfig(
         num_layers=2, d_model=16, num_heads=2, num_experts=8, k=4, d_ff=24, length=8, batch_size=2
     )

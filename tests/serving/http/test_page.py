@@ -18,8 +18,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def service():
+def service(tmp_path_factory):
     with served(small_engine()) as found:
+        found.idle_page = browse(found, tmp_path_factory.mktemp("idle"), "--dump-dom").stdout
         rng = np.random.default_rng(0)
         for _ in range(20):
             x = rng.standard_normal((1, 8, WIDTH), dtype=np.float32)
@@ -63,10 +64,19 @@ def test_the_page_is_live_and_shows_the_metrics(service, tmp_path):
         ">closed</dd>",
         "<dt>blocked clients</dt>",
         "untrained",
+        '<section id="start" class="start" hidden',
     ):
         assert shown in dom, shown
     assert "Content Security Policy" not in page.stderr
     assert "Uncaught" not in page.stderr
+
+
+def test_before_the_first_request_the_page_says_what_to_do_and_what_is_served(service):
+    idle = service.idle_page
+    assert '<main id="board" aria-live="off" hidden=""' in idle
+    assert '<section id="start" class="start">' in idle
+    assert f'<span id="address">http://{service.address}</span>' in idle
+    assert "Serves untrained weights from a seed: DynamicK, 1 to 4 of 8 experts a token" in idle
 
 
 @pytest.mark.parametrize(("theme", "paper"), [("light", 0.96), ("dark", 0.08)])

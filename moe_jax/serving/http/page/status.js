@@ -194,15 +194,44 @@ function span(s) {
   return s < 172800 ? `${Math.round(s / 3600)} h` : `${Math.round(s / 86400)} days`;
 }
 
+// Which router is served: read again when the parameters of moe_build_info change.
+let servedVersion = null;
+async function showServed(m, headers) {
+  const version = (rows(m, "moe_build_info")[0] || { labels: {} }).labels.params;
+  if (!version || version === servedVersion) return;
+  const answer = await fetch("health", { headers });
+  if (!answer.ok) return;
+  const router = (await answer.json()).components?.router;
+  if (!router?.rule) return;
+  const others = (router.layers || []).length - 1;
+  const range = router.min_experts === router.max_experts ? router.max_experts : `${router.min_experts} to ${router.max_experts}`;
+  const budget = router.calibration && router.calibration.fitted ? `, calibrated to a mean of ${router.calibration.target_mean_k.toFixed(2)}` : "";
+  const from = router.trained ? `router ${router.layer} of ${router.source}${others > 0 ? ` (one of ${others + 1})` : ""}` : "untrained weights from a seed";
+  text("served", `Serves ${from}: ${router.rule}, ${range} of ${router.num_experts} experts a token, width ${router.input_dim}${budget}.`);
+  servedVersion = version;
+}
+
 async function turn() {
   try {
     const headers = token ? { authorization: "Bearer " + token } : {};
     const [metrics, ready] = await Promise.all([fetch("metrics", { headers }), fetch("ready")]);
     $("login").hidden = metrics.status !== 401;
-    $("board").hidden = metrics.status === 401;
     const said = await ready.json();
-    if (metrics.ok) { show(parse(await metrics.text()), said); fresh = Date.now(); }
-    else { $("state").className = "state warn"; text("state", metrics.status === 401 ? "admin key needed" : "no metrics"); }
+    if (metrics.ok) {
+      const m = parse(await metrics.text());
+      // Without a request every tile would be empty.
+      const idle = total(m, "moe_requests_total") + total(m, "moe_errors_total") === 0;
+      $("start").hidden = !idle;
+      $("board").hidden = idle;
+      show(m, said); fresh = Date.now();
+      text("address", location.origin + location.pathname.replace(/\/$/, ""));
+      await showServed(m, headers);
+    }
+    else {
+      $("start").hidden = $("board").hidden = true;
+      $("state").className = "state warn";
+      text("state", metrics.status === 401 ? "admin key needed" : "no metrics");
+    }
     document.body.classList.remove("stale");
   } catch {
     $("state").className = "state bad"; text("state", "no answer");
