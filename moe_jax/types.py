@@ -239,3 +239,8 @@ class RoutingStats:
     router_entropy: Array  # f32[]: mean entropy of router_probs, in nats
     observed: Array  # f32[E]
     implementation: str = static()  # what ran the experts; empty where nothing did
+
+    @property
+    def distinct_experts(self) -> Array:
+        """f32[]: experts that at least one token asked for. At decode a step reads their weights."""
+        return (self.tokens_per_expert > 0).astype(jnp.float32).sum(axis=-1)

@@ -256,10 +256,17 @@ def decode(
     dtype: str = "f32",
     gated: bool = False,
     implementations: Annotated[str, typer.Option(help="Beside the default.")] = "",
+    batch_rules: Annotated[
+        bool, typer.Option("--batch-rules", help="Rules that look at the batch, against top-k.")
+    ] = False,
     rounds: Rounds = 30,
     json: Json = None,
 ) -> None:
-    """A few tokens against reading the active experts' weights once."""
+    """A few tokens against reading the active experts' weights once.
+
+    With --batch-rules, rules that load fewer distinct experts against top-k on the same tokens.
+    """
+    from moe_jax.bench.batch_rules_cost import COLUMNS, bench_batch_rules
     from moe_jax.bench.decode_cost import bench_decode
     from moe_jax.bench.workload import DTYPES
     from moe_jax.experts import IMPLEMENTATIONS
@@ -278,9 +285,14 @@ def decode(
         d_ff=d_ff,
         gated=gated,
         dtype=split_words(dtype, tuple(DTYPES), "--dtype")[0],
-        implementations=others,
         rounds=rounds,
     )
+    if batch_rules:
+        with _progress() as progress:
+            rows = bench_batch_rules(**settings, progress=progress)
+        _finish("decode", rows, COLUMNS, settings, json)
+        return
+    settings["implementations"] = others
     with _progress() as progress:
         rows = bench_decode(**settings, progress=progress)
     columns = [

@@ -66,8 +66,8 @@ def bench_decode(
         cases: dict[str, Callable[[], Any]] = {}
         for name in dict.fromkeys((default, *implementations)):
             step = jax.jit(experts_step(ffn, implementation=None if name == default else name))
-            cases[name] = _Rotating(functools.partial(step, params, x), routings)
-        timings, floors = interleave(_Rotating(read, blocks), cases, rounds=rounds)
+            cases[name] = Rotating(functools.partial(step, params, x), routings)
+        timings, floors = interleave(Rotating(read, blocks), cases, rounds=rounds)
         floor_ms = 1e3 * sorted(floors)[len(floors) // 2] * scale
         for name, timing in timings.items():
             rows.append(
@@ -93,7 +93,7 @@ def bench_decode(
     return rows
 
 
-class _Rotating:
+class Rotating:
     """Calls a function with the next of several inputs each time."""
 
     def __init__(self, function: Callable[[Any], Any], inputs: Sequence[Any]) -> None:

@@ -7,8 +7,11 @@ from moe_jax.routers.elastic import Elastic, with_share
 from moe_jax.routers.expert_choice import ExpertChoiceRouter
 from moe_jax.routers.expert_threshold import ExpertThreshold
 from moe_jax.routers.min_p import MinP
+from moe_jax.routers.piggyback import Piggyback
 from moe_jax.routers.random_skip import RandomSkip
 from moe_jax.routers.relu import ReLURouter
+from moe_jax.routers.reroute import Reroute, expert_similarity, with_similarity
+from moe_jax.routers.shared_budget import SharedBudget
 from moe_jax.routers.top_any import TopAny
 from moe_jax.routers.top_k import TopK
 from moe_jax.routers.top_p import TopP
@@ -19,15 +22,20 @@ __all__ = [
     "ExpertChoiceRouter",
     "ExpertThreshold",
     "MinP",
+    "Piggyback",
     "RandomSkip",
     "ReLURouter",
+    "Reroute",
     "Router",
+    "SharedBudget",
     "TokenChoice",
     "TopAny",
     "TopK",
     "TopP",
     "Traits",
     "catalog",
+    "expert_similarity",
     "router_from_json",
     "with_share",
+    "with_similarity",
 ]

@@ -19,7 +19,7 @@ from moe_jax.checks import (
     check_instance,
 )
 from moe_jax.routing.numerics import entropy
-from moe_jax.types import Array, DispatchPlan, ExpertChoice, Routing, RoutingStats
+from moe_jax.types import Array, DispatchPlan, ExpertChoice, Params, Routing, RoutingStats
 
 BASELINES = ("trained_k", "top_max", "dense", "mean_k")
 
@@ -185,6 +185,28 @@ def global_stats(stats: RoutingStats, axis_name: str | tuple[str, ...]) -> Routi
     """
     flat, rebuild = jax.flatten_util.ravel_pytree(_totals_of(stats))
     return _of_totals(rebuild(jax.lax.psum(flat, axis_name)), stats.implementation)
+
+
+def bytes_read(stats: RoutingStats, expert_params: Params) -> Array:
+    """f32[]: bytes of expert weights that a batch reads if each distinct expert is read once.
+
+    What a decoding step costs with the ``active`` implementation.
+
+    Args:
+        stats: of the batch.
+        expert_params: parameters of all experts, with a leading axis E.
+
+    Example:
+        >>> import jax, moe_jax
+        >>> router = moe_jax.TopK(num_experts=4, k=2)
+        >>> params, state = router.init(jax.random.key(0), 8), router.init_state()
+        >>> routing = router(params, state, jnp.ones((1, 8)))
+        >>> plan = moe_jax.plan_dispatch(moe_jax.to_assignments(routing))
+        >>> float(bytes_read(routing_stats(routing, plan), {"up": jnp.zeros((4, 8, 16))}))
+        1024.0
+    """
+    each = sum(leaf.nbytes // leaf.shape[0] for leaf in jax.tree.leaves(expert_params))
+    return stats.distinct_experts * each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

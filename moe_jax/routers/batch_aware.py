@@ -1,0 +1,123 @@
+"""The frame of rules that look at the whole batch of a decoding step, to load fewer experts."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+
+from moe_jax.checks import check_count, check_k
+from moe_jax.routers.base import Slots, TokenChoice, Traits
+from moe_jax.routing.difficulty import Context
+from moe_jax.routing.selection import build_routing, compact
+from moe_jax.types import Array, Params, Routing
+
+_MASK = "batch_mask"  # how the mask reaches `select`
+
+
+class BatchAware(TokenChoice, abc.ABC):
+    """Fixed k, but a decoding step's tokens agree on which experts to load.
+
+    A decoding step costs the weights of the distinct experts of its batch. So a token may give up a
+    lower-ranked expert that no other token needs. Its best expert always stays. Batches of more than
+    ``max_tokens`` tokens, such as prefill, are routed by plain top-k.
+
+    A rule gives ``choose``. All E experts of a token are ranked, and the ``k`` best of those that it
+    chooses are used.
+
+    The answer of a token depends on its batch: the service refuses such a rule while its cache is on.
+    """
+
+    k: int
+    max_tokens: int
+
+    context_keys: ClassVar[frozenset[str] | None] = frozenset({_MASK})
+    keeps_prefix: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
+        super().__post_init__()
+        self.check_within_reach(self.k)
+        check_count(
+            "max_tokens", self.max_tokens, fix="It is the largest batch of a decoding step."
+        )
+
+    @property
+    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.k
+
+    @property
+    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 1
+
+    @property
+    def num_choices(self) -> int:
+        return self.num_experts
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            causal=False, batch_invariant=False, may_leave_token_empty=False, budget="none"
+        )
+
+    @abc.abstractmethod
+    def choose(self, slots: Slots, real: Array) -> Array:
+        """bool[T, E]: the slots that a token may use, best first; the ``k`` first of them are used.
+
+        Args:
+            slots: all experts of each token, best first.
+            real: bool[T, E], False for padding and for experts that are disabled.
+        """
+
+    def __call__(
+        self,
+        params: Params,
+        state: Any,
+        x: Array,
+        *,
+        key: Array | None = None,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+    ) -> Routing:
+        mask = jnp.ones((x.shape[0],), bool) if token_mask is None else token_mask
+        return super().__call__(
+            params,
+            state,
+            x,
+            key=key,
+            token_mask=token_mask,
+            context={**(context or {}), _MASK: mask},
+        )
+
+    def select(self, params, state, slots, x, context):
+        real = slots.available & context[_MASK][:, None]
+        if x.shape[0] > self.max_tokens:
+            keep = real
+        else:
+            keep = self.choose(slots, real)
+        # A prefix of length k in each token's own order.
+        keep = keep & (jnp.cumsum(keep, axis=-1) <= self.k)
+        return keep, self.weights(slots, keep)
+
+    def build(self, slots: Slots, keep: Array, weights: Array, token_mask: Array | None) -> Routing:
+        keep, indices, weights = compact(keep, slots.indices, weights)
+        return build_routing(
+            logits=slots.logits,
+            probs=slots.probs,
+            indices=indices[:, : self.k],
+            weights=weights[:, : self.k],
+            keep=keep[:, : self.k],
+            token_mask=token_mask,
+        )
+
+
+def loaded_by(slots: Slots, keep: Array) -> Array:
+    """bool[E]: the experts that some token keeps, from bool[T, E] in slot order."""
+    experts = slots.indices.shape[1]
+    return jnp.zeros((experts,), bool).at[slots.indices].max(keep)
+
+
+def first_ranks(shape: tuple[int, ...], count: int) -> Array:
+    """bool[T, E]: the first ``count`` slots of each token."""
+    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :] < count, shape)
