@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import posixpath
 import re
@@ -105,9 +106,49 @@ def reference_pages() -> dict[str, str]:
         path = _source(module)
         assert path is not None
         about = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        entries = "\n\n".join(f"::: {module}.{name}" for name in public_symbols(module))
+        entries = "\n\n".join(
+            f"::: {module}.{name}\n{fields_table(name)}" for name in public_symbols(module)
+        )
         pages[f"api/{module}.md"] = f"# {module}\n\n{about}\n\n{entries}\n"
     return pages
+
+
+@functools.cache
+def _pytrees() -> dict[str, tuple[str, ast.ClassDef]]:
+    """The classes with the decorator ``pytree``: source text and definition, by name."""
+    classes = {}
+    for path in sorted((ROOT / "moe_jax").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "@pytree" not in text:
+            continue
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef) and any(
+                isinstance(decorator, ast.Name) and decorator.id == "pytree"
+                for decorator in node.decorator_list
+            ):
+                classes[node.name] = (text, node)
+    return classes
+
+
+def fields_table(name: str) -> str:
+    """Returns the fields of a pytree class with their types and comments, which state shapes.
+
+    mkdocstrings knows the fields of a ``dataclass`` only. For any other symbol the text is empty.
+    """
+    if name not in _pytrees():
+        return ""
+    text, node = _pytrees()[name]
+    lines = text.splitlines()
+    rows = ["", "| field | type | meaning |", "|---|---|---|"]
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            assert field.end_lineno is not None
+            comment = lines[field.end_lineno - 1].partition("  # ")[2]
+            kind = ast.unparse(field.annotation).replace("|", "\\|")
+            rows.append(
+                f"| `{field.target.id}` | `{kind}` | {comment.replace('|', chr(92) + '|')} |"
+            )
+    return "\n".join([*rows, ""])
 
 
 # --- the catalogue of rules -----------------------------------------------------------------
@@ -127,6 +168,7 @@ def rules_page() -> str:
         for name in moe_jax.routers.__all__
         if inspect.isclass(value := getattr(moe_jax.routers, name))
         and issubclass(value, Router)
+        and dataclasses.is_dataclass(value)
         and value is not Router
     ]
     single = [rule_class(name) for name in sorted(LAZY_RULES)]

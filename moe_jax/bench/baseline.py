@@ -73,6 +73,17 @@ class Change:
         """Returns whether even the least change is above 1 + tolerance."""
         return self.low > 1.0 + tolerance
 
+    def verdict(self, tolerance: float) -> str:
+        """Returns ``"yes"`` if slower, ``"no"`` if not, ``"not shown"`` if the interval spans the bar.
+
+        Example:
+            >>> Change(name="TopK", before=1.0, now=1.1, low=1.0, high=1.2).verdict(0.1)
+            'not shown'
+        """
+        if self.slower(tolerance):
+            return "yes"
+        return "no" if self.high <= 1.0 + tolerance else "not shown"
+
 
 def read_baseline(file: Path) -> dict[str, Any]:
     """The content of a file that ``moe-jax bench ... --json FILE`` wrote.

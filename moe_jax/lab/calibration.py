@@ -317,6 +317,7 @@ def calibration_blocks(
 
 
 def spread_blocks(files: Sequence[Any], config: LMConfig, tokens: int, seed: int) -> Blocks:
+    """Returns blocks of about ``tokens`` bytes, as evenly from all files as their sizes allow."""
     # Small files have fewer blocks than the cap, so the cap is raised until the text suffices.
     per_file = 1
     blocks = cut_blocks(files, length=config.length, per_file=per_file, seed=seed)

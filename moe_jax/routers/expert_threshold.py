@@ -65,7 +65,8 @@ class ExpertThreshold(TokenChoice):
             raise ValueError(
                 "scoring: expected ungrouped selection by score, got "
                 f"num_groups={self.scoring.num_groups}, select_by={self.scoring.select_by!r}. "
-                "Cutoffs take the place of groups and biases."
+                "Cutoffs take the place of groups and biases. For a grouped router use DynamicK, TopP "
+                "or MinP, which keep the groups."
             )
         super().__post_init__()
         check_number("target_k", self.target_k)

@@ -20,18 +20,20 @@ def row(rule="TopK", ratio=1.0, spread=(0.9, 1.1)):
 @pytest.mark.parametrize(
     ("before", "now", "slower"),
     [
-        (row(), row(), False),
-        (row(), row(ratio=1.15, spread=(1.05, 1.25)), False),  # the middle halves overlap
-        (row(), row(ratio=1.3, spread=(1.25, 1.4)), True),
-        (row(), row(ratio=1.17, spread=(1.15, 1.2)), False),  # apart, but by less than 10 %
-        (row(), row(ratio=0.5, spread=(0.4, 0.6)), False),
+        (row(), row(), "not shown"),
+        (row(), row(ratio=1.15, spread=(1.05, 1.25)), "not shown"),  # the middle halves overlap
+        (row(), row(ratio=1.3, spread=(1.25, 1.4)), "yes"),
+        (row(), row(ratio=1.17, spread=(1.15, 1.2)), "not shown"),  # apart, but maybe by under 10 %
+        (row(), row(ratio=0.5, spread=(0.4, 0.6)), "no"),
+        (row(), row(ratio=1.0, spread=(0.99, 0.99)), "no"),
     ],
 )
 def test_slower_means_apart_by_more_than_the_tolerance(before, now, slower):
     [change], lost = compare([before], [now])
     assert not lost
     assert change.low <= change.change <= change.high
-    assert change.slower(0.1) is slower
+    assert change.verdict(0.1) == slower
+    assert change.slower(0.1) is (slower == "yes")
 
 
 def test_rows_are_told_apart_by_what_they_measure_and_lost_ones_are_named():
@@ -99,7 +101,7 @@ def test_the_command_measures_again_and_its_exit_code_says_whether_anything_is_s
     # Factors far beyond what a busy machine does to a ratio.
     fine, slow = against(1000.0), against(0.001)
     assert fine.exit_code == 0, fine.output
-    assert "none of 8 cases is slower" in " ".join(fine.output.split())
+    assert "none of 8 cases is shown to be slower" in " ".join(fine.output.split())
     assert slow.exit_code == 1, slow.output
     assert "slower in 8 of 8" in " ".join(slow.output.split())
 
