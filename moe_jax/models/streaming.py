@@ -221,7 +221,7 @@ class Stream:
         with part.open("wb") as file:
             np.savez(file, allow_pickle=False, **stored)
         state = {"identity": self._identity, "done": self._done, "notes": self.notes}
-        (work / ".state.json").write_text(json.dumps(state))
+        (work / ".state.json").write_text(json.dumps(state), encoding="utf-8")
         # The old note goes first: arrays and note of two different layers are never together.
         (work / "state.json").unlink(missing_ok=True)
         os.replace(part, work / "state.npz")
@@ -230,7 +230,7 @@ class Stream:
     def _restore(self, work: Path) -> bool:
         if not (work / "state.json").is_file():
             return False
-        state = json.loads((work / "state.json").read_text())
+        state = json.loads((work / "state.json").read_text(encoding="utf-8"))
         if state["identity"] != self._identity:
             raise ValueError(
                 f"{work}: expected the saved state of this model, text and task, got that of "
