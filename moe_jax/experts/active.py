@@ -9,7 +9,8 @@ the weights is copied first, and reading, writing and reading again takes two to
 as reading. ``FeedForward`` is therefore run there by ``_stream_row``, in sums that XLA compiles
 together with the slices they read.
 
-The gradient is that of ``tiered``. It is right, but meant for tests: training batches are larger.
+The derivatives are those of ``tiered``. They are right, but meant for tests: training batches are
+larger.
 """
 
 from __future__ import annotations
@@ -22,13 +23,8 @@ import jax.numpy as jnp
 from moe_jax.checks import holds
 from moe_jax.experts.base import Implementation, one_expert, vary_like
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
-from moe_jax.experts.tiered import (
-    TierSizes,
-    backward,
-    run_with_sizes,
-    slots_executed_with,
-    sum_over_slots,
-)
+from moe_jax.experts.tier_loop import TierSizes, sum_over_slots
+from moe_jax.experts.tiered import run_with_sizes, slots_executed_with
 from moe_jax.types import Array, DispatchPlan, Params
 
 _ONE_ROW = TierSizes(bulk=(0,), pieces=(1,))
@@ -88,21 +84,16 @@ def _outputs(ffn: FeedForward, params: Params, x: Array, plan: DispatchPlan) -> 
     return jax.lax.fori_loop(jnp.int32(0), plan.group_sizes.sum(dtype=jnp.int32), step, total)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _stream(ffn: FeedForward, params: Params, x: Array, weights: Array, plan: DispatchPlan):
     return sum_over_slots(plan, _outputs(ffn, params, x, plan), weights)
 
 
-def _fwd(ffn, params, x, weights, plan):
-    outputs = _outputs(ffn, params, x, plan)
-    return sum_over_slots(plan, outputs, weights), (params, x, weights, plan, outputs)
-
-
-def _bwd(ffn, residuals, dy):
-    return backward(ffn, _ONE_ROW, residuals, dy)
-
-
-_stream.defvjp(_fwd, _bwd)
+@_stream.defjvp
+def _stream_jvp(ffn, primals, tangents):
+    *floats, plan = primals
+    tiered = functools.partial(run_with_sizes, ffn, _ONE_ROW, plan=plan)
+    return _stream(ffn, *primals), jax.jvp(tiered, tuple(floats), tangents[:-1])[1]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="platform")

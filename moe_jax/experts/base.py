@@ -102,14 +102,17 @@ def from_bits(bits: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(bits, dtype) if bits.dtype != dtype else bits
 
 
-def one_expert(params: Params, expert: Array) -> Params:
-    """Returns the parameters of the expert with index ``expert`` i32[]. For written gradients only.
+def one_expert(params: Params, expert: Array, *, in_place: bool = True) -> Params:
+    """Returns the parameters of the expert with index ``expert`` i32[].
 
-    The bits of 16-bit floats are sliced, see ``to_bits``, and a barrier keeps the reinterpretation,
-    which would be a copy of the whole stack, from being moved out of a loop over experts.
+    With ``in_place``, for written gradients only, the bits of 16-bit floats are sliced, see
+    ``to_bits``, and a barrier keeps the reinterpretation, which would be a copy of the whole stack,
+    from being moved out of a loop over experts.
     """
 
     def pick(stack: Array, expert: Array) -> Array:
+        if not in_place:
+            return jax.lax.dynamic_index_in_dim(stack, expert, axis=0, keepdims=False)
         if stack.dtype in (jnp.bfloat16, jnp.float16):
             stack, expert = jax.lax.optimization_barrier((stack, expert))
         part = jax.lax.dynamic_index_in_dim(to_bits(stack), expert, axis=0, keepdims=False)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.experts import dense, tiered
+from moe_jax.experts import dense, tier_loop, tiered
 from moe_jax.experts.feed_forward import FeedForward
 from moe_jax.routing import dispatch
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
@@ -294,4 +294,4 @@ def test_sizes_are_bounded_by_what_an_expert_can_hold():
 def test_rows_executed_are_counted_as_the_loop_counts_them():
     sizes = (32, 48, 64)
     for rows, wanted in [(0, 0), (1, 32), (33, 48), (64, 64), (65, 96), (200, 224)]:
-        assert int(tiered._piece_rows(sizes, jnp.asarray([rows]))[0]) == wanted
+        assert int(tier_loop.piece_rows(sizes, jnp.asarray([rows]))[0]) == wanted
