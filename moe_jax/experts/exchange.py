@@ -100,6 +100,7 @@ class ExchangeSpec(NamedTuple):
     devices: int
     sizes: tuple[int, ...]  # S to choose from, ascending
     bounded: bool  # whether the largest S holds any load, so that one round suffices
+    bound: int  # the S that holds any load
 
 
 def send_sizes(

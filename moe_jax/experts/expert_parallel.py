@@ -23,7 +23,7 @@ go in further rounds. Fewer experts per token therefore send less.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +38,7 @@ from moe_jax.experts.base import (
     vary_like,
     vary_over,
 )
+from moe_jax.experts.derivatives import call
 from moe_jax.experts.exchange import (
     ExchangeSpec,
     ExpertParallel,
@@ -124,9 +125,19 @@ def run_parallel(
             capacity=plan.capacity,
             shares=parallel.send_shares,
         )
-        spec = ExchangeSpec(expert_fn, parallel, implementation, platform, devices, sizes, bounded)
-        output: Any = _run(spec, params, x, weights, plan)
-        y, executed = output
+        bound = plan.assignments.num_tokens * min(plan.assignments.slots_per_token or local, local)
+        bound = sizes[-1] if bounded else min(plan.num_rows, bound)
+        spec = ExchangeSpec(
+            expert_fn=expert_fn,
+            parallel=parallel,
+            implementation=implementation,
+            platform=platform,
+            devices=devices,
+            sizes=sizes,
+            bounded=bounded,
+            bound=bound,
+        )
+        y, executed = call(_Exchanged(spec), params, x, weights, plan)
     if parallel.model_axis is not None:
         y = jax.lax.psum(y, parallel.model_axis)
         executed = jax.lax.pmean(executed, parallel.model_axis)
@@ -207,24 +218,47 @@ def _forward(
     return ran[0], ran[1], ran[2] if spec.bounded and len(spec.sizes) == 1 else None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run(
-    spec: ExchangeSpec, params: Params, x: Array, weights: Array, plan: DispatchPlan
-) -> tuple[Array, Array]:
-    outputs, executed, _ = _forward(spec, params, x, plan)
-    return combine(plan, outputs, weights), executed
+@dataclasses.dataclass(frozen=True)
+class _Exchanged:
+    """Outputs and rows computed of experts on all devices, as a ``DifferentiableFunction``."""
+
+    spec: ExchangeSpec
+
+    def run(
+        self, params: Params, x: Array, weights: Array, plan: DispatchPlan, *, in_place: bool
+    ) -> tuple[Array, Array]:
+        del in_place  # the experts are functions with derivatives themselves
+        outputs, executed, _ = _forward(self.spec, params, x, plan)
+        return combine(plan, outputs, weights), executed
+
+    def forward(
+        self, params: Params, x: Array, weights: Array, plan: DispatchPlan, *, in_place: bool
+    ) -> tuple[Any, Any]:
+        del in_place
+        outputs, executed, kept = _forward(self.spec, params, x, plan)
+        # The outputs are kept for the gradient of the combine weights.
+        return (combine(plan, outputs, weights), executed), (outputs, kept)
+
+    def backward(
+        self, arguments: tuple[Any, ...], residuals: Any, cotangents: Any, *, in_place: bool
+    ) -> tuple[Any, ...]:
+        del in_place
+        return _backward(self.spec, arguments, residuals, cotangents[0])
+
+    def reference(self, params: Params, x: Array, weights: Array, plan: DispatchPlan) -> Any:
+        # One buffer that holds any load takes one round, so there is no loop of unknown length.
+        bound = self.spec._replace(sizes=(self.spec.bound,), bounded=True)
+        outputs, executed, kept = _forward(bound, params, x, plan)
+        same = self.spec.bounded and len(self.spec.sizes) == 1
+        return (combine(plan, outputs, weights), executed), (outputs, kept if same else None)
 
 
-def _fwd(spec, params, x, weights, plan):
-    outputs, executed, kept = _forward(spec, params, x, plan)
-    # The outputs are kept for the gradient of the combine weights.
-    residuals = (params, x, weights, plan, outputs, kept)
-    return (combine(plan, outputs, weights), executed), residuals
-
-
-def _bwd(spec, residuals, cotangents):
-    params, x, weights, plan, outputs, kept = residuals
-    dy, _ = cotangents
+def _backward(
+    spec: ExchangeSpec, arguments: tuple[Any, ...], residuals: Any, dy: Array
+) -> tuple[Any, ...]:
+    """Returns the gradients of (params, x, weights), and None for the plan."""
+    params, x, weights, plan = arguments
+    outputs, kept = residuals
     a = plan.assignments
     layout = send_layout(plan, spec.devices)
     tier, rounds = choose_size(spec, layout)
@@ -273,6 +307,3 @@ def _bwd(spec, residuals, cotangents):
     dx = combine(plan, drows, ones).astype(x.dtype)
     products = (outputs.astype(jnp.float32) * dy[a.token_indices]).sum(axis=1)
     return dparams, dx, jnp.where(plan.kept, products, 0.0), None
-
-
-_run.defvjp(_fwd, _bwd)
