@@ -37,22 +37,29 @@ class DifferentiableFunction(Protocol):
     JAX differentiates what the method does.
     """
 
-    def run(self, *arguments: Any, in_place: bool) -> Any:
-        """The values."""
+    @property
+    def batched_in_a_loop(self) -> bool:
+        """Whether ``jax.vmap`` runs one element of the batch after another."""
         ...
 
-    def forward(self, *arguments: Any, in_place: bool) -> tuple[Any, Any]:
-        """The values, and what ``backward`` needs beside the arguments."""
+    @property
+    def run(self) -> Callable[..., Any]:
+        """``(*arguments, in_place) -> values``."""
         ...
 
-    def backward(
-        self, arguments: tuple[Any, ...], residuals: Any, cotangents: Any, *, in_place: bool
-    ) -> tuple[Any, ...]:
-        """The cotangents of the arguments; None for an argument without any."""
+    @property
+    def forward(self) -> Callable[..., tuple[Any, Any]]:
+        """``(*arguments, in_place) -> (values, what backward needs beside the arguments)``."""
         ...
 
-    def reference(self, *arguments: Any) -> tuple[Any, Any]:
-        """``forward`` in operations that JAX differentiates in both modes."""
+    @property
+    def backward(self) -> Callable[..., tuple[Any, ...]]:
+        """``(arguments, residuals, cotangents, in_place) -> cotangents``, None where there are none."""
+        ...
+
+    @property
+    def reference(self) -> Callable[..., tuple[Any, Any]]:
+        """``(*arguments)``: ``forward`` in operations that JAX differentiates in both modes."""
         ...
 
 
@@ -89,6 +96,7 @@ class _Program:
     # (other arguments, cotangents) -> cotangents of the linear ones; None transposes ``reference``.
     transpose: Callable[..., list[Any]] | None = None
     transpose_smooth: Callable[..., list[Any]] | None = None
+    loop: bool = False  # whether a batch runs one element after another
 
 
 def _program(function: DifferentiableFunction, tree: Any, structures: dict[str, Any]) -> _Program:
@@ -132,9 +140,11 @@ def _program(function: DifferentiableFunction, tree: Any, structures: dict[str, 
                 run=functools.partial(forward, in_place=True),
                 smooth=functools.partial(forward, in_place=False),
                 reference=reference,
+                loop=function.batched_in_a_loop,
             ),
             backward,
         ),
+        loop=function.batched_in_a_loop,
     )
 
 
@@ -248,6 +258,7 @@ def _derivative(program: _Program, moving: list[bool], outputs: list[Any], kept:
         linear=(*[False] * (kept + size), *[True] * sum(moving)),
         transpose=transpose(True) if program.reverse else None,
         transpose_smooth=transpose(False) if program.reverse else None,
+        loop=program.loop,
     )
 
 
@@ -284,6 +295,7 @@ def _transpose_rule(
         linear=(*[False] * len(fixed), *[True] * len(given)),
         transpose=forward(program.run),
         transpose_smooth=forward(program.smooth),
+        loop=program.loop,
     )
     results = iter(_bind(transposed, [*fixed, *given]))
     return [next(results) if u else None for u in unknown]
@@ -316,6 +328,8 @@ def _batched(program: _Program, batched: list[bool], axis: Any) -> _Program:
         options.pop("axis_name")
 
     def over(method: Callable[..., list[Any]], kinds: Sequence[bool]) -> Callable[..., list[Any]]:
+        if program.loop:
+            return functools.partial(_map, method, kinds)
         in_axes = [0 if b else None for b in kinds]
         return lambda *a: jax.vmap(method, in_axes=tuple(in_axes), out_axes=0, **options)(*a)
 
@@ -355,7 +369,18 @@ def _batched(program: _Program, batched: list[bool], axis: Any) -> _Program:
         linear=program.linear,
         transpose=transpose,
         transpose_smooth=transpose_smooth,
+        loop=program.loop,
     )
+
+
+def _map(method: Callable[..., list[Any]], batched: Sequence[bool], *arrays: Any) -> list[Any]:
+    """``jax.vmap`` over the leading axes of the ``batched`` arrays, as a loop."""
+
+    def one(chosen: list[Any]) -> list[Any]:
+        values = iter(chosen)
+        return method(*[next(values) if b else a for a, b in zip(arrays, batched, strict=True)])
+
+    return jax.lax.map(one, [a for a, b in zip(arrays, batched, strict=True) if b])
 
 
 ad.primitive_jvps[_call_p] = _jvp_rule

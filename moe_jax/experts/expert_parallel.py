@@ -56,6 +56,7 @@ from moe_jax.experts.exchange import (
     sent_rows,
 )
 from moe_jax.experts.feed_forward import ExpertFn, FeedForward
+from moe_jax.experts.tier_loop import wide
 from moe_jax.routing.dispatch import combine, kept_weights
 from moe_jax.types import Array, DispatchPlan, Params
 
@@ -224,6 +225,8 @@ class _Exchanged:
 
     spec: ExchangeSpec
 
+    batched_in_a_loop = False
+
     def run(
         self, params: Params, x: Array, weights: Array, plan: DispatchPlan, *, in_place: bool
     ) -> tuple[Array, Array]:
@@ -297,10 +300,8 @@ def _backward(
         added = jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, dparams)
         return added, rows_by_assignment(plan, layout, start, back, dx)
 
-    wide = jax.tree.map(
-        lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
-    )
-    zeros = (wide, jnp.zeros((plan.order.shape[0], width), x.dtype))
+    sums = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
+    zeros = (sums, jnp.zeros((plan.order.shape[0], width), x.dtype))
     dparams, drows = run_rounds(spec, rounds, step, vary_over(zeros, spec.parallel.axes))
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
     ones = vary_like(jnp.ones(weights.shape, jnp.float32), x)

@@ -7,7 +7,7 @@ and so does exactly the work of the kept rows, up to the tiles in which two expe
 The gradient is written by hand. Its products are grouped too, six for a gated expert, and it keeps the
 hidden activations [R, F] only: rows are gathered again, and the gradient of a combine weight is
 ``hidden . (dy @ down.T)``, so the experts' outputs are not kept. Everything moves by gathers. Forward
-mode (``jax.jvp``) is not supported.
+mode and derivatives of derivatives run by ``jax.lax.ragged_dot``, see ``derivatives.call``.
 
 Kernels never write rows past the last expert's, so these are masked after every product. The number of
 rows is the row budget of the plan in whole tiles; kernels skip the tiles past the kept rows, so a
@@ -16,23 +16,29 @@ smaller dynamic k computes less without a budget.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.experts.base import Implementation, mask_rows
+from moe_jax.experts.derivatives import call
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
 from moe_jax.experts.grouped_product import (
     grouped_dot,
     grouped_dot_transposed,
     grouped_outer,
 )
-from moe_jax.experts.tiered import sum_over_slots
+from moe_jax.experts.ragged import masked_dot, product
+from moe_jax.experts.tier_loop import sum_over_slots
 from moe_jax.types import Array, DispatchPlan, Params
 
 _TILE = 128
+
+_Product = Callable[[Array, Array, Array], Array]  # (rows, kernels, group sizes) -> rows
 
 
 class _Rows(NamedTuple):
@@ -62,8 +68,10 @@ def _sorted_rows(plan: DispatchPlan) -> _Rows:
     return _Rows(live, n, a.token_indices[n], experts)
 
 
-def _project(params: Params, name: str, rows: Array, where: _Rows, group_sizes: Array) -> Array:
-    out = grouped_dot(rows, params[name].astype(rows.dtype), group_sizes)
+def _project(
+    params: Params, name: str, rows: Array, where: _Rows, group_sizes: Array, dot: _Product
+) -> Array:
+    out = dot(rows, params[name].astype(rows.dtype), group_sizes).astype(rows.dtype)
     bias = params.get(f"{name}_bias")
     if bias is not None:
         out = (out.astype(jnp.float32) + bias.astype(jnp.float32)[where.experts]).astype(out.dtype)
@@ -79,27 +87,68 @@ def _act(ffn: FeedForward, projected: dict[str, Array]) -> Array:
 
 
 def _projected(
-    ffn: FeedForward, params: Params, x: Array, plan: DispatchPlan, where: _Rows
+    ffn: FeedForward,
+    params: Params,
+    x: Array,
+    plan: DispatchPlan,
+    where: _Rows,
+    dot: _Product,
 ) -> dict[str, Array]:
     rows = mask_rows(where.live, x[where.tokens])
     names = ("gate", "up") if ffn.gated else ("up",)
-    return {name: _project(params, name, rows, where, plan.group_sizes) for name in names}
+    sizes = plan.group_sizes
+    return {name: _project(params, name, rows, where, sizes, dot) for name in names}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(ffn: FeedForward, params: Params, x: Array, weights: Array, plan: DispatchPlan):
-    return _fwd(ffn, params, x, weights, plan)[0]
+@dataclasses.dataclass(frozen=True)
+class _Grouped:
+    """The weighted sum over every token's kept rows, as a ``DifferentiableFunction``."""
+
+    ffn: FeedForward
+
+    batched_in_a_loop = False
+
+    def run(
+        self, params: Params, x: Array, weights: Array, plan: DispatchPlan, *, in_place: bool
+    ) -> Array:
+        return self.forward(params, x, weights, plan, in_place=in_place)[0]
+
+    def forward(
+        self, params: Params, x: Array, weights: Array, plan: DispatchPlan, *, in_place: bool
+    ) -> tuple[Array, dict[str, Array]]:
+        # Kernels have no derivative of their own; the ragged product has.
+        dot = grouped_dot if in_place else product
+        return self._forward(params, x, weights, plan, dot)
+
+    def _forward(
+        self, params: Params, x: Array, weights: Array, plan: DispatchPlan, dot: _Product
+    ) -> tuple[Array, dict[str, Array]]:
+        where = _sorted_rows(plan)
+        projected = _projected(self.ffn, params, x, plan, where, dot)
+        hidden = _act(self.ffn, projected)
+        outputs = _project(params, "down", hidden, where, plan.group_sizes, dot)
+        return sum_over_slots(plan, outputs, weights), projected
+
+    def backward(
+        self, arguments: tuple[Any, ...], residuals: Any, cotangents: Array, *, in_place: bool
+    ) -> tuple[Any, ...]:
+        if in_place:
+            return _backward(self.ffn, arguments, residuals, cotangents)
+        *floats, plan = arguments
+        values = functools.partial(self.run, plan=plan, in_place=False)
+        return (*jax.vjp(values, *floats)[1](cotangents), None)
+
+    def reference(
+        self, params: Params, x: Array, weights: Array, plan: DispatchPlan
+    ) -> tuple[Array, dict[str, Array]]:
+        return self._forward(params, x, weights, plan, masked_dot)
 
 
-def _fwd(ffn, params, x, weights, plan):
-    where = _sorted_rows(plan)
-    projected = _projected(ffn, params, x, plan, where)
-    outputs = _project(params, "down", _act(ffn, projected), where, plan.group_sizes)
-    return sum_over_slots(plan, outputs, weights), (params, x, weights, plan, projected)
-
-
-def _bwd(ffn, residuals, dy):
-    params, x, weights, plan, projected = residuals
+def _backward(
+    ffn: FeedForward, arguments: tuple[Any, ...], projected: dict[str, Array], dy: Array
+) -> tuple[Any, ...]:
+    """Returns the gradients of (params, x, weights), and None for the plan."""
+    params, x, weights, plan = arguments
     a, sizes, dtype = plan.assignments, plan.group_sizes, x.dtype
     where = _sorted_rows(plan)
     hidden, pull = jax.vjp(functools.partial(_act, ffn), projected)
@@ -148,9 +197,6 @@ def _bias_gradient(bias: Array, dout: Array, where: _Rows) -> Array:
     return added.astype(bias.dtype)
 
 
-_grouped.defvjp(_fwd, _bwd)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
     """Computes f32[T, D_out] by grouped products; see ``Implementation.run``."""
@@ -160,7 +206,7 @@ def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weigh
             "A grouped product runs no other expert; use implementation='tiered'."
         )
     check_params(expert_fn, params, d_model=x.shape[1], num_experts=plan.assignments.num_experts)
-    return _grouped(expert_fn, params, x, weights, plan)
+    return call(_Grouped(expert_fn), params, x, weights, plan)
 
 
 def slots_executed(plan: DispatchPlan) -> Array:

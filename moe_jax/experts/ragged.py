@@ -8,12 +8,15 @@ times the work, and one expert's infinite weights reach every token.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.experts.base import Implementation
+from moe_jax.experts.derivatives import call
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
 from moe_jax.routing.dispatch import combine
 from moe_jax.types import Array, DispatchPlan, Params
@@ -21,7 +24,55 @@ from moe_jax.types import Array, DispatchPlan, Params
 
 def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weights: Array) -> Array:
     """Computes f32[T, D_out] by ``jax.lax.ragged_dot``; see ``Implementation.run``."""
-    return run_with(jax.lax.ragged_dot, expert_fn, params, x, plan, weights)
+    return run_with(_product, expert_fn, params, x, plan, weights)
+
+
+def masked_dot(rows: Array, kernels: Array, sizes: Array) -> Array:
+    """``ragged_dot`` of rows [N, M] and kernels [E, M, P] as E products of all rows, f32[N, P].
+
+    JAX has no second reverse derivative of ``ragged_dot``, and has one of this.
+    """
+    ends = jnp.cumsum(sizes)
+    row = jnp.arange(rows.shape[0], dtype=sizes.dtype)[None, :]
+    inside = (row < ends[:, None]) & (row >= (ends - sizes)[:, None])  # [E, N]
+    masked = jnp.where(inside[:, :, None], rows[None], jnp.zeros((), rows.dtype))
+    return jnp.matmul(masked, kernels, preferred_element_type=jnp.float32).sum(axis=0)
+
+
+class _RaggedDot:
+    """``jax.lax.ragged_dot`` in float32. JAX cannot batch its group sizes, so a batch is a loop."""
+
+    batched_in_a_loop = True
+
+    def run(self, rows: Array, kernels: Array, sizes: Array, *, in_place: bool) -> Array:
+        del in_place  # JAX differentiates the product in both modes
+        return jax.lax.ragged_dot(rows, kernels, sizes, preferred_element_type=jnp.float32)
+
+    def forward(
+        self, rows: Array, kernels: Array, sizes: Array, *, in_place: bool
+    ) -> tuple[Array, None]:
+        return self.run(rows, kernels, sizes, in_place=in_place), None
+
+    def backward(
+        self, arguments: tuple[Any, ...], residuals: None, cotangents: Array, *, in_place: bool
+    ) -> tuple[Any, ...]:
+        del residuals
+        rows, kernels, sizes = arguments
+        product = functools.partial(self.run, sizes=sizes, in_place=in_place)
+        return (*jax.vjp(product, rows, kernels)[1](cotangents), None)
+
+    def reference(self, rows: Array, kernels: Array, sizes: Array) -> tuple[Array, None]:
+        return masked_dot(rows, kernels, sizes), None
+
+
+def product(rows: Array, kernels: Array, sizes: Array) -> Array:
+    """``jax.lax.ragged_dot`` in float32, with derivatives of every order and under ``jax.vmap``."""
+    return call(_RaggedDot(), rows, kernels, sizes)
+
+
+def _product(rows: Array, kernels: Array, sizes: Array, *, preferred_element_type: Any) -> Array:
+    del preferred_element_type  # float32 always
+    return product(rows, kernels, sizes)
 
 
 def run_with(

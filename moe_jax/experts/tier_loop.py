@@ -227,7 +227,7 @@ def add_expert(total: Params, expert: Array, update: Params) -> Params:
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype in which gradients of parameters of ``dtype`` are summed over pieces."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def scan_pieces(

@@ -173,6 +173,8 @@ class _Tiered:
     expert_fn: ExpertFn
     sizes: TierSizes
 
+    batched_in_a_loop = False
+
     def run(
         self, params: Params, x: Array, weights: Array, plan: DispatchPlan, *, in_place: bool
     ) -> Array:
