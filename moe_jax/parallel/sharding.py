@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -338,7 +338,7 @@ def sharded_moe_layer(
     device drops among its share of the tokens alone. On one device,
     ``moe_layer(..., groups=number of devices that split tokens)`` drops the same assignments.
 
-    Call it with global arrays, under ``jax.jit`` or ``jit_sharded``. The returned routing covers all
+    Call it with global arrays. The returned routing covers all
     tokens, so losses over it are global. ``router.update`` with the returned statistics gives the
     same state on every device.
 
@@ -426,37 +426,59 @@ def sharded_moe_layer(
         flat, mask = jnp.pad(flat, ((0, more), (0, 0))), jnp.pad(mask, (0, more))
         context = jax.tree.map(lambda c: jnp.pad(c, [(0, more), *[(0, 0)] * (c.ndim - 1)]), context)
 
+    static = _ShardedLayer(router, expert_fn, mesh, where, parallel, options)
+    y, aux = _run_sharded(static, params, state, flat, key, mask, context)
+    if more:
+        y = y[:total]
+        aux = LayerAux(routing=jax.tree.map(lambda r: r[:total], aux.routing), stats=aux.stats)
+    return y.reshape(*lead, -1), aux
+
+
+class _ShardedLayer(NamedTuple):
+    """Static arguments of ``_run_sharded``."""
+
+    router: Router
+    expert_fn: ExpertFn
+    mesh: Mesh | None  # None takes that of ``jax.set_mesh``
+    axes: AnyMesh  # the mesh in use
+    parallel: ExpertParallel
+    options: LayerOptions
+
+
+# Compiled as one program even where the caller does not use jit: JAX compiles each operation of a
+# `shard_map` by itself otherwise, which takes 40 s for this layer.
+@functools.partial(jax.jit, static_argnums=0)
+def _run_sharded(
+    static: _ShardedLayer, params: Any, state: Any, x: Array, key: Any, mask: Any, context: Any
+) -> tuple[Array, LayerAux]:
+    tokens = static.parallel.token_axes
+
     def local(params, state, x, key, mask, context):
         if key is not None and tokens:
             key = jax.random.fold_in(key, jax.lax.axis_index(tokens))
         return moe_layer(
-            router,
-            expert_fn,
+            static.router,
+            static.expert_fn,
             params,
             state,
             x,
             key=key,
             token_mask=mask,
             context=context,
-            options=options,
-            parallel=parallel,
+            options=static.options,
+            parallel=static.parallel,
         )
 
     # Routing and output have one part per token shard. The statistics are already summed over the
     # shards, so they are the same on every device.
     rows = P(tokens or None)
-    specs = (param_specs(params, where), P(), rows, P(), rows, rows)
     run = jax.shard_map(
         local,
-        mesh=mesh,
-        in_specs=specs,
+        mesh=static.mesh,
+        in_specs=(param_specs(params, static.axes), P(), rows, P(), rows, rows),
         out_specs=(rows, LayerAux(routing=rows, stats=P())),  # pyright: ignore[reportArgumentType]
     )
-    y, aux = run(params, state, flat, key, mask, context)
-    if more:
-        y = y[:total]
-        aux = LayerAux(routing=jax.tree.map(lambda r: r[:total], aux.routing), stats=aux.stats)
-    return y.reshape(*lead, -1), aux
+    return run(params, state, x, key, mask, context)
 
 
 def layer_over(mesh: Mesh | None) -> Callable[..., tuple[Array, LayerAux]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import time
 import warnings
 
 import jax
@@ -102,6 +103,29 @@ def main() -> None:
                 jax.device_put(mask, NamedSharding(both, P("data"))),
             )
         measured[label] = difference(found, wanted)
+
+    # Second derivatives through the exchange, and a call without jit: seconds, once 40 s.
+    mesh = sharding.make_mesh(data=2, expert=2)
+    layer = functools.partial(sharding.sharded_moe_layer, mesh=mesh)
+    start = time.monotonic()
+    y, _ = layer(router, FFN, params, router.init_state(), x, token_mask=mask)
+    measured["sharded, eager"] = difference(y, wanted[0][1][0])
+    measured["sharded, eager: seconds"] = time.monotonic() - start
+
+    def curvature(layer, options, x):
+        def loss(x):
+            y = layer(router, FFN, params, router.init_state(), x, options=options)[0]
+            return jnp.sin(y).sum()
+
+        def slope(x):
+            return jax.jvp(loss, (x,), (x,))[1]
+
+        return jax.jvp(jax.grad(loss), (x,), (x,))[1], jax.grad(slope)(x)
+
+    few = x[:, :1]
+    of_one = jax.jit(functools.partial(curvature, moe_jax.moe_layer, dense))(few)
+    of_many = jax.jit(functools.partial(curvature, layer, moe_jax.LayerOptions()))(few)
+    measured["sharded, jvp of grad and grad of jvp"] = difference(of_many, of_one)
 
     module = DynamicMoE(E, FFN, 1, 3, d_model=D, d_ff=F, rngs=nnx.Rngs(0))
     call = nnx.jit(lambda module, x: module(x))
