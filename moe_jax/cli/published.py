@@ -1,4 +1,5 @@
-"""Commands about published models: budget, generate, and evaluate, which takes checkpoints too."""
+"""Commands about published models: budget, experts, prune, generate, and evaluate, which takes
+checkpoints too."""
 
 from __future__ import annotations
 
@@ -209,10 +210,11 @@ def evaluate(
         f"perplexity {trained['perplexity']:.3f}, {trained['bits_per_byte']:.4f} bits a byte"
     )
     if fitted is not None:
-        _show_rules(report)
+        show_rules(report)
 
 
-def _show_rules(report: dict[str, Any]) -> None:
+def show_rules(report: dict[str, Any]) -> None:
+    """Prints the rows of ``Comparison.report`` as a table, with tails and drift below it."""
     table = Table(
         "rule", "mean k", "saved", "bits/byte", "change (95 %)", "verdict", "expert FLOPs", "time"
     )
@@ -323,6 +325,85 @@ def budget(
         f"budget in {path}; next: moe-jax evaluate {folder} --budget {path} --controls",
         soft_wrap=True,
     )
+
+
+@app.command()
+def prune(
+    folder: Folder,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write the model to.")],
+    keep: Annotated[float, typer.Option(help="Share of the experts to keep.")] = 0.5,
+    method: Annotated[str, typer.Option(help="reap, frequency or mean_weight.")] = "reap",
+    counts: Annotated[
+        str,
+        typer.Option(
+            help="uniform, or sensitivity: layers keep different numbers, which transformers cannot "
+            "open."
+        ),
+    ] = "uniform",
+    text: Text = None,
+    held_out_text: Annotated[
+        Path | None,
+        typer.Option(help="Text to measure the loss on; without it, the standard library's."),
+    ] = None,
+    length: Length = 512,
+    limit: Limit = None,
+    batch: Batch = 4,
+    work: Work = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the experts that matter least on your text, and say what that costs on other text."""
+    from moe_jax.models import HubFolder, compare
+    from moe_jax.models.prune import (
+        expert_saliency,
+        experts_to_keep,
+        prune_block,
+        pruning_limits,
+        write_pruned,
+    )
+    from moe_jax.models.save import check_new
+
+    with library_errors_exit_2():
+        check_new(out_folder)
+        opened = HubFolder(folder)
+        least, groups = pruning_limits(opened)
+        tokens = read_text(opened, text, length, limit, part="calibration")
+        held_out = read_text(opened, held_out_text, length, limit)
+        layers = opened.config.num_layers
+        with layer_bar(layers, "saliency") as progress:
+            saliency = expert_saliency(
+                opened,
+                tokens.input_ids,
+                tokens.mask,
+                batch_size=batch,
+                progress=progress,
+                work=None if work is None else work / "saliency",
+            )
+        kept = experts_to_keep(
+            saliency, keep, method=method, counts=counts, least=least, groups=groups
+        )
+        path = write_pruned(opened, kept, out_folder)
+        with layer_bar(layers, "evaluate") as progress:
+            result = compare(
+                opened,
+                held_out,
+                changes={"pruned": lambda layer, block: prune_block(block, kept[layer])},
+                batch_size=batch,
+                progress=progress,
+                work=None if work is None else work / "evaluate",
+            )
+    report = result.report()
+    report |= {
+        "model": str(path),
+        "method": method,
+        "kept": {str(layer): rows.tolist() for layer, rows in kept.items()},
+    }
+    if as_json:
+        print_json(report)
+        return
+    numbers = ", ".join(f"{layer}: {len(rows)}" for layer, rows in kept.items())
+    out.print(f"experts kept by layer: {numbers}", soft_wrap=True)
+    show_rules(report)
+    out.print(f"model in {path}; next: moe-jax evaluate {path} --text DIR", soft_wrap=True)
 
 
 @app.command()

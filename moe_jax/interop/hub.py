@@ -11,14 +11,14 @@ from typing import Any
 from moe_jax.checks import check_count
 from moe_jax.interop.blocks import MoEBlock, moe_block_from_hf
 from moe_jax.interop.families import Family, read
-from moe_jax.interop.model_config import NESTED
+from moe_jax.interop.model_config import ALIASES, NESTED
 from moe_jax.interop.names import canonical
 from moe_jax.interop.quantization import part_of
 from moe_jax.interop.safetensors import SafetensorsFolder
 
 _LAYER = re.compile(r"^(?:(.*?)\.)?(layers|blocks|block|h)\.(\d+)\.(.+)$")
 # Config keys that may list one value a layer.
-_PER_LAYER = ("num_experts", "moe_topk", "swiglu_limits", "swiglu_limits_shared")
+_PER_LAYER = (*ALIASES["num_experts"], "moe_topk", "swiglu_limits", "swiglu_limits_shared")
 
 
 def load_hf_block(folder: str | Path, layer: int, *, prefix: str | None = None) -> MoEBlock:

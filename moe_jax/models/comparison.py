@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,7 @@ def compare(
     budget: Budget | None = None,
     *,
     controls: bool = False,
+    changes: Mapping[str, Callable[[int, MoEBlock], MoEBlock]] | None = None,
     other_text: TokenizedText | None = None,
     batch_size: int = 8,
     dtype: Any = None,
@@ -167,6 +168,7 @@ def compare(
         text: tokens from ``tokenize_files``.
         budget: from ``fit_budget`` or ``load_budget``; None evaluates the trained model alone.
         controls: whether both controls are evaluated; they need a budget.
+        changes: further lanes by name: ``(layer, block) -> block``.
         other_text: a second text of the same sequence length, on which the drift is measured.
         batch_size, dtype, implementation, progress, work: see ``evaluate``.
 
@@ -186,7 +188,8 @@ def compare(
             "Tokenize both with one length."
         )
     chosen = CONTROLS if controls else {}
-    names = ("trained", *(() if budget is None else ("budget",)), *chosen)
+    changes = changes or {}
+    names = ("trained", *(() if budget is None else ("budget",)), *chosen, *changes)
     stream = Stream(
         model,
         np.concatenate([t.input_ids for t in texts]),
@@ -208,6 +211,8 @@ def compare(
             if name == "budget":
                 assert budget is not None
                 block = budget.block(taken.number, block)
+            elif name in changes:
+                block = changes[name](taken.number, block)
             elif name in chosen:
                 block = _control(block, chosen[name], lanes["budget"].mean_k(taken.number))
             for _ in counts.add(taken, block):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from moe_jax.interop import MoEBlock, moe_block_from_hf
 from moe_jax.interop.hub import config_of_layer
+from moe_jax.interop.names import canonical
 from moe_jax.interop.quantization import dequantize, part_of, quantization_of
 from moe_jax.interop.safetensors import SafetensorsFolder
 from moe_jax.layer import LayerAux
@@ -129,6 +130,20 @@ class HubFolder:
         outside = {s: f for s, f in names.items() if not s.startswith(prefix)}
         inside = {s.removeprefix(prefix): f for s, f in names.items() if s.startswith(prefix)}
         return outside, inside, prefix
+
+    def block_tensors(self, number: int) -> dict[str, str]:
+        """The names of the tensors of a layer's block: in the files, to inside the block."""
+        return {full: short for short, full in self._split(number)[1].items()}
+
+    def num_experts(self, number: int) -> int:
+        """How many experts a layer has, from the rows of its router."""
+        for full, short in self.block_tensors(number).items():
+            if canonical(short) == "router.kernel":
+                return self._tensors[full].shape[0]
+        raise ValueError(
+            f"{self.folder}, layer {number}: expected a router, got none. Check the config against "
+            "the checkpoint."
+        )
 
     def release(self) -> None:
         """Lets go of the pages of the files that were read, so that they do not count as memory."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +85,11 @@ def save_model(model: CausalLM, folder: str | Path) -> Path:
             "model: expected one from a plain checkpoint, got one from a quantised checkpoint. Its "
             "tensors have no place for restored weights: save its params with moe_jax.checkpoint."
         )
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(
-            f"{target}: expected a new or empty folder, got one with files. Choose another name."
-        )
+    target = check_new(folder)
     get = _reader(model, source)
     config = _config(source.config, model)
     records = {name: _as_held(record, model) for name, record in source.tensors.items()}
-    # Written beside the target and renamed, so that no half-written model has its name.
-    part = target.parent / f".{target.name}.writing-{os.getpid()}"
-    part.mkdir(parents=True)
-    try:
+    with whole_folder(target) as part:
         for file in sorted({record.file for record in records.values()}):
             inside = {n: (r.dtype, r.shape) for n, r in records.items() if r.file == file}
             write_safetensors(
@@ -105,6 +99,7 @@ def save_model(model: CausalLM, folder: str | Path) -> Path:
                 metadata=source.metadata[file],
             )
         if source.index is not None:
+<<<<<<< HEAD
             (part / "model.safetensors.index.json").write_text(
                 _index(source.index, records), encoding="utf-8"
             )
@@ -112,13 +107,48 @@ def save_model(model: CausalLM, folder: str | Path) -> Path:
         for name in _COMPANIONS:
             if (Path(source.folder) / name).is_file():
                 shutil.copyfile(Path(source.folder) / name, part / name)
+=======
+            (part / "model.safetensors.index.json").write_text(_index(source.index, records))
+        (part / "config.json").write_text(config)
+        copy_companions(Path(source.folder), part)
+    return target
+
+
+def check_new(folder: str | Path) -> Path:
+    """Returns the path of a folder that does not exist yet, or is empty.
+
+    Raises:
+        FileExistsError: the folder holds files.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target}: expected a new or empty folder, got one with files. Choose another name."
+        )
+    return target
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields a folder beside ``target`` that is renamed to it, or removed after an error."""
+    part = target.parent / f".{target.name}.writing-{os.getpid()}"
+    part.mkdir(parents=True)
+    try:
+        yield part
+>>>>>>> fb0c04c (prune: REAP, frequency, mean weight; checkpoints in Hub layout with fewer experts. Expert report: counts and page)
         if target.exists():
             target.rmdir()
         part.rename(target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return target
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies tokenizer and generation settings, where the source has them."""
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _reader(model: CausalLM, source: HubSource) -> Callable[[str], np.ndarray]:

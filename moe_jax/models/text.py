@@ -60,6 +60,14 @@ class TextTokenizer:
         """The text of token ids, without special tokens."""
         return self._tokenizer.decode(list(map(int, ids)))
 
+    def token(self, number: int) -> str:
+        """The text of one token; spaces as spaces, where the vocabulary marks them otherwise."""
+        decoded = self._tokenizer.decode([number], skip_special_tokens=False)
+        piece = self._tokenizer.id_to_token(number) or ""
+        # Decoding one token drops the space before it, which SentencePiece and byte BPE mark.
+        spaced = piece[:1] in ("\u2581", "\u0120") and not decoded.startswith(" ")
+        return f" {decoded}" if spaced else decoded
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizedText:

@@ -1,0 +1,372 @@
+"""Removes the experts that a model uses least, and writes the smaller model in Hub layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.interop import MoEBlock
+from moe_jax.interop.model_config import ALIASES
+from moe_jax.interop.names import canonical
+from moe_jax.interop.quantization import part_of
+from moe_jax.interop.retrofit import fixed_rule
+from moe_jax.interop.safetensors import SafetensorsFolder, write_safetensors
+from moe_jax.layer import run_routing
+from moe_jax.models.evaluation import LaneCounts
+from moe_jax.models.load import HubFolder
+from moe_jax.models.save import check_new, copy_companions, whole_folder
+from moe_jax.models.streaming import ModelSource, Progress, Stream
+from moe_jax.types import Array, Params, Routing
+
+METHODS = ("reap", "frequency", "mean_weight")
+COUNTS = ("uniform", "sensitivity")
+_ONE_EXPERT = re.compile(r"(.*\bexperts\.)(\d+)(\..+)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saliency:
+    """How much each expert of a layer matters, on a text. All f64[E] but ``hidden``.
+
+    Attributes:
+        tokens: how many tokens chose the expert.
+        weight: the sum of its combine weights over these tokens.
+        reap: the sum of combine weight times the norm of the expert's output (REAP,
+            arXiv:2510.13999).
+        hidden: the sum of the norms of the hidden states after the layer, to compare layers.
+    """
+
+    tokens: np.ndarray
+    weight: np.ndarray
+    reap: np.ndarray
+    hidden: float
+
+    def score(self, method: str) -> np.ndarray:
+        """f64[E]: larger is kept. REAP and mean weight are means over the tokens that chose it."""
+        if method == "frequency":
+            return self.tokens
+        total = self.reap if method == "reap" else self.weight
+        return total / np.maximum(self.tokens, 1)
+
+
+@jax.jit
+def _slot_norms(block: MoEBlock, routing: Routing, rows: Array) -> Array:
+    """f32[T, K]: the norm of each chosen expert's output, 0 in unused slots."""
+
+    def norms(_: None, slot: Array) -> tuple[None, Array]:
+        # One slot at a time with weight 1 returns that expert's output itself.
+        here = (jnp.arange(routing.expert_indices.shape[1]) == slot)[None, :]
+        used = here & (routing.expert_indices < routing.num_experts)
+        alone = dataclasses.replace(
+            routing,
+            expert_indices=jnp.where(used, routing.expert_indices, routing.num_experts),
+            combine_weights=jnp.where(used, 1.0, 0.0),
+        )
+        y, _stats = run_routing(block.expert_fn, block.params["experts"], rows, alone)
+        return None, jnp.linalg.norm(y, axis=-1)
+
+    slots = jnp.arange(routing.expert_indices.shape[1], dtype=jnp.int32)
+    return jax.lax.scan(norms, None, slots)[1].T
+
+
+def expert_saliency(
+    model: ModelSource,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    batch_size: int = 8,
+    dtype: Any = None,
+    progress: Progress | None = None,
+    work: str | Path | None = None,
+) -> dict[int, Saliency]:
+    """Returns the saliency of every expert on a text, by the layer's number.
+
+    Args:
+        model: see ``evaluate``.
+        input_ids: i32[N, S].
+        attention_mask: bool or int[N, S], 0 for padding.
+        batch_size, dtype, progress, work: see ``evaluate``.
+
+    Raises:
+        ValueError: see ``evaluate``; or a block whose experts work on a compressed input.
+
+    Example:
+        >>> ids = np.arange(40).reshape(2, 20)
+        >>> saliency = expert_saliency("tests/goldens/models/mixtral", ids)
+        >>> int(saliency[0].tokens.sum())  # two experts for each of 40 tokens
+        80
+    """
+    stream = Stream(
+        model,
+        input_ids,
+        attention_mask,
+        batch_size=batch_size,
+        dtype=dtype,
+        progress=progress,
+        work=work,
+        task="saliency",
+    )
+    counts = LaneCounts(stream, "model")
+    for taken in stream.layers():
+        block = taken.block
+        if block is None:
+            continue
+        if "latent" in block.params:
+            raise ValueError(
+                f"layer {taken.number}: expected experts on the layer's own input, got a block that "
+                "compresses it first. Such blocks are not pruned."
+            )
+        inputs = [taken.input_of("model", i) for i in range(len(stream.parts))]
+        total, hidden = np.zeros((3, block.router.num_experts)), 0.0
+        for i, aux in counts.add(taken, block):
+            routing = aux.routing
+            assert isinstance(routing, Routing)
+            rows = inputs[i].reshape(-1, inputs[i].shape[-1])
+            norms = np.asarray(_slot_norms(block, routing, rows), np.float64).ravel()
+            weights = np.asarray(routing.combine_weights, np.float64).ravel()
+            experts = np.asarray(routing.expert_indices).ravel()
+            used = experts < routing.num_experts
+            for row, values in enumerate((np.ones_like(weights), weights, weights * norms)):
+                total[row] += np.bincount(
+                    experts[used], values[used], minlength=routing.num_experts
+                )
+            after = np.asarray(stream.hidden["model"][i], np.float64)[stream.mask[stream.parts[i]]]
+            hidden += float(np.linalg.norm(after, axis=-1).sum())
+        stream.arrays[f"saliency/{taken.number}"] = np.append(total.ravel(), hidden)
+    result = {}
+    for number in stream.config.moe_layers:
+        flat = stream.arrays[f"saliency/{number}"]
+        tokens, weight, reap = flat[:-1].reshape(3, -1)
+        result[number] = Saliency(tokens=tokens, weight=weight, reap=reap, hidden=float(flat[-1]))
+    stream.finish()
+    return result
+
+
+def experts_to_keep(
+    saliency: Mapping[int, Saliency],
+    keep: float,
+    *,
+    method: str = "reap",
+    counts: str = "uniform",
+    least: int = 1,
+    groups: int = 1,
+) -> dict[int, np.ndarray]:
+    """Returns the experts that each layer keeps, sorted, by the layer's number.
+
+    Args:
+        saliency: from ``expert_saliency``.
+        keep: share of the experts, above 0 and at most 1.
+        method: ``reap``, ``frequency`` or ``mean_weight``.
+        counts: "uniform" keeps the same number in each layer. "sensitivity" removes the experts with
+            the smallest part in their layer's hidden states, wherever they are.
+        least: fewest experts that a layer keeps; at least the k of its rule.
+        groups: routing groups; each keeps the same number of experts.
+
+    Raises:
+        ValueError: an unknown method, or a share that leaves too few experts.
+
+    Example:
+        >>> used = np.array([5, 1, 3, 2])
+        >>> one = Saliency(tokens=used, weight=np.ones(4), reap=np.ones(4), hidden=1.0)
+        >>> experts_to_keep({0: one}, 0.5, method="frequency")[0].tolist()
+        [0, 2]
+    """
+    for name, value, known in (("method", method, METHODS), ("counts", counts, COUNTS)):
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}.")
+    if not 0 < keep <= 1:
+        raise ValueError(
+            f"keep: expected a share above 0 and at most 1, got {keep}. 0.5 keeps half the experts."
+        )
+    numbers = _counts(saliency, keep, counts=counts, least=least, groups=groups)
+    kept = {}
+    for layer, one in saliency.items():
+        scores, count = one.score(method), numbers[layer]
+        size = len(scores) // groups
+        chosen = []
+        for group in range(groups):
+            part = scores[group * size : (group + 1) * size]
+            order = np.argsort(-part, kind="stable")[: count // groups]
+            chosen.append(group * size + np.sort(order))
+        kept[layer] = np.concatenate(chosen)
+    return kept
+
+
+def _counts(
+    saliency: Mapping[int, Saliency], keep: float, *, counts: str, least: int, groups: int
+) -> dict[int, int]:
+    totals = {layer: len(one.tokens) for layer, one in saliency.items()}
+    wanted = {layer: round(keep * total / groups) * groups for layer, total in totals.items()}
+    least = math.ceil(least / groups) * groups
+    short = {layer: n for layer, n in wanted.items() if n < least}
+    if short:
+        raise ValueError(
+            f"keep: expected at least {least} experts in each layer, which its k and groups need, got "
+            f"{min(short.values())}. Keep a larger share."
+        )
+    if counts == "uniform":
+        return wanted
+    # Experts are removed one group's worth at a time, from the layer where the least is lost.
+    parts = {layer: np.sort(one.reap / max(one.hidden, 1e-30)) for layer, one in saliency.items()}
+    removed = dict.fromkeys(saliency, 0)
+    target = sum(totals.values()) - sum(wanted.values())
+    while sum(removed.values()) < target:
+        open_ = [n for n in saliency if totals[n] - removed[n] - groups >= least]
+        cheapest = min(open_, key=lambda n: parts[n][removed[n] : removed[n] + groups].sum())
+        removed[cheapest] += groups
+    return {layer: totals[layer] - removed[layer] for layer in saliency}
+
+
+def prune_block(block: MoEBlock, kept: np.ndarray) -> MoEBlock:
+    """Returns the block with these experts alone; the rule keeps its k, or uses all that are left."""
+    trained = fixed_rule(block)
+    index = jnp.asarray(kept)
+
+    by_expert = ("kernel", "bias", "expert_scale")
+    params: dict[str, Params] = {
+        **block.params,
+        "experts": jax.tree.map(lambda leaf: leaf[index], block.params["experts"]),
+        "router": {
+            name: leaf[..., index] if name in by_expert else leaf
+            for name, leaf in block.params["router"].items()
+        },
+    }
+    rule = dataclasses.replace(trained, num_experts=len(kept), k=min(trained.k, len(kept)))
+    bias = getattr(block.state, "expert_bias", None)
+    state = rule.init_state()
+    if bias is not None:
+        state = dataclasses.replace(state, expert_bias=bias[index])
+    return dataclasses.replace(block, params=params, router=rule, state=state)
+
+
+def pruning_limits(folder: HubFolder) -> tuple[int, int]:
+    """(fewest experts that a layer may keep, routing groups) of a model."""
+    number = folder.config.moe_layers[0]
+    block = folder.layer(number)["moe"]
+    rule = fixed_rule(block)
+    groups = rule.scoring.num_groups
+    least = rule.k
+    if groups > 1:
+        # The k experts come from the allowed groups, and a group is worth its two best scores.
+        each = max(math.ceil(rule.k / rule.scoring.top_groups), 2)
+        least = groups * each
+    return least, groups
+
+
+def write_pruned(
+    source: str | Path | HubFolder, kept: Mapping[int, np.ndarray], folder: str | Path
+) -> Path:
+    """Writes a checkpoint without the other experts: tensors, router rows, biases and config.
+
+    Tensors are copied as they are stored, quantised ones too; one is in memory at a time. A config
+    states one number of experts for all layers; where layers keep different numbers, the key holds a
+    list, one entry a layer, which ``load_model`` reads and, of transformers' families, HunYuan alone.
+
+    Args:
+        source: the model's folder.
+        kept: from ``experts_to_keep``.
+        folder: where to write. It must not exist yet, or be empty.
+
+    Raises:
+        FileExistsError: the folder holds files.
+        ValueError: a tensor of a block that is not understood.
+    """
+    opened = source if isinstance(source, HubFolder) else HubFolder(source)
+    target = check_new(folder)
+    tensors = SafetensorsFolder(opened.folder)
+    plan: dict[str, tuple[str, Any]] = {}  # new name -> old name, rows to take along the first axis
+    inside = {
+        full: (layer, name)
+        for layer in opened.config.moe_layers
+        for full, name in opened.block_tensors(layer).items()
+    }
+    total = {layer: opened.num_experts(layer) for layer in opened.config.moe_layers}
+    for full in tensors:
+        if full not in inside:
+            plan[full] = (full, None)
+            continue
+        layer, name = inside[full]
+        one = _ONE_EXPERT.fullmatch(full)
+        rows = kept[layer]
+        if one:
+            place = np.flatnonzero(rows == int(one[2]))
+            if place.size:
+                plan[f"{one[1]}{int(place[0])}{one[3]}"] = (full, None)
+            continue
+        plan[full] = (full, rows if _has_expert_axis(name, tensors[full], total[layer]) else None)
+    files: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = {}
+    for new, (old, rows) in plan.items():
+        tensor = tensors[old]
+        shape = _taken_shape(tensor.shape, rows)
+        files.setdefault(tensors.file_of(old), {})[new] = (tensor.dtype, shape)
+
+    def get(name: str) -> np.ndarray:
+        old, rows = plan[name]
+        return tensors[old] if rows is None else _take(tensors[old], rows)
+
+    with whole_folder(target) as part:
+        for file, specs in files.items():
+            write_safetensors(part / file, specs, get, metadata=tensors.metadata_of(file))
+            tensors.release()
+        index = opened.folder / "model.safetensors.index.json"
+        if index.is_file():
+            held = json.loads(index.read_text("utf-8"))
+            held["weight_map"] = {n: tensors.file_of(old) for n, (old, _) in plan.items()}
+            sizes = (s for specs in files.values() for s in specs.values())
+            size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in sizes)
+            held["metadata"] = {**(held.get("metadata") or {}), "total_size": size}
+            (part / index.name).write_text(json.dumps(held, indent=2) + "\n")
+        (part / "config.json").write_text(_config(opened, kept))
+        copy_companions(opened.folder, part)
+    return target
+
+
+def _has_expert_axis(name: str, tensor: np.ndarray, total: int) -> bool:
+    """Whether a tensor of a block, not of one expert, has a row for each expert."""
+    stem = part_of(name)
+    meaning = canonical(name) or (canonical(f"{stem[0]}.weight") if stem else None) or ""
+    meaning = meaning or (canonical(stem[0]) if stem else "") or ""
+    if meaning.startswith(("experts.", "router.", "expert_bias")):
+        if total in tensor.shape[:1] or tensor.shape == (1, total):
+            return True
+        if meaning.startswith("experts.") or tensor.ndim != 1:
+            raise ValueError(
+                f"{name!r}: expected a tensor with a row for each of {total} experts, got shape "
+                f"{list(tensor.shape)}. This layout of experts is not pruned."
+            )
+    return False
+
+
+def _taken_shape(shape: tuple[int, ...], rows: Any) -> tuple[int, ...]:
+    if rows is None:
+        return tuple(shape)
+    return (1, len(rows)) if shape[0] == 1 else (len(rows), *shape[1:])
+
+
+def _take(tensor: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    # Ernie keeps its biases as [1, E].
+    return tensor[:, rows] if tensor.shape[0] == 1 else tensor[rows]
+
+
+def _config(opened: HubFolder, kept: Mapping[int, np.ndarray]) -> str:
+    config = json.loads((opened.folder / "config.json").read_text("utf-8"))
+    numbers = {layer: len(rows) for layer, rows in kept.items()}
+    fewest = min(numbers.values())
+    value: Any = fewest
+    if len(set(numbers.values())) > 1:
+        value = [numbers.get(i, fewest) for i in range(opened.config.num_layers)]
+    keys = [key for key in ALIASES["num_experts"] if key in config]
+    for key in keys or ["num_experts"]:
+        config[key] = value
+    for key in ALIASES["k"]:
+        if isinstance(config.get(key), int) and config[key] > fewest:
+            config[key] = fewest
+    return json.dumps(config, indent=2) + "\n"
