@@ -4,6 +4,7 @@ checkpoints too."""
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -325,6 +326,71 @@ def budget(
         f"budget in {path}; next: moe-jax evaluate {folder} --budget {path} --controls",
         soft_wrap=True,
     )
+
+
+@app.command()
+def experts(
+    folder: Folder,
+    out_folder: Annotated[
+        Path, typer.Option("--out", help="Folder for index.html and experts.json.")
+    ],
+    text: Text = None,
+    budget: BudgetFolder = None,
+    shown: Annotated[
+        int, typer.Option(help="Tokens that the page shows one by one.", min=1)
+    ] = 1500,
+    length: Length = 512,
+    limit: Limit = None,
+    batch: Batch = 4,
+    dtype: Dtype = None,
+    work: Work = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which expert fires where on your text: one HTML page, and its numbers as JSON."""
+    from moe_jax.models import HubFolder, load_budget
+    from moe_jax.models.experts_page import experts_page
+    from moe_jax.models.experts_report import experts_report
+    from moe_jax.models.text import TextTokenizer
+
+    with library_errors_exit_2():
+        opened = HubFolder(folder, dtype=dtype)
+        fitted = None if budget is None else load_budget(budget)
+        tokens = read_text(opened, text, length, limit)
+        tokenizer = TextTokenizer(folder, vocab_size=opened.config.vocab_size)
+        with layer_bar(opened.config.num_layers, "experts") as progress:
+            report = experts_report(
+                opened,
+                tokens,
+                tokenizer,
+                fitted,
+                shown=shown,
+                title=f"Experts by token: {folder.name}",
+                batch_size=batch,
+                progress=progress,
+                work=work,
+            )
+        rule = "as trained" if fitted is None else f"under {fitted.metadata['rule']}"
+        source = "the Python standard library" if text is None else text.name
+        note = f"{opened.config.model_type}, {rule}, on {source}: {tokens.files} files."
+        page = experts_page(report, out_folder / "index.html", note=note)
+        values = report.to_json()
+        with (out_folder / "experts.json").open("w") as file:
+            json.dump(values, file, allow_nan=False)
+    if as_json:
+        print_json({"page": str(page), **values})
+        return
+    table = Table("layer", "mean k", "most loaded", "least loaded", "unused")
+    for n, load, mean in zip(report.layers, report.load, report.mean_k, strict=True):
+        ratio = load / max(load.mean(), 1e-9)
+        table.add_row(
+            str(n),
+            f"{mean:.3f}",
+            f"{ratio.argmax()} ({ratio.max():.2f} x mean)",
+            f"{ratio.argmin()} ({ratio.min():.2f} x mean)",
+            str(int((load == 0).sum())),
+        )
+    out.print(table)
+    out.print(f"page in {page}", soft_wrap=True)
 
 
 @app.command()

@@ -27,7 +27,6 @@ from moe_jax.lab.calibration import RULES, calibration_blocks, fit_rules
 from moe_jax.lab.data import Blocks, Corpus, SourceFile, load_corpus
 from moe_jax.lab.frontier import (
     Frontier,
-    evaluate,
     held_out_blocks,
     layer_routings,
     measure,
@@ -38,6 +37,8 @@ from moe_jax.lab.progress import progress_bar, track
 from moe_jax.lab.summary import summarise
 from moe_jax.lab.training import train
 from moe_jax.models.confidence import EQUAL_QUALITY
+from moe_jax.models.experts_page import experts_page
+from moe_jax.models.experts_report import report_of_choices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,26 +299,39 @@ def _draw(
     file = min(files, key=lambda f: abs(f.data.size - 6_000))
     routers, states = measured.variants[shown]
     ruled = dataclasses.replace(model, routers=routers, states=states)
-    counts = count_experts(ruled, file.data)
+    choices = choose_experts(ruled, file.data)
+    report = report_of_choices(
+        choices,
+        byte_characters(file.data.tobytes()),
+        config.num_experts,
+        title=f"{file.path}: experts per byte",
+    )
     paths.append(
-        plots.source_page(
-            file.data.tobytes(),
-            counts,
+        experts_page(
+            report,
             out / "source.html",
-            max_k=config.k,
-            title=f"{file.path}: experts per byte",
             note=f"{label}; a file that the model was neither trained nor calibrated on. "
-            f"Mean {counts.mean():.2f} of at most {config.k}.",
+            f"Mean {report.mean_k.mean():.2f} of at most {config.k}.",
         )
     )
     advance("source page")
     return paths
 
 
-def count_experts(model: Model, data: np.ndarray) -> np.ndarray:
-    """int[layers, size]: how many experts each byte of u8[size] uses, with its context before it.
+def byte_characters(data: bytes) -> list[str]:
+    """The character of each byte: the first byte of a character has it, the others have nothing."""
+    out = []
+    for character in data.decode("utf-8", errors="surrogateescape"):
+        shown = "\ufffd" if "\udc80" <= character <= "\udcff" else character
+        out += [shown, *[""] * (len(character.encode("utf-8", errors="surrogateescape")) - 1)]
+    return out
 
-    Windows overlap by half, and a byte is counted in the window where it has more context.
+
+def choose_experts(model: Model, data: np.ndarray) -> np.ndarray:
+    """i16[layers, size, K]: the experts of each byte of u8[size], with its context before it.
+
+    Best first, -1 where a slot is unused. Windows overlap by half, and a byte is taken from the
+    window where it has more context.
     """
     length = model.config.length
     half = length // 2
@@ -335,13 +349,17 @@ def count_experts(model: Model, data: np.ndarray) -> np.ndarray:
         file_index=np.zeros(len(starts), np.int32),
         paths=("",),
     )
-    windows = evaluate(model, blocks).counts
-    counts = np.zeros((windows.shape[0], data.size), np.int8)
-    for i, start in enumerate(starts):
-        skip = half if start else 0
-        size = min(length, data.size - start)
-        counts[:, start + skip : start + size] = windows[:, i, skip:size]
-    return counts
+    layers = []
+    for routing in layer_routings(model, blocks):
+        indices = routing.expert_indices.reshape(len(starts), length, -1)
+        windows = np.where(indices < routing.num_experts, indices, -1).astype(np.int16)
+        chosen = np.full((data.size, windows.shape[-1]), -1, np.int16)
+        for i, start in enumerate(starts):
+            skip = half if start else 0
+            size = min(length, data.size - start)
+            chosen[start + skip : start + size] = windows[i, skip:size]
+        layers.append(chosen)
+    return np.stack(layers)
 
 
 def _imbalance(tokens_per_expert: np.ndarray) -> float:

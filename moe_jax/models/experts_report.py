@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class ExpertsReport:
         tokens: text of the shown tokens.
         choices: i16[L, shown, K], experts of the shown tokens, best first; -1 is unused.
         title: what was run.
-        loss: mean loss of the text in nats.
+        loss: mean loss of the text in nats, or None.
     """
 
     layers: tuple[int, ...]
@@ -76,7 +77,7 @@ class ExpertsReport:
     tokens: tuple[str, ...]
     choices: np.ndarray
     title: str
-    loss: float
+    loss: float | None
 
     @property
     def mean_k(self) -> np.ndarray:
@@ -180,6 +181,65 @@ def experts_report(
     return report
 
 
+def report_of_choices(
+    choices: np.ndarray,
+    tokens: Sequence[str],
+    num_experts: int,
+    *,
+    title: str = "",
+    loss: float | None = None,
+) -> ExpertsReport:
+    """Returns the report of a text whose choices are known, all of it shown.
+
+    Args:
+        choices: int[L, T, K], the experts of each token, best first; -1 is unused.
+        tokens: the text of each token.
+        num_experts: E.
+        title: what was run.
+        loss: mean loss of the text in nats, or None.
+
+    Example:
+        >>> report_of_choices(np.array([[[0, 1], [1, -1]]]), ["a", "b"], 2).mean_k.tolist()
+        [1.5]
+    """
+    if choices.ndim != 3 or choices.shape[1] != len(tokens):
+        raise ValueError(
+            f"choices: expected int[layers, {len(tokens)}, K], one row a token, got "
+            f"{choices.dtype}{list(choices.shape)}. Route the same tokens that are shown."
+        )
+    kinds = np.array([token_class(token) for token in tokens], np.int8)
+    held = [_tallies(layer, num_experts, kinds) for layer in choices]
+    return ExpertsReport(
+        layers=tuple(range(len(choices))),
+        **{
+            name: np.stack([one[name] for one in held])
+            for name in ("load", "histogram", "classes", "together")
+        },
+        class_tokens=np.bincount(kinds, minlength=len(CLASSES)).astype(float),
+        tokens=tuple(tokens),
+        choices=choices.astype(np.int16),
+        title=title,
+        loss=loss,
+    )
+
+
+def _tallies(chosen: np.ndarray, experts: int, kinds: np.ndarray) -> dict[str, np.ndarray]:
+    """The counts of int[T, K] choices, -1 unused, of tokens of the classes ``kinds``."""
+    # One row a token, one column an expert: sums of products of this matrix are all counts.
+    one_hot = np.zeros((len(chosen), experts + 1), np.float32)
+    np.put_along_axis(one_hot, np.where(chosen < 0, experts, chosen).astype(np.int64), 1.0, axis=1)
+    one_hot = one_hot[:, :experts]
+    by_class = np.zeros((len(CLASSES), len(kinds)), np.float32)
+    by_class[kinds, np.arange(len(kinds))] = 1.0
+    counts = {
+        "load": one_hot.sum(axis=0),
+        "histogram": np.bincount((chosen >= 0).sum(axis=1), minlength=chosen.shape[1] + 1),
+        "classes": by_class @ one_hot,
+        "together": one_hot.T @ one_hot,
+    }
+    return {name: value.astype(np.float64) for name, value in counts.items()}
+
+
 def _padded(array: np.ndarray, size: Any, value: int) -> np.ndarray:
     return np.pad(
         array,
@@ -202,25 +262,13 @@ def _count(stream: Stream, number: int, batches: Any, kinds: np.ndarray, shown: 
         part = stream.parts[i]
         real = stream.mask[part].ravel()
         indices = np.asarray(aux.routing.expert_indices)[real]
-        experts, size = aux.routing.num_experts, indices.shape[1]
+        experts = aux.routing.num_experts
         kind = kinds[stream.ids[part].ravel()[real]]
-        used = indices < experts
-        # One row a token, one column an expert: sums of products of this matrix are all counts.
-        chosen = np.zeros((len(indices), experts + 1), np.float32)
-        np.put_along_axis(chosen, np.where(used, indices, experts), 1.0, axis=1)
-        chosen = chosen[:, :experts]
-        by_class = np.zeros((len(CLASSES), len(kind)), np.float32)
-        by_class[kind, np.arange(len(kind))] = 1.0
-        found = {
-            "load": chosen.sum(axis=0),
-            "histogram": np.bincount(used.sum(axis=1), minlength=size + 1),
-            "classes": by_class @ chosen,
-            "together": chosen.T @ chosen,
-        }
-        for name, value in found.items():
-            arrays[name] = arrays.get(name, 0) + value.astype(np.float64)
+        chosen = np.where(indices < experts, indices, -1)
+        for name, value in _tallies(chosen, experts, kind).items():
+            arrays[name] = arrays.get(name, 0) + value
         if kept < shown:
-            choices.append(np.where(used, indices, -1)[: shown - kept])
+            choices.append(chosen[: shown - kept])
             kept += len(choices[-1])
     arrays["choices"] = np.concatenate(choices)
     for name, value in arrays.items():

@@ -99,17 +99,10 @@ def save_model(model: CausalLM, folder: str | Path) -> Path:
                 metadata=source.metadata[file],
             )
         if source.index is not None:
-<<<<<<< HEAD
             (part / "model.safetensors.index.json").write_text(
                 _index(source.index, records), encoding="utf-8"
             )
         (part / "config.json").write_text(config, encoding="utf-8")
-        for name in _COMPANIONS:
-            if (Path(source.folder) / name).is_file():
-                shutil.copyfile(Path(source.folder) / name, part / name)
-=======
-            (part / "model.safetensors.index.json").write_text(_index(source.index, records))
-        (part / "config.json").write_text(config)
         copy_companions(Path(source.folder), part)
     return target
 
@@ -135,7 +128,6 @@ def whole_folder(target: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
->>>>>>> fb0c04c (prune: REAP, frequency, mean weight; checkpoints in Hub layout with fewer experts. Expert report: counts and page)
         if target.exists():
             target.rmdir()
         part.rename(target)

@@ -289,8 +289,12 @@ def test_a_checkpoint_is_measured_with_its_controls_and_tails(tmp_path, source, 
     assert (plain["controls"], plain["change"]) == ({}, {})
 
 
-def test_the_page_counts_every_byte_once(model, corpus):
+def test_the_page_has_every_byte_once(model, corpus):
     data = corpus.held_out[3].data[:150]
-    counts = demo.count_experts(model, data)
-    assert counts.shape == (2, data.size)
-    assert (counts == TINY.k).all()
+    choices = demo.choose_experts(model, data)
+    assert choices.shape == (2, data.size, TINY.k)
+    assert ((choices >= 0) & (choices < TINY.num_experts)).all()
+
+
+def test_a_character_of_several_bytes_is_shown_once():
+    assert demo.byte_characters("a\u00e9".encode() + b"\xff") == ["a", "\u00e9", "", "\ufffd"]

@@ -1,8 +1,7 @@
-"""Pictures are written, and the page of source is safe and says what it shows."""
+"""Pictures are written, and a figure is returned where no path is given."""
 
 from __future__ import annotations
 
-import html.parser
 import subprocess
 import sys
 
@@ -51,63 +50,6 @@ def test_without_a_path_a_figure_is_returned_for_a_notebook():
     figure = plots.utilisation({"a": np.ones((2, 4))})
     assert type(figure).__name__ == "Figure"
     assert figure.axes
-
-
-class Page(html.parser.HTMLParser):
-    """Collects the text of the coloured bytes and their data-k."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text, self.ks, self.classes, self.tags = "", [], [], set()
-        self._inside = False
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        if tag == "b":
-            self._inside = True
-            self.ks.append(dict(attrs)["data-k"])
-            self.classes.append(dict(attrs)["class"])
-
-    def handle_endtag(self, tag):
-        self._inside = self._inside and tag != "b"
-
-    def handle_data(self, data):
-        if self._inside:
-            self.text += data
-
-
-def test_source_page_escapes_what_it_shows(tmp_path):
-    data = b"<script>alert('x')</script> & \"\n"
-    counts = np.ones((2, len(data)), np.int8)
-    path = plots.source_page(
-        data, counts, tmp_path / "s.html", max_k=4, title="<i>t</i>", note="<img src=x>"
-    )
-    text = path.read_text(encoding="utf-8")
-    assert text.count("<script>") == 1  # the page's own
-    assert "<i>t" not in text
-    assert "<img" not in text
-    page = Page()
-    page.feed(text)
-    assert page.text.replace("\u21b5", "") == data.decode()
-    assert "http" not in text  # self-contained
-
-
-def test_source_page_colours_by_the_number_of_experts(tmp_path):
-    counts = np.array([[1, 2, 4, 4, 4], [1, 2, 4, 1, 1]], np.int8)
-    path = plots.source_page("abc\u00e9".encode(), counts, tmp_path / "s.html", max_k=4)
-    page = Page()
-    page.feed(path.read_text(encoding="utf-8"))
-    assert page.ks == ["1 1", "2 2", "4 4", "4 1"]  # the two bytes of an accented letter are one
-    levels = [int(c.removeprefix("g")) for c in page.classes]
-    assert levels[0] == 0
-    assert levels == [0, 3, 8, 4]
-
-
-def test_source_page_takes_any_bytes_but_not_another_length(tmp_path):
-    data = b"\xff\x00\r\n"
-    plots.source_page(data, np.ones((1, 4), np.int8), tmp_path / "s.html", max_k=2)
-    with pytest.raises(ValueError, match=r"expected int\[layers, 4\].*got int8\[1, 3\]"):
-        plots.source_page(data, np.ones((1, 3), np.int8), tmp_path / "s.html", max_k=2)
 
 
 def test_importing_the_module_does_not_load_matplotlib():
