@@ -37,10 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "compile_cheaply: this module's programs skip the backend's costlier passes"
     )
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # Small programs are kept too: most tests compile dozens of them, and the files of a folder share
+    # theirs. In the environment, so that the processes which tests start do the same.
+    folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+    least = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float(least))
     # JAX does not write entries atomically: an xdist worker may read what another is writing. It then
     # warns and compiles for itself, which is no fault of the code under test.
     for what in ("reading", "writing"):

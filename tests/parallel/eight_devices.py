@@ -150,36 +150,49 @@ def differences(found, wanted):
     return told
 
 
+# (rule, dropless or dropping, mesh, E): every pair of the three, by turns. E=6 is padded.
+MATRIX = [
+    (rule, ("dropless", "dropping")[(i + j) % 2], mesh, experts)
+    for i, rule in enumerate(RULES)
+    for j, (mesh, experts) in enumerate([*((mesh, 8) for mesh in MESHES), ("2x4", 6)])
+]
+
+
+def label(rule, word, mesh, experts):
+    return f"{rule}, {word}, {mesh}, E={experts}"
+
+
 def the_matrix():
-    """Every rule on every mesh, dropping and not."""
-    for name, make in RULES.items():
-        for experts in (8, 6):
-            router = make(experts)
-            params = layer_params(experts)
-            both = experts == 8 or name in ("top-k", "null")
-            for factor in (None, 0.75) if both else (None,):
-                wanted = alone(
-                    router, params, capacity_factor=factor, groups=8, implementation="dense"
-                )
-                meshes = MESHES if experts == 8 else {"2x4": MESHES["2x4"]}
-                for label, (data, expert) in meshes.items():
-                    mesh = sharding.make_mesh(data=data, expert=expert)
-                    # What runs the experts on a device matters little here, and dense compiles
-                    # soonest; one mesh takes what the library chooses.
-                    local = None if label == "2x4" else "dense"
-                    found = sharded(
-                        router, params, mesh, capacity_factor=factor, implementation=local
-                    )
-                    word = "dropless" if factor is None else "dropping"
-                    told = differences(found, wanted)
-                    before = jax.tree.leaves(state_of(router))
-                    after = jax.tree.leaves(found["update"])
-                    told["moved"] = max(
-                        float(np.abs(np.asarray(a) - b).max())
-                        for a, b in zip(before, after, strict=True)
-                        if np.issubdtype(a.dtype, np.floating)
-                    )
-                    yield f"{name}, {word}, {label}, E={experts}", told
+    """Every rule on every mesh, dropping or not."""
+    for rule, word, mesh, experts in MATRIX:
+        router, params = RULES[rule](experts), layer_params(experts)
+        factor = None if word == "dropless" else 0.75
+        wanted = reference(rule, experts, factor)
+        data, expert = MESHES[mesh]
+        # What runs the experts on a device matters little here, and dense compiles soonest; one mesh
+        # takes what the library chooses.
+        measured = sharded(
+            router,
+            params,
+            sharding.make_mesh(data=data, expert=expert),
+            capacity_factor=factor,
+            implementation=None if mesh == "2x4" else "dense",
+        )
+        row = differences(measured, wanted)
+        before = jax.tree.leaves(state_of(router))
+        after = jax.tree.leaves(measured["update"])
+        row["moved"] = max(
+            float(np.abs(np.asarray(a) - b).max())
+            for a, b in zip(before, after, strict=True)
+            if np.issubdtype(a.dtype, np.floating)
+        )
+        yield label(rule, word, mesh, experts), row
+
+
+@functools.cache
+def reference(rule, experts, factor):
+    options = {"capacity_factor": factor, "groups": 8, "implementation": "dense"}
+    return alone(RULES[rule](experts), layer_params(experts), **options)
 
 
 def the_rest():

@@ -5,20 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-import jax
-
-HERE = Path(__file__).parent
-# Less time in LLVM; the programs' structure, messages and arithmetic are the same.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
+from tests.parallel import host_devices
 
 
 def measured(base: Path) -> dict[str, Any]:
@@ -33,7 +24,8 @@ def measured(base: Path) -> dict[str, Any]:
     with open(folder / "eight_devices.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not result.exists():
-            result.write_text(_measure())
+            measured = host_devices.run_script("eight_devices.py", devices=8)
+            result.write_text(json.dumps(measured))
     return json.loads(result.read_text())
 
 
@@ -52,23 +44,3 @@ def start(base: Path) -> threading.Thread:
     thread = threading.Thread(target=quietly, name="eight-devices")
     thread.start()
     return thread
-
-
-def _measure() -> str:
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": FLAGS,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "eight_devices.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout

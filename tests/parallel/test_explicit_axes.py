@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import jax
-
 from moe_jax.experts import IMPLEMENTATIONS
-
-HERE = Path(__file__).parent
-FLAGS = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
+from tests.parallel import host_devices
 
 
 def test_explicit_axes_give_one_devices_answer():
@@ -25,23 +12,7 @@ def test_explicit_axes_give_one_devices_answer():
     Before, counting tokens raised ShardingTypeError, and the sharded layer raised in shard_map. One
     test, so that one worker measures once.
     """
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": FLAGS,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "PYTHONPATH": str(HERE.parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "explicit_axes.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    measured = json.loads(done.stdout)
+    measured = host_devices.run_script("explicit_axes.py", devices=4)
     for case in (
         *(f"top-k, {name}" for name in IMPLEMENTATIONS),
         "dynamic k, dense",

@@ -7,11 +7,9 @@ is killed does it itself, at a known step.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -20,8 +18,8 @@ from deploy.verify.processes import free_port
 from moe_jax.lab import model_files
 from moe_jax.lab import training as lm
 from moe_jax.parallel.distributed import EXIT_CODE, Group
+from tests.parallel import host_devices
 
-ROOT = Path(__file__).parents[2]
 STEPS = 40
 COMMAND = ("-m", "moe_jax.cli")
 # The same command, killed as it begins its second checkpoint: the first one is on disk by then.
@@ -63,14 +61,6 @@ MODEL = {
 def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     (folder / "model.json").write_text(json.dumps(MODEL))
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir or ""),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "PYTHONPATH": str(ROOT),
-    }
 
     def start(name: str, *more: str, program: tuple[str, str] = COMMAND) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -91,7 +81,7 @@ def command(tmp_path_factory):
                 "--json",
                 *more,
             ],
-            env=environment,
+            env=host_devices.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
