@@ -219,6 +219,20 @@ def check_at_least_0(name: str, value: Any) -> None:
         )
 
 
+def check_share(name: str, value: Any, *, fix: str) -> None:
+    """Raises TypeError unless ``value`` is a number, ValueError unless it lies in [0, 1].
+
+    Example:
+        >>> check_share("p", 1.5, fix="0.4 is usual.")
+        Traceback (most recent call last):
+            ...
+        ValueError: p: expected 0 <= p <= 1, got 1.5. 0.4 is usual.
+    """
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected 0 <= {name} <= 1, got {value}. {fix}")
+
+
 def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:
     """Raises ValueError unless ``0 <= min_k <= max_k <= num_experts`` and ``max_k >= 1``.
 

@@ -141,6 +141,7 @@ class ExpertChoice:
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.token_indices.shape[0]
 
     @property

@@ -72,6 +72,11 @@ def _alone() -> ocp.Checkpointer:
 
 
 def to_host(name: str, leaf: Any, copy: bool) -> np.ndarray:
+    """Returns a leaf as a NumPy array.
+
+    Raises:
+        CheckpointError: not an array of numbers, or one that other processes hold parts of.
+    """
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         raise CheckpointError(
             f"{name}: expected an array, got a {type(leaf).__name__}. "
@@ -97,6 +102,7 @@ def to_host(name: str, leaf: Any, copy: bool) -> np.ndarray:
 
 
 def check_width(name: str, dtype: Any) -> None:
+    """Raises CheckpointError for 64-bit types while JAX is limited to 32 bits."""
     wide = ("int64", "uint64", "float64", "complex128")
     if np.dtype(dtype).name in wide and not jax.config.read("jax_enable_x64"):
         raise CheckpointError(

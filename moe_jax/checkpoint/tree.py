@@ -66,25 +66,33 @@ def rebuilt_tree(
 
 
 def shaped_like(example: Any, leaves: dict[str, jax.Array]) -> Any:
+    """Returns a tree with the structure of ``example`` and the named leaves."""
     names = named_leaves("example", example)
     return jax.tree.unflatten(jax.tree.structure(example), [leaves[name] for name in names])
 
 
 def leaf_shapes(item: str, tree: Any) -> dict[str, str]:
+    """Returns ``dtype[shape]`` of each leaf of a tree, by its name."""
     return {name: array_words(leaf) for name, leaf in named_leaves(item, tree).items()}
 
 
 def leaf_table(entry: dict[str, Any]) -> dict[str, str]:
+    """Returns ``dtype[shape]`` of each leaf that a manifest's entry lists, by its name."""
     return {n: f"{leaf['dtype']}{leaf['shape']}" for n, leaf in entry["leaves"].items()}
 
 
 def array_words(leaf: Any) -> str:
+    """Returns ``dtype[shape]`` of an array, or the type of another value, for messages."""
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}{list(leaf.shape)}"
     return f"a {type(leaf).__name__}"
 
 
 def check_against(origin: str, example: Any, entry: dict[str, Any], fix: str) -> None:
+    """Raises CheckpointError unless a manifest's entry lists the arrays of ``example``.
+
+    The message names the first few arrays that differ.
+    """
     wanted, found = leaf_shapes(origin, example), leaf_table(entry)
     if wanted != found:
         raise CheckpointError(
@@ -121,6 +129,7 @@ def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def untuple(value: Any) -> Any:
+    """Returns a tree of mappings and sequences with lists in place of tuples, as JSON reads it."""
     if isinstance(value, Mapping):
         return {key: untuple(item) for key, item in value.items()}
     return [untuple(item) for item in value] if isinstance(value, list | tuple) else value

@@ -14,7 +14,6 @@ from flax import nnx
 from moe_jax.checks import check_number
 from moe_jax.nn.capture import check_has_layers, watching
 from moe_jax.routers import DynamicK, TopK
-from moe_jax.routers.base import calibrates
 from moe_jax.routing.difficulty import Estimator
 from moe_jax.routing.numerics import exact
 
@@ -171,9 +170,7 @@ def fit_model(
             "tokens of it."
         )
     layers = check_has_layers(model)
-    with_budget = {
-        path: layer for path, layer in layers.items() if calibrates(type(layer.spec.router))
-    }
+    with_budget = {path: layer for path, layer in layers.items() if layer.spec.router.calibrates()}
     if not with_budget:
         raise ValueError(
             "fit_model: expected a layer whose rule has a budget, got "

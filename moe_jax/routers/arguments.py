@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -132,6 +133,12 @@ def check_context(router: Any, context: Any) -> None:
         )
 
 
+def check_uses_an_expert(min_k: int, why: str) -> None:
+    """Raises ValueError if ``min_k`` is 0, for a rule that always uses an expert."""
+    if min_k < 1:
+        raise ValueError(f"min_k: expected at least 1, got {min_k}. {why}")
+
+
 def check_concrete(name: str, *trees: Any) -> None:
     """Raises TypeError if an array of ``trees`` is traced: ``name`` calculates on the host."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees)):
@@ -173,11 +180,22 @@ def _checked_regularization(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked_update(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``update`` of a rule: checks state and statistics, and skips batches of padding alone."""
+
     @functools.wraps(method)
     def update(self, state, stats):
         check_stats(self, stats)
         check_state(self, state)
-        return method(self, state, stats)
+        new = method(self, state, stats)
+        if new is state:
+            return state
+        # A batch of padding alone has measured nothing, so it moves nothing.
+        measured = stats.token_count > 0
+        return jax.tree.map(
+            lambda after, before: before if after is before else jnp.where(measured, after, before),
+            new,
+            state,
+        )
 
     return update
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import check_at_least_0
-from moe_jax.routers.base import TokenChoice, Traits
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
-from moe_jax.routing.balancing import loss_free_bias
 from moe_jax.routing.difficulty import (
     Context,
     Estimator,
@@ -26,6 +25,8 @@ from moe_jax.types import Array, Params, RoutingStats, pytree
 
 @pytree
 class DynamicKState:
+    """The balancing bias and the calibrated map from difficulty to k."""
+
     expert_bias: Array  # f32[E], added for selection only
     knots: Array  # f32[NUM_KNOTS], raw-score quantiles: raw difficulty -> [0, 1]
     thresholds: Array  # f32[max_k - min_k], increasing, in (0, 1)
@@ -76,16 +77,8 @@ class DynamicK(TokenChoice):
         resolve_estimator(self.difficulty)
 
     @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True,
-            batch_invariant=True,
-            may_leave_token_empty=self.min_k == 0,
-            budget="expected",
-        )
-
-    @property
     def context_keys(self) -> frozenset[str] | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of the difficulty estimator."""
         return context_keys_of(self.difficulty)
 
     def init_state(self) -> DynamicKState:
@@ -118,15 +111,7 @@ class DynamicK(TokenChoice):
         return raw_difficulty(self.difficulty, x, {**(context or {}), "router_logits": logits})
 
     def update(self, state: DynamicKState, stats: RoutingStats) -> DynamicKState:
-        if not self.balance_rate:
-            return state
-        bias = loss_free_bias(
-            state.expert_bias,
-            stats.tokens_per_expert,
-            rate=self.balance_rate,
-            disabled=self.gate.disabled_experts,
-        )
-        return dataclasses.replace(state, expert_bias=bias)
+        return self.balanced(state, stats, rate=self.balance_rate)
 
     def calibrate(self, params, state: DynamicKState, slots, x, context, *, real, target_mean_k):
         raw = np.asarray(self._raw(x, slots.logits, context))[real]

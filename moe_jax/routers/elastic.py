@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_at_least_0, check_choice, check_flag, check_k, check_number
-from moe_jax.routers.base import TokenChoice, Traits
+from moe_jax.checks import check_at_least_0, check_choice, check_flag, check_k, check_share
+from moe_jax.routers.arguments import check_uses_an_expert
 from moe_jax.routers.min_p import fit_min_p
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
-from moe_jax.routing.balancing import loss_free_bias
 from moe_jax.routing.chance import fit_mixed_counts, mixed_counts, token_chance
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
@@ -26,6 +26,8 @@ DRAWS = ("k", "min_p")
 
 @pytree
 class ElasticState:
+    """The balancing bias, the share of drawing tokens and the budget of the others."""
+
     expert_bias: Array  # f32[E], added for selection only
     share: Array  # f32[]: share of the tokens whose budget is drawn; 0 where the model is served
     level: Array  # f32[]: budget of the other tokens: a mean k, or a min-p ratio
@@ -86,24 +88,14 @@ class Elastic(TokenChoice):
         self.check_within_reach(self.k)
         check_choice("draw", self.draw, DRAWS)
         check_flag("rescale", self.rescale)
-        check_number("share", self.share)
+        check_share("share", self.share, fix="1 draws for all.")
         check_at_least_0("balance_rate", self.balance_rate)
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share: expected 0 <= share <= 1, got {self.share}. 1 draws for all.")
-        if self.min_k < 1:
-            raise ValueError(
-                "min_k: expected at least 1, got 0. A token always uses its best expert."
-            )
+        check_uses_an_expert(self.min_k, "A token always uses its best expert.")
 
     @property
     def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """K: most experts that a token uses."""
         return self.k
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="expected"
-        )
 
     def init_state(self) -> ElasticState:
         return ElasticState(
@@ -162,15 +154,7 @@ class Elastic(TokenChoice):
         return dataclasses.replace(state, share=jnp.zeros((), jnp.float32), level=level)
 
     def update(self, state: ElasticState, stats: RoutingStats) -> ElasticState:
-        if not self.balance_rate:
-            return state
-        bias = loss_free_bias(
-            state.expert_bias,
-            stats.tokens_per_expert,
-            rate=self.balance_rate,
-            disabled=self.gate.disabled_experts,
-        )
-        return dataclasses.replace(state, expert_bias=bias)
+        return self.balanced(state, stats, rate=self.balance_rate)
 
 
 def with_share(states: Any, share: float | Array) -> Any:

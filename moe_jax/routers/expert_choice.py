@@ -66,10 +66,12 @@ class ExpertChoiceRouter(Router):
 
     @property
     def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """E: every expert may take a token."""
         return self.num_experts
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """0: a token may be taken by no expert."""
         return 0
 
     @property

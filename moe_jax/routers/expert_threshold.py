@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import check_number
-from moe_jax.routers.base import TokenChoice, Traits
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import ema_quantile
 from moe_jax.routing.gate import Gate
@@ -20,6 +20,8 @@ from moe_jax.types import Array, ExpertChoice, Routing, RoutingStats, pytree
 
 @pytree
 class ExpertThresholdState:
+    """The cutoff of each expert."""
+
     cutoffs: Array  # f32[E], on the scale of the scores
     fit: budget.Fit
 
@@ -79,15 +81,6 @@ class ExpertThreshold(TokenChoice):
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay: expected 0 <= decay < 1, got {self.decay}. 0.99 is usual.")
 
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True,
-            batch_invariant=True,
-            may_leave_token_empty=self.min_k == 0,
-            budget="expected",
-        )
-
     def init_state(self) -> ExpertThresholdState:
         # 0.5 is the sigmoid score of logit 0; for a softmax the even share plays that part.
         start = 1.0 / self.num_experts if self.scoring.score == "softmax" else 0.5
@@ -110,8 +103,6 @@ class ExpertThreshold(TokenChoice):
 
     def update(self, state: ExpertThresholdState, stats: RoutingStats) -> ExpertThresholdState:
         cutoffs = ema_quantile(state.cutoffs, stats.observed, decay=self.decay)
-        # A batch of padding alone has seen no score and moves nothing.
-        cutoffs = jnp.where(stats.token_count > 0, cutoffs, state.cutoffs)
         return dataclasses.replace(state, cutoffs=cutoffs)
 
     def calibrate(

@@ -12,6 +12,7 @@ from moe_jax.checks import check_array
 from moe_jax.routers import registry
 from moe_jax.routing.budget import Fit, record_fit
 from moe_jax.routing.difficulty import Context
+from moe_jax.routing.gate import check_token_mask
 from moe_jax.types import Array, Params
 
 
@@ -20,14 +21,7 @@ def real_tokens(token_mask: Array | None, x: Array) -> np.ndarray:
     check_array("x", x, "T D", fix="Pass calibration data flattened to [tokens, d_model].")
     mask = np.ones(x.shape[0], bool)
     if token_mask is not None:
-        check_array(
-            "token_mask",
-            token_mask,
-            "T",
-            kind="bool",
-            sizes={"T": x.shape[0]},
-            fix="Pass bool[T], True for real tokens, flattened like x.",
-        )
+        check_token_mask(token_mask, x.shape[0])
         mask = np.asarray(token_mask)
     rows = np.asarray(x).astype(np.float32)[mask]
     if not mask.any():

@@ -7,8 +7,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_number
-from moe_jax.routers.base import TokenChoice, Traits
+from moe_jax.checks import check_share
+from moe_jax.routers.arguments import check_uses_an_expert
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
@@ -18,6 +19,8 @@ from moe_jax.types import Array, pytree
 
 @pytree
 class MinPState:
+    """The selection bias and the calibrated ratio."""
+
     expert_bias: Array  # f32[E], added for selection only
     ratio: Array  # f32[]
     fit: budget.Fit
@@ -56,19 +59,8 @@ class MinP(TokenChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("ratio", self.ratio)
-        if not 0 <= self.ratio <= 1:
-            raise ValueError(f"ratio: expected 0 <= ratio <= 1, got {self.ratio}. Try 0.5.")
-        if self.min_k < 1:
-            raise ValueError(
-                "min_k: expected at least 1, got 0. Min-p always uses the best expert."
-            )
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="expected"
-        )
+        check_share("ratio", self.ratio, fix="Try 0.5.")
+        check_uses_an_expert(self.min_k, "Min-p always uses the best expert.")
 
     def init_state(self) -> MinPState:
         return MinPState(

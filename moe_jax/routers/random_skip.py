@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import check_choice, check_k, check_number
-from moe_jax.routers.base import TokenChoice, Traits
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.chance import fit_mixed_counts, mixed_counts, token_chance
 from moe_jax.routing.gate import Gate
@@ -19,6 +19,8 @@ from moe_jax.types import Array, pytree
 
 @pytree
 class RandomSkipState:
+    """The selection bias and the mean k."""
+
     expert_bias: Array  # f32[E], added for selection only
     mean_k: Array  # f32[]
     fit: budget.Fit
@@ -69,17 +71,13 @@ class RandomSkip(TokenChoice):
 
     @property
     def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """K: most experts that a token uses."""
         return self.k
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """1: a token keeps its best expert."""
         return 1
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="expected"
-        )
 
     def init_state(self) -> RandomSkipState:
         return RandomSkipState(
@@ -90,6 +88,7 @@ class RandomSkip(TokenChoice):
 
     @property
     def keeps_prefix(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True if the lowest-ranked experts are dropped."""
         return self.drop == "lowest"
 
     def select(self, params, state: RandomSkipState, slots, x, context):

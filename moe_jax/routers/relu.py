@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import check_number
-from moe_jax.routers.base import TokenChoice, Traits
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import multiplicative_controller
 from moe_jax.routing.gate import Gate
@@ -20,6 +20,8 @@ from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, py
 
 @pytree
 class ReLUState:
+    """The coefficient of the loss and the cutoff that ``fit`` sets."""
+
     l1_coefficient: Array  # f32[]: lambda
     cutoff: Array  # f32[], at least 0: a weight at or below it is left out
     fit: budget.Fit
@@ -114,13 +116,8 @@ class ReLURouter(TokenChoice):
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """0: every logit of a token may be negative."""
         return 0
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=True, budget="expected"
-        )
 
     def init_state(self) -> ReLUState:
         return ReLUState(
@@ -156,8 +153,6 @@ class ReLURouter(TokenChoice):
             low=1e-12,
             high=self.max_l1_coefficient,
         )
-        # A batch of padding alone has measured nothing and moves nothing.
-        coefficient = jnp.where(stats.token_count > 0, coefficient, state.l1_coefficient)
         return dataclasses.replace(state, l1_coefficient=coefficient)
 
     def calibrate(self, params, state: ReLUState, slots, x, context, *, real, target_mean_k):

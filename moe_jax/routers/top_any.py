@@ -11,9 +11,9 @@ import numpy as np
 
 from moe_jax.checks import check_array, check_at_least_0, check_number
 from moe_jax.routers.arguments import check_params
-from moe_jax.routers.base import TokenChoice, Traits
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
-from moe_jax.routing.gate import Gate
+from moe_jax.routing.gate import Gate, zero_padding
 from moe_jax.routing.losses import Axes, mean_over_tokens
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import clip_counts
@@ -24,6 +24,8 @@ _TINY = 1e-12  # lengths below it count as it, as in the authors' normalisation
 
 @pytree
 class TopAnyState:
+    """The offset that ``fit`` sets."""
+
     offset: Array  # f32[], added to every threshold; cosines
     fit: budget.Fit
 
@@ -91,15 +93,6 @@ class TopAny(TokenChoice):
         check_at_least_0("diversity", self.diversity)
         check_at_least_0("efficiency", self.efficiency)
 
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True,
-            batch_invariant=True,
-            may_leave_token_empty=self.min_k == 0,
-            budget="expected",
-        )
-
     def init(self, key: Array, d_model: int) -> Params:
         params = self.gate.init(key, d_model=d_model, num_experts=self.num_experts)
         return {**params, "thresholds": jnp.zeros((self.num_experts,), jnp.float32)}
@@ -111,17 +104,7 @@ class TopAny(TokenChoice):
         """f32[T, E]: scaled cosines."""
         check_params(params, "kernel", "thresholds")
         check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
-        if token_mask is not None:
-            check_array(
-                "token_mask",
-                token_mask,
-                "T",
-                kind="bool",
-                sizes={"T": x.shape[0]},
-                fix="Pass bool[T], True for real tokens, flattened like x.",
-            )
-            x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
-        x = _unit(x.astype(jnp.float32), axis=1)
+        x = _unit(zero_padding(x, token_mask).astype(jnp.float32), axis=1)
         kernel = self.scale * _unit(params["kernel"].astype(jnp.float32), axis=0)
         return self.gate({**params, "kernel": kernel}, x, key=key, token_mask=token_mask)
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_at_least_0, check_choice, check_flag
 from moe_jax.routers.arguments import check_params
-from moe_jax.routers.base import TokenChoice, Traits
-from moe_jax.routing.balancing import balancing_bias, loss_free_bias, quantile_bias
+from moe_jax.routers.token_choice import TokenChoice
+from moe_jax.routing.balancing import balancing_bias, quantile_bias
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
@@ -20,6 +20,8 @@ BALANCES = ("sign", "quantile")
 
 @pytree
 class TopKState:
+    """The balancing bias."""
+
     expert_bias: Array  # f32[E], added for selection only
 
 
@@ -86,24 +88,17 @@ class TopK(TokenChoice):
 
     @property
     def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """k."""
         return self.k
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """k, or fewer where disabled experts leave a token's groups with fewer."""
         off = self.gate.disabled_experts
         if not off:
             return self.k
         # A token's groups may hold fewer enabled experts than k.
         return min(self.k, self.scoring.least_reach(num_experts=self.num_experts, disabled=off))
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True,
-            batch_invariant=True,
-            may_leave_token_empty=False,
-            budget="exact" if self.min_k == self.k else "none",
-        )
 
     def init(self, key: Array, d_model: int) -> Params:
         params = self.gate.init(key, d_model=d_model, num_experts=self.num_experts)
@@ -123,24 +118,14 @@ class TopK(TokenChoice):
         return keep, weights
 
     def observe(self, state: TopKState, routing: Routing | ExpertChoice) -> Array:
-        if self.balance != "quantile" or not self.balance_rate:
-            return jnp.zeros((self.num_experts,), jnp.float32)
+        if self.balance != "quantile":
+            return super().observe(state, routing)
         logits = jax.lax.stop_gradient(routing.router_logits)
         scores = logits if self.scoring.select_by == "logit" else self.scoring.scores(logits)
         return balancing_bias(scores, state.expert_bias, routing.token_mask, k=self.k)
 
     def update(self, state: TopKState, stats: RoutingStats) -> TopKState:
-        if not self.balance_rate:
-            return state
         if self.balance == "quantile":
             bias = quantile_bias(state.expert_bias, stats.observed, rate=self.balance_rate)
-            # A batch of padding alone has seen no score and moves nothing.
-            bias = jnp.where(stats.token_count > 0, bias, state.expert_bias)
-        else:
-            bias = loss_free_bias(
-                state.expert_bias,
-                stats.tokens_per_expert,
-                rate=self.balance_rate,
-                disabled=self.gate.disabled_experts,
-            )
-        return dataclasses.replace(state, expert_bias=bias)
+            return dataclasses.replace(state, expert_bias=bias)
+        return self.balanced(state, stats, rate=self.balance_rate)

@@ -7,8 +7,9 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_finite, check_number
-from moe_jax.routers.base import TokenChoice, Traits
+from moe_jax.checks import check_finite, check_share
+from moe_jax.routers.arguments import check_uses_an_expert
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import pi_controller
 from moe_jax.routing.gate import Gate
@@ -19,6 +20,8 @@ from moe_jax.types import Array, RoutingStats, pytree
 
 @pytree
 class TopPState:
+    """The selection bias, p, and the controller that steers p."""
+
     expert_bias: Array  # f32[E], added for selection only
     p: Array  # f32[]
     anchor: Array  # f32[]: the p that the controller steers around
@@ -65,22 +68,12 @@ class TopP(TokenChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("p", self.p)
+        check_share("p", self.p, fix="0.4 is usual.")
         check_finite("kp", self.kp)
         check_finite("ki", self.ki)
-        if not 0 <= self.p <= 1:
-            raise ValueError(f"p: expected 0 <= p <= 1, got {self.p}. 0.4 is usual.")
-        if self.min_k < 1:
-            raise ValueError("min_k: expected at least 1, got 0. Top-p always uses one expert.")
+        check_uses_an_expert(self.min_k, "Top-p always uses one expert.")
         if self.target_mean_k is not None:
-            check_number("target_mean_k", self.target_mean_k)
             budget.check_target(self.target_mean_k, min_k=self.min_k, max_k=self.max_k)
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True, batch_invariant=True, may_leave_token_empty=False, budget="expected"
-        )
 
     def init_state(self) -> TopPState:
         p = jnp.asarray(self.p, jnp.float32)
@@ -109,13 +102,7 @@ class TopP(TokenChoice):
             low=0.0,
             high=1.0,
         )
-        # A batch of padding alone has measured nothing and moves nothing.
-        seen = stats.token_count > 0
-        return dataclasses.replace(
-            state,
-            p=jnp.where(seen, p, state.p),
-            integral=jnp.where(seen, integral, state.integral),
-        )
+        return dataclasses.replace(state, p=p, integral=integral)
 
     def calibrate(self, params, state: TopPState, slots, x, context, *, real, target_mean_k):
         probs = np.asarray(slots.slot_probs)[real]

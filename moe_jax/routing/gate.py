@@ -134,17 +134,7 @@ class Gate:
             sizes={"D": kernel.shape[0]},
             fix="Pass hidden states flattened to [tokens, d_model], as wide as the router's kernel.",
         )
-        x = x.astype(jnp.float32)
-        if token_mask is not None:
-            check_array(
-                "token_mask",
-                token_mask,
-                "T",
-                kind="bool",
-                sizes={"T": x.shape[0]},
-                fix="Pass bool[T], True for real tokens, flattened like x.",
-            )
-            x = jnp.where(token_mask[:, None], x, 0.0)
+        x = zero_padding(x.astype(jnp.float32), token_mask)
         if self.input_norm_eps is not None:
             x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.input_norm_eps)
             x = x * params["input_scale"].astype(jnp.float32)[None, :]
@@ -196,3 +186,26 @@ class Gate:
             return values
         off = jnp.zeros((values.shape[1],), bool).at[jnp.array(self.disabled_experts)].set(True)
         return jnp.where(off[None, :], low, values)
+
+
+def check_token_mask(token_mask: Array, tokens: int) -> None:
+    """Raises TypeError or ValueError unless the mask is bool[T] of T ``tokens``."""
+    check_array(
+        "token_mask",
+        token_mask,
+        "T",
+        kind="bool",
+        sizes={"T": tokens},
+        fix="Pass bool[T], True for real tokens, flattened like x.",
+    )
+
+
+def zero_padding(x: Array, token_mask: Array | None) -> Array:
+    """float[T, D]: x with zeros where ``token_mask`` bool[T] is False.
+
+    A NaN in padding would survive in the gradient of a kernel, which is a product with x.
+    """
+    if token_mask is None:
+        return x
+    check_token_mask(token_mask, x.shape[0])
+    return jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))

@@ -227,10 +227,12 @@ class FlopsReport:
 
     @property
     def saving_used(self) -> float:
+        """Share of the baseline's FLOPs saved, counting rows that carried an assignment."""
         return 1.0 - self.used_flops / self.baseline_flops
 
     @property
     def saving_executed(self) -> float:
+        """Share of the baseline's FLOPs saved, counting rows that were computed."""
         return 1.0 - self.executed_flops / self.baseline_flops
 
     def summary(self) -> str:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.routers import TopK, TopP, router_from_json
-from moe_jax.routers.base import calibrates
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.routing.stats import routing_stats
 from moe_jax.testing.case import (
@@ -142,7 +141,7 @@ def no_array_is_in_a_tree_twice(case: RouterCase) -> None:
     calls.append(("init_state", rule.init_state))
     stats = statistics_of(rule.num_experts)
     calls.append(("update", lambda: rule.update(rule.init_state(), stats)))
-    if calibrates(type(rule)) and rule.min_k < rule.max_k:
+    if rule.calibrates() and rule.min_k < rule.max_k:
         calls.append(("fit", lambda: _fitted(case)))
     for name, make in calls:
         leaves = jax.tree.leaves(make())
@@ -161,7 +160,7 @@ def _fitted(case: RouterCase) -> Any:
 def fit_reaches_its_target(case: RouterCase) -> None:
     """For rules with ``calibrate``: the tokens that were fitted on use the target's mean."""
     rule = case.router
-    if not calibrates(type(rule)) or rule.min_k == rule.max_k:
+    if not rule.calibrates() or rule.min_k == rule.max_k:
         return
     x = jax.random.normal(jax.random.key(4), (20 * TOKENS, D_MODEL), jnp.float32)
     wide = dataclasses.replace(case, x=x)

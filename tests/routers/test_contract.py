@@ -44,8 +44,8 @@ from moe_jax.routers import (
     router_from_json,
     with_similarity,
 )
-from moe_jax.routers.base import TokenChoice
 from moe_jax.routers.registry import LAZY_RULES, register_rule, registered_rules, rule_class
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing.budget import fit_knots
 from moe_jax.routing.difficulty import ESTIMATORS, raw_difficulty, register_estimator
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 
 from moe_jax.checks import check_k
-from moe_jax.routers.base import Slots, TokenChoice, Traits
+from moe_jax.routers.token_choice import Slots, TokenChoice
 from moe_jax.types import Array, pytree
 
 
@@ -35,24 +35,17 @@ class PublishedRule(TokenChoice, abc.ABC):
 
     @property
     def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """k, and at most the number of experts."""
         return min(self.k, self.num_experts)
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """k without the choices that may be no experts."""
         return max(0, self.k - self.num_free)
 
     @property
     def num_choices(self) -> int:
         return self.k
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=True,
-            batch_invariant=True,
-            may_leave_token_empty=self.min_k == 0,
-            budget="exact" if self.min_k == self.max_k else "none",
-        )
 
     def weights(self, slots: Slots, keep: Array, *, min_k: int | None = None) -> Array:
         # min_k=2: where a published rule renormalises the weight of a token's only expert, that is

@@ -11,7 +11,7 @@ from moe_jax.checks import check_array
 from moe_jax.interop.expert_functions import rms_norm
 from moe_jax.interop.rules.free_classes import BiasState, FreeClasses
 from moe_jax.routing.difficulty import Context
-from moe_jax.routing.gate import Gate
+from moe_jax.routing.gate import Gate, zero_padding
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, Params
 
@@ -106,17 +106,7 @@ class DepthRouter(FreeClasses):
             sizes={"D": params["down"].shape[0]},
             fix="Pass hidden states flattened to [tokens, d_model].",
         )
-        if token_mask is not None:  # a NaN in padding would survive in the kernel's gradient
-            check_array(
-                "token_mask",
-                token_mask,
-                "T",
-                kind="bool",
-                sizes={"T": x.shape[0]},
-                fix="Pass bool[T], True for real tokens, flattened like x.",
-            )
-            x = jnp.where(token_mask[:, None], x, jnp.zeros((), x.dtype))
-        h = rms_norm(self.hidden(params, x, context), self.norm_eps)
+        h = rms_norm(self.hidden(params, zero_padding(x, token_mask), context), self.norm_eps)
         h = h * params["norm"].astype(jnp.float32)[None, :]
         for name in ("fc1", "fc2"):
             h = jax.nn.gelu(_affine(h, params[name], params[f"{name}_bias"]), approximate=False)

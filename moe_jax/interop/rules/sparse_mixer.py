@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.interop.rules.common import NoState, PublishedRule
-from moe_jax.routers.base import Slots
+from moe_jax.routers.token_choice import Slots
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_array
 from moe_jax.interop.rules.common import PublishedRule
-from moe_jax.routers.base import Slots, Traits
+from moe_jax.routers.token_choice import Slots
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, pytree
@@ -54,10 +54,6 @@ class TokenTable(PublishedRule):
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return max(0, self.k - len(set(self.gate.disabled_experts)))
-
-    @property
-    def traits(self) -> Traits:
-        return dataclasses.replace(super().traits, may_leave_token_empty=self.min_k == 0)
 
     def init_state(self) -> TableState:
         """Round robin: id v uses experts v, v + 1, ... modulo E."""

@@ -72,6 +72,7 @@ def _moe_request(request: Request) -> HttpRequest:
 
 
 async def server_metadata(request: Request) -> Response:
+    """Answers with the service's name, version and protocol extensions."""
     _moe_request(request).admitted_client()
     return _json(
         {"name": SERVER_NAME, "version": moe_jax.__version__, "extensions": list(EXTENSIONS)}
@@ -79,6 +80,7 @@ async def server_metadata(request: Request) -> Response:
 
 
 async def model_metadata(request: Request) -> Response:
+    """Answers with the tensors that a model takes and returns."""
     asked = _moe_request(request)
     asked.admitted_client()
     model, version = request.path_params["model"], request.path_params.get("version")
@@ -106,6 +108,7 @@ async def model_metadata(request: Request) -> Response:
 
 
 async def live(request: Request) -> Response:
+    """Answers 200 while the process can serve at all, and 503 otherwise."""
     alive = _moe_request(request).transport.engine.live()
     return Response(status_code=200 if alive else 503)
 
@@ -119,16 +122,19 @@ def _readiness(asked: HttpRequest) -> Response:
 
 
 async def ready(request: Request) -> Response:
+    """Answers 200 if requests may be sent here, and 503 with the reasons otherwise."""
     return _readiness(_moe_request(request))
 
 
 async def model_ready(request: Request) -> Response:
+    """Answers as ``ready`` does, and 404 for a model or version that is not served."""
     asked = _moe_request(request)
     asked.transport.spec(request.path_params["model"], request.path_params.get("version"))
     return _readiness(asked)
 
 
 async def health(request: Request) -> Response:
+    """Answers with the parts' state: to operators alone where metrics need a key."""
     asked = _moe_request(request)
     transport = asked.transport
     report = await transport.aside(transport.engine.health_check)
@@ -163,6 +169,7 @@ def _finite(value: Any) -> Any:
 
 
 async def metrics(request: Request) -> Response:
+    """Answers with all metrics in the Prometheus text format."""
     asked = _moe_request(request)
     transport = asked.transport
     if transport.level.metrics_need_bearer:
@@ -252,6 +259,7 @@ def checkpoint_below(root: str | Path, name: str) -> Path:
 
 
 async def openapi(request: Request) -> Response:
+    """Answers with the OpenAPI document of this service."""
     return _json(document(_moe_request(request).transport.body_limit))
 
 

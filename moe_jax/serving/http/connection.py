@@ -84,16 +84,19 @@ class BoundedProtocol(HttpToolsProtocol):
     # --- events of the transport
 
     def connection_made(self, transport: Any) -> None:
+        """Starts the deadline of the first request's head."""
         super().connection_made(transport)
         self._set_timer(HEAD_SECONDS, self._head_is_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the timers."""
         self._stop_timer()
         if self._flush_timer is not None:
             self._flush_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Keeps what has come and parses as much as can be answered soon."""
         # uvicorn restarts the clock of an idle connection at every byte. A blank line, which may
         # precede a request, would then keep the connection open, so it is left to on_message_begin.
         self._unframed_bytes += len(data)
@@ -136,6 +139,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._framing_is_broken("the trailers or chunk extensions are too large")
 
     def eof_received(self) -> bool | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Keeps the connection open for an answer that a half-closed client waits for."""
         # A client may close its half of the connection once its request is complete, and still wait
         # for the answer.
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
@@ -146,6 +150,7 @@ class BoundedProtocol(HttpToolsProtocol):
     # --- events of the parser
 
     def on_message_begin(self) -> None:
+        """Starts the account of a request's head."""
         super().on_message_begin()
         self._unset_keepalive_if_required()
         self._in_head, self._in_body, self._body_left = True, False, 0
@@ -154,10 +159,12 @@ class BoundedProtocol(HttpToolsProtocol):
             self._set_timer(HEAD_SECONDS, self._head_is_late)
 
     def on_url(self, url: bytes) -> None:
+        """Counts the target towards the head."""
         super().on_url(url)
         self._head_bytes += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Counts and keeps a header; drops a trailer."""
         # After the head come trailers, which are never merged into the headers (RFC 9110, 6.5.1):
         # a proxy that sets or removes a header does not look at trailers.
         if self._in_head:
@@ -165,6 +172,7 @@ class BoundedProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        """Checks the head and begins the body."""
         self._stop_timer()
         self._check_head()
         self._in_head, self._in_body = False, True
@@ -178,11 +186,13 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        """Passes a piece of the body on."""
         self._unframed_bytes = 0
         self._body_left -= len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        """Ends the request; one that was answered early frees the connection."""
         if self._ignores_upgrade:
             return
         self._in_body = False
@@ -267,6 +277,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, bounded)
 
     def on_response_complete(self) -> None:
+        """Continues with the next request, or ends the connection."""
         super().on_response_complete()
         if self._unparsed and not self.pipeline:
             self.loop.call_soon(self._parse)
@@ -283,6 +294,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._watch_flush(self.transport.get_write_buffer_size())
 
     def timeout_keep_alive_handler(self) -> None:
+        """Closes a connection that was idle for too long."""
         self._close()
 
     def answer_starts(self, cycle: RequestResponseCycle) -> None:

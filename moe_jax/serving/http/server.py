@@ -85,13 +85,16 @@ class Server(uvicorn.Server):
         )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Notes SIGTERM or SIGINT; ``on_tick`` acts on it."""
         # A signal handler runs between any two lines: it takes no lock, it only leaves a note.
         self._signals += 1
 
     def ask_to_reload(self, sig: int, frame: FrameType | None) -> None:
+        """Notes SIGHUP; ``on_tick`` acts on it."""
         self._asked_to_reload = True
 
     async def on_tick(self, counter: int) -> bool:
+        """Acts on noted signals; returns whether the process is to end."""
         if self._asked_to_reload:
             self._asked_to_reload = False
             task = asyncio.create_task(self._reload())
@@ -116,6 +119,7 @@ class Server(uvicorn.Server):
             await self.transport.aside(self.engine.reload)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops the other transports and closes the sockets."""
         self.on_stop()
         await super().shutdown(sockets)
 
