@@ -1,6 +1,6 @@
 """Routing rules. Each is a value in a separate file; a new rule is one file and one line below."""
 
-from moe_jax.routers.base import Router, TokenChoice, Traits, router_from_json
+from moe_jax.routers.base import Router, Traits, router_from_json
 from moe_jax.routers.catalog import catalog
 from moe_jax.routers.dynamic_k import DynamicK
 from moe_jax.routers.elastic import Elastic, with_share
@@ -12,6 +12,7 @@ from moe_jax.routers.random_skip import RandomSkip
 from moe_jax.routers.relu import ReLURouter
 from moe_jax.routers.reroute import Reroute, expert_similarity, with_similarity
 from moe_jax.routers.shared_budget import SharedBudget
+from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routers.top_any import TopAny
 from moe_jax.routers.top_k import TopK
 from moe_jax.routers.top_p import TopP

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 
 from moe_jax.checks import check_count, check_k
-from moe_jax.routers.base import Slots, TokenChoice, Traits
+from moe_jax.routers.base import Traits
+from moe_jax.routers.token_choice import Slots, TokenChoice
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.selection import build_routing, compact
 from moe_jax.types import Array, Params, Routing

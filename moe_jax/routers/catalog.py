@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from moe_jax.routers import registry
-from moe_jax.routers.base import Router, Traits, calibrates
+from moe_jax.routers.base import Router, Traits
 
 # Rule: (paper or origin, what its decisions are compared with in tests/goldens). "by hand" are small
 # cases written out in a test; "" is nothing beyond the contract.
