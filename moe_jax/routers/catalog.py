@@ -94,7 +94,7 @@ def entry_of(rule: type[Router] | Router) -> Entry:
     return Entry(
         name=cls.__name__,
         traits=example.traits,
-        calibrated=calibrates(cls),
+        calibrated=cls.calibrates(),
         source=source,
         golden=golden,
         summary=(cls.__doc__ or "").strip().split("\n")[0],
