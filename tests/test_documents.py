@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pkgutil
 import re
@@ -92,6 +93,16 @@ def test_the_how_to_pages_run():
     assert printed[0].startswith(("file", "section"))
     assert printed[1] == "(4, 128, 64) 1.7"
     assert float(printed[2]) == pytest.approx(2.5, rel=0.01)
+
+
+def test_the_table_of_the_readme_is_the_stored_result():
+    from moe_jax.lab.seeds import markdown_table
+
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text("utf-8"))
+    assert markdown_table(results) in (ROOT / "README.md").read_text("utf-8")
+    assert f"`{results['command'].removesuffix(' --seed 0')}`" in (ROOT / "README.md").read_text(
+        "utf-8"
+    )
 
 
 def test_the_scaling_example_runs_on_eight_devices():

@@ -29,7 +29,8 @@ def run_seeds(
 ) -> dict[str, Any]:
     """Runs the demo once per seed, in ``out/seed_N``, and pools what was measured.
 
-    Leaves in ``out``: the folders of the seeds, ``results.json`` (pooled) and ``frontier.png``.
+    Leaves in ``out``: the folders of the seeds, ``results.json`` and ``results.md`` (pooled) and
+    ``frontier.png``.
 
     Args:
         out: the folder.
@@ -66,6 +67,7 @@ def run_seeds(
         )
     results = pool([out / f"seed_{seed}" for seed in seeds])
     demo.write_results(out, results)
+    (out / "results.md").write_text(markdown_table(results), encoding="utf-8")
     plots.frontier(results["rows"], out / "frontier.png", equal_quality=EQUAL_QUALITY)
     console.print(pooled_table(results))
     for sentence in pooled_sentences(results):
@@ -180,13 +182,62 @@ def pooled_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """Returns the table in Markdown, as README shows it, with the shares avoided in its last row.
+
+    Args:
+        results: of ``pool``.
+    """
+    rows = results["rows"]
+    savings = sorted({row["saving"] for row in rows})
+    lines = [
+        f"| rule | −{savings[0]:.0%} experts | "
+        + " | ".join(f"−{saving:.0%}" for saving in savings[1:])
+        + " |",
+        "|---" * (1 + len(savings)) + "|",
+    ]
+    for rule in dict.fromkeys(row["rule"] for row in rows):
+        own = {row["saving"]: row for row in rows if row["rule"] == rule}
+        label = RULES[rule].label
+        if RULES[rule].control:
+            label = f"*control: {label.removesuffix(' (control)')}*"
+        cells = [
+            _span(*(own[s][key] for key in ("relative", "relative_low", "relative_high")))
+            for s in savings
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    shares = []
+    for saving in savings:
+        best = _best(rows, saving)
+        low, high = best["avoided_interval"].get("drop_lowest", (None, None))
+        share = best["avoided"].get("drop_lowest")
+        ends = "–".join("unbounded" if end is None else f"{100 * end:.0f}" for end in (low, high))
+        shares.append("none" if share is None else f"{100 * share:.0f} % ({ends}), {best['label']}")
+    lines.append(f"| loss of the mix that the best rule avoids | {' | '.join(shares)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _span(*values: float) -> str:
+    """``0.08 (0.02–0.13)``, in %."""
+    middle, low, high = (f"{100 * v:.2f}" if abs(v) < 0.05 else f"{100 * v:.1f}" for v in values)
+    return f"{middle} ({low}–{high})".replace("-", "−")
+
+
+def _best(rows: Sequence[Mapping[str, Any]], saving: float) -> Mapping[str, Any]:
+    """The rule, not a control, that costs least at a saving."""
+    return min(
+        (row for row in rows if row["saving"] == saving and not row["control"]),
+        key=lambda row: row["relative"],
+    )
+
+
 def pooled_sentences(results: Mapping[str, Any], control: str = "drop_lowest") -> list[str]:
     """Returns, for each saving, how much of a control's loss the best rule avoids, with intervals."""
     sentences = []
-    rows = [row for row in results["rows"] if not row["control"]]
+    rows = results["rows"]
     label = RULES[control].label.removesuffix(" (control)")
     for saving in sorted({row["saving"] for row in rows}):
-        best = min((r for r in rows if r["saving"] == saving), key=lambda r: r["relative"])
+        best = _best(rows, saving)
         if control not in best["avoided"]:
             continue
         ends = [
