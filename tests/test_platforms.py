@@ -87,7 +87,8 @@ def test_text_files_name_their_encoding(name):
     unnamed = [
         f"{path.relative_to(ROOT)}:{call.lineno}"
         for path, call in calls(name)
-        if not any(word.arg == "encoding" for word in call.keywords)
+        if isinstance(call.func, ast.Attribute)
+        and not any(word.arg == "encoding" for word in call.keywords)
         and not (
             call.args and isinstance(call.args[0], ast.Constant) and call.args[0].value == "utf-8"
         )
