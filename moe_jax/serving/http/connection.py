@@ -27,6 +27,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.request_body import Disconnected
 from moe_jax.serving.http.strict_json import malformed
 
@@ -66,7 +67,18 @@ class _Refused(Exception):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with strict framing and a deadline for each state."""
+    """uvicorn's HTTP protocol with strict framing and a deadline for each state.
+
+    Args:
+        refused: called with the refusal of a request that does not reach the application. Other
+            arguments are uvicorn's.
+    """
+
+    def __init__(
+        self, *args: Any, refused: Callable[[ServingError], None] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._refused = refused
 
     _timer: asyncio.TimerHandle | None = None
     _flush_timer: asyncio.TimerHandle | None = None
@@ -80,6 +92,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _unparsed = b""
     _body_left = 0
     _broken_cycle: RequestResponseCycle | None = None
+    _is_silent = True
 
     # --- events of the transport
 
@@ -100,6 +113,7 @@ class BoundedProtocol(HttpToolsProtocol):
         # uvicorn restarts the clock of an idle connection at every byte. A blank line, which may
         # precede a request, would then keep the connection open, so it is left to on_message_begin.
         self._unframed_bytes += len(data)
+        self._is_silent = False
         if self._stopped:
             if self._unframed_bytes > 16 * HEAD_BYTES:
                 self._close()
@@ -376,6 +390,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stopped = True
         self._stop_timer()
         self._unset_keepalive_if_required()
+        # A connection that never sent a byte, as browsers open ahead, made no request.
+        if self._refused is not None and not self._is_silent:
+            self._refused(ServingError(code, text))
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:

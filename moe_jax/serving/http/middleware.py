@@ -82,13 +82,17 @@ class RequestMiddleware:
         """Answers a request and returns the code for its log line."""
         try:
             if (name := repeated_header(scope["headers"])) is not None:
-                raise ServingError("malformed", f"{name}: expected once, got more than once.")
+                refusal = ServingError("malformed", f"{name}: expected once, got more than once.")
+                self.transport.engine.recorder.refused(refusal)
+                raise refusal
             await self.app(scope, receive, send)
         except HTTPException as error:
             code = _STATUS_CODES.get(error.status_code, "malformed")
             more = [(k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items()]
             text = f"{scope['method']} {request.path[:100]}: {error.detail}."
-            await request.send_error(send, ServingError(code, text), more)
+            refusal = ServingError(code, text)
+            self.transport.engine.recorder.refused(refusal)
+            await request.send_error(send, refusal, more)
             return code
         except Disconnected:
             return "disconnected"

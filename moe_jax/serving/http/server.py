@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import socket
@@ -67,7 +68,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=BoundedProtocol,
+                http=functools.partial(BoundedProtocol, refused=engine.recorder.refused),  # pyright: ignore[reportArgumentType]
                 ws="none",
                 loop="asyncio",
                 lifespan="on",

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from moe_jax.serving.errors import CODES
 from moe_jax.serving.http import connection as bounds
 from tests.serving.served import WIDTH, Served, served, small_engine, tensor
 
@@ -173,6 +174,8 @@ def test_what_http_allows_is_answered_and_the_connection_kept(service, data, sta
 
 @pytest.mark.parametrize(("data", "status"), REFUSED.values(), ids=REFUSED)
 def test_what_http_forbids_is_refused_and_the_connection_ends(service, data, status):
+    exporter = service.server.engine.recorder.exporter
+    counted = sum(exporter.value("moe_errors_total", code) for code in CODES)
     with Connection(service) as connection:
         connection.send(data)
         answer = connection.answer()
@@ -181,6 +184,8 @@ def test_what_http_forbids_is_refused_and_the_connection_ends(service, data, sta
         assert found == status, body
         assert headers["connection"] == "close"
         assert set(json.loads(body)) == {"error", "code"}
+        now = sum(exporter.value("moe_errors_total", code) for code in CODES)
+        assert now == counted + 1, "a refusal counts once in moe_errors_total"
         assert connection.ended()
     assert service.server.transport.account.held == 0
 
