@@ -56,8 +56,9 @@ class Experiment:
         seeds: of parameters and batches.
         core: recipes that run with every seed before the others run at all; so a run that is stopped
             early has compared these.
+        models: another experiment whose trained models are used where recipes have the same name.
         calibration_tokens, held_out_tokens: bytes of text.
-        batch_sizes, budgets: of ``decode``: tokens per decoding step; rules as JSON, by label.
+        batch_sizes, batch_rules: of ``decode``: tokens per decoding step; rules as JSON, by label.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Experiment:
     savings: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     core: tuple[str, ...] = ()
+    models: str = ""
     calibration_tokens: int = 8_192
     held_out_tokens: int = 32_768
     batch_sizes: tuple[int, ...] = ()

@@ -44,6 +44,11 @@ def trained_model(
         else:
             train(recipe.config, path, recipe.steps, seed, False, overwrite=True, corpus=corpus)
     model = load_model(path)
+    if model.config != recipe.config:
+        raise ValueError(
+            f"{path}: expected the model of recipe {recipe.name}, got another configuration. Remove "
+            "the folder, or choose another --out."
+        )
     training = model.metadata["training"]
     if "cost" in training:
         return model, {"seconds": training["seconds"], "cost": training["cost"]}

@@ -18,6 +18,7 @@ from moe_jax.lab.calibration import calibration_blocks
 from moe_jax.lab.data import Corpus, load_corpus
 from moe_jax.lab.experiments.budget_table import budget_rows
 from moe_jax.lab.experiments.declaration import Experiment, Recipe, fingerprint
+from moe_jax.lab.experiments.decode_table import decode_rows
 from moe_jax.lab.experiments.recipes import trained_model
 from moe_jax.lab.experiments.tables import write_results
 from moe_jax.lab.frontier import held_out_blocks
@@ -88,7 +89,8 @@ def run_unit(
 ) -> dict[str, Any]:
     """Trains one recipe with one seed and measures it."""
     started = time.perf_counter()
-    model, training = trained_model(experiment, recipe, seed, folder / "models", corpus)
+    models = folder.parent / (experiment.models or folder.name) / "models"
+    model, training = trained_model(experiment, recipe, seed, models, corpus)
     # The same text for every seed: the interval over seeds is that of training.
     sizes = {"calibration": experiment.calibration_tokens, "held_out": experiment.held_out_tokens}
     blocks = {
@@ -96,8 +98,6 @@ def run_unit(
         "held_out": held_out_blocks(model.config, corpus, tokens=sizes["held_out"]),
     }
     if experiment.kind == "decode":
-        from moe_jax.lab.experiments.decode_table import decode_rows
-
         rows = decode_rows(experiment, model, note=advance_note, **blocks)
     else:
         rows = budget_rows(experiment, recipe, model, note=advance_note, **blocks)

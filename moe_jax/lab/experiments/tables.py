@@ -130,7 +130,7 @@ def _decode_summary(units: Sequence[Mapping[str, Any]]) -> list[Row]:
                 "detectable": change.detectable,
                 **{
                     name: sum(row[name] for row in members) / count
-                    for name in ("mean_k", "distinct_experts", "distinct_saving", "time_saving")
+                    for name in ("mean_k", "distinct_experts", "distinct_saving", "bits_per_byte")
                 },
             }
         )
@@ -274,7 +274,7 @@ def _budget_tables(results: Mapping[str, Any], rows: Sequence[Row]) -> list[str]
 
 def _decode_table(results: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     return _grid(
-        ("rule", "batch", "seeds", "mean k", "distinct experts", "fewer", "less time", "change"),
+        ("rule", "batch", "seeds", "mean k", "distinct experts", "fewer", "change"),
         (
             (
                 row["rule"],
@@ -283,7 +283,6 @@ def _decode_table(results: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
                 f"{row['mean_k']:.2f}",
                 f"{row['distinct_experts']:.1f}",
                 f"{row['distinct_saving']:.1%}",
-                f"{row['time_saving']:.1%}",
                 _interval(row).text,
             )
             for row in rows
