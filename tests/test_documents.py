@@ -113,6 +113,11 @@ def test_the_scaling_example_runs_on_eight_devices():
     )
 
 
+def test_the_page_about_elastic_budgets_runs():
+    code = "\n".join(blocks(ROOT / "docs" / "how-to" / "elastic.md", "python"))
+    assert run(code) == "2.5\n"
+
+
 def test_the_page_about_rules_runs_and_its_rule_keeps_the_contract():
     code = "\n".join(blocks(ROOT / "docs" / "write_a_rule.md", "python"))
     assert run(code) == "29 promises kept\n2.0 experts a token\n"

@@ -59,3 +59,19 @@ def experiment(
         return
     out.print((place / "results.md").read_text(encoding="utf-8"), markup=False, highlight=False)
     out.print(f"results.json, results.csv and results.png are in {place}.", soft_wrap=True)
+
+
+@app.command()
+def results(
+    folder: Folder = Path("runs/experiments"),
+    data: Annotated[Path, typer.Option(help="Folder that keeps the results with the page.")] = Path(
+        "benchmarks/results/experiments"
+    ),
+    page: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/experiments.md"),
+) -> None:
+    """Write the page of results from the experiments that were run."""
+    from moe_jax.lab.experiments.tables import write_page
+
+    with library_errors_exit_2():
+        names = write_page(folder, data, page)
+    out.print(f"{', '.join(names)} are in {page}", soft_wrap=True)

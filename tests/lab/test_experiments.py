@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +14,11 @@ from moe_jax.cli import app
 from moe_jax.lab.experiments.budget_table import interval
 from moe_jax.lab.experiments.declaration import declared, experiment_files, load
 from moe_jax.lab.experiments.recipes import distil
-from moe_jax.lab.experiments.tables import write_results
+from moe_jax.lab.experiments.runner import run_experiment
+from moe_jax.lab.experiments.tables import page_of, write_page, write_results
 from moe_jax.lab.model_files import load_model
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.compile_cheaply
 
@@ -88,6 +92,35 @@ def test_an_experiment_runs_resumes_and_writes_its_tables(tmp_path):
     # Another declaration of the same name measures again what it changed.
     other = declared("tiny", changed(rules=["drop_lowest"]))
     assert write_results(other, [], tmp_path / "other")["done"] == 0
+
+
+def test_a_decode_experiment_counts_distinct_experts(tmp_path):
+    rules = {
+        "top 1": {"kind": "Piggyback", "num_experts": 4, "k": 1},
+        "piggyback": {"kind": "Piggyback", "num_experts": 4, "k": 3, "keep_k": 1},
+        "re-route": {"kind": "Reroute", "num_experts": 4, "k": 3, "min_similarity": -1.0},
+    }
+    fields = {"kind": "decode", "recipes": {"fixed": {}}, "rules": [], "savings": []}
+    experiment = declared("tiny", changed(**fields, batch_sizes=[2], batch_rules=rules))
+    results = run_experiment(experiment, tmp_path, progress=False)
+    rows = {row["rule"]: row for row in results["rows"]}
+    assert rows["as trained"]["mean_k"] == pytest.approx(3.0)
+    assert rows["as trained"]["distinct_saving"] == 0.0
+    assert rows["top 1"]["mean_k"] == pytest.approx(1.0)
+    # Two tokens load at most two experts, and both use what is loaded.
+    assert 1.0 < rows["piggyback"]["distinct_experts"] <= 2.0
+    assert rows["piggyback"]["distinct_experts"] == rows["top 1"]["distinct_experts"]
+    assert rows["re-route"]["distinct_experts"] == rows["top 1"]["distinct_experts"]
+    assert "| piggyback | 2 |" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_the_page_is_what_the_results_say(tmp_path):
+    stored = sorted((ROOT / "benchmarks" / "results" / "experiments").glob("*.json"))
+    assert stored
+    assert (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8") == page_of(stored)
+    empty = [tmp_path, tmp_path / "data", tmp_path / "page.md"]
+    with pytest.raises(ValueError, match=r"expected NAME/results\.json in"):
+        write_page(*empty)
 
 
 def test_a_distilled_recipe_needs_an_elastic_rule():

@@ -82,7 +82,7 @@ def route_steps(
     Returns:
         The routing of all B * S tokens, and f32[B // batch * S]: distinct experts of each step.
     """
-    sequences, length, width = x.shape
+    sequences, length = mask.shape
     groups = sequences // batch
 
     def steps(array: Array) -> Array:  # [B, S, ...] -> [steps, batch, ...]
