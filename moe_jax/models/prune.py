@@ -323,8 +323,8 @@ def write_pruned(
             sizes = (s for specs in files.values() for s in specs.values())
             size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in sizes)
             held["metadata"] = {**(held.get("metadata") or {}), "total_size": size}
-            (part / index.name).write_text(json.dumps(held, indent=2) + "\n")
-        (part / "config.json").write_text(_config(opened, kept))
+            (part / index.name).write_text(json.dumps(held, indent=2) + "\n", encoding="utf-8")
+        (part / "config.json").write_text(_config(opened, kept), encoding="utf-8")
         copy_companions(opened.folder, part)
     return target
 
