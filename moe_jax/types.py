@@ -24,7 +24,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
@@ -64,7 +64,24 @@ def pytree(cls: type[_T]) -> type[_T]:
     data = [f.name for f in fields if not f.metadata.get("static")]
     registered = jax.tree_util.register_dataclass(frozen, data_fields=data, meta_fields=meta)
     _register_serialization(registered, meta)
+    _CLASSES.append(registered)
+    for listener in _LISTENERS:
+        listener(registered)
     return registered
+
+
+_CLASSES: list[type[Any]] = []
+_LISTENERS: list[Callable[[type[Any]], None]] = []
+
+
+def on_pytree(listener: Callable[[type[Any]], None]) -> None:
+    """Calls ``listener`` with every class that ``pytree`` made, and with those that it will make.
+
+    For libraries with a registry of their own, such as Flax, which this module does not import.
+    """
+    _LISTENERS.append(listener)
+    for cls in _CLASSES:
+        listener(cls)
 
 
 def _register_serialization(cls: type[Any], meta: list[str]) -> None:

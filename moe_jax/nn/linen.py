@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from moe_jax.checks import check_count, check_instance
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux, LayerOptions
+from moe_jax.nn import serialization as serialization  # registers router states with Flax
 from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from moe_jax.checks import check_count, check_instance
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux, check_layer_params
+from moe_jax.nn import serialization as serialization  # registers router states with Flax
 from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,
@@ -45,7 +46,9 @@ def hold(tree: Params, path: str) -> Any:
 def arrays(held: Any) -> Params:
     """Returns the plain tree of arrays: the inverse of ``hold``."""
     if isinstance(held, nnx.Dict):
-        return {k: arrays(v) for k, v in held.items()}
+        # nnx.tabulate replaces every public method of a node's class, `items` too, and would recurse.
+        # It also leaves a private number in each node.
+        return {k: arrays(held[k]) for k in held if not k.startswith("_nnx")}
     if isinstance(held, nnx.List):
         return [arrays(v) for v in held]
     return held.get_value()

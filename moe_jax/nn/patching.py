@@ -27,6 +27,7 @@ def patch_model_with_dynamic_routing(
     target_mean_k: float | None = None,
     difficulty: str | Estimator = "router_entropy",
     elastic: bool = False,
+    call: Callable[[Any, Any], Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Gives every fixed-k ``MoE`` layer of an NNX model a ``DynamicK`` rule, in place.
 
@@ -44,6 +45,8 @@ def patch_model_with_dynamic_routing(
         target_mean_k: experts per token to fit to; the middle of min and max by default.
         difficulty: estimator, see ``moe_jax.routing.difficulty``.
         elastic: allow more experts than the layer was trained with.
+        call: ``(model, calibration) -> anything``, how the model is run; None is
+            ``model(calibration)``.
 
     Returns:
         For each layer path: trained_k, min_k, max_k, and, where calibrated, the fit's description.
@@ -75,7 +78,7 @@ def patch_model_with_dynamic_routing(
             "input of the model, or leave target_mean_k out."
         )
     layers = check_has_layers(model)
-    inputs = {} if calibration is None else _inputs(model, calibration, None)
+    inputs = {} if calibration is None else _inputs(model, calibration, call)
     rules: dict[str, DynamicK] = {}
     for path, layer in layers.items():
         trained = layer.spec.router
