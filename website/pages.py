@@ -22,6 +22,7 @@ PUBLIC = (
     "moe_jax",
     "moe_jax.nn.nnx",
     "moe_jax.nn.linen",
+    "moe_jax.nn.elastic",
     "moe_jax.nn.patching",
     "moe_jax.nn.profiler",
     "moe_jax.interop",

@@ -8,6 +8,7 @@ from moe_jax.routers.expert_choice import ExpertChoiceRouter
 from moe_jax.routers.expert_threshold import ExpertThreshold
 from moe_jax.routers.min_p import MinP
 from moe_jax.routers.piggyback import Piggyback
+from moe_jax.routers.random_second import RandomSecond
 from moe_jax.routers.random_skip import RandomSkip
 from moe_jax.routers.relu import ReLURouter
 from moe_jax.routers.reroute import Reroute, expert_similarity, with_similarity
@@ -24,6 +25,7 @@ __all__ = [
     "ExpertThreshold",
     "MinP",
     "Piggyback",
+    "RandomSecond",
     "RandomSkip",
     "ReLURouter",
     "Reroute",

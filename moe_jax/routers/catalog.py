@@ -20,8 +20,10 @@ _SOURCES: dict[str, tuple[str, str]] = {
     "JointShared": ("Inkling (transformers)", "transformers"),
     "MinP": ("llama.cpp issue 4470; NAEE, arXiv:2402.14800 for k=2", "by hand"),
     "MoEPlusPlus": ("MoE++, arXiv:2410.07348", "the authors' code"),
+    "NullExperts": ("AdaMoE, arXiv:2406.13233", "by hand"),
     "Piggyback": ("OEA, arXiv:2511.02237", "by hand"),
     "ProductKeys": ("arXiv:1907.05242, as in Doge", "transformers"),
+    "RandomSecond": ("GShard, arXiv:2006.16668; ST-MoE, arXiv:2202.08906", "by hand"),
     "RandomSkip": ("a control: drops experts by chance", "by hand"),
     "ReLURouter": ("ReMoE, arXiv:2412.14711", "the authors' code"),
     "Reroute": ("SERE, arXiv:2602.07616", "by hand"),
@@ -45,6 +47,7 @@ _EXAMPLE: dict[str, Any] = {
     "hidden_size": 8,
     "num_shared": 1,
     "num_zero_experts": 4,
+    "num_null_experts": 4,
     "vocab_size": 256,
 }
 

@@ -26,6 +26,7 @@ LAZY_RULES: dict[str, str] = {
         "DepthRouter",
         "JointShared",
         "MoEPlusPlus",
+        "NullExperts",
         "ProductKeys",
         "SparseMixer",
         "TokenTable",

@@ -18,6 +18,7 @@ from moe_jax.interop.rules import (
     JointShared,
     MoEPlusPlus,
     NoState,
+    NullExperts,
     ProductKeys,
     SparseMixer,
     TableState,
@@ -43,6 +44,7 @@ CASES: dict[str, Any] = {
     "token table": TokenTable(num_experts=E, k=2, vocab_size=64, scoring=Scoring(norm="sum")),
     "sparse mixer": SparseMixer(num_experts=E, eps=0.3),
     "zero experts": ZeroExperts(num_experts=E, num_zero_experts=4, k=3, scoring=Scoring(scale=6.0)),
+    "null experts": NullExperts(num_experts=E, num_null_experts=4, k=3),
     "joint shared": JointShared(num_experts=E, num_shared=2, k=3, scale=1.7),
     "moe++": MoEPlusPlus(num_experts=E),
     "depth": DepthRouter(num_experts=E, k=1, hidden_size=6),
@@ -246,6 +248,16 @@ def test_first_choices_are_served_before_second_ones():
     params, x = by_hand([[2, 1], [1, 2]])
     routing = CapacityTopK(num_experts=2, k=2, capacity=1)(params, NoState(), x)
     assert routing.expert_indices.tolist() == [[0, 2], [1, 2]]
+
+
+def test_null_experts_take_choices_and_no_weight():
+    rule = NullExperts(num_experts=2, num_null_experts=2, k=2)
+    params, x = by_hand([[3, 1, 2, 0], [1, 2, -9, 0], [0, 0, 5, 4]])
+    routing = rule(params, rule.init_state(), x)
+    p = np.asarray(jax.nn.softmax(x, axis=-1))
+    assert routing.expert_indices.tolist() == [[0, 2], [1, 0], [2, 2]]
+    shares = p[1, [1, 0]] / p[1, :2].sum()
+    np.testing.assert_allclose(routing.combine_weights, [[1, 0], shares, [0, 0]], rtol=1e-6)
 
 
 def test_a_zero_experts_weight_is_what_x_keeps():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import Elastic, MinP, Schedule, TopK, distillation_loss, with_share
+from moe_jax import Elastic, MinP, RandomSecond, Schedule, TopK, distillation_loss, with_share
 
 pytestmark = pytest.mark.compile_cheaply
 
@@ -84,6 +84,20 @@ def test_rescaled_weights_sum_to_the_weights_of_all_k():
     got = route(router, params, state, X)
     assert int(got.num_experts_per_token.min()) == 1
     np.testing.assert_allclose(got.combine_weights.sum(axis=1), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.2])
+def test_a_random_second_expert_is_as_likely_as_its_weight_says(threshold):
+    router = RandomSecond(num_experts=2, threshold=threshold)
+    # Two experts of probability 0.85 and 0.15, for all tokens.
+    params = {"kernel": jnp.array([[float(np.log(0.85)), float(np.log(0.15))]])}
+    x = jnp.ones((T, 1))
+    k = [
+        np.asarray(route(router, params, router.init_state(), x, key).num_experts_per_token)
+        for key in (jax.random.key(0), None)
+    ]
+    assert abs((k[0] == 2).mean() - 0.15 / threshold) < 0.08
+    assert len(set(k[1].tolist())) == 1  # equal tokens have equal hashes
 
 
 def test_with_share_leaves_other_rules_alone():

@@ -9,6 +9,7 @@ from moe_jax.interop.rules.common import NoState
 from moe_jax.interop.rules.depth_router import DepthRouter
 from moe_jax.interop.rules.free_classes import BiasState
 from moe_jax.interop.rules.joint_shared import JointShared
+from moe_jax.interop.rules.null_experts import NullExperts
 from moe_jax.interop.rules.plus_plus import MoEPlusPlus
 from moe_jax.interop.rules.product_keys import ProductKeys
 from moe_jax.interop.rules.sparse_mixer import SparseMixer
@@ -22,6 +23,7 @@ __all__ = [
     "JointShared",
     "MoEPlusPlus",
     "NoState",
+    "NullExperts",
     "ProductKeys",
     "SparseMixer",
     "TableState",
