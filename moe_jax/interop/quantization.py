@@ -169,7 +169,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _refuse_plain(tensors: Mapping[str, Tensor], method: str, *, what: str, prefix: str) -> None:
-    name, tensor = next(iter(tensors.items()), ("none", None))
+    name, tensor = next(iter(tensors.items()), ("", None))
     got = "no tensors" if tensor is None else describe_array(tensor)
     raise ValueError(
         f"{what}: expected weights quantised by {method!r} and their scales, as quantization_config of "
@@ -185,6 +185,7 @@ def _restore(
     weight: Tensor | None, parts: dict[str, Tensor], settings: Mapping[str, Any], where: str
 ) -> Tensor:
     """float32: the weight that these parts stand for."""
+    # Scales of activations belong to a product of quantised numbers. Weights are restored alone.
     listed = parts
     parts = {name: part for name, part in parts.items() if not _OF_ACTIVATIONS.fullmatch(name)}
     if not parts:
@@ -205,6 +206,7 @@ def _restore(
     if not (_is_plain(scale) or scale.dtype == jnp.float8_e8m0fnu):
         raise _unknown(parts, weight, where)
     numbers = weight.astype(np.float32)
+    # The zero point is an integer of the weight's scale, so it goes before the multiplication.
     if zero_point is not None:
         numbers = numbers - _spread(zero_point.astype(np.float32), weight, settings, where)
     return numbers * _spread(scale.astype(np.float32), weight, settings, where)
@@ -213,6 +215,7 @@ def _restore(
 def _spread(scale: Tensor, weight: Tensor, settings: Mapping[str, Any], where: str) -> Tensor:
     """The scale of every number of the weight, as an array that broadcasts to it."""
     shape = weight.shape
+    # From the coarsest to the finest: one scale, one a row or column, one a block.
     if scale.size == 1:
         return scale.reshape((1,) * len(shape))
     if scale.ndim == len(shape) and all(
@@ -223,6 +226,7 @@ def _spread(scale: Tensor, weight: Tensor, settings: Mapping[str, Any], where: s
     if scale.ndim == 1 and scale.shape[0] == shape[0]:
         return scale.reshape(-1, *(1,) * (len(shape) - 1))
     blocks = _block_size(settings)
+    # A block at the edge may be cut off, so counts are rounded up and the spread scales cut to shape.
     counts = tuple(-(-n // b) for n, b in zip(shape[-2:], blocks, strict=True))
     if len(shape) >= 2 and scale.shape == (*shape[:-2], *counts):
         array: Any = np if isinstance(scale, np.ndarray) else jnp
@@ -250,6 +254,7 @@ def _block_size(settings: Mapping[str, Any]) -> tuple[int, int]:
 
 def _bitsandbytes(weight: Tensor, parts: dict[str, Tensor], where: str) -> Tensor:
     """LLM.int8(): 127 stands for the largest magnitude of a row, which SCB holds."""
+    # Format 0 is row-major; the others are tiles for one GPU generation, which nothing else can read.
     row_major = "weight_format" not in parts or int(np.asarray(parts["weight_format"]).max()) == 0
     if weight.dtype != np.int8 or weight.ndim != 2 or not row_major:
         raise _unknown(parts, weight, where)

@@ -167,6 +167,7 @@ def row_budget(
     mean = float((k * shares).sum())
     variance = float((np.square(k - mean) * shares).sum()) * design_effect
     quantile = statistics.NormalDist().inv_cdf(1.0 - overflow_probability)
+    # The sum over many tokens is close to normal (central limit theorem).
     rows = num_tokens * mean + quantile * math.sqrt(num_tokens * variance)
     # Rounding of the sums above must not add a row: 100 tokens of mean 1.1 are 110.00000000000001.
     rows = math.ceil(rows * (1.0 - 1e-12))
@@ -303,6 +304,7 @@ def fit_thresholds(
             f"difficulty: expected finite numbers in [0, 1], got {difficulty.min():g} to "
             f"{difficulty.max():g}. Map raw scores by calibrated_difficulty first."
         )
+    # float64 on the host, because the exponent below is searched to the last bit.
     base = np.asarray(rounding_thresholds(min_k, max_k), np.float64)
     scores = np.sort(np.asarray(difficulty, np.float32))
 
@@ -336,6 +338,7 @@ def _split_ties(thresholds: np.ndarray, scores: np.ndarray, target: float) -> np
         return thresholds
     for j in range(thresholds.size):
         below = int(np.searchsorted(scores, thresholds[j], side="right"))
+        # Tokens at or below a threshold do not exceed it: fewer of them raise the mean.
         place = below - round(rest * scores.size)
         if not 0 < place < scores.size:
             continue
@@ -394,6 +397,7 @@ def bisect(mean_k, target: float, *, low: float, high: float, steps: int = 60) -
     ``mean_k`` may rise or fall, and may be a staircase, in which case the nearer side of the step
     that crosses the target is returned.
     """
+    # Only the direction decides which half is kept, so one loop serves rising and falling functions.
     rising = mean_k(high) > mean_k(low)
     for _ in range(steps):
         middle = 0.5 * (low + high)
@@ -410,6 +414,7 @@ def fit_cut(values: np.ndarray, keep: float) -> float:
     What calibrates a rule that uses a slot while some quantity stays at or below a cut.
     """
     ordered = np.sort(np.asarray(values, np.float64).reshape(-1))
+    # Halfway between two values, so that rounding to float32 moves neither to the other side.
     rank = int(np.clip(round(keep), 1, ordered.size - 1))
     return float(0.5 * (ordered[rank - 1] + ordered[rank]))
 

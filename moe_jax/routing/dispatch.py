@@ -202,6 +202,7 @@ def plan_dispatch(
         )
 
     experts, valid = assignments.expert_indices, assignments.valid
+    # Before anything is dropped: balancing follows what tokens ask for, not what they get.
     demand = _count(experts, valid, e)
 
     if capacity is None and max_rows is None:
@@ -235,6 +236,7 @@ def plan_dispatch(
         cost = jnp.zeros((n,), jnp.float32)
 
     def within_budget(kept: Array, rows: int) -> Array:
+        # Assignments that capacity dropped already rank last: they must not use up the budget.
         unkept = (~kept).astype(jnp.int32)
         ranked = jax.lax.sort((unkept, second, cost, index), num_keys=4, is_stable=False)[3]
         return kept & (_rank(ranked) < rows)
@@ -263,6 +265,8 @@ def plan_dispatch(
             max_rows=max_rows,
         )
 
+    # One queue an expert: sorted by expert, then first choices, then priority. The index is the last
+    # key, so ties go to the earlier assignment and the sort need not be stable.
     queue = jax.lax.sort((experts, second, cost, index), num_keys=4, is_stable=False)[3]
     starts = jnp.concatenate([jnp.cumsum(demand) - demand, jnp.zeros((1,), jnp.int32)])
     position = _rank(queue) - starts[experts]

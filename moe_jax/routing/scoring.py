@@ -127,6 +127,8 @@ class Scoring:
 
     def _enabled_in_groups(self, num_experts: int, disabled: tuple[int, ...]) -> list[int]:
         """Enabled experts of each group that has any, ascending."""
+        # A prefix is then the worst choice of groups, a suffix the best. Groups without any enabled
+        # expert are left out, since they are taken only where nothing else is.
         size = num_experts // self.num_groups
         off = [sum(e // size == g for e in set(disabled)) for g in range(self.num_groups)]
         return sorted(size - n for n in off if n < size)
@@ -199,6 +201,7 @@ class Scoring:
         # Where every score is about to vanish, sums with a bias forget the scores: experts with the
         # highest bias are then compared by their shares, which are in the same order.
         low = logits.max(axis=-1, keepdims=True) < _LOW_LOGIT
+        # The factor puts any difference of biases above any difference of shares, which are below 1.
         by_share = (bias - bias.max()) * 2.0**40 + self.probs(logits, scores)
         return jnp.where(low, by_share, scores + bias)
 
@@ -256,6 +259,7 @@ class Scoring:
             elif self.norm == "clamp":
                 weights = divide(weights, jnp.maximum(total, self.norm_eps))
             elif slot_logits is None or not self.reads_slot_logits:
+                # A sum may be negative (identity scores), but 0 only where nothing is kept.
                 weights = divide(weights, jnp.where(total != 0, total, 1.0))
             else:
                 # The lowest number for slots that do not count: of -inf alone softmax would be NaN.

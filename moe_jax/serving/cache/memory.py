@@ -139,6 +139,7 @@ class ResultCache:
             entry = self._look(digest)
             if entry is not None:
                 self._count("hit", saved=entry.seconds, since=start, hashing=hashing_seconds)
+            # Equal requests at the same time are computed once: the first leads, the others wait.
             elif (others := self._flights.get(digest)) is None:
                 flight = self._flights[digest] = _Flight()
         if entry is not None:
@@ -150,6 +151,7 @@ class ResultCache:
         try:
             return self._lead(flight, digest, compute, start, hashing_seconds)
         finally:
+            # Also after an error, or those who wait would wait until their deadline.
             with self._lock:
                 self._flights.pop(digest, None)
             flight.done.set()
@@ -162,6 +164,7 @@ class ResultCache:
         start: float,
         hashing: float,
     ) -> tuple[Entry, str]:
+        # Only the leader asks Redis, and without the lock: a slow Redis must not stop hits in memory.
         if self.shared is not None:
             entry = self.shared.get(digest)
             if entry is not None:
@@ -172,6 +175,8 @@ class ResultCache:
                 return entry, "hit"
         asked = time.perf_counter() - start
         entry = compute()
+        # Set before the bookkeeping, and even if the entry is not cacheable: whoever waits asked for
+        # the same bytes and gets the same answer.
         flight.entry = entry
         begun = time.perf_counter()
         with self._lock:
@@ -278,6 +283,7 @@ class ResultCache:
             self._note(key, "expired")
 
     def _keep(self, digest: str, entry: Entry) -> None:
+        # Such an entry would evict all others and then itself.
         if entry.nbytes > self._entries.maxsize:
             self.reasons["too_large_to_keep"] += 1
             return
@@ -286,6 +292,7 @@ class ResultCache:
             self._entries.popitem()
 
     def _note(self, digest: str, reason: str) -> None:
+        # Remembers why an entry left, so that a later miss can say so; bounded, the oldest go first.
         self._gone[digest] = reason
         if len(self._gone) > _REMEMBERED:
             self._gone.popitem(last=False)

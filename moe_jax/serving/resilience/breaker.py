@@ -140,6 +140,7 @@ class CircuitBreaker:
             probe = self._state == "half_open"
             self._probing = probe
             ticket = Ticket(self, self._generation, probe)
+        # Outside the lock, because the callback logs and counts and may be slow.
         if moved:
             self._on_transition(moved)
         return ticket
@@ -152,12 +153,15 @@ class CircuitBreaker:
             ticket._done = True
             if ticket._generation != self._generation:
                 return
+            # A probe that tells nothing, such as one whose client gave up, makes room for the next.
             if ticket.probe:
                 self._probing = False
             if failed is None:
                 return
             slow = seconds > self.policy.slow_seconds
             if ticket.probe:
+                # One probe decides. After a bad one the breaker stays open for twice as long, so a
+                # device that is down gets ever fewer calls.
                 if failed or slow:
                     self._open_for = min(2 * self._open_for, self.policy.max_open_seconds)
                     moved = self._open()
@@ -166,12 +170,14 @@ class CircuitBreaker:
                     moved = self._move("closed")
             else:
                 self._note(failed, slow)
+                # Below the minimum a single failure would already be a high rate.
                 if len(self._calls) >= self.policy.minimum and self._too_bad():
                     moved = self._open()
         if moved:
             self._on_transition(moved)
 
     def _note(self, failed: bool, slow: bool) -> None:
+        # Counts are kept beside the window, so that a call costs the same whatever the window's size.
         self._calls.append((failed, slow))
         self._bad[0] += failed
         self._bad[1] += slow

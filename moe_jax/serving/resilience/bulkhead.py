@@ -114,6 +114,8 @@ class Bulkhead:
             ServingError: ``queue_full``, ``draining`` or ``deadline_exceeded``.
             Exception: whatever the function raises.
         """
+        # The caller has a thread that nobody waits on directly, so the work runs on it: a request then
+        # crosses no second thread, and its deadline is kept by whoever waits for the call.
         if call is not None:
             job = Job(function, client, cost, own_thread=True)
             self._submit(job)
@@ -128,7 +130,7 @@ class Bulkhead:
         if job.wait(timeout):
             return job.result(), job.queue_seconds
         self._leave(job, timeout, on_abandon)
-        if job.done:  # just now
+        if job.done:  # it ended between the wait and `_leave`
             return job.result(), job.queue_seconds
         raise _too_late(timeout, _AT_WORK)
 
@@ -140,6 +142,8 @@ class Bulkhead:
             # Work that takes far longer than usual may hang, and so might this.
             under_way = [now - (other.started or now) for other in self._running]
             longest = max([*self._took, *under_way]) if self._took else timeout
+            # Nobody can interrupt the caller's own thread, so it runs only work that usually ends long
+            # before the deadline.
             far = timeout >= max(_FAR_SECONDS, _FAR_TIMES * longest)
             if not far or self._closed or self._waiting or len(self._running) >= self._workers:
                 return False
@@ -188,6 +192,8 @@ class Bulkhead:
             "Try again as Retry-After says, or add instances.",
             retry_after=1.0,
         )
+        # The queue is shared fairly: the client with most work in it loses its newest, which has
+        # waited least, but only if it keeps more than the newcomer has then. Begun work stays.
         last = self._waiting.longest_last()
         if (
             last is None
@@ -207,6 +213,8 @@ class Bulkhead:
                 assert job.turn is not None
                 job.turn.set()
                 continue
+            # `_handed` counts work that threads hold or are about to take. A thread is started only if
+            # it exceeds the threads, so an idle service has none.
             self._handed += 1
             self._ready.append(job)
             if self._handed > len(self._threads):
@@ -218,6 +226,7 @@ class Bulkhead:
 
     def _start(self, job: Job) -> None:
         job.started = time.perf_counter()
+        # Work in pieces queues several times: what it already worked is no waiting.
         job.queue_seconds = job.started - job.submitted - job.work_seconds
         job.begun = True
         self._running.add(job)
@@ -231,6 +240,8 @@ class Bulkhead:
     def _give_way(self, job: Job) -> bool:
         """Puts a job between two pieces back into the queue if others wait there; returns whether its
         thread must wait for the next turn or has nothing more to do for it."""
+        # Read without the lock, since this runs between all pieces: a newcomer that is missed here is
+        # seen after the next piece.
         if not self._waiting and not job.abandoned:
             return False
         with self._changed:

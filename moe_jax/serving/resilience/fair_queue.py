@@ -55,6 +55,7 @@ class FairQueue(Generic[T]):
         if items is None:
             items = self._items[client] = collections.deque()
             self._turns.append(client)
+            # The only client begins its turn at once; others get their quantum when it is their turn.
             self._deficit[client] = self._quantum if len(self._turns) == 1 else 0
         if first:
             items.appendleft((cost, item))
