@@ -36,6 +36,7 @@ from moe_jax.interop.tensors import (
     linear,
     shared_params,
     shared_stack,
+    to_device,
 )
 from moe_jax.layer import LayerAux, LayerOptions, add_residual, run_routing
 from moe_jax.routers import Router
@@ -301,7 +302,7 @@ def moe_block_from_hf(
     average_shared = _averages(c)
     check_expert_keys(family, c, expert_fn)
     return MoEBlock(
-        params=jax.tree.map(jnp.asarray, params),
+        params=_on_device(params),
         state=jax.tree.map(jnp.asarray, state),
         router=router,
         expert_fn=_with_biases_of(params["experts"], expert_fn),
@@ -314,6 +315,14 @@ def moe_block_from_hf(
             per_sequence=family.per_sequence,
         ),
     )
+
+
+def _on_device(params: dict[str, Params]) -> dict[str, Params]:
+    """The parameters as JAX arrays. Host arrays are let go of one by one."""
+    for name in list(params):
+        held: Any = params[name]
+        params[name] = _on_device(held) if isinstance(held, dict) else to_device(held)
+    return params
 
 
 def _with_biases_of(params: Params, expert_fn: ExpertFn) -> ExpertFn:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -151,6 +152,18 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._header)
+
+
+def forget_pages(view: np.ndarray) -> None:
+    """Takes the pages of the file behind a view out of this process; a later access reads them again.
+
+    Does nothing for arrays without a mapped file, or where the system has no such call.
+    """
+    held: Any = view
+    while held is not None and not isinstance(held, mmap.mmap):
+        held = getattr(held, "base", None)
+    if held is not None and hasattr(mmap, "MADV_DONTNEED"):
+        held.madvise(mmap.MADV_DONTNEED)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

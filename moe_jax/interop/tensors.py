@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checks import describe_array
 from moe_jax.interop.names import SPELLINGS, canonical
+from moe_jax.interop.safetensors import forget_pages
 from moe_jax.types import Params
 
 Tensor = Any  # np.ndarray (memory-mapped or not) or jax.Array, tracers included
@@ -263,15 +266,35 @@ def _one_by_one(tensors: Tensors, e: int, d: int, gated: bool) -> Params:
 def _stack_transposed(each: list[Tensor]) -> Tensor:
     """[E, in, out] from E matrices [out, in].
 
-    Copied from the file into place and on to the device at once, so that at no time both a host and a
-    device copy of all projections are in memory: a layer may be most of what fits.
+    Copied from the file into place, so that at no time two copies of all projections are in memory: a
+    layer may be most of what fits.
     """
     if not all(isinstance(t, np.ndarray) for t in each):
         return linear(jnp.stack(each))
-    out = np.empty((len(each), *each[0].shape[::-1]), each[0].dtype)
+    out = host_buffer((len(each), *each[0].shape[::-1]), each[0].dtype)
     for i, tensor in enumerate(each):
         out[i] = tensor.T
-    return jnp.asarray(out)
+        forget_pages(tensor)
+    return jax.device_put(out)
+
+
+def host_buffer(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array that ``jax.device_put`` takes over on a CPU instead of copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    # XLA wants 64 bytes; NumPy aligns to 16, and then two copies are in memory for a moment.
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def to_device(tensor: Tensor, dtype: Any = None) -> jax.Array:
+    """The tensor as a JAX array in ``dtype``, with one copy of it in memory and no page of a file."""
+    if not isinstance(tensor, np.ndarray):
+        return jnp.asarray(tensor, dtype)
+    out = host_buffer(tensor.shape, tensor.dtype if dtype is None else dtype)
+    out[...] = tensor
+    forget_pages(tensor)
+    return jax.device_put(out)
 
 
 def _stack(each: list[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.interop.names import canonical
-from moe_jax.interop.tensors import Tensor
+from moe_jax.interop.tensors import Tensor, to_device
 from moe_jax.models.decoder_config import DecoderConfig, LayerConfig
 from moe_jax.types import Params
 
@@ -191,7 +191,7 @@ def take(
         for key in entry.path[:-1]:
             place = place.setdefault(key, {})
         array = tensor.swapaxes(0, 1) if entry.transposed else tensor
-        place[entry.path[-1]] = jnp.asarray(array, dtype)
+        place[entry.path[-1]] = to_device(array, dtype)
     if "mlp" in out:
         out["mlp"] = _feed_forward(out["mlp"])
     return out

@@ -208,11 +208,19 @@ def _dtype(asked: Any) -> Any:
 
 def _cast(block: MoEBlock, dtype: Any) -> MoEBlock:
     """All but the router in ``dtype``."""
-    params = {
-        name: held if name == "router" else jax.tree.map(lambda a: a.astype(dtype), held)
-        for name, held in block.params.items()
-    }
-    return dataclasses.replace(block, params=params)
+    for name, held in block.params.items():
+        if name != "router":
+            _cast_leaves(block.params, name, held, dtype)
+    return block
+
+
+def _cast_leaves(parent: Params, name: str, held: Any, dtype: Any) -> None:
+    # In place and one by one: a second copy of all experts could be most of the memory.
+    if isinstance(held, dict):
+        for key in list(held):
+            _cast_leaves(held, key, held[key], dtype)
+    else:
+        parent[name] = jax.block_until_ready(held.astype(dtype))
 
 
 def load_model(folder: str | Path, *, dtype: Any = None) -> CausalLM:

@@ -86,50 +86,54 @@ import sys, threading, time
 import numpy as np
 from moe_jax.models import evaluate
 
-def anonymous():  # memory that no file backs
+def resident():  # what no file backs, and pages of mapped files
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+        lines = [line.split() for line in file if line.startswith(("RssAnon", "RssFile"))]
+    return sum(int(words[1]) * 1024 for words in lines)
 
-def peak(folder):
+def rise(folder):
     most, done = [0], [False]
 
     def watch():
         while not done[0]:
-            most[0] = max(most[0], anonymous())
+            most[0] = max(most[0], resident())
             time.sleep(0.0005)
 
+    before = resident()
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     evaluate(folder, np.arange(64).reshape(2, 32))
     done[0] = True
     thread.join()
-    return most[0]
+    return most[0] - before
 
-print(peak(sys.argv[1]), peak(sys.argv[2]))
+rise(sys.argv[1])  # compiles
+print(rise(sys.argv[1]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_does_not_hold_the_whole_model(tmp_path):
+def test_memory_holds_one_layer_and_a_part(tmp_path):
     config = SMALL | {
         "model_type": "olmoe",
         "hidden_size": 256,
         "intermediate_size": 512,
         "num_experts": 16,
         "num_experts_per_tok": 2,
-        "num_hidden_layers": 8,
+        "num_hidden_layers": 6,
     }
-    block = dict(block_shapes(config, bias=False))
-    few = make_folder(tmp_path / "few", config | {"num_hidden_layers": 2}, block)
-    many = make_folder(tmp_path / "many", config, block)
+    folder = make_folder(tmp_path / "made", config, dict(block_shapes(config, bias=False)))
     layer = 16 * 3 * 256 * 512 * 4
-    script = [sys.executable, "-c", SCRIPT, str(few), str(many)]
     # Freed memory goes back to the system at once, instead of being kept for the next tensor.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
     ran = subprocess.run(
-        script, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=300
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        check=False,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    of_few, of_many = map(int, ran.stdout.split())
-    # Six layers more on disk. Copies in flight and the allocator's own caches are some of a layer.
-    assert of_many - of_few <= 3 * layer, f"{(of_many - of_few) / layer:.2f} layers more"
+    assert int(ran.stdout) <= 1.5 * layer, f"{int(ran.stdout) / layer:.2f} layers"
