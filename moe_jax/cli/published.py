@@ -34,7 +34,7 @@ Text = Annotated[
     typer.Option(help="Text file or folder; without it, Python's standard library."),
 ]
 Length = Annotated[int, typer.Option(help="Tokens a sequence.", min=2)]
-Limit = Annotated[int | None, typer.Option(help="Stop after about so many tokens.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Stop after so many tokens.", min=1)]
 Batch = Annotated[int, typer.Option(help="Sequences that run at a time.", min=1)]
 Dtype = Annotated[
     str | None, typer.Option(help="float32 or bfloat16; by default that of the weights.")

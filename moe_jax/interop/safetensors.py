@@ -274,6 +274,19 @@ class SafetensorsFolder(Mapping[str, np.ndarray]):
         for file in self._open.values():
             file.release()
 
+    def check_shards(self) -> None:
+        """Checks that every file that the index names is there, without opening any.
+
+        Raises:
+            FileNotFoundError: a file is missing; all that are missing are named.
+        """
+        missing = sorted(f for f in set(self._where.values()) if not (self.folder / f).is_file())
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder}: expected every shard that {_INDEX} names, got none of "
+                f"{', '.join(missing[:4])}. Download them into the folder."
+            )
+
     def file_of(self, name: str) -> str:
         """The name of the file that holds a tensor."""
         return self._where[name]

@@ -58,6 +58,8 @@ class HubFolder:
         self.config: DecoderConfig = decoder_config(self.raw)
         row = architecture_of(self.raw)
         self._tensors = SafetensorsFolder(self.folder)
+        # Now and not hours later, when the last layer is read.
+        self._tensors.check_shards()
         self._by_layer: dict[int, dict[str, str]] = {}
         self._ends: list[str] = []
         for name in self._tensors:
@@ -145,6 +147,11 @@ class HubFolder:
             "the checkpoint."
         )
 
+    def size(self) -> int:
+        """Bytes of the whole model in ``dtype``."""
+        names = [n for held in self._by_layer.values() for n in held.values()] + self._ends
+        return sum(self._tensors[name].size for name in names) * self.dtype.itemsize
+
     def release(self) -> None:
         """Lets go of the pages of the files that were read, so that they do not count as memory."""
         self._tensors.release()
@@ -223,26 +230,48 @@ def _cast_leaves(parent: Params, name: str, held: Any, dtype: Any) -> None:
         parent[name] = jax.block_until_ready(held.astype(dtype))
 
 
-def load_model(folder: str | Path, *, dtype: Any = None) -> CausalLM:
+def available_memory() -> int | None:
+    """Bytes that this machine, or its first accelerator, has free; None if it does not say."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return None if limit is None else limit - stats.get("bytes_in_use", 0)
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return None
+    lines = (line.split() for line in path.read_text("utf-8").splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:"), None)
+
+
+def load_model(folder: str | Path | HubFolder, *, dtype: Any = None) -> CausalLM:
     """A published Mixture-of-Experts model from a folder as the Hub has them.
 
     Args:
-        folder: holds ``config.json`` and ``model.safetensors``, or shards with their index.
-        dtype: see ``HubFolder``.
+        folder: holds ``config.json`` and ``model.safetensors``, or shards with their index; or the
+            same opened.
+        dtype: see ``HubFolder``; not together with an opened folder.
 
     Returns:
         The model, all of it in memory; see ``stream_layers`` for models that do not fit.
 
     Raises:
         FileNotFoundError, ValueError: see ``HubFolder``; or a tensor is missing, left over, of
-            another shape or quantised. It is named.
+            another shape or quantised (it is named); or the model is larger than the free memory.
 
     Example:
         >>> model = load_model("tests/goldens/models/qwen3_moe")
         >>> model.config.num_layers, model.config.moe_layers
         (2, (1,))
     """
-    opened = HubFolder(folder, dtype=dtype)
+    opened = folder if isinstance(folder, HubFolder) else HubFolder(folder, dtype=dtype)
+    free, size = available_memory(), opened.size()
+    if free is not None and size > free:
+        raise ValueError(
+            f"{opened.folder}: expected {size / 2**30:.1f} GiB of free memory for the whole model in "
+            f"{opened.dtype}, got {free / 2**30:.1f} GiB. Read it layer by layer (stream_layers, "
+            "evaluate, fit_budget), or load it in bfloat16."
+        )
     params = opened.ends()
     params["layers"] = [opened.layer(i) for i in range(opened.config.num_layers)]
     return CausalLM(opened.config, params, source=opened.source())

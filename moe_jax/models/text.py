@@ -56,6 +56,12 @@ class TextTokenizer:
         """Token ids of a text, with the special tokens that the model expects."""
         return self._tokenizer.encode(text).ids
 
+    def encode_start(self, text: str, limit: int) -> tuple[list[int], str]:
+        """At most ``limit`` token ids from the beginning of a text, and the part they stand for."""
+        encoded = self._tokenizer.encode(text)
+        ids, ends = encoded.ids[:limit], [end for _, end in encoded.offsets[:limit]]
+        return ids, text[: max(ends, default=0)] if len(encoded.ids) > limit else text
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
         return self._tokenizer.decode(list(map(int, ids)))
@@ -119,7 +125,7 @@ def tokenize_files(
             themselves.
         tokenizer: of the model.
         length: S, tokens a sequence.
-        limit: files after so many tokens are left out.
+        limit: the text ends after so many tokens.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -150,7 +156,13 @@ def tokenize_files(
             raise ValueError(
                 f"{file}: expected text in UTF-8, got other bytes. Move it out of the folder."
             ) from None
-        ids = tokenizer.encode(text) if text.strip() else []
+        if not text.strip():
+            continue
+        left = None if limit is None else limit - sum(tokens for _, tokens in sizes)
+        if left is None:
+            ids = tokenizer.encode(text)
+        else:
+            ids, text = tokenizer.encode_start(text, left)
         if not ids:
             continue
         pieces = [ids[i : i + length] for i in range(0, len(ids), length)]

@@ -14,10 +14,12 @@ import pytest
 
 from moe_jax.interop.safetensors import SafetensorsFile, write_safetensors
 from moe_jax.models import (
+    HubFolder,
     Sampling,
     decoder_config,
     generate,
     init_cache,
+    load,
     load_model,
     save_model,
     supported_decoders,
@@ -132,7 +134,17 @@ def test_a_missing_shard_is_named(tmp_path):
     shard = sorted(folder.glob("*-of-*.safetensors"))[-1]
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=shard.name):
-        load_model(folder)
+        HubFolder(folder)  # before the first layer is read
+
+
+def test_too_little_memory_for_the_whole_model_is_said_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(load, "available_memory", lambda: 1000)
+    with pytest.raises(ValueError, match=r"free memory.*layer by layer"):
+        load_model(MODELS / "mixtral")
+    assert (
+        HubFolder(MODELS / "mixtral", dtype="bfloat16").size() * 2
+        == HubFolder(MODELS / "mixtral").size()
+    )
 
 
 def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path):

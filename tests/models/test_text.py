@@ -63,6 +63,53 @@ def test_evaluate_gives_the_loss_of_the_files(folder, text):
     assert report["experts_per_token"] == {"0": 2.0, "1": 2.0}
 
 
+def test_a_limit_cuts_the_text_and_its_bytes(folder, text):
+    tokenizer = TextTokenizer(folder, vocab_size=96)
+    cut = tokenize_files(text, tokenizer, length=12, limit=25)
+    assert (cut.tokens, cut.bytes, cut.files) == (25, 25, 2)
+    assert cut.file_tokens.tolist() == [21, 4]
+    assert cut.file_index.tolist() == [0, 0, 1]
+
+
+def test_budget_evaluate_generate_and_experts_work_together(folder, text, tmp_path):
+    options = ("--text", text, "--length", 12, "--batch", 3)
+    budget = tmp_path / "budget"
+    ran = run("budget", folder, *options, "--target-saving", 0.2, "--out", budget, "--json")
+    assert ran.exit_code == 0, ran.output
+    fitted = json.loads(ran.stdout)
+    assert fitted["calibration_mean_k_per_layer"]["1"] == pytest.approx(1.6, abs=0.05)
+    assert not list(tmp_path.glob(".budget.work*"))
+    ran = run("evaluate", folder, *options, "--budget", budget, "--controls", "--json")
+    assert ran.exit_code == 0, ran.output
+    rules = {row["rule"]: row for row in json.loads(ran.stdout)["rules"]}
+    assert rules["budget"]["mean_k"] == pytest.approx(1.6, abs=0.05)
+    assert {"mix of k and k-1", "random drop"} < set(rules)
+    assert run("evaluate", folder, *options, "--budget", budget).exit_code == 0  # the tables
+    ran = run("generate", folder, "Hello", "--budget", budget, "--max-new-tokens", 2, "--json")
+    assert ran.exit_code == 0, ran.output
+    report = tmp_path / "report"
+    ran = run("experts", folder, *options, "--budget", budget, "--out", report)
+    assert ran.exit_code == 0, ran.output
+    values = json.loads((report / "experts.json").read_text())
+    assert sum(values["experts_per_token_histogram"][0]) == 32
+    assert (report / "index.html").stat().st_size > 10_000
+    ran = run("evaluate", folder, *options, "--target-saving", 0.2)
+    assert ran.exit_code == 2
+    assert "--rule" in ran.output
+
+
+def test_prune_writes_a_model_and_says_what_it_costs(folder, text, tmp_path):
+    options = ("--text", text, "--held-out-text", text, "--length", 12, "--batch", 3)
+    small = tmp_path / "small"
+    ran = run("prune", folder, *options, "--keep", 0.5, "--out", small, "--json")
+    assert ran.exit_code == 0, ran.output
+    report = json.loads(ran.stdout)
+    assert {len(rows) for rows in report["kept"].values()} == {4}
+    ran = run("evaluate", small, "--text", text, "--length", 12, "--batch", 3, "--json")
+    assert ran.exit_code == 0, ran.output
+    assert json.loads(ran.stdout)["loss"] == pytest.approx(report["rules"][1]["loss"], abs=1e-6)
+
+
 def test_generate_continues_a_prompt(folder):
     ran = run("generate", folder, "Hello", "--max-new-tokens", 4, "--json")
     assert ran.exit_code == 0, ran.output
