@@ -32,12 +32,43 @@ def verify(
     devices: Annotated[
         int | None, typer.Option(min=1, help="Number of devices, simulated on CPU. Default: all.")
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Compile for an accelerator that need not be here: v5e:2x4, v5p:2x2x1, v6e:2x4, "
+            "h100, h100x8. Runs nothing."
+        ),
+    ] = None,
+    layer: Annotated[
+        str, typer.Option(help="With --target: small, mixtral, olmoe or deepseek_v3.")
+    ] = "small",
+    d_model: Annotated[int | None, typer.Option(min=1, help="With --target: D.")] = None,
+    d_ff: Annotated[int | None, typer.Option(min=1, help="With --target: F.")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="With --target: E.")] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="With --target: experts per token.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --target: tokens of one device.")
+    ] = None,
+    implementations: Annotated[
+        str, typer.Option(help="With --target: what runs the experts, by commas.")
+    ] = "default,grouped,ragged,capacity",
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: all ways of running experts agree, nothing leaks, N devices equal one.
 
+    With --target, compile for an accelerator instead: work against that of the rows in use, kernels,
+    collectives, memory of each device and whether it fits, for a layer and for a training step.
+
     Exit code 1 if a check fails.
     """
+    if target is not None:
+        from moe_jax.cli.targets import verify_target
+
+        sizes = dict(d_model=d_model, d_ff=d_ff, num_experts=num_experts, k=k, tokens=tokens)
+        verify_target(
+            target, layer=layer, sizes=sizes, implementations=implementations, as_json=as_json
+        )
+        return
     import jax
 
     if devices is not None and devices > jax.device_count():

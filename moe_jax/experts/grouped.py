@@ -153,13 +153,14 @@ def _backward(
     where = _sorted_rows(plan)
     hidden, pull = jax.vjp(functools.partial(_act, ffn), projected)
     rows = mask_rows(where.live, x[where.tokens])
-    dy_rows = mask_rows(where.live, dy[where.tokens])
+    # Kernels take the dtype of x. Rounding first keeps f32[R, D] out of memory.
+    dy_rows = mask_rows(where.live, dy.astype(dtype)[where.tokens])
     row_weights = jnp.where(where.live, weights[where.assignments], 0.0)[:, None]
 
     # `back` is the gradient of the hidden activations before the combine weight. Its product with
     # them is the gradient of the weight, so neither the outputs nor a second product are needed.
     down = params["down"].astype(dtype)
-    back = mask_rows(where.live, grouped_dot_transposed(dy_rows.astype(dtype), down, sizes))
+    back = mask_rows(where.live, grouped_dot_transposed(dy_rows, down, sizes))
     wide = back.astype(jnp.float32)
     row_dweights = (wide * hidden.astype(jnp.float32)).sum(axis=1)
     if "down_bias" in params:
@@ -167,10 +168,10 @@ def _backward(
             axis=1
         )
 
-    weighted = (dy_rows * row_weights).astype(dtype)
+    weighted = (dy_rows.astype(jnp.float32) * row_weights).astype(dtype)
     (dprojected,) = pull((wide * row_weights).astype(dtype))
     gradients: dict[str, Any] = {}
-    drows = jnp.zeros((), jnp.float32)
+    dx = jnp.zeros((), jnp.float32)
     for name, inputs, dout in (
         ("down", hidden, weighted),
         *((name, rows, dprojected[name]) for name in projected),
@@ -182,13 +183,13 @@ def _backward(
             gradients[f"{name}_bias"] = _bias_gradient(params[f"{name}_bias"], dout, where)
         if name != "down":
             part = grouped_dot_transposed(dout, kernel.astype(dtype), sizes)
-            drows = drows + mask_rows(where.live, part).astype(jnp.float32)
-    dx = sum_over_slots(plan, drows, None).astype(dtype)
+            # Summed by token at once: f32[T, D] instead of f32[R, D].
+            dx = dx + sum_over_slots(plan, part, None)
 
     sorted_row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)]
     row = jnp.where(plan.kept, sorted_row + plan.position, 0)
     dweights = jnp.where(plan.kept, row_dweights[row], 0.0)
-    return {name: gradients[name] for name in params}, dx, dweights, None
+    return {name: gradients[name] for name in params}, dx.astype(dtype), dweights, None
 
 
 def _bias_gradient(bias: Array, dout: Array, where: _Rows) -> Array:

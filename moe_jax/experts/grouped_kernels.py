@@ -169,6 +169,11 @@ def gpu_product(
     """
     if not has_tokamax():
         return loop_product(spec, left, right, group_sizes)
+    # tokamax reads its settings from absl's flags, and parses the command line of whatever program
+    # runs for them, unless they count as parsed.
+    flags = importlib.import_module("absl.flags").FLAGS
+    if not flags.is_parsed():
+        flags.mark_as_parsed()
     tokamax = importlib.import_module("tokamax")
     general = functools.partial(
         tokamax.ragged_dot_general,

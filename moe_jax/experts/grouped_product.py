@@ -19,11 +19,14 @@ callers mask them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax._src import config  # `check_vma` of a `shard_map` that is being lowered has no public name
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -154,10 +157,7 @@ def _lowering(platform: str) -> Any:
             product = loop_product
 
         def traced(*args: Array) -> Array:
-            # Kernels know nothing of the mesh around them, and some ask the default device what to
-            # generate code for.
-            empty = jax.sharding.AbstractMesh((), ())
-            with jax.sharding.use_abstract_mesh(empty), jax.default_device(device):
+            with kernel_context(platform, device):
                 return product(spec, *args)
 
         # An export for several platforms lowers each platform's kernel in the same module.
@@ -169,6 +169,27 @@ def _lowering(platform: str) -> Any:
         return mlir.lower_fun(traced, multiple_results=False)(clean, *operands)
 
     return rule
+
+
+@contextlib.contextmanager
+def kernel_context(platform: str, device: Any = None) -> Iterator[None]:
+    """The context in which kernels are traced for a platform.
+
+    Kernels know nothing of the mesh around them: their results have no type that says over which of
+    its axes they differ. Libraries ask the default device what to generate code for, and those of
+    TPUs the device of the mesh before. Without a device (a program for TPUs that names none, lowered
+    on another host) the code is that of v5e, which later generations run too.
+    """
+    kind = None
+    if device is None and platform == "tpu":
+        kind = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        config._check_vma(False),
+        jax.default_device(device),
+    ):
+        yield
 
 
 def _untyped(aval: Any) -> Any:

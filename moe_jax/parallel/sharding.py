@@ -123,14 +123,20 @@ def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         from jax.experimental import mesh_utils
 
         if slices == 1:
-            return mesh_utils.create_device_mesh(shape, devices=devices)
+            # Without the flag only splits along the axes of the torus are laid out: data=4, expert=64
+            # on 16 x 16 chips is refused.
+            return mesh_utils.create_device_mesh(
+                shape, devices=devices, allow_split_physical_axes=True
+            )
         # The network between slices is slow, so slices split the first axes, as far as they divide.
         across = [1] * len(shape)
         for i, size in enumerate(shape):
             across[i] = math.gcd(size, slices // math.prod(across))
         if math.prod(across) == slices:
             inside = tuple(s // a for s, a in zip(shape, across, strict=True))
-            return mesh_utils.create_hybrid_device_mesh(inside, tuple(across), devices=devices)
+            return mesh_utils.create_hybrid_device_mesh(
+                inside, tuple(across), devices=devices, allow_split_physical_axes=True
+            )
     ordered = sorted(devices, key=lambda d: d.process_index)  # stable: order within a process stays
     return np.asarray(ordered, dtype=object).reshape(shape)
 

@@ -1,0 +1,205 @@
+"""The programs that are compiled for absent accelerators: expert layers of published shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.experts import IMPLEMENTATIONS, FeedForward, choose, run_experts
+from moe_jax.layer import LayerOptions, init_moe_layer
+from moe_jax.parallel.sharding import (
+    param_specs,
+    sharded_moe_layer,
+    shardings,
+    token_spec,
+)
+from moe_jax.parallel.targets import Program, Target, bfloat16_shapes, compile_program, target_mesh
+from moe_jax.routers import TopK
+from moe_jax.routing.dispatch import expert_capacity
+from moe_jax.types import Assignments, DispatchPlan
+
+_FFN = FeedForward(activation="silu", gated=True)
+_CAPACITY_FACTOR = 1.25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """Sizes of a layer of gated experts in bfloat16, and the tokens that one device computes."""
+
+    d_model: int
+    d_ff: int
+    num_experts: int
+    k: int
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        """T * k, the rows that experts compute."""
+        return self.tokens * self.k
+
+    @property
+    def flops(self) -> float:
+        """Operations of the forward pass on the rows in use; the backward pass takes twice as many."""
+        return float(self.rows * _FFN.flops_per_row(self.d_model, self.d_ff))
+
+
+# DeepSeek-V3 has 256 experts, which no single device of these holds with their gradients: its row is
+# the share of one of eight devices, 32 experts and the rows that reach them.
+LAYERS = {
+    "mixtral": LayerShape(d_model=4096, d_ff=14336, num_experts=8, k=2, tokens=8192),
+    "olmoe": LayerShape(d_model=2048, d_ff=1024, num_experts=64, k=8, tokens=16384),
+    "deepseek_v3": LayerShape(d_model=7168, d_ff=2048, num_experts=32, k=1, tokens=65536),
+    "small": LayerShape(d_model=128, d_ff=256, num_experts=8, k=2, tokens=1024),
+}
+
+
+def experts_program(
+    target: Target,
+    name: str,
+    shape: LayerShape,
+    *,
+    implementation: str | None = None,
+    gradient: bool = False,
+) -> Program:
+    """Compiles the experts of one layer, from sorted assignments to the sum of each token's experts.
+
+    Args:
+        target: what is compiled for.
+        name: of the shape, for the report.
+        shape: sizes.
+        implementation: what runs the experts; None is the library's choice, found as in any program:
+            from nothing but the target of the compilation.
+        gradient: whether to compile the gradient of parameters, tokens and combine weights too.
+    """
+    struct = jax.ShapeDtypeStruct
+    experts, n = shape.num_experts, shape.rows
+    capacity = None
+    if implementation == "capacity":
+        capacity = expert_capacity(shape.tokens, experts, shape.k, _CAPACITY_FACTOR)
+    index, each = struct((n,), jnp.int32), struct((experts,), jnp.int32)
+    weights, used = struct((n,), jnp.float32), struct((n,), bool)
+    plan = DispatchPlan(
+        assignments=Assignments(
+            token_indices=index,  # pyright: ignore[reportArgumentType]
+            expert_indices=index,  # pyright: ignore[reportArgumentType]
+            weights=weights,  # pyright: ignore[reportArgumentType]
+            valid=used,  # pyright: ignore[reportArgumentType]
+            num_tokens=shape.tokens,
+            num_experts=experts,
+            slots_per_token=shape.k,
+        ),
+        order=index,  # pyright: ignore[reportArgumentType]
+        position=index,  # pyright: ignore[reportArgumentType]
+        kept=used,  # pyright: ignore[reportArgumentType]
+        group_sizes=each,  # pyright: ignore[reportArgumentType]
+        demand=each,  # pyright: ignore[reportArgumentType]
+        capacity=capacity,
+        max_rows=None,
+    )
+    params = jax.eval_shape(
+        lambda key: _FFN.init(key, num_experts=experts, d_model=shape.d_model, d_ff=shape.d_ff),
+        jax.random.key(0),
+    )
+    x = struct((shape.tokens, shape.d_model), jnp.bfloat16)
+
+    def forward(params: Any, x: Any, weights: Any, plan: Any) -> Any:
+        return run_experts(_FFN, params, x, plan, weights, implementation=implementation).y
+
+    def both(params: Any, x: Any, weights: Any, plan: Any) -> Any:
+        y, pull = jax.vjp(lambda *args: forward(*args, plan), params, x, weights)
+        return y, pull(y)
+
+    chosen = choose(plan, implementation, platform=target.platform).name
+    return compile_program(
+        target,
+        both if gradient else forward,
+        (bfloat16_shapes(params), x, weights, plan),
+        what=name,
+        gradient=gradient,
+        implementation=chosen if implementation else f"default ({chosen})",
+        useful_flops=shape.flops * (3 if gradient else 1),
+        expansion=(n, experts),
+    )
+
+
+def parallel_program(
+    target: Target,
+    name: str,
+    shape: LayerShape,
+    *,
+    data: int = 1,
+    capacity_factor: float | None = 1.0,
+    gradient: bool = False,
+    implementation: str | None = None,
+    exchange: str = "all_to_all",
+) -> Program:
+    """Compiles a whole layer over all devices of a target.
+
+    Args:
+        target: what is compiled for.
+        name: of the shape, for the report.
+        shape: sizes; ``num_experts`` of the whole layer, ``tokens`` of one device.
+        data: devices along the data axis; the rest share the experts.
+        capacity_factor: None is dropless.
+        gradient: whether to compile the gradient of parameters and tokens too.
+        implementation: what runs each device's experts.
+        exchange: as in ``ExpertParallel``.
+    """
+    from moe_jax.parallel.sharding import parallel_of
+
+    devices = len(target.devices)
+    mesh = target_mesh(target, data=data, expert=devices // data)
+    router = TopK(num_experts=shape.num_experts, k=shape.k)
+    params = jax.eval_shape(
+        lambda key: init_moe_layer(router, _FFN, key, d_model=shape.d_model, d_ff=shape.d_ff),
+        jax.random.key(0),
+    )
+    params = {"router": params["router"], "experts": bfloat16_shapes(params["experts"])}
+    x = jax.ShapeDtypeStruct((shape.tokens * devices, shape.d_model), jnp.bfloat16)
+    specs, rows = param_specs(params, mesh), token_spec(mesh)
+    options = LayerOptions(capacity_factor=capacity_factor, implementation=implementation)
+    parallel = parallel_of(mesh, exchange=exchange)
+
+    def forward(params: Any, x: Any) -> Any:
+        state = router.init_state()
+        layer = functools.partial(sharded_moe_layer, mesh=mesh, options=options, parallel=parallel)
+        return layer(router, _FFN, params, state, x)[0]
+
+    def both(params: Any, x: Any) -> Any:
+        y, pull = jax.vjp(forward, params, x)
+        return y, pull(y)
+
+    inputs = shardings((specs, rows), mesh)
+    y = shardings(rows, mesh)
+    dropping = "dropless" if capacity_factor is None else f"capacity {capacity_factor:g}"
+    return compile_program(
+        target,
+        both if gradient else forward,
+        (params, x),
+        what=f"{name} over {data} x {devices // data} devices, {dropping}",
+        gradient=gradient,
+        implementation=implementation or "default",
+        in_shardings=inputs,
+        out_shardings=(y, inputs) if gradient else y,
+    )
+
+
+def verify_experts(
+    target: Target,
+    name: str,
+    shape: LayerShape,
+    *,
+    implementations: Sequence[str | None] = (None, *IMPLEMENTATIONS),
+    passes: Sequence[bool] = (False, True),
+) -> Iterator[Program]:
+    """Compiles a layer's experts for every implementation, forward and with the gradient."""
+    for implementation in implementations:
+        for gradient in passes:
+            yield experts_program(
+                target, name, shape, implementation=implementation, gradient=gradient
+            )
