@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def readme() -> str:
     for placeholder, value in (
         ('"path/to/checkpoint", layer=3', f"{str(HUB)!r}, layer=1"),
         ('"path/to/model"', repr(model)),
+        ('"runs/model-20"', repr(f"{tempfile.mkdtemp()}/model-20")),
     ):
         assert placeholder in code
         code = code.replace(placeholder, value)
