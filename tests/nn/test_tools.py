@@ -122,4 +122,5 @@ def test_nnx_modules_are_made_on_a_mesh():
 
     model = make()
     assert isinstance(model.experts["up"].get_value().sharding, jax.sharding.NamedSharding)
-    same(pure(model), pure(dynamic()))
+    for a, b in zip(jax.tree.leaves(pure(model)), jax.tree.leaves(pure(dynamic())), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
