@@ -1,9 +1,9 @@
 """The table of docs/composition.md: what of JAX goes through which implementation, rule and module.
 
 ``python -m tests.composition --write`` brings the document up to date; ``tests/test_composition.py``
-fails where it is not. Every cell is traced (``jax.eval_shape``), which runs all rules of differentiation
-and batching, or lowered (``jax.export``); the values behind the cells are tested in tests/experts,
-tests/nn and tests/parallel.
+fails where it is not. Every cell is traced (``jax.eval_shape``), which runs all rules of
+differentiation and batching, or lowered (``jax.export``); the values behind the cells are tested in
+tests/experts, tests/nn and tests/parallel.
 """
 
 from __future__ import annotations

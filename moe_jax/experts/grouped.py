@@ -22,8 +22,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
+from moe_jax.experts import ragged
 from moe_jax.experts.base import Implementation, mask_rows
 from moe_jax.experts.derivatives import call
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
@@ -207,6 +209,8 @@ def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weigh
             "A grouped product runs no other expert; use implementation='tiered'."
         )
     check_params(expert_fn, params, d_model=x.shape[1], num_experts=plan.assignments.num_experts)
+    if jax.export.is_symbolic_dim(plan.num_rows):  # a kernel's tiles need a number of rows
+        return ragged.run(expert_fn, params, x, plan, weights)
     return call(_Grouped(expert_fn), params, x, weights, plan)
 
 

@@ -48,7 +48,7 @@ def _from_dict(target: Any, stored: Any) -> Any:
     restored = {}
     for name in wanted:
         old = getattr(target, name)
-        new = serialization.from_state_dict(old, stored[name], name=name)
+        new: Any = serialization.from_state_dict(old, stored[name], name=name)
         if hasattr(old, "shape"):
             if jnp.shape(new) != old.shape:
                 raise ValueError(
