@@ -93,16 +93,16 @@ def check_against(origin: str, example: Any, entry: dict[str, Any], fix: str) ->
 
     The message names the first few arrays that differ.
     """
-    wanted, found = leaf_shapes(origin, example), leaf_table(entry)
-    if wanted != found:
+    wanted, stored = leaf_shapes(origin, example), leaf_table(entry)
+    if wanted != stored:
         raise CheckpointError(
             f"{origin}: expected the arrays asked for, got {difference_between(wanted, found)}. {fix}"
         )
 
 
-def difference_between(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
+def difference_between(wanted: Mapping[str, str], stored: Mapping[str, str]) -> str:
     """Returns the first few entries that differ, as ``name: found instead of wanted``."""
-    names = [n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n)]
+    names = [n for n in sorted({*wanted, *stored}) if wanted.get(n) != stored.get(n)]
     changes = [
         f"{n}: {found.get(n, 'nothing')} instead of {wanted.get(n, 'nothing')}" for n in names[:3]
     ]

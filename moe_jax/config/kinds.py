@@ -150,7 +150,7 @@ def _host(text: str) -> str | None:
     except ValueError:
         labels = text.removesuffix(".").split(".")
         named = len(text) <= 253 and all(_LABEL.fullmatch(label) for label in labels)
-        # A last label of digits is an IPv4 address to every resolver, and this one is none.
+        # Resolvers read a last label of digits as an IPv4 address, and this text is not a valid one.
         return None if named and not labels[-1].isdigit() else shown(text)
     return None
 

@@ -90,7 +90,10 @@ def _from_environment(env: Mapping[str, str], problems: list[str]) -> dict[str, 
 
 
 def _parse(field: dataclasses.Field[Any], text: str) -> Any:
-    """The text of a variable as the type of the field; as it is, to be refused, where it is none."""
+    """Returns the text of a variable as the field's type.
+
+    Text that is not of this type is returned unchanged, and the section's check refuses it by name.
+    """
     word = text.strip()
     if isinstance(field.default, bool):
         if word.lower() in ("true", "1", "yes", "on"):

@@ -75,8 +75,8 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if stated:
             return stated if isinstance(stated, Mapping) else {"quant_method": repr(stated)}
     for value in config.values():
-        if isinstance(value, Mapping) and (found := quantization_of(value)):
-            return found
+        if isinstance(value, Mapping) and (present := quantization_of(value)):
+            return present
     return None
 
 
@@ -126,9 +126,9 @@ def dequantize(
     out = {name: tensor for name, tensor in tensors.items() if name not in consumed}
     for stem, names in parts.items():
         where = f"{what}, {prefix + (weights.get(stem) or next(iter(names.values())))!r}"
-        found = {part: tensors[n] for part, n in names.items()}
+        present = {part: tensors[n] for part, n in names.items()}
         weight = tensors[weights[stem]] if stem in weights else None
-        out[weights.get(stem, stem)] = _restore(weight, found, settings or {}, where)
+        out[weights.get(stem, stem)] = _restore(weight, present, settings or {}, where)
     return out
 
 

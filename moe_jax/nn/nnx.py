@@ -124,7 +124,7 @@ class MoE(nnx.Module):
         d_ff: F.
         expert_fn: the expert; a function of your own needs ``expert_init``.
         expert_init: ``(key, num_experts) -> params`` for experts of your own.
-        shared_d_ff: width of a shared expert; 0 is none.
+        shared_d_ff: width of a shared expert; 0 for no shared expert.
         rngs: ``params`` makes the initial parameters; or give
         params: arrays to hold instead, as ``moe_layer`` takes them.
         state: the router's state to hold; None is a new one.

@@ -75,7 +75,7 @@ class LayerSpec:
         expert_fn: ``FeedForward``, or any ``(params, rows) -> rows`` together with ``expert_init``.
         d_model: D.
         d_ff: F, for ``FeedForward``.
-        shared_d_ff: width of a shared expert; 0 is none. For ``FeedForward``.
+        shared_d_ff: width of a shared expert; 0 for no shared expert. For ``FeedForward``.
         expert_init: ``(key, num_experts) -> params`` with a leading expert axis, for a function of
             your own.
         options: capacity, row budget, implementation.

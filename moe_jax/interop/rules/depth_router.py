@@ -77,8 +77,8 @@ class DepthRouter(FreeClasses):
         """f32[T, H]: the state that the next MoE layer takes as ``context["router_states"]``.
 
         Raises:
-            ValueError: the parameters call for the state of the layer before and there is none, or
-                the other way round.
+            ValueError: the parameters need the state of the layer before and the context lacks it, or
+                the context has it and the parameters do not need it.
         """
         h = _affine(x, params["down"], params["down_bias"])
         before = (context or {}).get("router_states")

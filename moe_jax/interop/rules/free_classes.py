@@ -41,10 +41,10 @@ class FreeClasses(PublishedRule, abc.ABC):
         return slots.indices < self.num_experts, self.weights(slots, slots.available)
 
     def build(self, slots, keep, weights, token_mask) -> Routing:
-        own = slots.probs[:, : self.num_experts]
-        own = own / jnp.maximum(own.sum(axis=-1, keepdims=True), 1e-30)
+        probs = slots.probs[:, : self.num_experts]
+        probs = probs / jnp.maximum(probs.sum(axis=-1, keepdims=True), 1e-30)
         logits = slots.logits[:, : self.num_experts]
-        slots = dataclasses.replace(slots, logits=logits, probs=own)
+        slots = dataclasses.replace(slots, logits=logits, probs=probs)
         routing = super().build(slots, keep, weights, token_mask)
         # Kept slots come first, and no token keeps more than E of its k choices.
         return dataclasses.replace(

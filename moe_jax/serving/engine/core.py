@@ -120,7 +120,7 @@ class RouterEngine:
             forwarded_for: the ``X-Forwarded-For`` header, believed from trusted proxies only.
 
         Raises:
-            ServingError: ``unauthorized``: a wrong key, none, or none is configured. A wrong or missing
+            ServingError: ``unauthorized``: the key is wrong or missing, or the service has none. A wrong or missing
                 key counts as a violation of the address, which is then blocked from inference.
         """
         self.access.authorize_admin(bearer, peer, forwarded_for)

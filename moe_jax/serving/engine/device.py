@@ -272,9 +272,9 @@ class Device:
             if entry is not None:
                 return self._fallen_back(entry, "host", degraded=False)
         if self._static_top_k and order.model == "router":
-            found = static_top_k(order.snapshot, checking.result())
-            if found is not None:
-                entry = self._entry(order, checking, found, 0.0)
+            outcome = static_top_k(order.snapshot, checking.result())
+            if outcome is not None:
+                entry = self._entry(order, checking, outcome, 0.0)
                 return self._fallen_back(entry, "static_top_k", degraded=True)
         if isinstance(error, ServingError):
             raise error
@@ -293,8 +293,8 @@ class Device:
             assert order.snapshot.host_models is not None
             buckets = order.snapshot.host_models[order.model]
             checked = checking.result()
-            found = buckets.run(checked.x, checked.token_mask, logits=order.logits)
-            return self._entry(order, checking, found, time.perf_counter() - start)
+            outcome = buckets.run(checked.x, checked.token_mask, logits=order.logits)
+            return self._entry(order, checking, outcome, time.perf_counter() - start)
         except Exception as error:
             self._notify("host_fallback_failed", error=_short(error))
             return None
@@ -307,20 +307,20 @@ class Device:
         return dataclasses.replace(entry, about=about, cacheable=False)
 
     def _entry(
-        self, order: Order, checking: Checking, found: dict[str, np.ndarray], seconds: float
+        self, order: Order, checking: Checking, outcome: dict[str, np.ndarray], seconds: float
     ) -> Entry:
         router, checked = order.snapshot.router, checking.result()
-        load = expert_counts(found["expert_indices"], router.num_experts)
-        used = found.get("num_experts_per_token")
+        load = expert_counts(outcome["expert_indices"], router.num_experts)
+        used = outcome.get("num_experts_per_token")
         if used is None:
-            used = (found["expert_indices"] >= 0).sum(axis=-1)
+            used = (outcome["expert_indices"] >= 0).sum(axis=-1)
         mask = checked.token_mask
         real = used if mask is None else used[mask]
         histogram = np.bincount(real, minlength=router.max_k + 1)
         wanted = ROUTER_OUTPUTS if order.model == "router" else ("output",)
         if order.logits and order.model == "router":
             wanted = (*wanted, "router_logits")
-        arrays = read_only({name: found[name] for name in wanted}, order.shape)
+        arrays = read_only({name: outcome[name] for name in wanted}, order.shape)
         arrays["_load"], arrays["_histogram"] = load, histogram
         return Entry(
             arrays=arrays,

@@ -22,7 +22,7 @@ class Refused(Exception):
 
     Attributes:
         status: HTTP status.
-        code: the service's word for it, ``""`` where the answer was none of ours.
+        code: the service's error code; ``""`` if something else answered, such as a proxy.
     """
 
     def __init__(self, status: int, code: str, message: str) -> None:
@@ -31,7 +31,7 @@ class Refused(Exception):
 
 
 class Unreachable(ValueError):
-    """Nothing that speaks HTTP answers there."""
+    """The URL does not answer over HTTP."""
 
 
 class Service:
@@ -43,7 +43,7 @@ class Service:
         timeout_seconds: longest wait for an answer.
 
     Raises:
-        ValueError: no such URL.
+        ValueError: the text is not the URL of a service.
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout_seconds: float = 60.0) -> None:

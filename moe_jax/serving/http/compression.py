@@ -66,14 +66,14 @@ def decompress(
         moe_jax.serving.errors.ServingError: the body: expected at most 10 bytes after decompression, got more.
     """  # noqa: E501 - the message is one line
     stream = zlib.decompressobj(_WINDOW[encoding])
-    found = bytearray()
+    decoded = bytearray()
     rest: bytes | bytearray | memoryview = body
     try:
         while True:
-            more = stream.decompress(rest, min(_STEP, limit + 1 - len(found)))
+            more = stream.decompress(rest, min(_STEP, limit + 1 - len(decoded)))
             take(len(more))
-            found += more
-            if len(found) > limit:
+            decoded += more
+            if len(decoded) > limit:
                 raise ServingError(
                     "too_large",
                     f"the body: expected at most {limit} bytes after decompression, got more.",
@@ -87,7 +87,7 @@ def decompress(
         raise malformed(f"the body: expected a whole {encoding} stream, got part of one.")
     if stream.unused_data:
         raise malformed(f"the body: expected one {encoding} stream, got bytes after it.")
-    return found
+    return decoded
 
 
 def response_encoding(accept: str | None) -> str | None:

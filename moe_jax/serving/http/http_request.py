@@ -41,7 +41,7 @@ class HttpRequest:
 
     Attributes:
         headers: values by lower-case name.
-        body_complete: whether the whole body has been read, or there is none.
+        body_complete: whether the whole body has been read; True for a request without a body.
         counted: whether the engine counts a refusal by itself.
         status: of the answer; 0 until it begins.
     """

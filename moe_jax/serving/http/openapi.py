@@ -54,8 +54,8 @@ def _errors(*codes: str) -> dict[str, Any]:
 
 
 def _get(summary: str, good: dict[str, Any], *parameters: Any, codes: tuple[str, ...] = ()) -> Any:
-    found = {"200": good, **_errors(*codes)}
-    return {"get": {"summary": summary, "parameters": list(parameters), "responses": found}}
+    responses = {"200": good, **_errors(*codes)}
+    return {"get": {"summary": summary, "parameters": list(parameters), "responses": responses}}
 
 
 def _infer(*parameters: Any) -> dict[str, Any]:

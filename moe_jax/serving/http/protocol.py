@@ -211,11 +211,11 @@ def _named(holder: Mapping[str, Any], key: str) -> list[tuple[str, dict[str, Any
 
 def check_names(given: Sequence[str], specs: Sequence[TensorSpec], model: str) -> None:
     """Raises ``malformed`` for unknown inputs, and for missing ones that are not optional."""
-    known = {spec.name: spec for spec in specs}
+    specs_by_name = {spec.name: spec for spec in specs}
     for name in given:
-        if name not in known:
+        if name not in specs_by_name:
             raise malformed(
-                f"inputs: expected {', '.join(known)}, got {shown(name)}, which model {model} "
+                f"inputs: expected {', '.join(specs_by_name)}, got {shown(name)}, which model {model} "
                 "does not take."
             )
     missing = [s.name for s in specs if not s.optional and s.name not in given]
@@ -373,11 +373,11 @@ def _outputs(
 ) -> tuple[tuple[str, bool], ...]:
     everything = parameters.get("binary_data_output", False)
     asked: list[tuple[str, bool]] = []
-    known = {tensor.name: tensor for tensor in spec.outputs}
+    specs_by_name = {tensor.name: tensor for tensor in spec.outputs}
     for name, tensor in _named(head, "outputs"):
-        if name not in known:
+        if name not in specs_by_name:
             raise malformed(
-                f"outputs: expected some of {', '.join(known)}, got {shown(name)}, which model "
+                f"outputs: expected some of {', '.join(specs_by_name)}, got {shown(name)}, which model "
                 f"{spec.name} does not give."
             )
         options = _parameters(tensor, f"output {name}")

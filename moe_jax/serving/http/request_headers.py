@@ -12,7 +12,7 @@ _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f
 
 
 def presented_key(authorization: str | None, api_key: str | None) -> str | None:
-    """The key of ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``; None where there is none.
+    """Returns the key of ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``, or None without either.
 
     Example:
         >>> presented_key("Bearer abc", None), presented_key(None, "abc"), presented_key("Basic", None)
@@ -26,7 +26,7 @@ def presented_key(authorization: str | None, api_key: str | None) -> str | None:
 
 
 def request_id(given: str | None) -> str:
-    """The client's ``X-Request-Id`` where it is a plain word, else a new one.
+    """Returns the client's ``X-Request-Id`` if it is a plain word, and otherwise a new random id.
 
     Example:
         >>> request_id("abc-1"), len(request_id("bad id")), len(request_id(None))

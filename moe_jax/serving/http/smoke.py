@@ -107,12 +107,12 @@ def _as_expected(service: Service, layer: Any) -> str:
     width = service.get_json("/v2/models/router")["inputs"][0]["shape"][-1]
     x = np.random.default_rng(1).standard_normal((2, 64, width), dtype=np.float32)
     wanted = layer.route(x.reshape(-1, width))
-    found = service.infer("router", {"hidden_states": x})[0]
+    outputs = service.infer("router", {"hidden_states": x})[0]
     _hold(hasattr(wanted, "expert_indices"), "the checkpoint's rule lets experts choose tokens")
     experts = int(layer.router.num_experts)
     indices, weights = np.asarray(wanted.expert_indices), np.asarray(wanted.combine_weights)
     ours = _by_expert(indices, weights, experts)
-    theirs = _by_expert(found["expert_indices"], found["expert_weights"], experts)
+    theirs = _by_expert(outputs["expert_indices"], outputs["expert_weights"], experts)
     other = ((ours > 0) != (theirs > 0)).any(axis=-1)
     _hold(not other.any(), f"{int(other.sum())} of {len(other)} tokens go to other experts")
     worst = float(np.abs(ours - theirs).max())
@@ -122,10 +122,13 @@ def _as_expected(service: Service, layer: Any) -> str:
 
 def _by_expert(indices: np.ndarray, weights: np.ndarray, experts: int) -> np.ndarray:
     """Weights f[T, E] from slots, whatever their order; -1 and E are no expert."""
-    flat, own = indices.reshape(-1, indices.shape[-1]), weights.reshape(-1, weights.shape[-1])
+    flat, slot_weights = (
+        indices.reshape(-1, indices.shape[-1]),
+        weights.reshape(-1, weights.shape[-1]),
+    )
     table = np.zeros((len(flat), experts + 1), np.float64)
     slots = np.where((flat < 0) | (flat >= experts), experts, flat)
-    np.add.at(table, (np.arange(len(flat))[:, None], slots), own)
+    np.add.at(table, (np.arange(len(flat))[:, None], slots), slot_weights)
     return table[:, :experts]
 
 

@@ -88,12 +88,12 @@ def shown(text: Any) -> str:
 
 
 def _pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(items)
-    if len(made) != len(items):
+    mapping = dict(items)
+    if len(mapping) != len(items):
         seen: set[str] = set()
         twice = next(n for n, _ in items if n in seen or seen.add(n))
         raise malformed(f"expected every key once, got {shown(twice)} more than once.")
-    return made
+    return mapping
 
 
 def _constant(name: str) -> NoReturn:

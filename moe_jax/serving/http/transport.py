@@ -177,12 +177,12 @@ class TransportContext:
 
     def _model(self, model: str) -> tuple[dict[str, Any], ModelSpec]:
         described = self.engine.describe(model)
-        known = self._models.get(model)
+        cached = self._models.get(model)
         # The engine builds the metadata once for each snapshot, so another object is another model.
-        if known is None or known[0] is not described:
+        if cached is None or cached[0] is not described:
             metadata = {**described, "versions": [*described["versions"], CURRENT]}
-            known = self._models[model] = described, metadata, model_spec(metadata)
-        return known[1], known[2]
+            cached = self._models[model] = described, metadata, model_spec(metadata)
+        return cached[1], cached[2]
 
 
 def as_serving_error(error: Exception) -> ServingError | None:

@@ -77,7 +77,7 @@ class Bulkhead:
         return len(self._waiting) >= max(self._queue_size, 1) and self.inflight >= self._workers
 
     def oldest_seconds(self) -> float:
-        """Returns for how long the oldest work has been running; 0 if none is."""
+        """Returns for how long the oldest work has been running; 0 without running work."""
         now = time.perf_counter()
         with self._changed:
             return max((now - (job.started or now) for job in self._running), default=0.0)
