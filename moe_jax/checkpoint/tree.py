@@ -96,15 +96,15 @@ def check_against(origin: str, example: Any, entry: dict[str, Any], fix: str) ->
     wanted, stored = leaf_shapes(origin, example), leaf_table(entry)
     if wanted != stored:
         raise CheckpointError(
-            f"{origin}: expected the arrays asked for, got {difference_between(wanted, found)}. {fix}"
+            f"{origin}: expected the arrays asked for, got {difference_between(wanted, stored)}. {fix}"
         )
 
 
 def difference_between(wanted: Mapping[str, str], stored: Mapping[str, str]) -> str:
-    """Returns the first few entries that differ, as ``name: found instead of wanted``."""
+    """Returns the first few entries that differ, as ``name: stored instead of wanted``."""
     names = [n for n in sorted({*wanted, *stored}) if wanted.get(n) != stored.get(n)]
     changes = [
-        f"{n}: {found.get(n, 'nothing')} instead of {wanted.get(n, 'nothing')}" for n in names[:3]
+        f"{n}: {stored.get(n, 'nothing')} instead of {wanted.get(n, 'nothing')}" for n in names[:3]
     ]
     return "; ".join(changes) + (f"; and {len(names) - 3} more" if len(names) > 3 else "")
 

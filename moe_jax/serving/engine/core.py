@@ -120,8 +120,9 @@ class RouterEngine:
             forwarded_for: the ``X-Forwarded-For`` header, believed from trusted proxies only.
 
         Raises:
-            ServingError: ``unauthorized``: the key is wrong or missing, or the service has none. A wrong or missing
-                key counts as a violation of the address, which is then blocked from inference.
+            ServingError: ``unauthorized``: the key is wrong or missing, or the service has none. A
+                wrong or missing key counts as a violation of the address. A block keeps the address
+                from inference; the right admin key passes all the same.
         """
         self.access.authorize_admin(bearer, peer, forwarded_for)
 
