@@ -200,6 +200,9 @@ def train(
     model: Annotated[
         Path | None, typer.Option(help="Sizes and rates (JSON, fields of LMConfig).")
     ] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="Train with this rule: TopP, ReLURouter, your module:Class.")
+    ] = None,
     coordinator: Annotated[
         str | None, typer.Option(help="Several processes: HOST:PORT of process 0.")
     ] = None,
@@ -227,6 +230,7 @@ def train(
     from moe_jax.cli.devices import training_mesh
     from moe_jax.lab.data import load_corpus
     from moe_jax.lab.language_model import LMConfig
+    from moe_jax.lab.rules import rule_to_train
     from moe_jax.lab.training import train as job
 
     hint = f"Start all again with --resume {folder} --overwrite." if save_every else ""
@@ -243,6 +247,8 @@ def train(
         ) as mesh,
     ):
         config = LMConfig() if model is None else _model_config(model)
+        if rule is not None:
+            config = rule_to_train(config, rule)
         corpus = None if (data, glob) == (None, None) else load_corpus(data, glob=glob)
         path, summary = job(
             config,

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from moe_jax.lab.data import Batches, Corpus, load_corpus
 from moe_jax.lab.language_model import LMConfig
 from moe_jax.lab.training import init_training, train_step
-from moe_jax.routers import Router, catalog
+from moe_jax.routers import Router, TopK, catalog
 from moe_jax.routers.catalog import Entry, entry_of, example_rule
-from moe_jax.routers.registry import load_rule
+from moe_jax.routers.registry import load_rule, rule_class
+from moe_jax.routers.twin import dynamic_twin
 
 # A rule has collapsed if fewer than this share of the experts carries the load, or tokens have none.
 LEAST_BALANCE = 0.25
@@ -41,6 +42,26 @@ def entries(rules: Sequence[str] | None = None) -> list[Entry]:
         else:
             raise ValueError(f"rule: expected one of {', '.join(known)}, got {name!r}.")
     return chosen
+
+
+def rule_to_train(config: LMConfig, rule: str) -> LMConfig:
+    """Returns the configuration with a rule to train with: a name, or ``module:Class`` of your own.
+
+    A class is built with the experts, k, gate and scoring of ``config``; k is also its target where it
+    has one.
+
+    Raises:
+        ValueError, TypeError: an unknown rule, or one that cannot be built by itself.
+
+    Example:
+        >>> rule_to_train(LMConfig(), "ReLURouter").rule
+        ReLURouter(num_experts=16, target_k=4, max_k=4)
+    """
+    made = load_rule(rule) if ":" in rule else rule_class(rule)
+    plain = dataclasses.replace(config, rule=None, schedule=None, distill=0.0).router()
+    assert isinstance(plain, TopK)
+    built = dynamic_twin(plain, made, target_mean_k=config.k)
+    return dataclasses.replace(config, rule=built)
 
 
 def table(chosen: Sequence[Entry]) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from moe_jax.cli import app
 from moe_jax.interop.rules import TokenTable
 from moe_jax.lab.calibration import find_rules
 from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.model_files import load_model
 from moe_jax.routers import catalog
 from moe_jax.routers.registry import known_kinds
 from moe_jax.routers.twin import dynamic_twin
@@ -44,6 +45,19 @@ def test_a_built_rule_takes_the_gate_and_scoring_of_the_trained_one():
     )
     with pytest.raises(TypeError, match="expected defaults for vocab_size of TokenTable"):
         dynamic_twin(trained, TokenTable, target_mean_k=1.5)
+
+
+def test_a_model_is_trained_with_a_rule_by_name(tmp_path):
+    sizes = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_experts": 4, "k": 3, "d_ff": 8}
+    model, out = tmp_path / "model.json", tmp_path / "trained"
+    model.write_text(json.dumps({**sizes, "length": 16, "batch_size": 2}), encoding="utf-8")
+    command = ["train", "--out", str(out), "--model", str(model), "--steps", "2", "--rule"]
+    done = CliRunner().invoke(app, [*command, "moe_jax.routers:MinP"])
+    assert done.exit_code == 0, done.output
+    loaded = load_model(out)
+    assert loaded.config.rule == MinP(num_experts=4, max_k=3)
+    assert loaded.routers == (MinP(num_experts=4, max_k=3),)
+    assert CliRunner().invoke(app, [*command, "Nothing"]).exit_code == 2
 
 
 def test_every_rule_of_the_library_is_in_the_catalogue_with_its_source():
