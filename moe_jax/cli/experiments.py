@@ -58,7 +58,7 @@ def experiment(
         print_json({"folder": str(place), "done": results["done"], "planned": results["planned"]})
         return
     out.print((place / "results.md").read_text(encoding="utf-8"), markup=False, highlight=False)
-    out.print(f"results.json, results.csv and results.png are in {place}.", soft_wrap=True)
+    out.print(f"JSON, CSV and pictures are in {place}.", soft_wrap=True)
 
 
 @app.command()
