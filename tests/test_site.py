@@ -72,7 +72,7 @@ def test_the_catalogue_has_every_rule_with_its_traits():
 @pytest.mark.parametrize(
     ("source", "page", "text", "wanted"),
     [
-        ("README.md", "index.md", "[a](docs/gpu.md#x)", "[a](gpu.md#x)"),
+        ("README.md", "index.md", "[a](docs/scaling.md#x)", "[a](scaling.md#x)"),
         ("README.md", "index.md", "[a](LICENSE)", "a (`LICENSE`)"),
         ("docs/how-to/a.md", "how-to/a.md", "[b](../../README.md)", "[b](../index.md)"),
         ("docs/a.md", "a.md", "[b](../benchmarks/README.md)", "[b](benchmarks.md)"),
