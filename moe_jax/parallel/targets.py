@@ -260,7 +260,7 @@ def _text_of(compiled: Any, lowered: Any) -> tuple[str, bool]:
 
 # --- reading HLO ----------------------------------------------------------------------------
 
-_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_TARGET = re.compile(r'(?:custom_call_target="|custom_call @)([\w.$]+)')
 _KERNELS = re.compile(r"tpu_custom_call|mosaic|triton|cublas|cudnn|cutlass", re.IGNORECASE)
 _SHAPE = re.compile(r"\b(?:bf16|f16|f32|f64|f8\w+|s8|u8|s4)\[([\d,]+)\]")
 _LAYOUTS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")

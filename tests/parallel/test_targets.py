@@ -35,6 +35,7 @@ ENTRY %main (x: bf16[64,8], w: bf16[4,8,16]) -> bf16[64,16] {
 
 def test_operations_are_counted_from_hlo():
     assert kernels_of(HLO) == {"mosaic_gpu_v2": 2}
+    assert kernels_of("%1 = stablehlo.custom_call @tpu_custom_call(%0)") == {"tpu_custom_call": 1}
     assert flops_of(HLO) == 2 * 64 * 8 * 16 * 2 + 2 * 64 * 8 * 3
     # A loop without products does not spoil the count, one with a product does.
     assert not targets._uncountable(HLO)
