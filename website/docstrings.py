@@ -1,4 +1,4 @@
-"""A griffe extension: the section ``Example:`` of our docstrings is rendered as code with its output."""
+"""A griffe extension: docstring sections named ``Example:`` are rendered as code with its output."""
 
 from __future__ import annotations
 

@@ -135,7 +135,8 @@ def _config_of(opened: checkpoints.OpenCheckpoint) -> Config:
         return Config.from_json(opened.about["config"])
     try:
         layer = opened.layer(None)
-        return load_config(env={}, **router_sizes(layer.router, layer.width))
+        sizes: dict[str, Any] = {**router_sizes(layer.router, layer.width)}
+        return load_config(env={}, **sizes)
     except ValueError as error:
         raise ArchiveError(
             f"{opened.path}: expected a checkpoint with its configuration, or with a router to take "

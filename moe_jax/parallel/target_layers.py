@@ -111,7 +111,7 @@ def experts_program(
         return run_experts(_FFN, params, x, plan, weights, implementation=implementation).y
 
     def both(params: Any, x: Any, weights: Any, plan: Any) -> Any:
-        y, pull = jax.vjp(lambda *args: forward(*args, plan), params, x, weights)
+        y, pull = jax.vjp(lambda p, x, w: forward(p, x, w, plan), params, x, weights)
         return y, pull(y)
 
     chosen = choose(plan, implementation, platform=target.platform).name

@@ -34,6 +34,9 @@ _MEMORY = {
 }
 _RESERVED = 0.05
 
+# Operations over those of the rows in use; the rest is padding to tiles.
+_MOST_WORK = 1.1
+
 # The H100 SXM as XLA describes devices; figures of NVIDIA's data sheet and of CUDA's device query.
 _H100 = """
 gpu_device_info {
@@ -143,8 +146,12 @@ class Program:
 
     @property
     def ok(self) -> bool:
-        """Whether it compiles, fits, and multiplies no row by experts that it does not use."""
-        return self.error is None and self.fits and not self.expanded
+        """Whether it compiles, fits, and multiplies no row by experts that it does not use.
+
+        Where ``readable`` is False, expansion is judged by ``work`` alone.
+        """
+        useful = self.work is None or self.work <= _MOST_WORK
+        return self.error is None and self.fits and useful and not self.expanded
 
     def summary(self) -> dict[str, Any]:
         """The fields for JSON and tables: bytes as MB, and what was measured only."""
