@@ -67,8 +67,9 @@ def cotangent(y):
 
 
 def by_kernels(params, x, weights, plan):
-    y, residuals = grouped._fwd(FFN, params, x, weights, plan)
-    return y, grouped._bwd(FFN, residuals, cotangent(y))[:3]
+    arguments, function = (params, x, weights, plan), grouped._Grouped(FFN)
+    y, residuals = function.forward(*arguments, in_place=True)
+    return y, function.backward(arguments, residuals, cotangent(y), in_place=True)[:3]
 
 
 def by_oracle(params, x, weights, plan):
