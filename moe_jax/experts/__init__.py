@@ -16,6 +16,7 @@ from moe_jax.checks import check_array, check_choice, check_instance, describe_v
 from moe_jax.experts.active import ACTIVE
 from moe_jax.experts.base import ExpertsOutput, Implementation, num_experts_of, vary_like
 from moe_jax.experts.capacity import CAPACITY
+from moe_jax.experts.closure import with_closed_over
 from moe_jax.experts.dense import DENSE
 from moe_jax.experts.feed_forward import (
     ACTIVATIONS,
@@ -242,6 +243,7 @@ def run_experts(
         )
     check_params(expert_fn, params, d_model=x.shape[1], num_experts=a.num_experts)
     where = platform_of((x, params, plan), platform=platform)
+    expert_fn, params = with_closed_over(expert_fn, params, x)
 
     def run(platform: str, *args: Any) -> tuple[Array, Array]:
         params, x, plan, weights = args

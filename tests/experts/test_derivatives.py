@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.experts import IMPLEMENTATIONS, FeedForward, derivatives
+from moe_jax.experts import IMPLEMENTATIONS, FeedForward, derivatives, run_experts
 from tests.experts.test_tiered import draw, kept_weights, plan_of
 
 pytestmark = pytest.mark.compile_cheaply
@@ -123,3 +123,28 @@ def test_a_gradient_runs_no_reference(monkeypatch):
     assert not used
     jax.make_jaxpr(jax.grad(lambda x: jax.grad(loss)(x).sum()))(at[1])
     assert used
+
+
+@pytest.mark.parametrize("name", ["tiered", "active"])
+@pytest.mark.parametrize("transform", ["jit", "grad", "grad in jit", "vmap"])
+def test_an_expert_function_may_use_traced_arrays_from_outside(name, transform):
+    plan, (params, x, weights) = arguments()
+
+    def loss(scale, name=name):
+        def expert(p, rows):
+            return jnp.tanh(rows @ p["up"]) @ p["down"] * scale
+
+        return run_experts(expert, params, x, plan, weights, implementation=name).y.sum()
+
+    def result(name):
+        def of(scale):
+            return loss(scale, name)
+
+        return {
+            "jit": jax.jit(of),
+            "grad": jax.grad(of),
+            "grad in jit": jax.jit(jax.grad(of)),
+            "vmap": lambda scale: jax.vmap(of)(jnp.stack([scale, 2 * scale])),
+        }[transform](jnp.float32(1.5))
+
+    np.testing.assert_allclose(result(name), result("dense"), rtol=1e-5)
