@@ -210,7 +210,7 @@ def decoder_step(decoder: Decoder, state: nnx.Optimizer, tokens: Array) -> dict[
         tokens: i32[B, S + 1].
 
     Returns:
-        Metrics, as ``moe_jax.lab.language_model.loss``.
+        Metrics, as ``moe_jax.lab.language_model.objective``.
     """
 
     def value(model: Decoder) -> tuple[Array, tuple[Output, dict[str, Array]]]:

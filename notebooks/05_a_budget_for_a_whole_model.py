@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -172,6 +173,17 @@ for row in price["rules"]:
         )
     print(line)
 assert abs(price["rules"][1]["saving"] - 0.2) < 0.05
+
+# %%
+rows = [row for row in price["rules"] if "relative" in row]
+figure, axes = plt.subplots(figsize=(6, 2), layout="constrained")
+for place, row in enumerate(rows):
+    interval = [100 * row["relative_low"], 100 * row["relative_high"]]
+    axes.plot(interval, [place, place], color="tab:blue")
+    axes.plot(100 * row["relative"], place, "o", color="tab:blue")
+axes.set_yticks(range(len(rows)), [row["rule"] for row in rows])
+axes.set_xlabel("change in bits a byte, % (95 % interval)")
+plt.show()
 
 # %% [markdown]
 # ## Use it

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 collect_ignore = [
     "goldens/generate_hf.py",
     "goldens/generate_hub.py",
+    "goldens/generate_models.py",
     "goldens/written_by_0_1/generate.py",
 ]
 

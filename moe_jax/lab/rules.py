@@ -16,6 +16,7 @@ from moe_jax.routers import Router, TopK, catalog
 from moe_jax.routers.catalog import Entry, entry_of, example_rule
 from moe_jax.routers.registry import load_rule, rule_class
 from moe_jax.routers.twin import dynamic_twin
+from moe_jax.routing.scoring import Scoring
 
 # A rule has collapsed if fewer than this share of the experts carries the load, or tokens have none.
 LEAST_BALANCE = 0.25
@@ -47,20 +48,26 @@ def entries(rules: Sequence[str] | None = None) -> list[Entry]:
 def rule_to_train(config: LMConfig, rule: str) -> LMConfig:
     """Returns the configuration with a rule to train with: a name, or ``module:Class`` of your own.
 
-    A class is built with the experts, k, gate and scoring of ``config``; k is also its target where it
-    has one.
+    A class is built with the experts, k and gate of ``config``, and with its scoring unless the class
+    has another default; k is also its target where it has one.
 
     Raises:
         ValueError, TypeError: an unknown rule, or one that cannot be built by itself.
 
     Example:
         >>> rule_to_train(LMConfig(), "ReLURouter").rule
-        ReLURouter(num_experts=16, target_k=4, max_k=4)
+        ReLURouter(num_experts=16, target_k=4, max_k=16)
     """
     made = load_rule(rule) if ":" in rule else rule_class(rule)
     plain = dataclasses.replace(config, rule=None, schedule=None, distill=0.0).router()
     assert isinstance(plain, TopK)
-    built = dynamic_twin(plain, made, target_mean_k=config.k)
+    fields = {f.name: f.default for f in dataclasses.fields(made)}
+    own = fields.get("scoring", Scoring())
+    if isinstance(own, Scoring) and own != Scoring():
+        plain = dataclasses.replace(plain, scoring=own)  # e.g. ReLU scores: no other fits the rule
+    # A rule that steers to a target needs room above it.
+    most = config.num_experts if "target_k" in fields else config.k
+    built = dynamic_twin(plain, made, target_mean_k=config.k, max_k=most)
     return dataclasses.replace(config, rule=built)
 
 

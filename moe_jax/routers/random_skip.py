@@ -43,6 +43,7 @@ class RandomSkip(TokenChoice):
         scoring: logits to scores and weights.
 
     Example:
+        >>> import jax
         >>> router = RandomSkip(num_experts=8, k=2, mean_k=1.5, drop="random")
         >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
         >>> x = jax.random.normal(jax.random.key(1), (1000, 16))

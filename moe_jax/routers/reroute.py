@@ -39,6 +39,7 @@ class Reroute(BatchAware):
         scoring: logits to scores and weights.
 
     Example:
+        >>> import jax
         >>> router = Reroute(num_experts=4, k=2)
         >>> outputs = jax.random.normal(jax.random.key(0), (4, 100, 8))
         >>> state = with_similarity(router.init_state(), expert_similarity(outputs))

@@ -635,7 +635,9 @@ def test_noise_acts_only_where_a_key_is_given():  # R09
 def test_load_balancing_is_a_switch_that_acts():  # R08, C16
     nothing = jnp.zeros(())
     stats = RoutingStats(**{f.name: nothing for f in dataclasses.fields(RoutingStats)})
-    stats = dataclasses.replace(stats, tokens_per_expert=jnp.array([3.0, 1.0]))
+    stats = dataclasses.replace(
+        stats, tokens_per_expert=jnp.array([3.0, 1.0]), token_count=jnp.array(4.0)
+    )
     for on in (True, False):
         router = build_router(load_config(env={}, num_experts=2, max_experts=2, load_balancing=on))
         bias = router.update(router.init_state(), stats).expert_bias

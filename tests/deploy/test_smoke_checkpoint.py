@@ -51,7 +51,7 @@ def made(tmp_path_factory):
 
 def test_the_checkpoint_that_is_served_agrees(made):
     engine, (served, _) = made
-    assert "128 tokens" in _as_expected(Local(engine), served)
+    assert "128 random tokens" in _as_expected(Local(engine), served)
 
 
 def test_another_checkpoint_does_not(made):

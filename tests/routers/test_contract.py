@@ -640,7 +640,7 @@ def test_a_rule_cannot_inherit_from_a_rule():
 def test_a_rule_that_lacks_a_method_is_refused_by_its_name():
     rules = registered_rules()
     with pytest.raises(
-        TypeError, match=r"Half: expected a complete rule, but these are missing: select, traits\."
+        TypeError, match=r"Half: expected a complete rule, but these are missing: select\."
     ):
         type("Half", (TokenChoice,), {"init_state": lambda self: None})
     assert registered_rules() == rules

@@ -77,6 +77,7 @@ def test_no_edge_case_was_taken_for_a_fault_of_ours(service):
     codes = set(service.engine.get_metrics()["errors_by_code"])
     assert codes <= {
         "malformed",
+        "method_not_allowed",
         "not_found",
         "invalid_values",
         "too_large",
