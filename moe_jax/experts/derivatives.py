@@ -54,7 +54,7 @@ class DifferentiableFunction(Protocol):
 
     @property
     def backward(self) -> Callable[..., tuple[Any, ...]]:
-        """``(arguments, residuals, cotangents, in_place) -> cotangents``, None where there are none."""
+        """``(arguments, residuals, cotangents, in_place) -> cotangents``, None of integers."""
         ...
 
     @property

@@ -150,8 +150,8 @@ def test_evaluate_prints_loss_controls_layers_and_tails(monkeypatch, checkpoint,
         "largest +2.00% (a.py)",
     ):
         assert part in shown, part
-    told = runner.invoke(app, ["evaluate", str(checkpoint), "--json"]).stdout
-    assert json.loads(told) == REPORT
+    printed = runner.invoke(app, ["evaluate", str(checkpoint), "--json"]).stdout
+    assert json.loads(printed) == REPORT
 
 
 @pytest.mark.parametrize(

@@ -345,12 +345,12 @@ def test_a_name_insists_and_a_tuple_prefers():
     plan = PLANS["uniform"]()
     assert explain_choice(plan, "dense").candidates == (("dense", "chosen"),)
     assert choose(plan, "dense").name == "dense"
-    told = dict(explain_choice(plan, ("capacity", "tiered")).candidates)
-    assert "no capacity" in told["capacity"]
-    assert told["tiered"] == "chosen"
-    told = explain_choice(PLANS["capacity"](), ("capacity", "tiered")).candidates
-    assert told[0] == ("capacity", "chosen")
-    assert "earlier" in told[1][1]
+    reasons = dict(explain_choice(plan, ("capacity", "tiered")).candidates)
+    assert "no capacity" in reasons["capacity"]
+    assert reasons["tiered"] == "chosen"
+    reasons = explain_choice(PLANS["capacity"](), ("capacity", "tiered")).candidates
+    assert reasons[0] == ("capacity", "chosen")
+    assert "earlier" in reasons[1][1]
 
 
 def test_refusals_of_all_are_told_with_reasons():

@@ -17,7 +17,7 @@ LINE = b"the quick brown fox jumps over the lazy dog\n"
 
 @pytest.fixture
 def folder(tmp_path):
-    """Forty text files, and a few that are none."""
+    """Forty text files, and a few files that are not text."""
     root = tmp_path / "text"
     (root / "deep").mkdir(parents=True)
     for number in range(40):

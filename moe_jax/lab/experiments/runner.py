@@ -118,7 +118,7 @@ def unit_file(folder: Path, recipe: Recipe, seed: int) -> Path:
 
 
 def finished(experiment: Experiment, recipe: Recipe, path: Path) -> dict[str, Any] | None:
-    """The unit in this file, or None if there is none or the declaration has changed since."""
+    """The unit in this file, or None without such a file or if the declaration has changed since."""
     try:
         unit = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
