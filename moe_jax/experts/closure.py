@@ -48,7 +48,7 @@ def with_closed_over(expert_fn: ExpertFn, params: Params, x: Array) -> tuple[Exp
     Example:
         >>> def loss(scale):
         ...     fn, params = with_closed_over(
-        ...         lambda p, x: x * p["w"] * scale, {"w": jnp.ones((2, 4))}, jnp.ones((3, 4))
+        ...         lambda p, x: x @ p["w"] * scale, {"w": jnp.ones((2, 4, 4))}, jnp.ones((3, 4))
         ...     )
         ...     return params["closed"][0].sum()
         >>> float(jax.grad(loss)(1.0))

@@ -17,7 +17,7 @@ CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 def environment(flags: str = CHEAP) -> dict[str, str]:
     """Returns this process's environment with these XLA flags and moe_jax importable.
 
-    The compilation cache is that of the tests: tests/conftest.py puts its folder there.
+    The compilation cache is that of the tests: conftest.py puts its folder there.
     """
     return {
         **os.environ,

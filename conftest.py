@@ -1,4 +1,4 @@
-"""Strictness for every test: ranks and dtypes never promote in silence, a warning is an error.
+"""Strictness for every test and example: no silent promotion of ranks or dtypes, warnings are errors.
 
 (The last of these is ``filterwarnings = ["error"]`` in pyproject.toml.)
 """
@@ -16,14 +16,14 @@ import pytest
 
 from tests.parallel import measurement
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parent
 
 # Make golden files with torch and transformers, which are no dependencies; they are no tests.
 collect_ignore = [
-    "goldens/generate_hf.py",
-    "goldens/generate_hub.py",
-    "goldens/generate_models.py",
-    "goldens/written_by_0_1/generate.py",
+    "tests/goldens/generate_hf.py",
+    "tests/goldens/generate_hub.py",
+    "tests/goldens/generate_models.py",
+    "tests/goldens/written_by_0_1/generate.py",
 ]
 
 
@@ -51,7 +51,6 @@ def pytest_configure(config: pytest.Config) -> None:
             "filterwarnings", f"ignore:Error {what} persistent compilation cache:UserWarning"
         )
 
-    config.pluginmanager.register(_CheapDoctests(), "cheap-doctests")
     # Neither a case nor the making of cases has a time: a cold, busy machine compiles in between.
     hypothesis.settings.register_profile(
         "ci",
@@ -88,22 +87,17 @@ def _eight_devices_ahead(
     thread.join()  # another worker may wait for the result
 
 
-class _CheapDoctests:
-    """Examples in docstrings run small programs once, so they compile cheaply too.
-
-    A plugin, because the hooks of this file do not see what lies outside its folder.
-    """
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[object]:
-        cheap = isinstance(item, pytest.DoctestItem)
-        if not cheap or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
-            return (yield)
-        jax.config.update("jax_disable_most_optimizations", True)
-        try:
-            return (yield)
-        finally:
-            jax.config.update("jax_disable_most_optimizations", False)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Examples in docstrings run small programs once, so they compile cheaply too."""
+    cheap = isinstance(item, pytest.DoctestItem)
+    if not cheap or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+        return (yield)
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        return (yield)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 # Linux gives a process 65,530 memory maps; a compiled program takes about four of them. A worker that
