@@ -43,10 +43,10 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
     )
 
     mesh = make_mesh(expert=devices)
-    router, ffn = moe_jax.TopK(num_experts=2 * devices, k=K), moe_jax.FeedForward()
+    router, expert_fn = moe_jax.TopK(num_experts=2 * devices, k=K), moe_jax.FeedForward()
 
     def init(key: Any) -> Any:
-        return moe_jax.init_moe_layer(router, ffn, key, d_model=D, d_ff=F)
+        return moe_jax.init_moe_layer(router, expert_fn, key, d_model=D, d_ff=F)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     specs, rows = param_specs(shapes, mesh), token_spec(mesh)
@@ -60,7 +60,7 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
             state = router.init_state()
             return sharded_moe_layer(
                 router,
-                ffn,
+                expert_fn,
                 params,
                 state,
                 x,

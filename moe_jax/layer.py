@@ -140,7 +140,7 @@ class LayerAux:
 
 def init_moe_layer(
     router: Router,
-    experts: FeedForward,
+    expert_fn: FeedForward,
     key: Array,
     *,
     d_model: int,
@@ -151,7 +151,7 @@ def init_moe_layer(
 
     Args:
         router: the rule.
-        experts: the expert. For a function of your own, build its parameters yourself, with a
+        expert_fn: the expert. For a function of your own, build its parameters yourself, with a
             leading expert axis.
         key: randomness.
         d_model: D.
@@ -170,8 +170,8 @@ def init_moe_layer(
     """
     check_instance("router", router, Router, fix="Pass a rule such as TopK(num_experts=8, k=2).")
     check_instance(
-        "experts",
-        experts,
+        "expert_fn",
+        expert_fn,
         FeedForward,
         fix="Build the parameters of an expert function of your own yourself: a leading axis E.",
     )
@@ -184,12 +184,12 @@ def init_moe_layer(
     router_key, expert_key, shared_key = jax.random.split(key, 3)
     params: dict[str, Params] = {
         "router": router.init(router_key, d_model),
-        "experts": experts.init(
+        "experts": expert_fn.init(
             expert_key, num_experts=router.num_experts, d_model=d_model, d_ff=d_ff
         ),
     }
     if shared_d_ff:
-        shared = experts.init(shared_key, num_experts=1, d_model=d_model, d_ff=shared_d_ff)
+        shared = expert_fn.init(shared_key, num_experts=1, d_model=d_model, d_ff=shared_d_ff)
         params["shared"] = jax.tree.map(lambda p: p[0], shared)
     return params
 
@@ -234,9 +234,9 @@ def moe_layer(
 
     Example:
         >>> import moe_jax
-        >>> router, ffn = moe_jax.TopK(num_experts=4, k=2), moe_jax.FeedForward()
-        >>> params = init_moe_layer(router, ffn, jax.random.key(0), d_model=8, d_ff=16)
-        >>> y, aux = moe_layer(router, ffn, params, router.init_state(), jnp.ones((2, 3, 8)))
+        >>> router, expert_fn = moe_jax.TopK(num_experts=4, k=2), moe_jax.FeedForward()
+        >>> params = init_moe_layer(router, expert_fn, jax.random.key(0), d_model=8, d_ff=16)
+        >>> y, aux = moe_layer(router, expert_fn, params, router.init_state(), jnp.ones((2, 3, 8)))
         >>> y.shape, float(aux.stats.mean_experts_per_token)
         ((2, 3, 8), 2.0)
     """

@@ -25,9 +25,9 @@ import moe_jax
 
 # %%
 router = moe_jax.DynamicK(num_experts=8, min_k=1, max_k=4)
-ffn = moe_jax.FeedForward(activation="silu", gated=True)
+expert_fn = moe_jax.FeedForward(activation="silu", gated=True)
 
-params = moe_jax.init_moe_layer(router, ffn, jax.random.key(0), d_model=64, d_ff=128)
+params = moe_jax.init_moe_layer(router, expert_fn, jax.random.key(0), d_model=64, d_ff=128)
 state = router.init_state()
 print(jax.tree.map(jnp.shape, params))
 
@@ -67,7 +67,7 @@ state = router.fit(params["router"], state, x.reshape(-1, 64), target_mean_k=1.7
 
 moe_layer = jax.jit(moe_jax.moe_layer, static_argnums=(0, 1))
 fresh = make_batch(seed=2, sequences=8)
-y, aux = moe_layer(router, ffn, params, state, fresh)
+y, aux = moe_layer(router, expert_fn, params, state, fresh)
 print("output:", y.shape)
 print(f"mean experts a token: {float(aux.stats.mean_experts_per_token):.2f} (target 1.70)")
 print("tokens per expert:", np.asarray(aux.stats.tokens_per_expert, int))
@@ -104,7 +104,7 @@ plt.show()
 # %%
 @jax.jit
 def loss(params, state, x):
-    y, aux = moe_jax.moe_layer(router, ffn, params, state, x)
+    y, aux = moe_jax.moe_layer(router, expert_fn, params, state, x)
     balance, _ = moe_jax.aux_loss(aux.routing, moe_jax.LossWeights())
     return jnp.square(y).mean() + balance
 

@@ -38,8 +38,8 @@ class Block(nnx.Module):
         self.moe = DynamicMoE(
             num_experts=8,
             expert_fn=moe_jax.FeedForward(activation="silu", gated=True),
-            min_experts=1,
-            max_experts=4,
+            min_k=1,
+            max_k=4,
             d_model=WIDTH,
             d_ff=WIDTH,
             balance_rate=1e-3,  # update_router nudges the selection bias towards equal load

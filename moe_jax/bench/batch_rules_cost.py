@@ -65,12 +65,12 @@ def bench_batch_rules(
     for a rule that shares experts. ``time_per_byte`` is the share of the saved bytes that became saved
     time: 1 is all of it.
     """
-    ffn = FeedForward(gated=gated)
-    params = ffn.init(jax.random.key(0), num_experts=experts, d_model=d_model, d_ff=d_ff)
+    expert_fn = FeedForward(gated=gated)
+    params = expert_fn.init(jax.random.key(0), num_experts=experts, d_model=d_model, d_ff=d_ff)
     params = jax.tree.map(lambda p: p.astype(DTYPES[dtype]), params)
     expert_bytes = sum(p.nbytes for p in jax.tree.leaves(params)) // experts
     gate = {"kernel": random_array((d_model, experts), "f32", 2) / d_model**0.5}
-    step = jax.jit(experts_step(ffn, implementation=None))
+    step = jax.jit(experts_step(expert_fn, implementation=None))
     rows = []
     for t in tokens:
         progress(f"T={t}")

@@ -33,15 +33,15 @@ def bench_batch(
     recommended range starts where throughput reaches 80 % of the best and ends where latency passes
     twice that of the first size in the range.
     """
-    router, ffn = TopK(num_experts=experts, k=k), FeedForward(activation="silu", gated=True)
-    params = init_moe_layer(router, ffn, jax.random.key(0), d_model=d_model, d_ff=d_ff)
+    router, expert_fn = TopK(num_experts=experts, k=k), FeedForward(activation="silu", gated=True)
+    params = init_moe_layer(router, expert_fn, jax.random.key(0), d_model=d_model, d_ff=d_ff)
     state = router.init_state()
 
     def forward(params, x):
-        return moe_layer(router, ffn, params, state, x)[0]
+        return moe_layer(router, expert_fn, params, state, x)[0]
 
     def backward(params, x):
-        return jax.grad(lambda p: moe_layer(router, ffn, p, state, x)[0].sum())(params)
+        return jax.grad(lambda p: moe_layer(router, expert_fn, p, state, x)[0].sum())(params)
 
     step = jax.jit(backward if training else forward)
     cases: dict[str, Callable[[], Any]] = {}

@@ -41,8 +41,8 @@ def bench_decode(
     floor's blocks are together about as large as all experts.
     """
     rows = []
-    ffn = FeedForward(activation=activation, gated=gated)
-    params = ffn.init(jax.random.key(0), num_experts=experts, d_model=d_model, d_ff=d_ff)
+    expert_fn = FeedForward(activation=activation, gated=gated)
+    params = expert_fn.init(jax.random.key(0), num_experts=experts, d_model=d_model, d_ff=d_ff)
     params = jax.tree.map(lambda p: p.astype(DTYPES[dtype]), params)
     expert_bytes = sum(p.nbytes for p in jax.tree.leaves(params)) // experts
     for t in tokens:
@@ -62,10 +62,12 @@ def bench_decode(
         read = jax.jit(lambda block: block.sum(axis=1))
         # The floor reads whole rows of numbers, so a little more or less than the experts hold.
         scale = float(np.mean(active)) * expert_bytes / read_bytes
-        default = choose(plan_dispatch(to_assignments(routings[0])), expert_fn=ffn).name
+        default = choose(plan_dispatch(to_assignments(routings[0])), expert_fn=expert_fn).name
         cases: dict[str, Callable[[], Any]] = {}
         for name in dict.fromkeys((default, *implementations)):
-            step = jax.jit(experts_step(ffn, implementation=None if name == default else name))
+            step = jax.jit(
+                experts_step(expert_fn, implementation=None if name == default else name)
+            )
             cases[name] = Rotating(functools.partial(step, params, x), routings)
         timings, floors = interleave(Rotating(read, blocks), cases, rounds=rounds)
         floor_ms = 1e3 * sorted(floors)[len(floors) // 2] * scale

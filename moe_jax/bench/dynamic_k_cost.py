@@ -43,13 +43,13 @@ def bench_dynamic(
     Raises:
         ValueError: so few tokens that their mean rounds to k, and nothing falls.
     """
-    ffn = FeedForward(activation=activation)
-    params = ffn.init(jax.random.key(0), num_experts=experts, d_model=d_model, d_ff=d_ff)
+    expert_fn = FeedForward(activation=activation)
+    params = expert_fn.init(jax.random.key(0), num_experts=experts, d_model=d_model, d_ff=d_ff)
     x = random_array((tokens, d_model), "f32", 1)
 
     def case(mean_k: float | None, max_rows: int | None) -> Callable[[], Any]:
         routing = sample_routing(tokens=tokens, experts=experts, k=k, load=load, mean_k=mean_k)
-        step = experts_step(ffn, implementation=None, max_rows=max_rows)
+        step = experts_step(expert_fn, implementation=None, max_rows=max_rows)
         compiled = jax.jit(with_gradients(step) if backward else step)
         return functools.partial(compiled, params, x, routing)
 

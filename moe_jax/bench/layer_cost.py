@@ -42,7 +42,7 @@ PROMISED = (
 
 
 def experts_step(
-    ffn: FeedForward,
+    expert_fn: FeedForward,
     *,
     implementation: str | None,
     capacity: int | None = None,
@@ -52,7 +52,9 @@ def experts_step(
 
     def step(params: Params, x: Array, routing: Routing) -> Array:
         plan = plan_dispatch(to_assignments(routing), capacity=capacity, max_rows=max_rows)
-        ran = run_experts(ffn, params, x, plan, kept_weights(plan), implementation=implementation)
+        ran = run_experts(
+            expert_fn, params, x, plan, kept_weights(plan), implementation=implementation
+        )
         return ran.y.astype(x.dtype)
 
     return step
@@ -104,7 +106,7 @@ def bench_layer(
         Rows of {implementation, default, tokens, experts, k, dtype, load, pass, ratio, spread,
         ratio_balanced, ms, floor_ms, temp_mb, dropped, rounds, ...}.
     """
-    ffn = FeedForward(activation=activation, gated=gated)
+    expert_fn = FeedForward(activation=activation, gated=gated)
     rows = []
     grid = list(itertools.product(experts, dtypes, loads, passes))
     for at, (e, dtype, load, direction) in enumerate(grid, start=1):
@@ -124,11 +126,11 @@ def bench_layer(
             "max_over_mean": round(float(load_of.max() / load_of.mean()), 3),
             "pass": direction,
         }
-        params = ffn.init(jax.random.key(0), num_experts=e, d_model=d_model, d_ff=d_ff)
+        params = expert_fn.init(jax.random.key(0), num_experts=e, d_model=d_model, d_ff=d_ff)
         params = jax.tree.map(lambda p, to=DTYPES[dtype]: p.astype(to), params)
         x = random_array((tokens, d_model), dtype, 1)
         measured = _grid_point(
-            ffn,
+            expert_fn,
             params,
             x,
             routing,
@@ -147,7 +149,7 @@ def bench_layer(
 
 
 def _grid_point(
-    ffn: FeedForward,
+    expert_fn: FeedForward,
     params: Params,
     x: Array,
     routing: Routing,
@@ -172,8 +174,8 @@ def _grid_point(
     shares = jax.random.normal(jax.random.key(3), (experts, share, d_model)).astype(x.dtype)
     one = jax.tree.map(lambda p: p[:1], params)
 
-    floor = functools.partial(dense_floor, ffn)
-    even = functools.partial(balanced_floor, ffn)
+    floor = functools.partial(dense_floor, expert_fn)
+    even = functools.partial(balanced_floor, expert_fn)
     if backward:
         floor, even = _both(floor), _both(even)
 
@@ -186,7 +188,7 @@ def _grid_point(
             continue
         capacity = expert_capacity(tokens, experts, k, 1.25) if name == "capacity" else None
         step = experts_step(
-            ffn,
+            expert_fn,
             implementation=None if name == default else name,
             capacity=capacity,
             max_rows=max_rows,
@@ -203,7 +205,7 @@ def _grid_point(
     if peers:
         width = jax.tree.leaves(params)[0].shape[1]  # of "down", the first in name order
         found, refused = peer_cases(
-            ffn,
+            expert_fn,
             params,
             x,
             routing,

@@ -40,7 +40,7 @@ def versions(name: str) -> str | None:
     return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages) or None
 
 
-def jax_peers(ffn: FeedForward) -> dict[str, Callable[[Params, Array, Routing], Array]]:
+def jax_peers(expert_fn: FeedForward) -> dict[str, Callable[[Params, Array, Routing], Array]]:
     """Grouped products of JAX libraries as whole layers: plan, gather, experts, combine."""
     if not installed("tokamax"):
         return {}
@@ -52,7 +52,7 @@ def jax_peers(ffn: FeedForward) -> dict[str, Callable[[Params, Array, Routing], 
         if not flags.FLAGS.is_parsed():  # else it takes this program's options for its own
             flags.FLAGS.mark_as_parsed()
         plan = plan_dispatch(to_assignments(routing))
-        y = ragged.run_with(tokamax.ragged_dot, ffn, params, x, plan, kept_weights(plan))
+        y = ragged.run_with(tokamax.ragged_dot, expert_fn, params, x, plan, kept_weights(plan))
         return y.astype(x.dtype)
 
     return {"tokamax": tokamax_step}
@@ -113,7 +113,7 @@ def free_memory() -> int | None:
 
 
 def peer_cases(
-    ffn: FeedForward,
+    expert_fn: FeedForward,
     params: Params,
     x: Array,
     routing: Routing,
@@ -129,13 +129,13 @@ def peer_cases(
     tokens, d_model = x.shape
     free = free_memory()
     needed = expansion_bytes(routing, d_model, d_ff, backward=backward)
-    for name, step in jax_peers(ffn).items():
+    for name, step in jax_peers(expert_fn).items():
         if jax.default_backend() == "cpu" and free is not None and needed > 0.7 * free:
             refused[name] = f"would expand to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free"
             continue
         compiled = jax.jit(with_gradients(step) if backward else step)
         cases[name] = functools.partial(compiled, params, x, routing)
-    if ffn.gated and ffn.activation == "silu":
+    if expert_fn.gated and expert_fn.activation == "silu":
         dtype = "bf16" if x.dtype == jnp.bfloat16 else "f32"
         thunk = torch_mixtral(
             tokens=tokens,

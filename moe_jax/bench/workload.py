@@ -58,14 +58,14 @@ def sample_routing(
     )
 
 
-def dense_floor(ffn: FeedForward, params: Params, rows: Array) -> Array:
+def dense_floor(expert_fn: FeedForward, params: Params, rows: Array) -> Array:
     """Runs one dense feed-forward over all rows, which is the work without any routing."""
-    return ffn(jax.tree.map(lambda p: p[0], params), rows)
+    return expert_fn(jax.tree.map(lambda p: p[0], params), rows)
 
 
-def balanced_floor(ffn: FeedForward, params: Params, rows: Array) -> Array:
+def balanced_floor(expert_fn: FeedForward, params: Params, rows: Array) -> Array:
     """Runs a perfectly balanced batched feed-forward over the experts: [E, M, D] -> [E, M, D]."""
-    return jax.vmap(ffn)(params, rows)
+    return jax.vmap(expert_fn)(params, rows)
 
 
 def random_array(shape: tuple[int, ...], dtype: str, seed: int) -> Array:

@@ -210,12 +210,13 @@ def run_experts(
 
     Example:
         >>> import jax.numpy as jnp, moe_jax
-        >>> ffn, router = FeedForward(), moe_jax.TopK(num_experts=4, k=2)
+        >>> expert_fn, router = FeedForward(), moe_jax.TopK(num_experts=4, k=2)
         >>> x = jnp.ones((3, 8))
         >>> routing = router(router.init(jax.random.key(0), 8), router.init_state(), x)
         >>> plan = moe_jax.plan_dispatch(moe_jax.to_assignments(routing))
-        >>> params = ffn.init(jax.random.key(1), num_experts=4, d_model=8, d_ff=16)
-        >>> out = run_experts(ffn, params, x, plan, moe_jax.kept_weights(plan), implementation="dense")
+        >>> params = expert_fn.init(jax.random.key(1), num_experts=4, d_model=8, d_ff=16)
+        >>> weights = moe_jax.kept_weights(plan)
+        >>> out = run_experts(expert_fn, params, x, plan, weights, implementation="dense")
         >>> out.y.shape, float(out.slots_executed), out.implementation
         ((3, 8), 12.0, 'dense')
     """

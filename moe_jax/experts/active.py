@@ -56,27 +56,27 @@ def _vector_product(kernels: Array, expert: Array, row: Array) -> Array:
     return jnp.ones((rows // s,), jnp.float32) @ partial
 
 
-def _stream_row(ffn: FeedForward, params: Params, expert: Array, row: Array) -> Array:
-    """Returns ``ffn`` of one row [D] with the parameters of ``expert``, without copying them."""
+def _stream_row(expert_fn: FeedForward, params: Params, expert: Array, row: Array) -> Array:
+    """Returns ``expert_fn`` of one row [D] with the parameters of ``expert``, without copying them."""
 
     def project(name: str, row: Array) -> Array:
         out = _vector_product(params[name], expert, row)
         bias = params.get(f"{name}_bias")
         return out if bias is None else out + bias[expert].astype(jnp.float32)
 
-    act = ACTIVATIONS[ffn.activation]
+    act = ACTIVATIONS[expert_fn.activation]
     hidden = project("up", row)
-    hidden = act(project("gate", row)) * hidden if ffn.gated else act(hidden)
+    hidden = act(project("gate", row)) * hidden if expert_fn.gated else act(hidden)
     return project("down", hidden.astype(row.dtype)).astype(row.dtype)
 
 
-def _outputs(ffn: FeedForward, params: Params, x: Array, plan: DispatchPlan) -> Array:
+def _outputs(expert_fn: FeedForward, params: Params, x: Array, plan: DispatchPlan) -> Array:
     """Every kept assignment's expert output, [num_rows + 1, D] in sorted order."""
     a = plan.assignments
 
     def step(i: Array, total: Array) -> Array:
         n = plan.order[i]
-        output = _stream_row(ffn, params, a.expert_indices[n], x[a.token_indices[n]])
+        output = _stream_row(expert_fn, params, a.expert_indices[n], x[a.token_indices[n]])
         return jax.lax.dynamic_update_index_in_dim(total, output, i, axis=0)
 
     total = jnp.zeros((plan.num_rows + 1, params["down"].shape[2]), x.dtype)
@@ -85,15 +85,15 @@ def _outputs(ffn: FeedForward, params: Params, x: Array, plan: DispatchPlan) -> 
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _stream(ffn: FeedForward, params: Params, x: Array, weights: Array, plan: DispatchPlan):
-    return sum_over_slots(plan, _outputs(ffn, params, x, plan), weights)
+def _stream(expert_fn: FeedForward, params: Params, x: Array, weights: Array, plan: DispatchPlan):
+    return sum_over_slots(plan, _outputs(expert_fn, params, x, plan), weights)
 
 
 @_stream.defjvp
-def _stream_jvp(ffn, primals, tangents):
+def _stream_jvp(expert_fn, primals, tangents):
     *floats, plan = primals
-    tiered = functools.partial(run_with_sizes, ffn, _ONE_ROW, plan=plan)
-    return _stream(ffn, *primals), jax.jvp(tiered, tuple(floats), tangents[:-1])[1]
+    tiered = functools.partial(run_with_sizes, expert_fn, _ONE_ROW, plan=plan)
+    return _stream(expert_fn, *primals), jax.jvp(tiered, tuple(floats), tangents[:-1])[1]
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="platform")

@@ -47,12 +47,12 @@ class FeedForward:
         use_bias: whether each projection has a bias.
 
     Example:
-        >>> ffn = FeedForward(activation="silu", gated=True)
-        >>> params = ffn.init(jax.random.key(0), num_experts=4, d_model=8, d_ff=16)
+        >>> expert_fn = FeedForward(activation="silu", gated=True)
+        >>> params = expert_fn.init(jax.random.key(0), num_experts=4, d_model=8, d_ff=16)
         >>> jax.tree.map(jnp.shape, params)
         {'down': (4, 16, 8), 'gate': (4, 8, 16), 'up': (4, 8, 16)}
         >>> one = jax.tree.map(lambda p: p[0], params)
-        >>> ffn(one, jnp.ones((3, 8))).shape
+        >>> expert_fn(one, jnp.ones((3, 8))).shape
         (3, 8)
     """
 
@@ -159,9 +159,9 @@ def check_params(
         ValueError: a parameter is missing, unknown or of another shape; all are named.
 
     Example:
-        >>> ffn = FeedForward(gated=True)
-        >>> params = ffn.init(jax.random.key(0), num_experts=4, d_model=8, d_ff=16)
-        >>> check_params(ffn, params, d_model=8, num_experts=4)
+        >>> expert_fn = FeedForward(gated=True)
+        >>> params = expert_fn.init(jax.random.key(0), num_experts=4, d_model=8, d_ff=16)
+        >>> check_params(expert_fn, params, d_model=8, num_experts=4)
     """
     param_axes = getattr(expert_fn, "param_axes", None)
     if param_axes is None:

@@ -80,16 +80,16 @@ def _project(
     return mask_rows(where.live, out)
 
 
-def _act(ffn: FeedForward, projected: dict[str, Array]) -> Array:
+def _act(expert_fn: FeedForward, projected: dict[str, Array]) -> Array:
     """The hidden activations [R, F] from the projections, in float32 inside."""
-    act = ACTIVATIONS[ffn.activation]
+    act = ACTIVATIONS[expert_fn.activation]
     wide = {name: rows.astype(jnp.float32) for name, rows in projected.items()}
-    hidden = act(wide["gate"]) * wide["up"] if ffn.gated else act(wide["up"])
+    hidden = act(wide["gate"]) * wide["up"] if expert_fn.gated else act(wide["up"])
     return hidden.astype(projected["up"].dtype)
 
 
 def _projected(
-    ffn: FeedForward,
+    expert_fn: FeedForward,
     params: Params,
     x: Array,
     plan: DispatchPlan,
@@ -97,7 +97,7 @@ def _projected(
     dot: _Product,
 ) -> dict[str, Array]:
     rows = mask_rows(where.live, x[where.tokens])
-    names = ("gate", "up") if ffn.gated else ("up",)
+    names = ("gate", "up") if expert_fn.gated else ("up",)
     sizes = plan.group_sizes
     return {name: _project(params, name, rows, where, sizes, dot) for name in names}
 
@@ -106,7 +106,7 @@ def _projected(
 class _Grouped:
     """The weighted sum over every token's kept rows, as a ``DifferentiableFunction``."""
 
-    ffn: FeedForward
+    expert_fn: FeedForward
 
     batched_in_a_loop = False
 
@@ -126,8 +126,8 @@ class _Grouped:
         self, params: Params, x: Array, weights: Array, plan: DispatchPlan, dot: _Product
     ) -> tuple[Array, dict[str, Array]]:
         where = _sorted_rows(plan)
-        projected = _projected(self.ffn, params, x, plan, where, dot)
-        hidden = _act(self.ffn, projected)
+        projected = _projected(self.expert_fn, params, x, plan, where, dot)
+        hidden = _act(self.expert_fn, projected)
         outputs = _project(params, "down", hidden, where, plan.group_sizes, dot)
         return sum_over_slots(plan, outputs, weights), projected
 
@@ -135,7 +135,7 @@ class _Grouped:
         self, arguments: tuple[Any, ...], residuals: Any, cotangents: Array, *, in_place: bool
     ) -> tuple[Any, ...]:
         if in_place:
-            return _backward(self.ffn, arguments, residuals, cotangents)
+            return _backward(self.expert_fn, arguments, residuals, cotangents)
         *floats, plan = arguments
         values = functools.partial(self.run, plan=plan, in_place=False)
         return (*jax.vjp(values, *floats)[1](cotangents), None)
@@ -147,13 +147,13 @@ class _Grouped:
 
 
 def _backward(
-    ffn: FeedForward, arguments: tuple[Any, ...], projected: dict[str, Array], dy: Array
+    expert_fn: FeedForward, arguments: tuple[Any, ...], projected: dict[str, Array], dy: Array
 ) -> tuple[Any, ...]:
     """Returns the gradients of (params, x, weights), and None for the plan."""
     params, x, weights, plan = arguments
     a, sizes, dtype = plan.assignments, plan.group_sizes, x.dtype
     where = _sorted_rows(plan)
-    hidden, pull = jax.vjp(functools.partial(_act, ffn), projected)
+    hidden, pull = jax.vjp(functools.partial(_act, expert_fn), projected)
     rows = mask_rows(where.live, x[where.tokens])
     # Kernels take the dtype of x. Rounding first keeps f32[R, D] out of memory.
     dy_rows = mask_rows(where.live, dy.astype(dtype)[where.tokens])

@@ -19,11 +19,11 @@ from moe_jax.nn import serialization as serialization  # registers router states
 from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,
-    dynamic_router,
     logical_axes,
     routing_of,
     stats_of,
 )
+from moe_jax.routers import DynamicK
 from moe_jax.routers import Router as Rule
 from moe_jax.routing.difficulty import Context, Estimator
 from moe_jax.routing.gate import Gate
@@ -208,18 +208,18 @@ class DynamicMoE(_MoELayer):
 
     num_experts: int
     expert_fn: ExpertFn = FeedForward()
-    min_experts: int = 1
-    max_experts: int = 4
+    min_k: int = 1
+    max_k: int = 4
     difficulty: str | Estimator = "router_entropy"
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
     balance_rate: float = 0.0
 
     def rule(self) -> Rule:
-        return dynamic_router(
-            self.num_experts,
-            self.min_experts,
-            self.max_experts,
+        return DynamicK(
+            num_experts=self.num_experts,
+            min_k=self.min_k,
+            max_k=self.max_k,
             difficulty=self.difficulty,
             gate=self.gate,
             scoring=self.scoring,

@@ -14,13 +14,13 @@ from moe_jax.nn import serialization as serialization  # registers router states
 from moe_jax.nn.setup import (
     ExpertInit,
     LayerSpec,
-    dynamic_router,
     layer_options,
     logical_axes,
     routing_of,
     stats_of,
     tokens_of,
 )
+from moe_jax.routers import DynamicK
 from moe_jax.routers import Router as Rule
 from moe_jax.routing.difficulty import Context, Estimator
 from moe_jax.routing.gate import Gate
@@ -236,17 +236,17 @@ class MoE(nnx.Module):
 
 
 class DynamicMoE(MoE):
-    """A Mixture-of-Experts layer whose tokens use between ``min_experts`` and ``max_experts``.
+    """A Mixture-of-Experts layer whose tokens use between ``min_k`` and ``max_k``.
 
-    ``MoE`` with ``DynamicK``, in the production guide's words. Calibrate it to a budget with
-    ``fit_router(x, target_mean_k=...)``, or a whole model with ``moe_jax.nn.patching.fit_model``.
-    Before that, raw difficulty decides, and by router entropy most tokens use nearly ``max_experts``.
+    ``MoE`` with the rule ``DynamicK``. Calibrate it with ``fit_router(x, target_mean_k=...)``, or a
+    whole model with ``moe_jax.nn.patching.fit_model``. Before that, raw difficulty decides, and by
+    router entropy most tokens use nearly ``max_k``.
 
     Args:
         num_experts: E.
         expert_fn: the expert; a function of your own needs ``expert_init``.
-        min_experts: fewest experts a token uses.
-        max_experts: most experts a token uses.
+        min_k: fewest experts a token uses.
+        max_k: most experts a token uses.
         d_model: D.
         d_ff: F.
         difficulty: estimator, see ``moe_jax.routing.difficulty``.
@@ -265,8 +265,8 @@ class DynamicMoE(MoE):
         self,
         num_experts: int,
         expert_fn: ExpertFn = FeedForward(),
-        min_experts: int = 1,
-        max_experts: int = 4,
+        min_k: int = 1,
+        max_k: int = 4,
         *,
         difficulty: str | Estimator = "router_entropy",
         gate: Gate = Gate(),
@@ -274,10 +274,10 @@ class DynamicMoE(MoE):
         balance_rate: float = 0.0,
         **others: Any,
     ) -> None:
-        router = dynamic_router(
-            num_experts,
-            min_experts,
-            max_experts,
+        router = DynamicK(
+            num_experts=num_experts,
+            min_k=min_k,
+            max_k=max_k,
             difficulty=difficulty,
             gate=gate,
             scoring=scoring,

@@ -160,7 +160,7 @@ def fit_model(
     Example:
         >>> import jax
         >>> from moe_jax.nn.nnx import DynamicMoE
-        >>> layer = DynamicMoE(8, d_model=8, d_ff=16, max_experts=4, rngs=nnx.Rngs(0))
+        >>> layer = DynamicMoE(8, d_model=8, d_ff=16, max_k=4, rngs=nnx.Rngs(0))
         >>> x = jax.random.normal(jax.random.key(0), (500, 8))
         >>> fits = fit_model(layer, x, target_mean_k=2.0)
         >>> round(fits["model"]["achieved_mean_k"], 2)

@@ -14,16 +14,12 @@ from moe_jax.checks import check_count, check_hidden_states, check_instance, fla
 from moe_jax.experts import ExpertFn, FeedForward, check_expert_fn
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer
 from moe_jax.parallel.sharding import layer_over, logical_axes
-from moe_jax.routers import DynamicK, Router
-from moe_jax.routing.difficulty import Estimator
-from moe_jax.routing.gate import Gate
-from moe_jax.routing.scoring import Scoring
+from moe_jax.routers import Router
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
 
 __all__ = [
     "ExpertInit",
     "LayerSpec",
-    "dynamic_router",
     "layer_options",
     "logical_axes",
     "routing_of",
@@ -61,7 +57,8 @@ def layer_options(owner: str, options: dict[str, Any]) -> LayerOptions:
     if unknown:
         raise TypeError(
             f"{owner}: expected options among {', '.join(names)}, got {', '.join(unknown)}. The "
-            "expert is expert_fn, its width d_ff; correct the name or leave it out."
+            "expert is expert_fn, its width d_ff, and the experts per token of DynamicMoE are min_k "
+            "and max_k; correct the name or leave it out."
         )
     return LayerOptions(**options)
 
@@ -178,25 +175,3 @@ def stats_of(aux: LayerAux | RoutingStats) -> RoutingStats:
 def routing_of(aux: LayerAux | Routing | ExpertChoice) -> Routing | ExpertChoice:
     """The routing of a batch, from what an MoE layer returns or by itself."""
     return aux.routing if isinstance(aux, LayerAux) else aux
-
-
-def dynamic_router(
-    num_experts: int,
-    min_experts: int,
-    max_experts: int,
-    *,
-    difficulty: str | Estimator,
-    gate: Gate,
-    scoring: Scoring,
-    balance_rate: float,
-) -> DynamicK:
-    """The production guide's words for a ``DynamicK``."""
-    return DynamicK(
-        num_experts=num_experts,
-        min_k=min_experts,
-        max_k=max_experts,
-        difficulty=difficulty,
-        gate=gate,
-        scoring=scoring,
-        balance_rate=balance_rate,
-    )

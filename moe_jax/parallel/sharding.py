@@ -365,9 +365,9 @@ def sharded_moe_layer(
     Example:
         >>> import moe_jax
         >>> mesh = make_mesh(devices=jax.devices()[:1])
-        >>> router, ffn = moe_jax.TopK(num_experts=4, k=2), moe_jax.FeedForward()
-        >>> params = moe_jax.init_moe_layer(router, ffn, jax.random.key(0), d_model=8, d_ff=16)
-        >>> layer = jax.jit(functools.partial(sharded_moe_layer, router, ffn, mesh=mesh))
+        >>> router, expert_fn = moe_jax.TopK(num_experts=4, k=2), moe_jax.FeedForward()
+        >>> params = moe_jax.init_moe_layer(router, expert_fn, jax.random.key(0), d_model=8, d_ff=16)
+        >>> layer = jax.jit(functools.partial(sharded_moe_layer, router, expert_fn, mesh=mesh))
         >>> y, aux = layer(params, router.init_state(), jnp.ones((2, 3, 8)))
         >>> y.shape
         (2, 3, 8)

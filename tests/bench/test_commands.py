@@ -46,7 +46,7 @@ SMALL = dict(
 
 
 def one_peer(monkeypatch, step):
-    monkeypatch.setattr(peers, "jax_peers", lambda ffn: {"peer": step})
+    monkeypatch.setattr(peers, "jax_peers", lambda expert_fn: {"peer": step})
     monkeypatch.setattr(peers, "installed", lambda module: False)
 
 

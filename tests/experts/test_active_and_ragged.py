@@ -72,13 +72,13 @@ def test_active_leaks_nothing_between_tokens_and_experts():
 
 def test_ragged_runs_gated_experts_with_biases_and_no_others():
     plan = PLANS["capacity"]()
-    ffn = FeedForward(activation="silu", gated=True, use_bias=True)
-    params = ffn.init(jax.random.key(0), num_experts=4, d_model=D, d_ff=12)
+    expert_fn = FeedForward(activation="silu", gated=True, use_bias=True)
+    params = expert_fn.init(jax.random.key(0), num_experts=4, d_model=D, d_ff=12)
     params = jax.tree.map(lambda p: p + 0.1, params)
     x = jax.random.normal(jax.random.key(1), (48, D))
     weights = kept_weights(plan)
-    got = jax.jit(ragged.run, static_argnums=0)(ffn, params, x, plan, weights)
-    want = jax.jit(dense.run, static_argnums=0)(ffn, params, x, plan, weights)
+    got = jax.jit(ragged.run, static_argnums=0)(expert_fn, params, x, plan, weights)
+    want = jax.jit(dense.run, static_argnums=0)(expert_fn, params, x, plan, weights)
     np.testing.assert_allclose(got, want, atol=1e-4)
     with pytest.raises(ValueError, match="expected FeedForward"):
         ragged.run(lambda p, rows: rows, params, x, plan, weights)

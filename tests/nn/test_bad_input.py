@@ -282,7 +282,7 @@ TABLE: dict[str, tuple[type[Exception], Any, str]] = {
     "init of a function": (
         TypeError,
         lambda: init_moe_layer(RULE, len, jax.random.key(0), d_model=D, d_ff=F),
-        "experts: expected FeedForward",
+        "expert_fn: expected FeedForward",
     ),
     "init of width 0": (
         ValueError,
@@ -303,8 +303,8 @@ TABLE: dict[str, tuple[type[Exception], Any, str]] = {
     ),
     "nnx: unknown option of DynamicMoE": (
         TypeError,
-        lambda: moe_nnx.DynamicMoE(E, d_model=D, d_ff=F, rngs=nnx.Rngs(0), min_k=1),
-        "options among.*got min_k",
+        lambda: moe_nnx.DynamicMoE(E, d_model=D, d_ff=F, rngs=nnx.Rngs(0), min_experts=1),
+        "options among.*got min_experts.*are min_k and max_k",
     ),
     "linen: unknown option": (TypeError, lambda: made(moe_linen.MoE, ffn=FFN), "argument 'ffn'"),
     "nnx: a key for rngs": (

@@ -107,7 +107,7 @@ class Born(nnx.Module):
         common = {"d_model": 8, "d_ff": 16, "expert_fn": FFN, "rngs": rngs}
         self.last = MoE(moe_jax.TopP(num_experts=8, max_k=4), **common)
         self.fixed = MoE(moe_jax.TopK(num_experts=8, k=2), **common)
-        self.first = DynamicMoE(8, max_experts=4, **common)
+        self.first = DynamicMoE(8, max_k=4, **common)
 
     def __call__(self, x):
         h = x + self.first(x)

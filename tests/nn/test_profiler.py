@@ -19,7 +19,7 @@ class Model(nnx.Module):
         router = moe_jax.TopK(num_experts=E, k=2)
         common = {"d_model": D, "d_ff": F, "expert_fn": FFN, "rngs": rngs}
         self.first = MoE(router, **common)
-        self.second = DynamicMoE(E, max_experts=3, **common)
+        self.second = DynamicMoE(E, max_k=3, **common)
 
     def __call__(self, x):
         return self.second(x + self.first(x))
@@ -114,7 +114,7 @@ def test_pure_functions_report_by_hand(x):
 
 
 def test_a_budget_is_a_baseline_and_unfitted_layers_are_named(x):
-    layer = DynamicMoE(E, max_experts=3, d_model=D, d_ff=F, expert_fn=FFN, rngs=nnx.Rngs(0))
+    layer = DynamicMoE(E, max_k=3, d_model=D, d_ff=F, expert_fn=FFN, rngs=nnx.Rngs(0))
     with FLOPProfiler(layer, baseline="mean_k", mean_k=1.5) as profiler:
         layer(x)
     assert profiler.total.baseline == "mean_k=1.5"

@@ -20,7 +20,7 @@ X = jax.random.normal(jax.random.key(0), (12, D))
 
 
 def dynamic(most: int = 3, seed: int = 0):
-    return moe_nnx.DynamicMoE(E, max_experts=most, d_model=D, d_ff=F, rngs=nnx.Rngs(seed))
+    return moe_nnx.DynamicMoE(E, max_k=most, d_model=D, d_ff=F, rngs=nnx.Rngs(seed))
 
 
 def same(a, b):

@@ -68,8 +68,8 @@ def test_top_p_equals_dynamic_moe(p):
         "experts": {n: stacked(f"{n}_proj") for n in ("gate", "up", "down")},
     }
     x = jnp.asarray(golden["x"])
-    ffn = FeedForward(activation="silu", gated=True)
-    y, aux = moe_layer(router, ffn, params, router.init_state(), x)
+    expert_fn = FeedForward(activation="silu", gated=True)
+    y, aux = moe_layer(router, expert_fn, params, router.init_state(), x)
 
     routing = aux.routing
     np.testing.assert_allclose(
@@ -88,7 +88,7 @@ def test_top_p_equals_dynamic_moe(p):
     np.testing.assert_allclose(y, golden["y"], rtol=1e-4, atol=1e-5)
     for name in sorted({"capacity", "dense"} & set(IMPLEMENTATIONS)):
         options = moe_jax.LayerOptions(implementation=name)
-        y, _ = moe_layer(router, ffn, params, router.init_state(), x, options=options)
+        y, _ = moe_layer(router, expert_fn, params, router.init_state(), x, options=options)
         np.testing.assert_allclose(y, golden["y"], rtol=1e-4, atol=1e-5)
 
 
