@@ -46,6 +46,7 @@ class Timing:
 
     @property
     def median_seconds(self) -> float:
+        """The median of ``seconds``."""
         return statistics.median(self.seconds)
 
 

@@ -52,6 +52,7 @@ class LibraryErrorsExit2(TyperGroup):
     """A command group in ``library_errors_exit_2``, for rooms that may not import ``cli``."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Runs the command; a library error ends the process with code 2."""
         with library_errors_exit_2():
             return super().invoke(ctx)
 

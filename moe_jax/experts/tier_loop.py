@@ -81,6 +81,7 @@ class Rows(NamedTuple):
 
 
 def rows_at(plan: DispatchPlan, row: Array, live: Array) -> Rows:
+    """Looks up the sorted rows ``row`` i32[...]; ``live`` bool[...] is False for padding."""
     # Rows past the end are padding: clamped to be read in bounds, and not live.
     n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
     return Rows(live, n, plan.assignments.token_indices[n])
@@ -195,6 +196,7 @@ def run_layout(
 
 
 def pad_rows(rows: Array, length: int) -> Array:
+    """Appends zero rows to [N, D] up to [length, D]."""
     return jnp.pad(rows, ((0, length - rows.shape[0]), (0, 0)))
 
 

@@ -145,6 +145,7 @@ def _own_rule(path: str) -> Rule:
 
 @functools.partial(jax.jit, static_argnames="config")
 def attend(config: LMConfig, layer: dict[str, Params], h: Array) -> tuple[Array, Array]:
+    """Returns (h after attention, the normalised input of the MoE layer), both [B, S, D]."""
     return router_input(config, layer, h)
 
 
@@ -161,6 +162,7 @@ class Seen:
 
 @functools.partial(jax.jit, static_argnames="router")
 def route(router: Router, params: Params, state: Any, x: Array, mask: Array) -> Any:
+    """Routes x [B, S, D] as B * S tokens; ``mask`` bool[B, S] is False for padding."""
     return router(params, state, x.reshape(-1, x.shape[-1]), token_mask=mask.reshape(-1))
 
 

@@ -316,6 +316,7 @@ class Blocks:
 
     @property
     def num_tokens(self) -> int:
+        """The number of bytes to predict."""
         return int(self.mask.sum())
 
     def __len__(self) -> int:

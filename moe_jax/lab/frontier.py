@@ -69,6 +69,7 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
+        """Cross-entropy over all files, in bits per byte."""
         return float(self.nats_per_file.sum() / self.bytes_per_file.sum() / np.log(2))
 
     @property
@@ -78,6 +79,7 @@ class Evaluation:
 
     @property
     def mean_k(self) -> float:
+        """Experts per token, averaged over tokens and layers."""
         return float(self.mean_k_per_layer.mean())
 
 

@@ -168,10 +168,12 @@ class LMConfig:
 
     @property
     def experts(self) -> FeedForward:
+        """The expert function of every layer."""
         return FeedForward(activation="relu2")
 
     @property
     def loss_weights(self) -> LossWeights:
+        """The coefficients of the auxiliary losses of every layer."""
         return LossWeights(load_balancing=self.load_balancing, router_z=self.router_z)
 
     def summary(self) -> str:

@@ -45,6 +45,7 @@ class Traffic:
         return Traffic(count=self.count + other.count, num_bytes=self.num_bytes + other.num_bytes)
 
     def times(self, n: int) -> Traffic:
+        """The traffic of ``n`` runs."""
         return Traffic(count=self.count * n, num_bytes=self.num_bytes * n)
 
 

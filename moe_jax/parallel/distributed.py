@@ -61,6 +61,7 @@ class Group:
 
     @property
     def host(self) -> str:
+        """The host of ``coordinator``, without its port."""
         return self.coordinator.rpartition(":")[0].strip("[]")
 
 

@@ -46,10 +46,12 @@ class BatchAware(TokenChoice, abc.ABC):
 
     @property
     def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """``k``."""
         return self.k
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Always 1: the best expert of a token always stays."""
         return 1
 
     @property

@@ -20,6 +20,8 @@ from moe_jax.types import Array, Params, Routing, pytree
 
 @pytree
 class RandomSecondState:
+    """The selection bias, which balancing adjusts."""
+
     expert_bias: Array  # f32[E], added for selection only
 
 
@@ -62,10 +64,12 @@ class RandomSecond(TokenChoice):
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Always 1: the best expert is always used."""
         return 1
 
     @property
     def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Always 2: the best expert and the one that chance may skip."""
         return 2
 
     def init_state(self) -> RandomSecondState:

@@ -15,6 +15,8 @@ from moe_jax.types import Array, pytree
 
 @pytree
 class RerouteState:
+    """The selection bias, and the similarity that ``with_similarity`` stores."""
+
     expert_bias: Array  # f32[E], added for selection only
     similarity: Array  # f32[E, E]; the identity re-routes nothing
 

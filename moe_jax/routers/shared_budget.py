@@ -15,6 +15,8 @@ from moe_jax.types import Array, pytree
 
 @pytree
 class SharedBudgetState:
+    """The selection bias, which balancing adjusts."""
+
     expert_bias: Array  # f32[E], added for selection only
 
 

@@ -100,6 +100,7 @@ def build_case(
 
 
 def require(condition: Any, message: str) -> None:
+    """Raises AssertionError with this message unless the condition holds."""
     if not condition:
         raise AssertionError(message)
 
@@ -121,6 +122,7 @@ def expert_weights(routing: Routing | ExpertChoice) -> np.ndarray:
 
 
 def same(a: Any, b: Any) -> None:
+    """Raises AssertionError unless two trees are equal in structure and in every value."""
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -166,6 +168,7 @@ def gradients_of(case: RouterCase, x: Any, mask: Any = None) -> Any:
 
 
 def statistics_of(num_experts: int) -> Any:
+    """Returns the statistics of equal tokens routed by top-1 over ``num_experts`` experts."""
     router = TopK(num_experts=num_experts, k=1)
     x = jnp.ones((TOKENS, D_MODEL), jnp.float32)
     routing = router(router.init(jax.random.key(0), D_MODEL), router.init_state(), x)

@@ -26,6 +26,7 @@ from moe_jax.types import ExpertChoice
 
 
 def shapes_and_dtypes(case: RouterCase, tokens: int = 7, dtype: str = "bfloat16") -> None:
+    """Every field of the routing has its documented shape and dtype, whatever the dtype of x."""
     router, experts = case.router, case.router.num_experts
     x = jax.ShapeDtypeStruct((tokens, D_MODEL), jnp.dtype(dtype))
     out = jax.eval_shape(
@@ -55,10 +56,12 @@ def shapes_and_dtypes(case: RouterCase, tokens: int = 7, dtype: str = "bfloat16"
 
 
 def probabilities_sum_to_one(case: RouterCase) -> None:
+    """``router_probs`` sums to 1 over a token's experts."""
     np.testing.assert_allclose(case().router_probs.sum(axis=-1), np.ones(TOKENS), rtol=1e-5)
 
 
 def k_lies_within_its_bounds(case: RouterCase) -> None:
+    """A token uses between ``min_k`` and ``max_k`` experts, or none if the traits allow it."""
     routing, router = case(), case.router
     k = np.asarray(routing.num_experts_per_token)
     least = router.min_k if router.traits.may_leave_token_empty else max(1, router.min_k)
@@ -75,6 +78,7 @@ def k_lies_within_its_bounds(case: RouterCase) -> None:
 
 
 def exact_budgets_are_exact(case: RouterCase) -> None:
+    """A rule with an exact budget makes exactly as many assignments as its budget says."""
     router: Any = case.router
     if router.traits.budget != "exact":
         return
@@ -88,6 +92,7 @@ def exact_budgets_are_exact(case: RouterCase) -> None:
 
 
 def unused_slots_hold_the_sentinel(case: RouterCase) -> None:
+    """Unused slots come last and hold the index one past the last expert (or token) and weight 0."""
     routing = case()
     if isinstance(routing, ExpertChoice):
         indices, none = np.asarray(routing.token_indices), routing.num_tokens
@@ -129,6 +134,7 @@ def a_disabled_expert_stays_out(case: RouterCase) -> None:
 
 
 def jit_equals_eager(case: RouterCase) -> None:
+    """Compiled and eager calls make the same decisions."""
     eager = case.router(
         case.params,
         case.state,
@@ -141,6 +147,7 @@ def jit_equals_eager(case: RouterCase) -> None:
 
 
 def vmap_equals_a_loop(case: RouterCase) -> None:
+    """``jax.vmap`` over batches makes the decisions of one call per batch."""
     x = jax.random.normal(jax.random.key(3), (2, TOKENS, D_MODEL), jnp.float32)
     call = jax.jit(
         jax.vmap(lambda x: case.router(case.params, case.state, x, context=case.context_of(x)))
@@ -151,6 +158,7 @@ def vmap_equals_a_loop(case: RouterCase) -> None:
 
 
 def permuting_tokens_permutes_the_answer(case: RouterCase) -> None:
+    """Tokens in another order use the same experts with the same weights."""
     order = np.random.default_rng(0).permutation(TOKENS)
     a, b = case(), case(case.x[order])
     np.testing.assert_array_equal(np.asarray(a.expert_mask)[order], np.asarray(b.expert_mask))
@@ -180,6 +188,8 @@ def relabelling_experts_relabels_the_answer(case: RouterCase) -> None:
 
 
 def batch_invariance_as_the_traits_say(case: RouterCase) -> None:
+    """Other tokens change a token's experts if and only if the traits say so."""
+
     def alone(t: int) -> Any:
         return case(jnp.where(jnp.arange(TOKENS)[:, None] == t, case.x, changed_from(case.x, 0)))
 
@@ -203,6 +213,7 @@ def batch_invariance_as_the_traits_say(case: RouterCase) -> None:
 
 
 def causality_as_the_traits_say(case: RouterCase) -> None:
+    """Later tokens change an earlier token's experts if and only if the traits say so."""
     half = slice(0, TOKENS // 2)
     before, after = case(), case(changed_from(case.x, TOKENS // 2))
     if case.router.traits.causal:
@@ -239,6 +250,7 @@ def padding_counts_in_nothing(case: RouterCase) -> None:
 
 
 def a_batch_of_padding_alone_is_measured_without_nan(case: RouterCase) -> None:
+    """Statistics and losses of a batch without any real token are finite."""
     nothing = jnp.full((TOKENS, D_MODEL), jnp.nan, jnp.float32)
     routing = case(nothing, mask=jnp.zeros((TOKENS,), bool))
     require(not np.asarray(routing.expert_mask).any(), "padding uses an expert")

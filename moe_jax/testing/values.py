@@ -43,12 +43,14 @@ def gradients_are_finite(case: RouterCase, scales: Sequence[float] = (0.0, 1.0, 
 
 
 def the_router_learns(case: RouterCase) -> None:
+    """Every expert's column of the gate's kernel receives a gradient."""
     for name, leaf in gradients_of(case, case.x)[0].items():
         if name == "kernel":
             require((np.abs(leaf).max(axis=0) > 0).all(), "an expert's column has no gradient")
 
 
 def padding_sends_no_gradient(case: RouterCase) -> None:
+    """Padding, NaN included, changes no gradient and receives none."""
     mask = jnp.arange(TOKENS) % 3 != 1
     want = gradients_of(case, jnp.where(mask[:, None], case.x, 0.0), mask)
     got = gradients_of(case, jnp.where(mask[:, None], case.x, jnp.nan), mask)
@@ -65,6 +67,7 @@ def logits_are_float32(case: RouterCase) -> None:
 
 
 def noise_acts_only_with_a_key(case: RouterCase) -> None:
+    """Jitter and noise change logits if and only if the call has a key."""
     rule: Any = case.router
     gate = rule.gate
     quiet = dataclasses.replace(rule, gate=dataclasses.replace(gate, jitter=0.0, noise=0.0))
@@ -98,6 +101,7 @@ def nothing_retraces(case: RouterCase) -> None:
 
 
 def a_state_is_small_and_keeps_its_shape(case: RouterCase) -> None:
+    """``update`` keeps structure, shapes and dtypes of the state, which takes a few KB at most."""
     router: Any = case.router
 
     def step(state: Any, routing: Any) -> Any:
@@ -122,6 +126,7 @@ def a_state_is_small_and_keeps_its_shape(case: RouterCase) -> None:
 
 
 def the_state_of_another_rule_is_refused(case: RouterCase) -> None:
+    """Another rule's state, None and a dict raise TypeError with the expected class."""
     router = case.router
     other = TopK(num_experts=router.num_experts, k=1).init_state()
     if type(other) is type(router.init_state()):
@@ -172,6 +177,7 @@ def fit_reaches_its_target(case: RouterCase) -> None:
 
 
 def an_unknown_context_key_is_refused(case: RouterCase) -> None:
+    """A misspelt key of ``context`` raises ValueError and is named."""
     # A function of the user's own, such as an estimator, may read anything.
     if case.router.context_keys is None or callable(getattr(case.router, "difficulty", None)):
         return
@@ -185,6 +191,7 @@ def an_unknown_context_key_is_refused(case: RouterCase) -> None:
 
 
 def init_works_under_eval_shape(case: RouterCase) -> None:
+    """``init`` and ``init_state`` can be traced; parameters are float32."""
     router = case.router
     shapes = jax.eval_shape(lambda key: router.init(key, D_MODEL), jax.random.key(0))
     real = router.init(jax.random.key(0), D_MODEL)
@@ -198,6 +205,7 @@ def init_works_under_eval_shape(case: RouterCase) -> None:
 
 
 def json_round_trip(case: RouterCase) -> None:
+    """The rule that comes back from JSON is equal and has the same hash and fingerprint."""
     router = case.router
     if callable(getattr(router, "difficulty", None)):
         return  # a function has no JSON; to_json says to register it
@@ -207,6 +215,7 @@ def json_round_trip(case: RouterCase) -> None:
 
 
 def rules_are_frozen(case: RouterCase) -> None:
+    """Assigning to a field raises FrozenInstanceError."""
     router: Any = case.router
     try:
         router.num_experts = 3

@@ -114,6 +114,7 @@ def run_unit(
 
 
 def unit_file(folder: Path, recipe: Recipe, seed: int) -> Path:
+    """The path of the result of one recipe and seed."""
     return folder / "units" / f"{recipe.name}-{seed}.json"
 
 
@@ -127,6 +128,7 @@ def finished(experiment: Experiment, recipe: Recipe, path: Path) -> dict[str, An
 
 
 def finished_units(experiment: Experiment, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yields the results in the folder that belong to the declaration as it is now, in its order."""
     for recipe, seed in units(experiment):
         unit = finished(experiment, recipe, unit_file(folder, recipe, seed))
         if unit is not None:
