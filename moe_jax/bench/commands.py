@@ -16,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from moe_jax.bench.options import check_k, picture, split_numbers, split_words, writable
-from moe_jax.bench.tables import print_rows, print_whole
+from moe_jax.bench.text_tables import print_rows, print_whole
 
 app = typer.Typer(help="Measure this machine, always against a floor.")
 notes, out = Console(stderr=True), Console()

@@ -62,7 +62,7 @@ def verify(
     Exit code 1 if a check fails.
     """
     if target is not None:
-        from moe_jax.cli.targets import verify_target
+        from moe_jax.cli.target_report import verify_target
 
         sizes = dict(d_model=d_model, d_ff=d_ff, num_experts=num_experts, k=k, tokens=tokens)
         verify_target(

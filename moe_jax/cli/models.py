@@ -230,7 +230,7 @@ def train(
     from moe_jax.cli.devices import training_mesh
     from moe_jax.lab.data import load_corpus
     from moe_jax.lab.language_model import LMConfig
-    from moe_jax.lab.rules import rule_to_train
+    from moe_jax.lab.rule_table import rule_to_train
     from moe_jax.lab.training import train as job
 
     hint = f"Start all again with --resume {folder} --overwrite." if save_every else ""

@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moe_jax.cli.evaluation import evaluate_checkpoint, is_checkpoint
+from moe_jax.cli.checkpoint_report import evaluate_checkpoint, is_checkpoint
 from moe_jax.cli.output import (
     AllowOtherData,
     AsJson,

@@ -28,7 +28,7 @@ def rules(
 
     With --smoke, exit code 1 if the routing of a rule collapsed.
     """
-    from moe_jax.lab import rules as job
+    from moe_jax.lab import rule_table as job
 
     with library_errors_exit_2():
         chosen = job.entries(rule)

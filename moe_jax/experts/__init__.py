@@ -14,7 +14,6 @@ import jax
 
 from moe_jax.checks import check_array, check_choice, check_instance, describe_value
 from moe_jax.experts.active import ACTIVE
-from moe_jax.experts.base import ExpertsOutput, Implementation, num_experts_of, vary_like
 from moe_jax.experts.capacity import CAPACITY
 from moe_jax.experts.closure import with_closed_over
 from moe_jax.experts.dense import DENSE
@@ -26,6 +25,7 @@ from moe_jax.experts.feed_forward import (
     check_params,
 )
 from moe_jax.experts.grouped import GROUPED
+from moe_jax.experts.implementation import ExpertsOutput, Implementation, num_experts_of, vary_like
 from moe_jax.experts.platforms import PLATFORMS, Platform, platform_of
 from moe_jax.experts.ragged import RAGGED
 from moe_jax.experts.tiered import TIERED

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.checks import holds
-from moe_jax.experts.base import Implementation, one_expert, vary_like
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
+from moe_jax.experts.implementation import Implementation, one_expert, vary_like
 from moe_jax.experts.tier_loop import TierSizes, sum_over_slots
 from moe_jax.experts.tiered import run_with_sizes, slots_executed_with
 from moe_jax.types import Array, DispatchPlan, Params

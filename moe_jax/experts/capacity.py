@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from moe_jax.experts.base import Implementation, all_experts
 from moe_jax.experts.feed_forward import ExpertFn
+from moe_jax.experts.implementation import Implementation, all_experts
 from moe_jax.routing.dispatch import combine
 from moe_jax.types import Array, DispatchPlan, Params
 

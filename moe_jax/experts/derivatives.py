@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
-from moe_jax.experts.base import vary_over, varying_axes
+from moe_jax.experts.implementation import vary_over, varying_axes
 
 _Flat = Sequence[Any]
 

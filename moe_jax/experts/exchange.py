@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.checks import check_choice
-from moe_jax.experts.base import mask_rows, vary_like
 from moe_jax.experts.feed_forward import ExpertFn
+from moe_jax.experts.implementation import mask_rows, vary_like
 from moe_jax.routing.dispatch import plan_dispatch
 from moe_jax.types import Array, Assignments, DispatchPlan
 

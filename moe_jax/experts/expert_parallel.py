@@ -30,14 +30,6 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.experts import run_experts
-from moe_jax.experts.base import (
-    ExpertsOutput,
-    mask_rows,
-    num_experts_of,
-    output_shape,
-    vary_like,
-    vary_over,
-)
 from moe_jax.experts.derivatives import call
 from moe_jax.experts.exchange import (
     ExchangeSpec,
@@ -56,6 +48,14 @@ from moe_jax.experts.exchange import (
     sent_rows,
 )
 from moe_jax.experts.feed_forward import ExpertFn, FeedForward
+from moe_jax.experts.implementation import (
+    ExpertsOutput,
+    mask_rows,
+    num_experts_of,
+    output_shape,
+    vary_like,
+    vary_over,
+)
 from moe_jax.experts.tier_loop import wide
 from moe_jax.routing.dispatch import combine, kept_weights
 from moe_jax.types import Array, DispatchPlan, Params

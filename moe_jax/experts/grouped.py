@@ -26,7 +26,6 @@ import jax.export
 import jax.numpy as jnp
 
 from moe_jax.experts import ragged
-from moe_jax.experts.base import Implementation, mask_rows
 from moe_jax.experts.derivatives import call
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
 from moe_jax.experts.grouped_product import (
@@ -34,6 +33,7 @@ from moe_jax.experts.grouped_product import (
     grouped_dot_transposed,
     grouped_outer,
 )
+from moe_jax.experts.implementation import Implementation, mask_rows
 from moe_jax.experts.ragged import masked_dot, product
 from moe_jax.experts.tier_loop import sum_over_slots
 from moe_jax.types import Array, DispatchPlan, Params

@@ -30,8 +30,8 @@ from jax._src import config  # `check_vma` of a `shard_map` that is being lowere
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from moe_jax.experts.base import vary_like
 from moe_jax.experts.grouped_kernels import gpu_product, loop_product, tpu_product, xla_product
+from moe_jax.experts.implementation import vary_like
 from moe_jax.experts.platforms import default_device
 from moe_jax.types import Array
 

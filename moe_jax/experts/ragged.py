@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.base import Implementation
 from moe_jax.experts.derivatives import call
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
+from moe_jax.experts.implementation import Implementation
 from moe_jax.routing.dispatch import combine
 from moe_jax.types import Array, DispatchPlan, Params
 

@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.base import mask_rows, one_expert, to_bits
 from moe_jax.experts.feed_forward import ExpertFn
+from moe_jax.experts.implementation import mask_rows, one_expert, to_bits
 from moe_jax.types import Array, DispatchPlan, Params
 
 # What touching one expert's weights costs, in rows of arithmetic: a piece copies the weights of its

@@ -36,7 +36,9 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from moe_jax.experts.base import (
+from moe_jax.experts.derivatives import call
+from moe_jax.experts.feed_forward import ExpertFn
+from moe_jax.experts.implementation import (
     Implementation,
     all_experts,
     from_bits,
@@ -45,8 +47,6 @@ from moe_jax.experts.base import (
     to_bits,
     vary_like,
 )
-from moe_jax.experts.derivatives import call
-from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.experts.tier_loop import (
     Rows,
     TierSizes,

@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from moe_jax.checkpoint import check_free
 from moe_jax.checkpoint.sealed import PathLike
-from moe_jax.lab.data import Blocks, Corpus, corpus_of_checkpoint, cut_blocks, load_corpus
+from moe_jax.lab.data import Corpus, TextBlocks, corpus_of_checkpoint, cut_blocks, load_corpus
 from moe_jax.lab.language_model import LMConfig, embed, layer_params, router_input
 from moe_jax.lab.model_files import Model, load_model, save_model
 from moe_jax.lab.progress import track
@@ -225,7 +225,7 @@ def run_layers(
 def fit_layers(
     model: Model,
     routers: Sequence[Router],
-    blocks: Blocks,
+    blocks: TextBlocks,
     target_mean_k: float | Sequence[float],
 ) -> tuple[Any, ...]:
     """Fits the rule of every layer to a mean k, from the first layer to the last.
@@ -290,7 +290,7 @@ def variant_name(rule: str, saving: float) -> str:
 
 def fit_rules(
     model: Model,
-    blocks: Blocks,
+    blocks: TextBlocks,
     *,
     rules: Sequence[str] = tuple(RULES),
     savings: Sequence[float] = (0.10, 0.20, 0.35),
@@ -312,13 +312,13 @@ def fit_rules(
 
 def calibration_blocks(
     config: LMConfig, corpus: Corpus | None = None, *, tokens: int = 16_384, seed: int = 0
-) -> Blocks:
+) -> TextBlocks:
     """About ``tokens`` bytes of calibration files, evenly from all of them."""
     files = (load_corpus() if corpus is None else corpus).calibration
     return spread_blocks(files, config, tokens, seed)
 
 
-def spread_blocks(files: Sequence[Any], config: LMConfig, tokens: int, seed: int) -> Blocks:
+def spread_blocks(files: Sequence[Any], config: LMConfig, tokens: int, seed: int) -> TextBlocks:
     """Returns blocks of about ``tokens`` bytes, as evenly from all files as their sizes allow."""
     # Small files have fewer blocks than the cap, so the cap is raised until the text suffices.
     per_file = 1

@@ -301,7 +301,7 @@ class Batches:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Blocks:
+class TextBlocks:
     """Text to measure on, cut into blocks of one size; each block lies in one file.
 
     A byte is predicted from those before it in its block; the first byte of a block only serves as
@@ -322,9 +322,9 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def take(self, count: int) -> Blocks:
+    def take(self, count: int) -> TextBlocks:
         """The first ``count`` blocks."""
-        return Blocks(
+        return TextBlocks(
             inputs=self.inputs[:count],
             targets=self.targets[:count],
             mask=self.mask[:count],
@@ -332,14 +332,14 @@ class Blocks:
             paths=self.paths,
         )
 
-    def pad_to(self, size: int) -> Blocks:
+    def pad_to(self, size: int) -> TextBlocks:
         """Appends masked blocks until N is a multiple of ``size``, so that all batches are full."""
         more = -len(self) % size
 
         def grown(array: np.ndarray) -> np.ndarray:
             return np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)])
 
-        return Blocks(
+        return TextBlocks(
             inputs=grown(self.inputs),
             targets=grown(self.targets),
             mask=grown(self.mask),
@@ -348,7 +348,7 @@ class Blocks:
         )
 
 
-def cut_blocks(files: Sequence[SourceFile], *, length: int, per_file: int, seed: int) -> Blocks:
+def cut_blocks(files: Sequence[SourceFile], *, length: int, per_file: int, seed: int) -> TextBlocks:
     """Blocks of ``length`` predicted bytes, at most ``per_file`` from each file, drawn by the seed.
 
     The cap keeps a few huge files from drowning the rest, which matters where files are what is
@@ -377,7 +377,7 @@ def cut_blocks(files: Sequence[SourceFile], *, length: int, per_file: int, seed:
     for i, row in enumerate(rows):
         tokens[i, : row.size] = row
         mask[i, : row.size - 1] = True
-    return Blocks(
+    return TextBlocks(
         inputs=tokens[:, :-1],
         targets=tokens[:, 1:],
         mask=mask,

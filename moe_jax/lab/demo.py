@@ -24,7 +24,7 @@ import moe_jax
 from moe_jax.checkpoint import CheckpointError, check_free
 from moe_jax.lab import plots
 from moe_jax.lab.calibration import RULES, calibration_blocks, fit_rules
-from moe_jax.lab.data import Blocks, Corpus, SourceFile, load_corpus
+from moe_jax.lab.data import Corpus, SourceFile, TextBlocks, load_corpus
 from moe_jax.lab.frontier import (
     Frontier,
     held_out_blocks,
@@ -210,7 +210,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 # --- the same in a fresh process ------------------------------------------------------------
 
 
-def routing_digests(variants: Mapping[str, Model], blocks: Blocks) -> dict[str, str]:
+def routing_digests(variants: Mapping[str, Model], blocks: TextBlocks) -> dict[str, str]:
     """For every variant and layer, a SHA-256 over all bits of what it decides for these blocks."""
     digests = {}
     for name, model in variants.items():
@@ -222,7 +222,7 @@ def routing_digests(variants: Mapping[str, Model], blocks: Blocks) -> dict[str, 
     return digests
 
 
-def _check_in_fresh_process(checkpoint: Path, out: Path, blocks: Blocks) -> dict[str, Any]:
+def _check_in_fresh_process(checkpoint: Path, out: Path, blocks: TextBlocks) -> dict[str, Any]:
     """Restores the checkpoint here and in a new interpreter and compares every routing."""
     sample = blocks.take(8)
     file, answer = out / ".check.npz", out / ".check.json"
@@ -258,7 +258,7 @@ def _check_in_fresh_process(checkpoint: Path, out: Path, blocks: Blocks) -> dict
 def _answer_check(arguments: Sequence[str]) -> None:
     checkpoint, file, answer = arguments
     with np.load(file) as arrays:
-        blocks = Blocks(**{name: arrays[name] for name in arrays.files}, paths=())
+        blocks = TextBlocks(**{name: arrays[name] for name in arrays.files}, paths=())
     digests = routing_digests(load_variants(checkpoint), blocks)
     Path(answer).write_text(json.dumps(digests), encoding="utf-8")
 
@@ -342,7 +342,7 @@ def choose_experts(model: Model, data: np.ndarray) -> np.ndarray:
         piece = data[start : start + length]
         inputs[i, : piece.size] = piece
         mask[i, : piece.size] = True
-    blocks = Blocks(
+    blocks = TextBlocks(
         inputs=inputs,
         targets=inputs,
         mask=mask,

@@ -25,7 +25,7 @@ from moe_jax.lab.calibration import (
     spread_blocks,
     variant_name,
 )
-from moe_jax.lab.data import Blocks, Corpus, load_corpus
+from moe_jax.lab.data import Corpus, TextBlocks, load_corpus
 from moe_jax.lab.language_model import LMConfig, nats, unembed
 from moe_jax.lab.model_files import Model, Variants
 from moe_jax.lab.progress import track
@@ -41,13 +41,13 @@ def _score(params: dict[str, Params], h: Array, targets: Array) -> Array:
 
 def held_out_blocks(
     config: LMConfig, corpus: Corpus | None = None, *, tokens: int = 32_768, seed: int = 0
-) -> Blocks:
+) -> TextBlocks:
     """Returns blocks of about ``tokens`` bytes, taken evenly from all held-out files."""
     files = (load_corpus() if corpus is None else corpus).held_out
     return spread_blocks(files, config, tokens, seed)
 
 
-def layer_routings(model: Model, blocks: Blocks) -> list[Routing]:
+def layer_routings(model: Model, blocks: TextBlocks) -> list[Routing]:
     """Runs all blocks as one batch; returns each layer's routing of B * S tokens, on the host."""
     inputs, mask = jnp.asarray(blocks.inputs), jnp.asarray(blocks.mask)
     layers = run_layers(model, model.routers, model.states, inputs, mask)
@@ -55,7 +55,7 @@ def layer_routings(model: Model, blocks: Blocks) -> list[Routing]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Evaluation:
+class LMEvaluation:
     """Measurements of a model, with its rules, on blocks of text. Arrays are on the host."""
 
     nats_per_file: np.ndarray  # f64[files]
@@ -85,11 +85,11 @@ class Evaluation:
 
 def evaluate(
     model: Model,
-    blocks: Blocks,
+    blocks: TextBlocks,
     *,
     routers: Sequence[Router] | None = None,
     states: Sequence[Any] | None = None,
-) -> Evaluation:
+) -> LMEvaluation:
     """Measures a model on text, with its rules or with the rules given.
 
     Args:
@@ -134,7 +134,7 @@ def evaluate(
         np.concatenate([b[i].counts for b in seen])[:count].astype(np.int8)
         for i in range(config.num_moe_layers)
     ]
-    return Evaluation(
+    return LMEvaluation(
         nats_per_file=np.bincount(blocks.file_index, each, minlength=files),
         bytes_per_file=np.bincount(blocks.file_index, real.sum(axis=1), minlength=files),
         histogram=np.rint(by_layer("histogram")) / blocks.num_tokens,
@@ -150,8 +150,8 @@ def evaluate(
 class Frontier:
     """Evaluations of all rules at all budgets, and of the trained model."""
 
-    baseline: Evaluation
-    evaluations: Mapping[str, Evaluation]  # by variant name
+    baseline: LMEvaluation
+    evaluations: Mapping[str, LMEvaluation]  # by variant name
     variants: Variants  # fitted routers and states, ready for ``save_model``
     rows: tuple[dict[str, Any], ...]  # plain values, see ``measure``
 
@@ -159,7 +159,7 @@ class Frontier:
 def measure(
     model: Model,
     variants: Variants,
-    blocks: Blocks,
+    blocks: TextBlocks,
     *,
     savings: Sequence[float],
     rules: Sequence[str] = tuple(RULES),
@@ -176,7 +176,7 @@ def measure(
     ``moe_jax.models.confidence.avoided_share``).
     """
     config = model.config
-    evaluations: dict[str, Evaluation] = {}
+    evaluations: dict[str, LMEvaluation] = {}
     rows = []
     chosen = find_rules(rules)
     with track(progress, "evaluate", 1 + len(chosen) * len(savings)) as advance:

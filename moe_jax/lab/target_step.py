@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from moe_jax.lab.language_model import LMConfig
 from moe_jax.lab.training import init_training, train_step
-from moe_jax.parallel.targets import Program, Target, compile_program
+from moe_jax.parallel.targets import Target, TargetProgram, compile_program
 
 
 def training_program(
     target: Target, config: LMConfig = LMConfig(), *, implementation: str | None = None
-) -> Program:
+) -> TargetProgram:
     """Compiles one whole training step for the first device of a target: gradient, AdamW, controllers.
 
     Args:

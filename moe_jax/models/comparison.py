@@ -12,10 +12,10 @@ import numpy as np
 
 from moe_jax.interop import MoEBlock
 from moe_jax.interop.retrofit import fixed_rule, fold_expert_scale
-from moe_jax.models.budget import Budget
 from moe_jax.models.causal_lm import Implementation
 from moe_jax.models.confidence import MAX_DRIFT, paired_bootstrap, verdict
 from moe_jax.models.evaluation import Evaluation, LaneCounts
+from moe_jax.models.model_budget import Budget
 from moe_jax.models.streaming import ModelSource, Progress, Stream, with_rule
 from moe_jax.models.text import TokenizedText
 from moe_jax.routers.twin import control_twin, starting_state

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.models.budget import Budget
 from moe_jax.models.evaluation import LaneCounts
+from moe_jax.models.model_budget import Budget
 from moe_jax.models.streaming import ModelSource, Progress, Stream
 from moe_jax.models.text import TextTokenizer, TokenizedText
 

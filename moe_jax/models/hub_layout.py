@@ -28,7 +28,7 @@ class TensorRecord:
         dtype: in the file.
         shape: in the file.
         layer: number of its layer, or None.
-        name: inside its layer or its block, as ``Entry.name`` and ``moe_jax.interop`` spell it.
+        name: inside its layer or its block, as ``TensorEntry.name`` and ``moe_jax.interop`` spell it.
         in_block: whether it belongs to the layer's Mixture-of-Experts block.
     """
 
@@ -62,7 +62,7 @@ class HubSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor outside the experts.
 
     Attributes:
@@ -81,7 +81,7 @@ class Entry:
         return self.path[-1] == "kernel"
 
 
-def layer_entries(config: DecoderConfig, layer: LayerConfig) -> Iterator[Entry]:
+def layer_entries(config: DecoderConfig, layer: LayerConfig) -> Iterator[TensorEntry]:
     """The tensors of one layer, but for those of its Mixture-of-Experts block."""
     yield from _attention_entries(config)
     d = config.d_model
@@ -89,42 +89,46 @@ def layer_entries(config: DecoderConfig, layer: LayerConfig) -> Iterator[Entry]:
         yield from _norm(config, (parameter,), name, d)
     if layer.experts and config.shared_d_ff:
         fused = (2 * config.shared_d_ff, d)
-        yield Entry(("shared_mlp", "gate_up", "kernel"), "shared_mlp.input_linear.weight", fused)
+        yield TensorEntry(
+            ("shared_mlp", "gate_up", "kernel"), "shared_mlp.input_linear.weight", fused
+        )
         out = (d, config.shared_d_ff)
-        yield Entry(("shared_mlp", "down", "kernel"), "shared_mlp.output_linear.weight", out)
+        yield TensorEntry(("shared_mlp", "down", "kernel"), "shared_mlp.output_linear.weight", out)
     if not layer.experts:
         sizes = {"gate": (config.d_ff, d), "up": (config.d_ff, d), "down": (d, config.d_ff)}
         for part, (out, into) in sizes.items():
             # Feed-forward parameters are bare arrays by part, as in moe_jax.experts.FeedForward.
-            yield Entry(("mlp", part, "kernel"), f"mlp.{part}_proj.weight", (out, into))
+            yield TensorEntry(("mlp", part, "kernel"), f"mlp.{part}_proj.weight", (out, into))
             if config.mlp_bias:
-                yield Entry(("mlp", part, "bias"), f"mlp.{part}_proj.bias", (out,))
+                yield TensorEntry(("mlp", part, "bias"), f"mlp.{part}_proj.bias", (out,))
 
 
-def end_entries(config: DecoderConfig) -> Iterator[Entry]:
+def end_entries(config: DecoderConfig) -> Iterator[TensorEntry]:
     """The tensors outside the layers: embedding, last norm, head."""
     v, d = config.vocab_size, config.d_model
-    yield Entry(("embedding",), "model.embed_tokens.weight", (v, d))
+    yield TensorEntry(("embedding",), "model.embed_tokens.weight", (v, d))
     yield from _norm(config, ("norm",), "model.norm", d)
     if not config.tied:
-        yield Entry(("head", "kernel"), "lm_head.weight", (v, d))
+        yield TensorEntry(("head", "kernel"), "lm_head.weight", (v, d))
     if config.head_bias:
-        yield Entry(("head", "bias"), "lm_head.bias", (v,))
+        yield TensorEntry(("head", "bias"), "lm_head.bias", (v,))
 
 
-def _norm(config: DecoderConfig, path: tuple[str, ...], name: str, size: int) -> Iterator[Entry]:
-    yield Entry((*path, "scale"), f"{name}.weight", (size,))
+def _norm(
+    config: DecoderConfig, path: tuple[str, ...], name: str, size: int
+) -> Iterator[TensorEntry]:
+    yield TensorEntry((*path, "scale"), f"{name}.weight", (size,))
     if config.norm == "layer":
-        yield Entry((*path, "bias"), f"{name}.bias", (size,))
+        yield TensorEntry((*path, "bias"), f"{name}.bias", (size,))
 
 
-def _linear(part: str, name: str, out: int, into: int, bias: bool) -> Iterator[Entry]:
-    yield Entry(("attention", part, "kernel"), f"self_attn.{name}.weight", (out, into))
+def _linear(part: str, name: str, out: int, into: int, bias: bool) -> Iterator[TensorEntry]:
+    yield TensorEntry(("attention", part, "kernel"), f"self_attn.{name}.weight", (out, into))
     if bias:
-        yield Entry(("attention", part, "bias"), f"self_attn.{name}.bias", (out,))
+        yield TensorEntry(("attention", part, "bias"), f"self_attn.{name}.bias", (out,))
 
 
-def _attention_entries(config: DecoderConfig) -> Iterator[Entry]:
+def _attention_entries(config: DecoderConfig) -> Iterator[TensorEntry]:
     d, heads = config.d_model, config.num_heads
     latent = config.latent
     if latent is not None:
@@ -134,11 +138,13 @@ def _attention_entries(config: DecoderConfig) -> Iterator[Entry]:
         else:
             yield from _linear("q_a", "q_a_proj", latent.query_rank, d, config.qkv_bias)
             path = ("attention", "q_a_norm", "scale")
-            yield Entry(path, "self_attn.q_a_layernorm.weight", (latent.query_rank,))
+            yield TensorEntry(path, "self_attn.q_a_layernorm.weight", (latent.query_rank,))
             yield from _linear("q", "q_b_proj", queries, latent.query_rank, False)
         rank, up = latent.rank, heads * (latent.nope_dim + latent.value_dim)
         yield from _linear("kv_a", "kv_a_proj_with_mqa", rank + latent.rope_dim, d, config.qkv_bias)
-        yield Entry(("attention", "kv_a_norm", "scale"), "self_attn.kv_a_layernorm.weight", (rank,))
+        yield TensorEntry(
+            ("attention", "kv_a_norm", "scale"), "self_attn.kv_a_layernorm.weight", (rank,)
+        )
         yield from _linear("kv_b", "kv_b_proj", up, rank, False)
         yield from _linear("o", "o_proj", d, heads * latent.value_dim, config.out_bias)
         return
@@ -151,15 +157,15 @@ def _attention_entries(config: DecoderConfig) -> Iterator[Entry]:
         for part, size in (("q", queries), ("k", keys)):
             path = ("attention", f"{part}_norm", "scale")
             name = f"self_attn.{part}_norm.weight"
-            yield Entry(path, name, (size if whole else config.head_dim,))
+            yield TensorEntry(path, name, (size if whole else config.head_dim,))
     if config.output_gate:
         yield from _linear("gate", "gate_proj", queries, d, False)
     if config.sinks:
-        yield Entry(("attention", "sinks"), "self_attn.sinks", (heads,))
+        yield TensorEntry(("attention", "sinks"), "self_attn.sinks", (heads,))
 
 
 def take(
-    tensors: Mapping[str, Tensor], entries: Iterator[Entry], *, dtype: Any, where: str
+    tensors: Mapping[str, Tensor], entries: Iterator[TensorEntry], *, dtype: Any, where: str
 ) -> dict[str, Any]:
     """The parameters that the entries name, each in ``dtype``.
 
@@ -203,7 +209,7 @@ def _feed_forward(parts: Mapping[str, Params]) -> Params:
     return out | {f"{part}_bias": held["bias"] for part, held in parts.items() if "bias" in held}
 
 
-def give(params: Params, entry: Entry) -> np.ndarray:
+def give(params: Params, entry: TensorEntry) -> np.ndarray:
     """The tensor of one entry: the inverse of ``take``."""
     path = entry.path
     if path[0] == "mlp":

@@ -18,7 +18,7 @@ from moe_jax.layer import LayerAux, LayerOptions
 from moe_jax.nn import serialization as serialization  # registers router states with Flax
 from moe_jax.nn.setup import (
     ExpertInit,
-    LayerSpec,
+    LayerDefinition,
     logical_axes,
     routing_of,
     stats_of,
@@ -119,9 +119,9 @@ class _MoELayer(nn.Module, kw_only=True):
         """The routing rule."""
         raise NotImplementedError
 
-    def spec(self) -> LayerSpec:
+    def spec(self) -> LayerDefinition:
         """Returns the static description of the layer."""
-        return LayerSpec(
+        return LayerDefinition(
             router=self.rule(),
             expert_fn=self.expert_fn,  # pyright: ignore[reportAttributeAccessIssue]
             d_model=self.d_model,

@@ -13,7 +13,7 @@ from moe_jax.layer import LayerAux, check_layer_params
 from moe_jax.nn import serialization as serialization  # registers router states with Flax
 from moe_jax.nn.setup import (
     ExpertInit,
-    LayerSpec,
+    LayerDefinition,
     layer_options,
     logical_axes,
     routing_of,
@@ -158,7 +158,7 @@ class MoE(nnx.Module):
         mesh: Mesh | None = None,
         **options: Any,
     ) -> None:
-        self.spec = LayerSpec(
+        self.spec = LayerDefinition(
             router=router,
             expert_fn=expert_fn,
             d_model=d_model,

@@ -19,7 +19,7 @@ from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
 
 __all__ = [
     "ExpertInit",
-    "LayerSpec",
+    "LayerDefinition",
     "layer_options",
     "logical_axes",
     "routing_of",
@@ -64,7 +64,7 @@ def layer_options(owner: str, options: dict[str, Any]) -> LayerOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerSpec:
+class LayerDefinition:
     """The static part of an MoE layer: how to create its parameters and how to call it.
 
     Args:

@@ -35,21 +35,23 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Traffic:
+class CollectiveTraffic:
     """One kind of collective: how often it runs, and the bytes of its results on each device."""
 
     count: int = 0
     num_bytes: int = 0
 
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(count=self.count + other.count, num_bytes=self.num_bytes + other.num_bytes)
+    def __add__(self, other: CollectiveTraffic) -> CollectiveTraffic:
+        return CollectiveTraffic(
+            count=self.count + other.count, num_bytes=self.num_bytes + other.num_bytes
+        )
 
-    def times(self, n: int) -> Traffic:
+    def times(self, n: int) -> CollectiveTraffic:
         """The traffic of ``n`` runs."""
-        return Traffic(count=self.count * n, num_bytes=self.num_bytes * n)
+        return CollectiveTraffic(count=self.count * n, num_bytes=self.num_bytes * n)
 
 
-def collectives_of(compiled: Any) -> dict[str, Traffic]:
+def collectives_of(compiled: Any) -> dict[str, CollectiveTraffic]:
     """Returns the collectives of a compiled function by kind; a kind that does not occur is absent.
 
     Args:
@@ -62,15 +64,15 @@ def collectives_of(compiled: Any) -> dict[str, Traffic]:
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     computations, entry = _computations(text)
-    done: dict[str, Mapping[str, Traffic]] = {}
+    done: dict[str, Mapping[str, CollectiveTraffic]] = {}
 
-    def of(name: str) -> Mapping[str, Traffic]:
+    def of(name: str) -> Mapping[str, CollectiveTraffic]:
         if name not in done:
             done[name] = {}  # a computation never calls itself; this is for unknown names
-            total: dict[str, Traffic] = {}
+            total: dict[str, CollectiveTraffic] = {}
             for line in computations.get(name, ()):
                 for kind, traffic in _of_line(line, of).items():
-                    total[kind] = total.get(kind, Traffic()) + traffic
+                    total[kind] = total.get(kind, CollectiveTraffic()) + traffic
             done[name] = total
         return done[name]
 
@@ -90,21 +92,21 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _of_line(line: str, of: Any) -> dict[str, Traffic]:
+def _of_line(line: str, of: Any) -> dict[str, CollectiveTraffic]:
     shape, operation = _split(line)
     kind = operation.removesuffix("-start")
     if kind in KINDS:
         size = _num_bytes(shape)
         if operation.endswith("-start") and kind != "all-reduce":
             size //= 2  # the result lists the operands too
-        return {kind: Traffic(count=1, num_bytes=size)}
+        return {kind: CollectiveTraffic(count=1, num_bytes=size)}
     branches = [b for group in _BRANCHES.findall(line) for b in re.findall(r"[\w.\-]+", group)]
     branches += _TWO_BRANCHES.findall(line)
-    total: dict[str, Traffic] = {}
+    total: dict[str, CollectiveTraffic] = {}
     for branch in branches:
         for kind, traffic in of(branch).items():
-            before = total.get(kind, Traffic())
-            total[kind] = Traffic(
+            before = total.get(kind, CollectiveTraffic())
+            total[kind] = CollectiveTraffic(
                 count=max(before.count, traffic.count),
                 num_bytes=max(before.num_bytes, traffic.num_bytes),
             )
@@ -112,7 +114,7 @@ def _of_line(line: str, of: Any) -> dict[str, Traffic]:
     for called in _CALLED.findall(line):
         for kind, traffic in of(called).items():
             times = int(trips[1]) if trips and operation == "while" else 1
-            total[kind] = total.get(kind, Traffic()) + traffic.times(times)
+            total[kind] = total.get(kind, CollectiveTraffic()) + traffic.times(times)
     return total
 
 

@@ -18,7 +18,13 @@ from moe_jax.parallel.sharding import (
     shardings,
     token_spec,
 )
-from moe_jax.parallel.targets import Program, Target, bfloat16_shapes, compile_program, target_mesh
+from moe_jax.parallel.targets import (
+    Target,
+    TargetProgram,
+    bfloat16_shapes,
+    compile_program,
+    target_mesh,
+)
 from moe_jax.routers import TopK
 from moe_jax.routing.dispatch import expert_capacity
 from moe_jax.types import Assignments, DispatchPlan
@@ -65,7 +71,7 @@ def experts_program(
     *,
     implementation: str | None = None,
     gradient: bool = False,
-) -> Program:
+) -> TargetProgram:
     """Compiles the experts of one layer, from sorted assignments to the sum of each token's experts.
 
     Args:
@@ -137,7 +143,7 @@ def parallel_program(
     gradient: bool = False,
     implementation: str | None = None,
     exchange: str = "all_to_all",
-) -> Program:
+) -> TargetProgram:
     """Compiles a whole layer over all devices of a target.
 
     Args:
@@ -196,7 +202,7 @@ def verify_experts(
     *,
     implementations: Sequence[str | None] = (None, *IMPLEMENTATIONS),
     passes: Sequence[bool] = (False, True),
-) -> Iterator[Program]:
+) -> Iterator[TargetProgram]:
     """Compiles a layer's experts for every implementation, forward and with the gradient."""
     for implementation in implementations:
         for gradient in passes:

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.config.compilers import prepare_tpu_compiler
-from moe_jax.parallel.collectives import Traffic, collectives_of
+from moe_jax.parallel.collectives import CollectiveTraffic, collectives_of
 
 # Bytes of memory of one device, and the bytes that its runtime keeps for itself.
 _MEMORY = {
@@ -125,7 +125,7 @@ def open_target(name: str) -> Target:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
+class TargetProgram:
     """What the compiler of a target makes of one program, for each device."""
 
     target: str
@@ -138,7 +138,7 @@ class Program:
     output_bytes: int = 0
     fits: bool = False  # arguments, results and temporaries in the memory of a device
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # custom calls by target
-    collectives: dict[str, Traffic] = dataclasses.field(default_factory=dict)
+    collectives: dict[str, CollectiveTraffic] = dataclasses.field(default_factory=dict)
     expanded: bool = False  # whether an array has both all rows and all experts: E times the work
     readable: bool = True  # False: the HLO is unreadable, and kernels are those before optimisation
     seconds: float = 0.0  # of lowering and compilation
@@ -195,7 +195,7 @@ def compile_program(
     expansion: tuple[int, int] | None = None,
     in_shardings: Any = None,
     out_shardings: Any = None,
-) -> Program:
+) -> TargetProgram:
     """Compiles ``jit(step)`` for a target and reads what the compiler says.
 
     Args:
@@ -212,7 +212,7 @@ def compile_program(
     """
     if in_shardings is None:
         in_shardings = out_shardings = jax.sharding.SingleDeviceSharding(target.devices[0])
-    report = Program(
+    report = TargetProgram(
         target=target.name, what=what, gradient=gradient, implementation=implementation
     )
     options: dict[str, str | bool] | None = (

@@ -53,7 +53,7 @@ _EXAMPLE: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
+class CatalogEntry:
     """A row of the catalogue.
 
     Attributes:
@@ -77,7 +77,7 @@ class Entry:
     example: Router
 
 
-def catalog() -> dict[str, Entry]:
+def catalog() -> dict[str, CatalogEntry]:
     """Returns every rule by name: the library's, those of single models, and yours that are imported.
 
     Example:
@@ -89,12 +89,12 @@ def catalog() -> dict[str, Entry]:
     return {name: entry_of(rule) for name, rule in rules.items()}
 
 
-def entry_of(rule: type[Router] | Router) -> Entry:
+def entry_of(rule: type[Router] | Router) -> CatalogEntry:
     """Returns the row of one rule; a class needs usual values alone, see ``example_rule``."""
     cls = rule if isinstance(rule, type) else type(rule)
     example = example_rule(rule) if isinstance(rule, type) else rule
     source, golden = _SOURCES.get(cls.__name__, ("", ""))
-    return Entry(
+    return CatalogEntry(
         name=cls.__name__,
         traits=example.traits,
         calibrated=cls.calibrates(),

@@ -13,7 +13,7 @@ from moe_jax.bench.batch_sizes import bench_batch
 from moe_jax.bench.layer_cost import PROMISED, bench_layer
 from moe_jax.bench.measure import Timing, interleave, write_results
 from moe_jax.bench.ratio_plot import plot_ratios
-from moe_jax.bench.tables import print_rows
+from moe_jax.bench.text_tables import print_rows
 
 
 def test_rounds_end_after_the_seconds_given_but_not_before_three():

@@ -135,10 +135,10 @@ REPORT = {
 
 
 def test_evaluate_prints_loss_controls_layers_and_tails(monkeypatch, checkpoint, text):
-    from moe_jax.lab import evaluation
+    from moe_jax.lab import model_report
 
     about(monkeypatch, text)
-    monkeypatch.setattr(evaluation, "evaluate_checkpoint", lambda *_, **__: REPORT)
+    monkeypatch.setattr(model_report, "evaluate_checkpoint", lambda *_, **__: REPORT)
     shown = " ".join(runner.invoke(app, ["evaluate", str(checkpoint)]).stdout.split())
     for part in (
         "2.4200 bits per byte (2.3000 to 2.5000) with MinP",

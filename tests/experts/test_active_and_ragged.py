@@ -7,8 +7,8 @@ import pytest
 
 from moe_jax import experts
 from moe_jax.experts import active, dense, ragged
-from moe_jax.experts.base import one_expert
 from moe_jax.experts.feed_forward import FeedForward
+from moe_jax.experts.implementation import one_expert
 from tests.experts.test_tiered import (
     FFN,
     PLANS,

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from moe_jax.checkpoint import CheckpointError
-from moe_jax.lab import calibration, demo, evaluation, frontier, model_files, seeds
+from moe_jax.lab import calibration, demo, frontier, model_files, model_report, seeds
 from moe_jax.lab import language_model as model_of
 from moe_jax.lab import training as lm
 from moe_jax.lab.data import load_corpus
@@ -269,7 +269,7 @@ def test_a_checkpoint_is_measured_with_its_controls_and_tails(tmp_path, source, 
     fitted, _ = calibration.calibrate(
         source, tmp_path / "c", "MinP", target_saving=0.25, tokens=2048, progress=False
     )
-    report = evaluation.evaluate_checkpoint(fitted, corpus=corpus, tokens=4096, progress=False)
+    report = model_report.evaluate_checkpoint(fitted, corpus=corpus, tokens=4096, progress=False)
     assert report["interval"][0] < report["bits_per_byte"] < report["interval"][1]
     assert report["change"]["relative"] == pytest.approx(
         report["bits_per_byte"] / report["trained"]["bits_per_byte"] - 1, abs=1e-9
@@ -284,7 +284,7 @@ def test_a_checkpoint_is_measured_with_its_controls_and_tails(tmp_path, source, 
     files = report["tails"]["change_of_files"]
     assert files["median"] <= files["p95"] <= files["max"]
     json.dumps(report, allow_nan=False)
-    plain = evaluation.evaluate_checkpoint(source, corpus=corpus, tokens=4096, progress=False)
+    plain = model_report.evaluate_checkpoint(source, corpus=corpus, tokens=4096, progress=False)
     assert plain["bits_per_byte"] == pytest.approx(report["trained"]["bits_per_byte"])
     assert (plain["controls"], plain["change"]) == ({}, {})
 

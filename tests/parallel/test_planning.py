@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_jax.parallel.collectives import Traffic, collectives_of
+from moe_jax.parallel.collectives import CollectiveTraffic, collectives_of
 from moe_jax.parallel.planning import break_even_width, exchange_cost, plan_placement
 
 
@@ -99,6 +99,6 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
 
 def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_dearest():
     assert collectives_of(PROGRAM) == {
-        "all-to-all": Traffic(count=3, num_bytes=3 * 8 * 4 * 4),
-        "all-reduce": Traffic(count=1, num_bytes=4 * 2 + 2 * 4),
+        "all-to-all": CollectiveTraffic(count=3, num_bytes=3 * 8 * 4 * 4),
+        "all-reduce": CollectiveTraffic(count=1, num_bytes=4 * 2 + 2 * 4),
     }

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from moe_jax.lab.calibration import find_rules, fit_layers
-from moe_jax.lab.data import Blocks
+from moe_jax.lab.data import TextBlocks
 from moe_jax.lab.experiments.declaration import Experiment, Recipe
-from moe_jax.lab.frontier import Evaluation, evaluate
+from moe_jax.lab.frontier import LMEvaluation, evaluate
 from moe_jax.lab.model_files import Model
 from moe_jax.routers import Elastic, Router
 
@@ -23,8 +23,8 @@ def budget_rows(
     recipe: Recipe,
     model: Model,
     *,
-    calibration: Blocks,
-    held_out: Blocks,
+    calibration: TextBlocks,
+    held_out: TextBlocks,
     note: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Returns a row for the model as it was trained, and one for each rule and saving.
@@ -69,7 +69,9 @@ def _rule(name: str, model: Model) -> tuple[str, bool, Callable[[float], Router]
     return rule.label, rule.control, lambda target: rule.build(model.config, target)
 
 
-def _row(rule: str, label: str, control: bool, saving: float, found: Evaluation) -> dict[str, Any]:
+def _row(
+    rule: str, label: str, control: bool, saving: float, found: LMEvaluation
+) -> dict[str, Any]:
     return {
         "rule": rule,
         "label": label,

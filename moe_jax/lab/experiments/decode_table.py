@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.lab.calibration import BATCH, attend, embed_batch, mix
-from moe_jax.lab.data import Blocks
+from moe_jax.lab.data import TextBlocks
 from moe_jax.lab.experiments.declaration import Experiment
 from moe_jax.lab.language_model import layer_params, nats, unembed
 from moe_jax.lab.model_files import Model
@@ -38,8 +38,8 @@ def decode_rows(
     experiment: Experiment,
     model: Model,
     *,
-    calibration: Blocks,
-    held_out: Blocks,
+    calibration: TextBlocks,
+    held_out: TextBlocks,
     note: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Returns a row for each batch size and rule.
@@ -102,7 +102,7 @@ def route_steps(
 
 def measure_steps(
     model: Model,
-    blocks: Blocks,
+    blocks: TextBlocks,
     routers: list[Router],
     batch: int,
     *,
@@ -136,7 +136,7 @@ def measure_steps(
     }
 
 
-def fitted_states(model: Model, routers: list[Router], calibration: Blocks) -> list[Any]:
+def fitted_states(model: Model, routers: list[Router], calibration: TextBlocks) -> list[Any]:
     """Returns the states of rules; those of ``Reroute`` with the similarity of their experts.
 
     The similarity is that of expert outputs on what the trained model sends to each layer.

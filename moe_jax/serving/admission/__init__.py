@@ -1,6 +1,6 @@
 """Admission of requests: security levels, checks, rate limits, blocks, identity. No JAX."""
 
-from moe_jax.serving.admission.blocks import Blocks
+from moe_jax.serving.admission.client_blocks import ClientBlocks
 from moe_jax.serving.admission.identity import Keys, TrustedProxies, client_id, parse_address
 from moe_jax.serving.admission.levels import LEVELS, Level, level_for
 from moe_jax.serving.admission.limiter import RateLimiter
@@ -17,8 +17,8 @@ from moe_jax.serving.admission.validation import (
 __all__ = [
     "DTYPES",
     "LEVELS",
-    "Blocks",
     "Checked",
+    "ClientBlocks",
     "Keys",
     "Level",
     "Limits",

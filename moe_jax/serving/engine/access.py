@@ -59,7 +59,7 @@ class AccessControl:
             clock=clock,
             notify=notify,
         )
-        self.blocks = admission.Blocks(
+        self.blocks = admission.ClientBlocks(
             after=level.block_after,
             window=level.block_window,
             first_seconds=level.block_seconds,

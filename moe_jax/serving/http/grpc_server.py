@@ -150,9 +150,9 @@ class GrpcServer:
 
     def _handler(self, name: str, method: _Method) -> Callable[[Iterator[bytes], Any], bytes]:
         def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-            call: Call | None = None
+            call: GrpcCall | None = None
             try:
-                call = Call(self.transport, context)
+                call = GrpcCall(self.transport, context)
                 return self._answer(name, method, call, messages)
             except Exception as error:
                 refusal = self._refusal(name, call, error, context)
@@ -166,7 +166,7 @@ class GrpcServer:
         return handle
 
     def _refusal(
-        self, name: str, call: Call | None, error: Exception, context: grpc.ServicerContext
+        self, name: str, call: GrpcCall | None, error: Exception, context: grpc.ServicerContext
     ) -> tuple[grpc.StatusCode, str] | None:
         """Returns the status and text of a refusal, and sets its trailing metadata; None if the call
         was cancelled."""
@@ -187,7 +187,9 @@ class GrpcServer:
         context.set_trailing_metadata(tuple(trailing))
         return _CODES[refusal.status], self.transport.message(refusal)
 
-    def _answer(self, name: str, method: _Method, call: Call, messages: Iterator[bytes]) -> bytes:
+    def _answer(
+        self, name: str, method: _Method, call: GrpcCall, messages: Iterator[bytes]
+    ) -> bytes:
         """Returns the serialized answer of a call."""
         if name in _UNREAD:
             return method(call, None).SerializeToString()
@@ -222,7 +224,7 @@ class GrpcServer:
         self._watch_answer(call.context, lease)
         return answer
 
-    def _receive(self, call: Call, messages: Iterator[bytes], lease: Lease) -> bytes:
+    def _receive(self, call: GrpcCall, messages: Iterator[bytes], lease: Lease) -> bytes:
         """Returns the message of a call.
 
         Raises:
@@ -285,7 +287,7 @@ def _late(seconds: float) -> ServingError:
     )
 
 
-class Call:
+class GrpcCall:
     """One call: its client and its request id, from the peer's address and the metadata.
 
     Attributes:
@@ -348,15 +350,15 @@ def peer_of(text: str) -> str:
 # --- methods --------------------------------------------------------------------------------
 
 
-def _server_live(call: Call, request: Any) -> Any:
+def _server_live(call: GrpcCall, request: Any) -> Any:
     return MESSAGES["ServerLiveResponse"](live=call.transport.engine.live())
 
 
-def _server_ready(call: Call, request: Any) -> Any:
+def _server_ready(call: GrpcCall, request: Any) -> Any:
     return MESSAGES["ServerReadyResponse"](ready=call.transport.engine.readiness()[0])
 
 
-def _model_ready(call: Call, request: Any) -> Any:
+def _model_ready(call: GrpcCall, request: Any) -> Any:
     ready = call.transport.engine.readiness()[0]
     if ready:
         try:
@@ -369,14 +371,14 @@ def _model_ready(call: Call, request: Any) -> Any:
     return MESSAGES["ModelReadyResponse"](ready=ready)
 
 
-def _server_metadata(call: Call, request: Any) -> Any:
+def _server_metadata(call: GrpcCall, request: Any) -> Any:
     call.admit(requests=0)
     return MESSAGES["ServerMetadataResponse"](
         name=SERVER_NAME, version=moe_jax.__version__, extensions=EXTENSIONS
     )
 
 
-def _model_metadata(call: Call, request: Any) -> Any:
+def _model_metadata(call: GrpcCall, request: Any) -> Any:
     spec = call.transport.spec(request.name, request.version or None)
     metadata = call.transport.describe(request.name)
 
@@ -392,7 +394,7 @@ def _model_metadata(call: Call, request: Any) -> Any:
     )
 
 
-def _model_infer(call: Call, request: Any) -> Any:
+def _model_infer(call: GrpcCall, request: Any) -> Any:
     spec = call.transport.spec(request.model_name, request.model_version or None)
     parameters = _parameters(request.parameters, "the request")
     asked = InferRequest(
@@ -417,7 +419,7 @@ def _model_infer(call: Call, request: Any) -> Any:
     return answer
 
 
-def _timeout(call: Call, parameters: Mapping[str, Any]) -> float | None:
+def _timeout(call: GrpcCall, parameters: Mapping[str, Any]) -> float | None:
     asked = [request_timeout(parameters), call.context.time_remaining()]
     # grpc gives a deadline of years where the client gave none.
     found = [seconds for seconds in asked if seconds is not None and seconds < 1e6]
@@ -495,7 +497,7 @@ def _outputs(request: Any, spec: ModelSpec) -> tuple[tuple[str, bool], ...]:
     return tuple((n, True) for n in names or [s.name for s in spec.outputs if not s.optional])
 
 
-_Method = Callable[[Call, Any], Any]
+_Method = Callable[[GrpcCall, Any], Any]
 _METHODS: dict[str, _Method] = {
     "ServerLive": _server_live,
     "ServerReady": _server_ready,

@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.serving.admission import (
     LEVELS,
-    Blocks,
+    ClientBlocks,
     Keys,
     Limits,
     RateLimiter,
@@ -202,7 +202,7 @@ def test_what_can_never_pass_is_no_violation(make_engine, states, request_of):
 
 def test_a_crowd_of_clients_does_not_grow_memory():  # L03
     limiter = RateLimiter(requests_per_minute=5, tokens_per_minute=5, max_clients=100)
-    blocks = Blocks(
+    blocks = ClientBlocks(
         after=2,
         window=300,
         first_seconds=60,
@@ -222,7 +222,9 @@ def test_a_crowd_of_clients_does_not_grow_memory():  # L03
 
 
 def make_blocks(clock, after=10):
-    return Blocks(after=after, window=300, first_seconds=60, longest_seconds=3600, clock=clock)
+    return ClientBlocks(
+        after=after, window=300, first_seconds=60, longest_seconds=3600, clock=clock
+    )
 
 
 def test_blocks_double_and_expire(clock):  # L02

@@ -408,12 +408,12 @@ class Metadata:
 
 def test_lines_of_a_list_in_metadata_are_joined_and_a_key_comes_once(service):
     lines = [("x-forwarded-for", line) for line in ("6.6.6.6", "192.0.2.7:52344", "127.0.0.9")]
-    call = grpc_server.Call(service.server.transport, Metadata(*lines))  # pyright: ignore
+    call = grpc_server.GrpcCall(service.server.transport, Metadata(*lines))  # pyright: ignore
     assert call.forwarded_for == "6.6.6.6, 192.0.2.7:52344, 127.0.0.9"
     for name in ("authorization", "x-api-key"):
         twice = Metadata((name, "a"), (name, "b"))
         with pytest.raises(ServingError, match="once"):
-            grpc_server.Call(service.server.transport, twice)  # pyright: ignore
+            grpc_server.GrpcCall(service.server.transport, twice)  # pyright: ignore
 
 
 def test_no_line_of_metadata_hides_what_a_proxy_has_added():

@@ -13,7 +13,7 @@ from moe_jax.lab.data import Batches, Corpus, load_corpus
 from moe_jax.lab.language_model import LMConfig
 from moe_jax.lab.training import init_training, train_step
 from moe_jax.routers import Router, TopK, catalog
-from moe_jax.routers.catalog import Entry, entry_of, example_rule
+from moe_jax.routers.catalog import CatalogEntry, entry_of, example_rule
 from moe_jax.routers.registry import load_rule, rule_class
 from moe_jax.routers.twin import dynamic_twin
 from moe_jax.routing.scoring import Scoring
@@ -25,7 +25,7 @@ SMOKE = LMConfig(
 )
 
 
-def entries(rules: Sequence[str] | None = None) -> list[Entry]:
+def entries(rules: Sequence[str] | None = None) -> list[CatalogEntry]:
     """Returns the catalogue's rows, or those of some rules: names, or ``module:Class`` of your own.
 
     Raises:
@@ -71,7 +71,7 @@ def rule_to_train(config: LMConfig, rule: str) -> LMConfig:
     return dataclasses.replace(config, rule=built)
 
 
-def table(chosen: Sequence[Entry]) -> list[dict[str, Any]]:
+def table(chosen: Sequence[CatalogEntry]) -> list[dict[str, Any]]:
     """Returns the rows as JSON values."""
     return [
         {
@@ -87,7 +87,7 @@ def table(chosen: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def smoke(
-    chosen: Sequence[Entry],
+    chosen: Sequence[CatalogEntry],
     *,
     steps: int = 60,
     seed: int = 0,
@@ -116,7 +116,7 @@ def smoke(
     return rows
 
 
-def _smoke_one(entry: Entry, steps: int, seed: int, corpus: Corpus) -> dict[str, Any]:
+def _smoke_one(entry: CatalogEntry, steps: int, seed: int, corpus: Corpus) -> dict[str, Any]:
     row: dict[str, Any] = {"rule": entry.name, "outcome": "skipped", "reason": ""}
     needs = entry.example.context_keys
     if entry.module.startswith("moe_jax.interop") and (needs is None or needs):

@@ -21,7 +21,7 @@ class _Record:
     until: float = 0.0
 
 
-class Blocks:
+class ClientBlocks:
     """Counts violations of clients and blocks those with too many.
 
     Args:
@@ -35,7 +35,7 @@ class Blocks:
 
     Example:
         >>> now = 0.0
-        >>> blocks = Blocks(after=2, window=300, first_seconds=60, longest_seconds=3600,
+        >>> blocks = ClientBlocks(after=2, window=300, first_seconds=60, longest_seconds=3600,
         ...                 clock=lambda: now)
         >>> blocks.violation("a"), blocks.violation("a")
         (False, True)

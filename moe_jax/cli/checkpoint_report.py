@@ -44,9 +44,9 @@ def evaluate_checkpoint(
 
     Raises:
         ValueError: ``unused`` names options that only published models take, or see
-            ``moe_jax.lab.evaluation.evaluate_checkpoint``.
+            ``moe_jax.lab.model_report.evaluate_checkpoint``.
     """
-    from moe_jax.lab import evaluation
+    from moe_jax.lab import model_report
     from moe_jax.lab.model_files import corpus_for
 
     if unused:
@@ -55,7 +55,7 @@ def evaluate_checkpoint(
             "for published models. Leave them out; rules are fitted with moe-jax calibrate."
         )
     corpus = corpus_for(folder, data, glob=glob, allow_other=allow_other_data, calibrated=True)
-    report = evaluation.evaluate_checkpoint(
+    report = model_report.evaluate_checkpoint(
         folder,
         variant=variant,
         corpus=corpus,

@@ -12,8 +12,8 @@ from rich.progress import Progress
 
 from moe_jax.checkpoint.sealed import PathLike
 from moe_jax.lab.calibration import RULES, calibration_blocks, fit_layers
-from moe_jax.lab.data import Blocks, Corpus
-from moe_jax.lab.frontier import Evaluation, evaluate, held_out_blocks
+from moe_jax.lab.data import Corpus, TextBlocks
+from moe_jax.lab.frontier import LMEvaluation, evaluate, held_out_blocks
 from moe_jax.lab.model_files import Model, corpus_for, load_variants
 from moe_jax.lab.progress import track
 from moe_jax.models.confidence import (
@@ -136,8 +136,8 @@ def _trained(models: dict[str, Model], model: Model) -> Model:
 
 
 def _control(
-    trained: Model, name: str, means: np.ndarray, text: Blocks, blocks: Blocks
-) -> Evaluation:
+    trained: Model, name: str, means: np.ndarray, text: TextBlocks, blocks: TextBlocks
+) -> LMEvaluation:
     k = trained.config.k
     # RandomSkip keeps at least one expert; at the trained k it has nothing to drop.
     targets = np.clip(means, 1.001, k - 1e-3)
@@ -146,12 +146,12 @@ def _control(
     return evaluate(dataclasses.replace(trained, routers=routers, states=states), blocks)
 
 
-def _change(after: Evaluation, before: Evaluation) -> dict[str, Any]:
+def _change(after: LMEvaluation, before: LMEvaluation) -> dict[str, Any]:
     change = paired_bootstrap(after.nats_per_file, before.nats_per_file, before.bytes_per_file)
     return {**change, "verdict": verdict(change["relative_low"], change["relative_high"])}
 
 
-def _interval(measured: Evaluation, seed: int) -> tuple[float, float]:
+def _interval(measured: LMEvaluation, seed: int) -> tuple[float, float]:
     """95 % interval of bits per byte, by resampling files."""
     nats, size = resampled_sums(
         [measured.nats_per_file[None], measured.bytes_per_file[None]], seed=seed
@@ -171,7 +171,7 @@ def _budget(state: Any) -> dict[str, Any]:
     }
 
 
-def _tails(measured: Evaluation, base: Evaluation, blocks: Blocks) -> dict[str, Any]:
+def _tails(measured: LMEvaluation, base: LMEvaluation, blocks: TextBlocks) -> dict[str, Any]:
     """What a mean hides: sequences that use many experts, and files that lose most."""
     real = blocks.mask.sum(axis=1)
     per_sequence = measured.counts.sum(axis=(0, 2)) / np.maximum(real, 1) / len(measured.counts)
