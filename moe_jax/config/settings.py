@@ -141,7 +141,8 @@ class ServingConfig:
         prefetch: whether results are fetched ahead and hot keys re-warmed after a reload.
         trusted_proxies: networks whose X-Forwarded-For is believed, e.g. ``10.0.0.0/8,::1``.
         checkpoint: folder of the weights; empty serves seeded, untrained ones.
-        checkpoint_router: which of the checkpoint's routers, e.g. ``layer_0``; empty is the first.
+        checkpoint_router: which of the checkpoint's routers, e.g. ``layer_0``, is served alone; empty
+            is the first, and beside it all layers of its model.
         reload_folder: folder below which ``POST /admin/reload`` may name a checkpoint; empty is the
             parent of ``checkpoint``.
         seed: of untrained weights.

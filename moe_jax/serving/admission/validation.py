@@ -118,6 +118,25 @@ def check_array(hidden_states: Any, limits: Limits) -> int:
     return check_shape(hidden_states.shape, _dtype_name(hidden_states.dtype), limits)
 
 
+def check_layers(hidden_states: Any, layers: int, limits: Limits) -> None:
+    """``check_array`` of [L, B, S, D], the hidden states of all layers: together within the limits."""
+    shape = getattr(hidden_states, "shape", None)
+    if shape is None or len(shape) != 4 or shape[0] != layers:
+        got = f"a {type(hidden_states).__name__}" if shape is None else f"shape {list(shape)[:8]}"
+        raise ServingError(
+            "malformed",
+            f"hidden_states: expected [{layers}, batch, sequence, {limits.width}], those that reach "
+            f"each layer, got {got}. Send every layer's, or ask for one layer by its name.",
+        )
+    most = limits.max_tokens
+    each = dataclasses.replace(
+        limits,
+        max_tensor_size=limits.max_tensor_size // layers,
+        max_tokens=None if most is None else most // layers,
+    )
+    check_array(hidden_states[0], each)
+
+
 _FLOAT32 = np.dtype(np.float32)
 
 

@@ -172,8 +172,11 @@ class RouterEngine:
         """Returns the answer for hidden states.
 
         Args:
-            model: ``router`` (decisions) or ``moe`` (the layer's output).
-            hidden_states: float32, float16 or bfloat16 [B, S, D]; routed in float32.
+            model: ``router`` (decisions) or ``moe`` (the layer's output). Of a checkpoint with the
+                layers of one model, also ``layer_3`` and the like (decisions of that layer), and
+                ``layers`` (decisions of all of them).
+            hidden_states: float32, float16 or bfloat16 [B, S, D], what reaches that layer; for
+                ``layers`` [L, B, S, D], in the order of the layers. Routed in float32.
             token_mask: bool[B, S], False for padding; None is no padding.
             return_router_logits: whether ``router_logits`` are among the arrays.
             client: who asks.
@@ -190,7 +193,9 @@ class RouterEngine:
         Returns:
             For ``router``: expert_indices i32[B, S, K] (-1 is none), expert_weights f32[B, S, K],
             num_experts_per_token i32[B, S], complexity_scores f32[B, S], on request router_logits
-            f32[B, S, E]. For ``moe``: output f32[B, S, D]. Masked tokens have no expert.
+            f32[B, S, E]. For ``moe``: output f32[B, S, D]. For ``layers`` with a leading axis L; a
+            layer of fewer experts, or fewer per token, is filled with -1, 0 and logits of -inf.
+            Masked tokens have no expert.
 
         Raises:
             ServingError: see ``moe_jax.serving.errors.CODES``.
@@ -224,6 +229,7 @@ class RouterEngine:
         hidden_states: Any,
         return_router_logits: bool = False,
         *,
+        layer: str | None = None,
         token_mask: Any = None,
         client: Client = LOCAL,
         request_id: str | None = None,
@@ -232,15 +238,19 @@ class RouterEngine:
     ) -> dict[str, Any]:
         """Returns the guide's dictionary of decisions for hidden states [B, S, D].
 
-        Takes the options of ``infer``. Calls in process are not limited, unless they name a
+        ``layer`` names a layer such as ``layer_3`` where several are served; None is the first. The
+        other options are those of ``infer``. Calls in process are not limited, unless they name a
         ``client``: its limits and blocks then hold as they do for remote requests.
         """
         if client != LOCAL:
             shape = getattr(hidden_states, "shape", ())
             tokens = math.prod(int(s) for s in shape[:2]) if shape else 0
             self.admit(client, tokens=tokens)
+        model = "router"
+        if layer is not None:
+            model = self.snapshot.check_layer(layer)
         query = Query(
-            model="router",
+            model=model,
             hidden_states=hidden_states,
             token_mask=token_mask,
             return_router_logits=return_router_logits,
@@ -252,7 +262,7 @@ class RouterEngine:
         result, entry = self._answer(query)
         info = entry.memo.get("routing_info")
         if info is None:
-            router = self.snapshot.router
+            router = self.snapshot.router_of(model)
             info = routing_info(entry.arrays, min_k=router.min_k, max_k=router.max_k)
             entry.memo["routing_info"] = info
         return guide_result(result, info, logits=return_router_logits)

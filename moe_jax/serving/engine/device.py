@@ -18,7 +18,7 @@ import numpy as np
 from moe_jax.serving.admission import Checked
 from moe_jax.serving.cache import Entry
 from moe_jax.serving.engine.requests import Order, expert_counts, read_only
-from moe_jax.serving.engine.snapshot import Snapshot
+from moe_jax.serving.engine.snapshot import Snapshot, Weights
 from moe_jax.serving.errors import ServingError, out_of_memory
 from moe_jax.serving.resilience import (
     BadOutput,
@@ -271,8 +271,8 @@ class Device:
             entry = self._on_host(order, checking)
             if entry is not None:
                 return self._fallen_back(entry, "host", degraded=False)
-        if self._static_top_k and order.model == "router":
-            outcome = static_top_k(order.snapshot, checking.result())
+        if self._static_top_k and order.model != "moe":
+            outcome = static_top_k(order.snapshot.weights_of(order.model), checking.result())
             if outcome is not None:
                 entry = self._entry(order, checking, outcome, 0.0)
                 return self._fallen_back(entry, "static_top_k", degraded=True)
@@ -309,7 +309,7 @@ class Device:
     def _entry(
         self, order: Order, checking: Checking, outcome: dict[str, np.ndarray], seconds: float
     ) -> Entry:
-        router, checked = order.snapshot.router, checking.result()
+        router, checked = order.router, checking.result()
         load = expert_counts(outcome["expert_indices"], router.num_experts)
         used = outcome.get("num_experts_per_token")
         if used is None:
@@ -317,8 +317,8 @@ class Device:
         mask = checked.token_mask
         real = used if mask is None else used[mask]
         histogram = np.bincount(real, minlength=router.max_k + 1)
-        wanted = ROUTER_OUTPUTS if order.model == "router" else ("output",)
-        if order.logits and order.model == "router":
+        wanted = ("output",) if order.model == "moe" else ROUTER_OUTPUTS
+        if order.logits and order.model != "moe":
             wanted = (*wanted, "router_logits")
         arrays = read_only({name: outcome[name] for name in wanted}, order.shape)
         arrays["_load"], arrays["_histogram"] = load, histogram
@@ -332,7 +332,7 @@ class Device:
                 "degraded": False,
             },
             seconds=seconds,
-            version=order.snapshot.version,
+            version=order.version,
             owner=order.owner,
         )
 
@@ -357,24 +357,24 @@ def _joined(outputs: list[Outputs]) -> Outputs:
     return {name: np.concatenate([piece[name] for piece in outputs]) for name in outputs[0]}
 
 
-def static_top_k(snapshot: Snapshot, checked: Checked) -> dict[str, np.ndarray] | None:
+def static_top_k(weights: Weights, checked: Checked) -> dict[str, np.ndarray] | None:
     """Returns the outputs of plain top-k in numpy, for a device that has failed.
 
     Every token uses the middle of ``min_k`` and ``max_k`` experts. None if the router is more than a
     product with a kernel [D, E].
     """
-    params, router = snapshot.weights.params, snapshot.router
+    params, router = weights.params, weights.router
     if set(params) != {"kernel"}:
         return None
     logits = checked.x @ np.asarray(params["kernel"], np.float32)
     k = max(1, round((router.min_k + router.max_k) / 2))
     order = np.argsort(-logits, axis=-1, kind="stable")[:, :k].astype(np.int32)
     top = np.take_along_axis(logits, order, axis=-1)
-    weights = np.exp(top - top[:, :1])
-    weights /= weights.sum(axis=-1, keepdims=True)
+    shares = np.exp(top - top[:, :1])
+    shares /= shares.sum(axis=-1, keepdims=True)
     indices = np.full((len(logits), router.max_k), -1, np.int32)
     filled = np.zeros((len(logits), router.max_k), np.float32)
-    indices[:, :k], filled[:, :k] = order, weights
+    indices[:, :k], filled[:, :k] = order, shares
     counts = np.full(len(logits), k, np.int32)
     if checked.token_mask is not None:
         masked = ~checked.token_mask

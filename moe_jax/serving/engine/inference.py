@@ -13,6 +13,8 @@ from moe_jax.serving.engine.parts import Parts
 from moe_jax.serving.engine.requests import LOCAL, Client, Order, Query, Result
 from moe_jax.serving.engine.results import Results
 from moe_jax.serving.engine.served import Served
+from moe_jax.serving.engine.snapshot import ALL_LAYERS
+from moe_jax.serving.engine.stacking import outcome_of, stack_layers
 from moe_jax.serving.errors import ServingError, out_of_memory
 
 # Request ids need not be unpredictable; `os.urandom` would cost a system call each.
@@ -42,13 +44,8 @@ def answer(
         client = query.client
         query.call.on_leave(lambda: _failed(parts, left_at_deadline(), client, request_id, start))
     try:
-        order = _checked(parts, results, served, query, start)
-
-        def compute() -> cache.Entry:
-            checking = _checking(parts, order)
-            return parts.device.answer(order, checking, lambda: results.peek(order))
-
-        entry, outcome, digest = results.fetch(order, compute, use_cache=query.use_cache)
+        orders = _checked(parts, results, served, query, start)
+        fetched = [_fetched(parts, results, order, query.use_cache) for order in orders]
     except Exception as error:
         if query.call is not None and query.call.left:
             raise  # the listener above has counted it
@@ -57,43 +54,77 @@ def answer(
         raise _failed(parts, error, query.client, request_id, start) from error.__cause__
     if query.call is not None and query.call.left:
         raise left_at_deadline()  # counted above; nobody receives the answer
+    entry, outcome, digest = fetched[0]
+    if query.model == ALL_LAYERS:
+        entry = stack_layers(orders, [each for each, _, _ in fetched])
+        outcome, digest = outcome_of([each for _, each, _ in fetched]), ""
     seconds = time.perf_counter() - start
     parts.recorder.answered(entry, seconds)
+    for order, (each, _, _) in zip(orders, fetched, strict=True):
+        parts.recorder.routed(order.snapshot.layer_of(order.model), each, seconds)
     parts.log.debug(
         "answered",
         request_id=request_id,
-        model=order.model,
-        shape=order.x.shape,
+        model=query.model,
+        shape=query.hidden_states.shape,
         result=outcome,
         ms=round(1e3 * seconds, 3),
     )
     return _result(parts, entry, request_id, seconds, outcome, digest), entry
 
 
-def _checked(parts: Parts, results: Results, served: Served, query: Query, start: float) -> Order:
-    """Checks a query, except the values in its arrays, and binds it to the current weights."""
+def _fetched(
+    parts: Parts, results: Results, order: Order, use_cache: bool
+) -> tuple[cache.Entry, str, str]:
+    """Returns ``Results.fetch`` of an order, computed on the device if need be."""
+
+    def compute() -> cache.Entry:
+        checking = _checking(parts, order)
+        return parts.device.answer(order, checking, lambda: results.peek(order))
+
+    return results.fetch(order, compute, use_cache=use_cache)
+
+
+def _checked(
+    parts: Parts, results: Results, served: Served, query: Query, start: float
+) -> list[Order]:
+    """Checks a query, except the values in its arrays, and binds it to the current weights.
+
+    Returns:
+        One order; for all layers one each, in their order. Each is cached and run by itself.
+    """
     parts.lifecycle.check_open()
     # Taken once, so that no answer mixes the weights before and after a reload.
     snapshot = served.snapshot
     snapshot.check_model(query.model)
-    admission.check_array(query.hidden_states, served.limits)
-    x = np.ascontiguousarray(query.hidden_states)
+    if query.model == ALL_LAYERS:
+        models = tuple(snapshot.weights.layers)
+        admission.check_layers(query.hidden_states, len(models), served.limits)
+        states = np.ascontiguousarray(query.hidden_states)
+    else:
+        models = (query.model,)
+        admission.check_array(query.hidden_states, served.limits)
+        states = np.ascontiguousarray(query.hidden_states)[None]
     mask = None
     if query.token_mask is not None:
-        mask = admission.check_mask(query.token_mask, x.shape)
+        mask = admission.check_mask(query.token_mask, states.shape[1:])
     allowed, asked = parts.config.serving.request_timeout_seconds, query.timeout_seconds
-    return Order(
-        snapshot=snapshot,
-        model=query.model,
-        x=x,
-        token_mask=mask,
-        logits=query.return_router_logits,
-        client=query.client,
-        owner=results.owner(query.client),
-        deadline=start + (allowed if asked is None else min(asked, allowed)),
-        may_run_inline=asked is None and query.client == LOCAL,
-        call=query.call,
-    )
+    deadline = start + (allowed if asked is None else min(asked, allowed))
+    return [
+        Order(
+            snapshot=snapshot,
+            model=model,
+            x=x,
+            token_mask=mask,
+            logits=query.return_router_logits,
+            client=query.client,
+            owner=results.owner(query.client),
+            deadline=deadline,
+            may_run_inline=asked is None and query.client == LOCAL,
+            call=query.call,
+        )
+        for model, x in zip(models, states, strict=True)
+    ]
 
 
 def _checking(parts: Parts, order: Order) -> Checking:
@@ -135,11 +166,13 @@ def lookup(
     except ServingError as error:
         raise parts.access.refused(error, client) from None
     output = "output" if model == "moe" else "expert_indices"
-    entry = results.find(digest, version=snapshot.version, output=output, client=client)
+    version = snapshot.versions[model]
+    entry = results.find(digest, version=version, output=output, client=client)
     if entry is None:
         return None
     seconds = time.perf_counter() - start
     parts.recorder.answered(entry, seconds)
+    parts.recorder.routed(snapshot.layer_of(model), entry, seconds)
     return _result(parts, entry, _new_id(), seconds, "hit", digest)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.serving.cache import Entry
@@ -15,11 +16,13 @@ class Recorder:
     Attributes:
         exporter: Prometheus metrics; None if monitoring is off or weights are not loaded.
         traffic: the last minutes; None likewise.
+        layers: the last minutes of each served layer; ``traffic`` itself if there is one.
     """
 
     def __init__(self) -> None:
         self.exporter: Exporter | None = None
         self.traffic: Traffic | None = None
+        self.layers: dict[str, Traffic] = {}
 
     def open(self, exporter: Exporter, traffic: Traffic) -> None:
         """Starts counting."""
@@ -38,6 +41,29 @@ class Recorder:
             exporter.add("moe_fallback_total", label=about["fallback"])
         traffic.answered(seconds, load=entry.arrays["_load"], histogram=histogram)
 
+    def track(self, layers: Mapping[str, int]) -> None:
+        """Counts these layers from now on: the number of experts by name."""
+        traffic = self.traffic
+        if traffic is None:
+            return
+        if len(layers) == 1:
+            self.layers = dict.fromkeys(layers, traffic)
+            return
+        kept = {n: layer for n, layer in self.layers.items() if layer is not traffic}
+        added = {
+            name: Traffic(num_experts=experts, max_k=experts, clock=traffic.clock)
+            for name, experts in layers.items()
+            if name not in kept
+        }
+        self.layers = kept | added
+
+    def routed(self, layer: str, entry: Entry, seconds: float) -> None:
+        """Counts what one of several layers answered."""
+        traffic = self.layers.get(layer)
+        if traffic is not None and traffic is not self.traffic:  # `answered` has counted the latter
+            load, histogram = entry.arrays["_load"], entry.arrays["_histogram"]
+            traffic.answered(seconds, load=load, histogram=histogram)
+
     def mirror(self) -> None:
         """Copies the counts of the traffic to the exporter, once a scrape instead of each request."""
         exporter, traffic = self.exporter, self.traffic
@@ -48,6 +74,10 @@ class Recorder:
         exporter.mirror("moe_tokens_total", totals["tokens"])
         exporter.mirror_experts(totals["load"])
         exporter.mirror_histogram("moe_experts_per_token", totals["histogram"])
+        for layer, part in self.layers.items():
+            totals = part.totals()
+            exporter.mirror("moe_layer_tokens_total", totals["tokens"], layer)
+            exporter.mirror("moe_layer_assignments_total", int(totals["load"].sum()), layer)
 
     def refused(self, error: ServingError) -> None:
         """Counts a refused or failed request by its code."""

@@ -13,9 +13,10 @@ import jax
 import moe_jax
 from moe_jax.serving.engine import alerts
 from moe_jax.serving.engine.parts import Parts
+from moe_jax.serving.engine.recorder import Recorder
 from moe_jax.serving.engine.results import Results
 from moe_jax.serving.engine.served import Served
-from moe_jax.serving.engine.snapshot import Snapshot
+from moe_jax.serving.engine.snapshot import Snapshot, Weights
 from moe_jax.serving.errors import CODES
 from moe_jax.serving.metrics import NAMES
 
@@ -145,7 +146,11 @@ def _components(parts: Parts, results: Results, served: Served) -> dict[str, dic
             "rule": type(snapshot.router).__name__,
             "layer": snapshot.weights.name,
             "layers": list(snapshot.weights.names),
-            "models": sorted(snapshot.models),
+            "models": sorted(snapshot.names),
+            "served_layers": {
+                name: _layer(layer, snapshot.versions[name])
+                for name, layer in snapshot.weights.layers.items()
+            },
             **snapshot.served_as(),
             "calibration": None if fit is None else fit.describe(),
         }
@@ -191,6 +196,20 @@ def _components(parts: Parts, results: Results, served: Served) -> dict[str, dic
     }
     components["security"] = {"status": "ok", "level": parts.level.name}
     return components
+
+
+def _layer(weights: Weights, version: str) -> dict[str, Any]:
+    """Describes one of several served layers."""
+    fit = getattr(weights.state, "fit", None)
+    return {
+        "version": version,
+        "rule": type(weights.router).__name__,
+        "num_experts": weights.router.num_experts,
+        "min_k": weights.router.min_k,
+        "max_k": weights.router.max_k,
+        "target_mean_k": _target(weights),
+        "calibrated": fit is not None,
+    }
 
 
 def metrics_report(parts: Parts, results: Results) -> dict[str, Any]:
@@ -250,7 +269,13 @@ def exposition(parts: Parts, results: Results, served: Served) -> bytes:
         exporter.set("moe_circuit_state", float(parts.breaker.state == state), state)
     now = recent(parts)
     exporter.set("moe_load_balance_score", now["load_balance_score"])
-    exporter.set("moe_budget_drift_ratio", budget_drift(served.current, now))
+    exporter.set("moe_budget_drift_ratio", budget_drift(served.current, parts.recorder))
+    if served.current is not None:
+        for layer, traffic in parts.recorder.layers.items():
+            weights = served.current.layers.get(layer)
+            if weights is not None:
+                drift = _drift([(traffic.recent(), _target(weights))])
+                exporter.set("moe_layer_budget_drift_ratio", drift, layer)
     exporter.mirror("moe_compilations_total", parts.compilations)
     exporter.mirror("moe_log_lines_dropped_total", parts.log_lines_dropped)
     if results.cache is not None:
@@ -264,18 +289,31 @@ def exposition(parts: Parts, results: Results, served: Served) -> bytes:
     return exporter.text()
 
 
-def budget_drift(snapshot: Snapshot | None, now: dict[str, Any]) -> float:
+def budget_drift(snapshot: Snapshot | None, recorder: Recorder) -> float:
     """Returns the mean number of experts per token of recent traffic over the intended mean.
 
-    That is the calibrated mean, or the middle of ``min_k`` and ``max_k`` without a calibration. The
+    The intended mean is that of the layers that the traffic asked for, weighted by their tokens. The
     ratio is 1 without traffic.
     """
-    if snapshot is None or not now["tokens"]:
+    if snapshot is None or recorder.traffic is None:
         return 1.0
-    fit = getattr(snapshot.weights.state, "fit", None)
+    layers = snapshot.layers
+    recent = {name: traffic.recent() for name, traffic in recorder.layers.items()}
+    return _drift([(recent[n], _target(layer)) for n, layer in layers.items() if n in recent])
+
+
+def _target(weights: Weights) -> float:
+    """Returns the calibrated mean k, or the middle of ``min_k`` and ``max_k`` without a calibration."""
+    fit = getattr(weights.state, "fit", None)
     target = float(fit.target_mean_k) if fit is not None else 0.0
-    router = snapshot.router
-    return now["mean_experts_per_token"] / (target or (router.min_k + router.max_k) / 2)
+    return target or (weights.router.min_k + weights.router.max_k) / 2
+
+
+def _drift(layers: list[tuple[dict[str, Any], float]]) -> float:
+    """Returns the used over the intended number of experts, from recent traffic and mean by layer."""
+    used = sum(now["tokens"] * now["mean_experts_per_token"] for now, _ in layers)
+    intended = sum(now["tokens"] * target for now, target in layers)
+    return used / intended if intended else 1.0
 
 
 def diagnostics(parts: Parts, results: Results, served: Served) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.routers import Router
 from moe_jax.serving.engine.snapshot import Snapshot
 from moe_jax.serving.resilience import Call
 
@@ -28,8 +29,8 @@ class Query:
     """One request, as the caller wrote it. ``RouterEngine.infer`` describes the fields.
 
     Attributes:
-        model: ``router`` or ``moe``.
-        hidden_states: [B, S, D], not yet checked.
+        model: ``router``, ``moe``, a layer such as ``layer_3``, or ``layers``.
+        hidden_states: [B, S, D], for ``layers`` [L, B, S, D], not yet checked.
         token_mask: bool[B, S], not yet checked, or None.
         return_router_logits: whether the answer holds the router's logits.
         client: who asks.
@@ -56,7 +57,7 @@ class Order:
 
     Attributes:
         snapshot: what to run.
-        model: ``router`` or ``moe``; the snapshot has it.
+        model: ``router``, ``moe`` or a layer; the snapshot has it.
         x: hidden states [B, S, D], contiguous, of the dtype that was sent.
         token_mask: bool[B, S], contiguous; None where every token counts.
         logits: whether the router's logits are wanted.
@@ -78,6 +79,16 @@ class Order:
     deadline: float
     may_run_inline: bool = False
     call: Call | None = None
+
+    @property
+    def router(self) -> Router:
+        """The rule that answers."""
+        return self.snapshot.router_of(self.model)
+
+    @property
+    def version(self) -> str:
+        """The version of the weights that answer."""
+        return self.snapshot.versions[self.model]
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -150,7 +150,7 @@ class Results:
 
     def digest(self, order: Order) -> str:
         """Returns the name of an order: 32 hex digits over everything that its answer depends on."""
-        settings = (order.snapshot.version, self._settings, order.model, order.logits)
+        settings = (order.version, self._settings, order.model, order.logits)
         return self._keyer.digest(settings, order.x, order.token_mask, client=order.client.id)
 
     def fetch(
@@ -198,7 +198,7 @@ class Results:
         if self.cache is None:
             return None
         entry = self.cache.peek(self.digest(order))
-        if entry is None or entry.version != order.snapshot.version:
+        if entry is None or entry.version != order.version:
             return None
         return entry if entry.owner in ("", order.client.id) else None
 

@@ -83,7 +83,7 @@ class Served:
             router=type(snapshot.router).__name__,
             layer=snapshot.weights.name,
             trained=snapshot.trained,
-            models=sorted(snapshot.models),
+            models=sorted(snapshot.names),
             backend=jax.default_backend(),
             seconds=round(time.perf_counter() - start, 3),
         )
@@ -92,7 +92,7 @@ class Served:
     def _open_metrics(self, snapshot: Snapshot) -> None:
         parts = self._parts
         if parts.recorder.exporter is None and parts.config.performance.enable_monitoring:
-            experts = snapshot.router.num_experts
+            experts = snapshot.num_experts
             parts.recorder.open(
                 metrics.Exporter(
                     num_experts=experts, codes=tuple(CODES), build=_build_of(snapshot)
@@ -100,6 +100,9 @@ class Served:
                 # A reload may bring another largest k, so there is room for any.
                 metrics.Traffic(num_experts=experts, max_k=experts, clock=parts.clock),
             )
+        # Also after a reload, which may bring the first checkpoint, and with it several layers.
+        layers = snapshot.layers.items()
+        parts.recorder.track({name: layer.router.num_experts for name, layer in layers})
 
     def load_in_background(self) -> None:
         """Starts ``load`` on a thread; ``load_error`` says why it failed."""
@@ -165,12 +168,14 @@ class Served:
                 "the configured ones. Configure the checkpoint's values.",
                 served=differing,
             )
-        others = [name for name in snapshot.weights.names if name != snapshot.weights.name]
+        weights = snapshot.weights
+        routed = {weights.name, *(layer.name for layer in weights.layers.values())}
+        others = [name for name in weights.names if name not in routed]
         if others and not config.serving.checkpoint_router:
             log.info(
                 "serving_one_router",
-                hint="the checkpoint has several routers, and the service serves one. Set "
-                "MOE_CHECKPOINT_ROUTER to choose another.",
+                hint="the checkpoint has routers that are not layers of the one model and rule that "
+                "the service serves. Set MOE_CHECKPOINT_ROUTER to choose another.",
                 serving=snapshot.weights.name,
                 others=others[:32],
             )
@@ -238,17 +243,17 @@ def _build_of(snapshot: Snapshot) -> dict[str, str]:
         "version": moe_jax.__version__,
         "jax": jax.__version__,
         "backend": jax.default_backend(),
-        "params": snapshot.version if snapshot.trained else f"untrained-{snapshot.version}",
+        "params": snapshot.served_version if snapshot.trained else f"untrained-{snapshot.version}",
     }
 
 
 def _check_compatible(old: Snapshot, new: Snapshot) -> None:
     """Raises CheckpointError if a client that the old snapshot answers would be refused by the new."""
     # Nobody relies on seeded experts, so a checkpoint may replace them without having any.
-    before, after = sorted(old.models), sorted(new.models)
+    before, after = sorted(old.names), sorted(new.names)
     for name, expected, got in (
         ("width (input_dim)", old.width, new.width),
-        ("num_experts", old.router.num_experts, new.router.num_experts),
+        ("num_experts", old.num_experts, new.num_experts),
         ("models", before if old.trained else after, after),
     ):
         if expected != got:
@@ -269,8 +274,27 @@ def check_canary(snapshot: Snapshot) -> None:
         raise ServingError("internal", "the weights changed in memory while they were loaded.")
     shape = (_CANARY_TOKENS, snapshot.width)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    router = snapshot.router
-    outputs = snapshot.models["router"].run(x, None, logits=True)
+    problems = []
+    for model in snapshot.models:
+        if model != "moe":
+            layer = "" if model == "router" else f"{model}: "
+            problems += [layer + problem for problem in _unsound(snapshot, model, x)]
+    if (
+        "moe" in snapshot.models
+        and not np.isfinite(snapshot.models["moe"].run(x, None)["output"]).all()
+    ):
+        problems.append("outputs of experts that are not finite")
+    if problems:
+        raise UnsoundWeights(
+            f"weights from {snapshot.weights.source}: expected sound answers to a canary batch, got "
+            f"{'; '.join(problems)}. They are not served; calibrate or train again."
+        )
+
+
+def _unsound(snapshot: Snapshot, model: str, x: np.ndarray) -> list[str]:
+    """Returns what is wrong with a router's decisions for tokens x f32[T, D]."""
+    router = snapshot.router_of(model)
+    outputs = snapshot.models[model].run(x, None, logits=True)
     indices, weights = outputs["expert_indices"], outputs["expert_weights"]
     counts = outputs["num_experts_per_token"]
     problems = []
@@ -282,13 +306,4 @@ def check_canary(snapshot: Snapshot) -> None:
         problems.append(f"experts per token outside of {router.min_k} to {router.max_k}")
     if not ((weights >= 0).all() and (weights[indices < 0] == 0).all()):
         problems.append("weights that are negative or of no expert")
-    if (
-        "moe" in snapshot.models
-        and not np.isfinite(snapshot.models["moe"].run(x, None)["output"]).all()
-    ):
-        problems.append("outputs of experts that are not finite")
-    if problems:
-        raise UnsoundWeights(
-            f"weights from {snapshot.weights.source}: expected sound answers to a canary batch, got "
-            f"{'; '.join(problems)}. They are not served; calibrate or train again."
-        )
+    return problems

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checkpoint import CheckpointError, open_checkpoint
+from moe_jax.checkpoint import CheckpointError, OpenCheckpoint, StoredLayer, open_checkpoint
 from moe_jax.checkpoint.description import router_sizes
 from moe_jax.config import Config, ConfigError, build_router
 from moe_jax.experts import FeedForward
@@ -36,6 +37,10 @@ from moe_jax.types import Params
 _NEED_CONTEXT = ("attention_entropy", "gradient_norm", "surprisal", "prediction_entropy")
 _CALIBRATION_TOKENS = 4096
 _COMPILERS = 4  # threads; XLA compiles outside of Python's lock
+# The layers of one model: layer_3, or VARIANT/layer_3 where a checkpoint has several rules.
+_LAYER_NAME = re.compile(r"((?:.*/)?)layer_(0|[1-9]\d*)")
+ALL_LAYERS = "layers"
+"""The model that routes one batch of hidden states for each served layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,8 @@ class Weights:
         source: the checkpoint folder or the seed, for reports.
         name: name of the router in the checkpoint, such as ``layer_0``; ``untrained`` without one.
         names: names of all routers in the checkpoint.
+        layers: weights by model name, ``layer_3``, in the order of the layers, if the whole model is
+            served; the router itself is among them. Empty if one router is served.
     """
 
     router: Router
@@ -63,6 +70,7 @@ class Weights:
     source: str
     name: str = "untrained"
     names: tuple[str, ...] = ()
+    layers: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +81,7 @@ class Snapshot:
         weights: router, parameters, state.
         version: 16 hex digits over the rule, its parameters and its state, experts included. It
             differs between any two weights.
-        models: ``router``, and ``moe`` if it is served.
+        models: ``router``; ``moe`` if it is served; and ``layer_3`` and the like if the whole model is.
         host_models: the same on the host's CPU, used if the device fails; None if the device is the
             host's CPU.
     """
@@ -90,7 +98,8 @@ class Snapshot:
             check_stop: called before each compilation and run; what it raises ends the warming, after
                 the compilations under way.
         """
-        every = [*self.models.values(), *(self.host_models or {}).values()]
+        models = [*self.models.values(), *(self.host_models or {}).values()]
+        every = list({id(buckets): buckets for buckets in models}.values())
 
         def compile_one(task: tuple[Buckets, int]) -> None:
             check_stop()
@@ -102,11 +111,57 @@ class Snapshot:
         for buckets in every:
             check_stop()
             buckets.warm()
+        self.metadata  # noqa: B018 - with the versions, so that no request waits for their digests
 
     @property
     def router(self) -> Router:
         """The rule."""
         return self.weights.router
+
+    def router_of(self, model: str) -> Router:
+        """The rule of a model."""
+        return self.models[model].program.router
+
+    def weights_of(self, model: str) -> Weights:
+        """The weights of a model."""
+        return self.weights.layers.get(model, self.weights)
+
+    @functools.cached_property
+    def versions(self) -> Mapping[str, str]:
+        """The version of each model; that of ``layers`` differs if that of any layer does."""
+        versions = dict.fromkeys(self.names, self.version)
+        for name, weights in self.weights.layers.items():
+            versions[name] = version_of(weights)
+        if self.weights.layers:
+            versions[ALL_LAYERS] = _digits(self.version, *versions.values())
+        return versions
+
+    @property
+    def served_version(self) -> str:
+        """The version of everything that is served: of all layers, or of the one router."""
+        return self.versions.get(ALL_LAYERS, self.version)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that requests may ask for."""
+        return (*self.models, *((ALL_LAYERS,) if self.weights.layers else ()))
+
+    @property
+    def layers(self) -> Mapping[str, Weights]:
+        """Every served layer by the name that metrics give it; the one router under its own name."""
+        return self.weights.layers or {self.weights.name: self.weights}
+
+    def layer_of(self, model: str) -> str:
+        """The name in ``layers`` of the layer that a model routes for."""
+        if model in self.weights.layers:
+            return model
+        name = self.weights.name
+        return name.rpartition("/")[2] if self.weights.layers else name
+
+    @property
+    def num_experts(self) -> int:
+        """The largest number of experts of a served layer."""
+        return max(buckets.program.router.num_experts for buckets in self.models.values())
 
     @property
     def trained(self) -> bool:
@@ -120,38 +175,53 @@ class Snapshot:
 
     def check_model(self, model: str) -> None:
         """Raises ServingError ``not_found`` unless this model is served."""
-        if model in self.models:
+        if model in self.names:
             return
         hint = (
             "" if "moe" in self.models else " moe needs experts and MOE_SERVE_MOE other than off."
         )
         raise ServingError(
             "not_found",
-            f"model: expected one of {', '.join(self.models)}, got {str(model)[:64]!r}.{hint}",
+            f"model: expected one of {', '.join(self.names)}, got {str(model)[:64]!r}.{hint}",
         )
+
+    def check_layer(self, layer: str) -> str:
+        """Returns the layer's name. Raises ServingError ``not_found`` unless it is served."""
+        layers = self.weights.layers
+        if layer in layers:
+            return layer
+        if layers:
+            expected = f"expected one of {', '.join(layers)}"
+        else:
+            expected = f"expected none, because one router is served ({self.weights.name})"
+        raise ServingError("not_found", f"layer: {expected}, got {str(layer)[:64]!r}.")
 
     @functools.cached_property
     def metadata(self) -> Mapping[str, Mapping[str, Any]]:
         """Each model in the words of the Open Inference Protocol, built once; -1 is any size."""
-        return {model: self._described(model) for model in self.models}
+        return {model: self._described(model) for model in self.names}
 
     def _described(self, model: str) -> dict[str, Any]:
-        router, width = self.router, self.width
+        asked = list(self.weights.layers) if model == ALL_LAYERS else [model]
+        routers = [self.router_of(name) for name in asked]
+        each = [len(asked)] if model == ALL_LAYERS else []
+        slots = max(router.max_k for router in routers)
+        tokens, width = [*each, -1, -1], self.width
         if model == "moe":
-            outputs = [("output", "FP32", [-1, -1, width])]
+            outputs = [("output", "FP32", [*tokens, width])]
         else:
             outputs = [
-                ("expert_indices", "INT32", [-1, -1, router.max_k]),
-                ("expert_weights", "FP32", [-1, -1, router.max_k]),
-                ("num_experts_per_token", "INT32", [-1, -1]),
-                ("complexity_scores", "FP32", [-1, -1]),
-                ("router_logits", "FP32", [-1, -1, router.num_experts]),
+                ("expert_indices", "INT32", [*tokens, slots]),
+                ("expert_weights", "FP32", [*tokens, slots]),
+                ("num_experts_per_token", "INT32", tokens),
+                ("complexity_scores", "FP32", tokens),
+                ("router_logits", "FP32", [*tokens, max(r.num_experts for r in routers)]),
             ]
         return {
             "name": model,
-            "versions": [self.version],
+            "versions": [self.versions[model]],
             "platform": "jax",
-            "inputs": [{"name": "hidden_states", "datatype": "FP32", "shape": [-1, -1, width]}],
+            "inputs": [{"name": "hidden_states", "datatype": "FP32", "shape": [*tokens, width]}],
             "outputs": [{"name": n, "datatype": d, "shape": s} for n, d, s in outputs],
         }
 
@@ -214,6 +284,13 @@ def _models(config: Config, weights: Weights, device: Any) -> dict[str, Buckets]
         device=device,
     )
     models = {"router": Buckets(program, jax.device_put(weights.params, device), state, sizes)}
+    for name, layer in weights.layers.items():
+        # The same arrays serve under both names; layers of equal rule and shapes compile once.
+        models[name] = (
+            models["router"]
+            if layer.name == weights.name
+            else _models(config, dataclasses.replace(layer, experts=None), device)["router"]
+        )
     if weights.experts is not None and weights.layer is not None:
         models["moe"] = Buckets(
             dataclasses.replace(program, experts=weights.experts),
@@ -230,6 +307,11 @@ def version_of(weights: Weights) -> str:
     parts: list[object] = [weights.router.fingerprint()]
     for tree in (weights.params, weights.state, weights.layer):
         parts += [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    return _digits(*parts)
+
+
+def _digits(*parts: object) -> str:
+    """Returns 16 hex digits that depend on every part."""
     return "".join(f"{int(word):08x}" for word in budget.fingerprint(*parts)[:2])
 
 
@@ -307,17 +389,62 @@ def _from_checkpoint(config: Config, folder: str) -> Weights:
             f"serve_moe: expected a checkpoint with experts, got {folder} without any that this "
             "service can read. Set MOE_SERVE_MOE=auto, or save them with moe-jax train."
         )
+    weights = _stored(opened, layer, folder)
+    return dataclasses.replace(
+        weights,
+        experts=layer.experts if served else None,
+        layer=layer.layer if served else None,
+        # A router that is named is served alone.
+        layers={} if config.serving.checkpoint_router else _layers_of(opened, weights),
+    )
+
+
+def _stored(opened: OpenCheckpoint, layer: StoredLayer, folder: str) -> Weights:
+    """Returns a layer of a checkpoint, without its experts."""
     return Weights(
         router=layer.router,
         params=layer.params,
         state=layer.state,
-        experts=layer.experts if served else None,
-        layer=layer.layer if served else None,
+        experts=None,
+        layer=None,
         trained=True,
         source=folder,
         name=layer.name,
         names=tuple(opened.content.routers),
     )
+
+
+def _layers_of(opened: OpenCheckpoint, weights: Weights) -> dict[str, Weights]:
+    """Returns the layers that belong to the same model and rule as ``weights``, by their model names.
+
+    Empty if there is one layer, or layers of different width: one tensor could not hold their inputs.
+    """
+    layers: dict[str, Weights] = {}
+    for name, model in layer_models(opened.content.routers, weights.name).items():
+        stored = weights if name == weights.name else None
+        if stored is None:
+            stored = _stored(opened, opened.layer(name), weights.source)
+            _check_servable(stored.router)
+        layers[model] = stored
+    same = len({router_width(layer) for layer in layers.values()}) == 1
+    return layers if same and len(layers) > 1 else {}
+
+
+def layer_models(routers: Iterable[str], chosen: str) -> dict[str, str]:
+    """Returns the routers of the model that ``chosen`` is a layer of, in their order, as served.
+
+    Example:
+        >>> layer_models(["min_p/layer_10", "min_p/layer_2", "top_p/layer_2"], "min_p/layer_10")
+        {'min_p/layer_2': 'layer_2', 'min_p/layer_10': 'layer_10'}
+        >>> layer_models(["router"], "router")
+        {}
+    """
+    match = _LAYER_NAME.fullmatch(chosen)
+    if match is None:
+        return {}
+    found = [_LAYER_NAME.fullmatch(name) for name in routers]
+    numbers = sorted(int(m[2]) for m in found if m is not None and m[1] == match[1])
+    return {f"{match[1]}layer_{n}": f"layer_{n}" for n in numbers}
 
 
 def _check_servable(router: Router) -> None:

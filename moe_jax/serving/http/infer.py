@@ -187,7 +187,7 @@ def run(
     options: dict[str, Any] = {}
     if (mask := request.inputs.get("token_mask")) is not None:
         options["token_mask"] = mask
-    if spec.name == "router" and any(name == "router_logits" for name, _ in request.outputs):
+    if spec.name != "moe" and any(name == "router_logits" for name, _ in request.outputs):
         options["return_router_logits"] = True
     return transport.engine.infer(
         spec.name,

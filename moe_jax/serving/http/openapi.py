@@ -13,7 +13,9 @@ _MODEL = {
     "name": "model",
     "in": "path",
     "required": True,
-    "schema": {"type": "string", "enum": ["router", "moe"]},
+    "schema": {"type": "string", "pattern": "^(router|moe|layers|layer_[0-9]+)$"},
+    "description": "router; moe if experts are served; layer_3 and the like, and layers for all of "
+    "them, if the checkpoint holds the layers of one model.",
 }
 _VERSION = {
     "name": "version",
@@ -62,7 +64,7 @@ def _infer(*parameters: Any) -> dict[str, Any]:
     request = {"$ref": "#/components/schemas/InferRequest"}
     return {
         "post": {
-            "summary": "Route hidden states (router), or run the layer (moe).",
+            "summary": "Route hidden states (router, layer_N, layers), or run the layer (moe).",
             "description": "JSON, or JSON followed by binary tensors. Content-Encoding: "
             + " or ".join(ENCODINGS)
             + ".",

@@ -116,6 +116,24 @@ CONTRACT: tuple[Metric, ...] = (
         "Mean experts per token in the last 5 minutes over the mean that was calibrated.",
     ),
     Metric(
+        "moe_layer_tokens_total",
+        "counter",
+        "Tokens by the layer that routed them; a request for all layers counts in each.",
+        ("layer",),
+    ),
+    Metric(
+        "moe_layer_assignments_total",
+        "counter",
+        "Experts that a layer's tokens used.",
+        ("layer",),
+    ),
+    Metric(
+        "moe_layer_budget_drift_ratio",
+        "gauge",
+        "moe_budget_drift_ratio of each served layer.",
+        ("layer",),
+    ),
+    Metric(
         "moe_cache_requests_total",
         "counter",
         "Looks into the cache, by result.",

@@ -54,7 +54,7 @@ class Traffic:
 
     def __init__(self, *, num_experts: int, max_k: int, clock: Callable[[], float]) -> None:
         self._shape = (num_experts, max_k)
-        self._clock = clock
+        self.clock = clock
         self._lock = threading.Lock()
         self._left = _Slot(0.0, num_experts, max_k)  # sum of the slots that have left the window
         self._slots: collections.deque[_Slot] = collections.deque()
@@ -76,17 +76,17 @@ class Traffic:
         # Sums are left for later: even small operations of numpy take microseconds right after the
         # device's work, whose threads still hold the caches.
         with self._lock:
-            now = self._clock()
+            now = self.clock()
             self._latencies.append((now, seconds))
             slot = self._slot(now)
             slot.requests += 1
-            slot.load += load
+            slot.load[: len(load)] += load
             slot.histogram[: len(histogram)] += histogram
 
     def failed(self, seconds: float) -> None:
         """Counts a server-side failure."""
         with self._lock:
-            now = self._clock()
+            now = self.clock()
             self._latencies.append((now, seconds))
             slot = self._slot(now)
             slot.requests += 1
@@ -95,7 +95,7 @@ class Traffic:
     def recent(self) -> dict[str, Any]:
         """Returns rates and percentiles of the last five minutes."""
         with self._lock:
-            now = self._clock()
+            now = self.clock()
             summed = self._recent(now)
             seconds = [s for at, s in self._latencies if now - at <= WINDOW_SECONDS]
         span = min(max(now - self._started, 1.0), WINDOW_SECONDS)

@@ -105,7 +105,8 @@ def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_pa
         np.testing.assert_allclose(answers[-1], wanted, rtol=2e-5, atol=2e-5)
     assert (answers[0] != answers[1]).any()
     only_router = make_engine(checkpoint=path, serve_moe="off", buckets="16")
-    assert sorted(only_router.snapshot.models) == ["router"]
+    # Without a name all layers are served, and routers alone where the setting says so.
+    assert sorted(only_router.snapshot.models) == ["layer_0", "layer_1", "router"]
     with pytest.raises(ValueError, match="layer_0, layer_1"):
         make_engine(checkpoint=path, checkpoint_router="layer_7")
     plain = write(tmp_path / "plain", seed=1)
