@@ -73,7 +73,7 @@ class StoredLayer:
         name: the router's name in the checkpoint.
         router: the rule.
         state: its state.
-        params: its parameters; ``kernel`` is f32[D, E].
+        params: its parameters; ``kernel`` is f32[D, E] for most rules.
         layer: parameters of ``moe_layer``; its ``router`` is ``params``. None without experts.
         experts: what one expert computes; None without experts.
     """
@@ -88,7 +88,8 @@ class StoredLayer:
     @property
     def width(self) -> int:
         """D, the width of the hidden states that the router takes."""
-        return int(self.params["kernel"].shape[0])
+        # A router of several layers (`DepthRouter`) reads the hidden states with its first one.
+        return int(self.params["down" if "down" in self.params else "kernel"].shape[0])
 
     def route(self, x: Any) -> Routing | ExpertChoice:
         """Routes hidden states float[T, D]."""

@@ -1,5 +1,6 @@
 """Whole published Mixture-of-Experts models: load, run, generate, save back."""
 
+from moe_jax.models.block_checkpoint import block_checkpoint
 from moe_jax.models.causal_lm import CausalLM, DecoderOutput
 from moe_jax.models.comparison import Comparison, compare
 from moe_jax.models.config_reader import decoder_config, supported_decoders
@@ -22,6 +23,7 @@ __all__ = [
     "KVCache",
     "Sampling",
     "StreamedLayer",
+    "block_checkpoint",
     "compare",
     "decoder_config",
     "evaluate",

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checkpoint import Checkpoint, CheckpointError, LayerSpec, restore, save
-from moe_jax.experts import FeedForward
 from moe_jax.interop import MoEBlock
 from moe_jax.interop.budget_shares import shared_budget
 from moe_jax.interop.retrofit import fixed_rule, fold_expert_scale, target_of
+from moe_jax.models.block_checkpoint import block_spec
 from moe_jax.models.causal_lm import CausalLM, Implementation
 from moe_jax.models.load import HubFolder, StreamedLayer, stream_layers
 from moe_jax.models.streaming import (
@@ -347,7 +347,7 @@ def save_budget(
 
     Raises:
         CheckpointError: see ``moe_jax.checkpoint.save``.
-        ValueError: an expert of the model is no ``FeedForward``; see ``HubFolder``.
+        ValueError: ``moe_layer`` does not compute a block of the model; see ``HubFolder``.
     """
     params: dict[str, Any] = {f"layer_{n}": {"router": p} for n, p in budget.params.items()}
     specs = {name: LayerSpec(router=(name, "router")) for name in params}
@@ -356,17 +356,15 @@ def save_budget(
             if layer.block is None:
                 continue
             name, block = f"layer_{layer.number}", budget.block(layer.number, layer.block)
-            if not isinstance(block.expert_fn, FeedForward) or set(block.params) != {
-                "router",
-                "experts",
-            }:
+            specs[name] = block_spec(block, (name,))
+            if specs[name].layer is None:
                 raise ValueError(
-                    f"layer {layer.number}: expected plain experts, got a block with "
-                    f"{', '.join(sorted(block.params))} ({type(block.expert_fn).__name__}). The "
-                    "service computes outputs of plain experts only: save the routers alone."
+                    f"layer {layer.number}: expected a block that moe_layer computes, got one with "
+                    f"{', '.join(sorted(block.params))}, {block.options} and "
+                    f"{type(block.expert_fn).__name__}. The service computes no outputs of such "
+                    "blocks: save the routers alone."
                 )
             params[name] = dict(block.params)
-            specs[name] = LayerSpec(router=(name, "router"), layer=(name,), experts=block.expert_fn)
     numbers = [str(n) for n in budget.routers]
     note = {
         **budget.metadata,
