@@ -79,8 +79,11 @@ def _outputs(expert_fn: FeedForward, params: Params, x: Array, plan: DispatchPla
         output = _stream_row(expert_fn, params, a.expert_indices[n], x[a.token_indices[n]])
         return jax.lax.dynamic_update_index_in_dim(total, output, i, axis=0)
 
+    # One row more than is used: the shape that `sum_over_slots` gets from `tiered` with pieces of
+    # one row.
     total = jnp.zeros((plan.num_rows + 1, params["down"].shape[2]), x.dtype)
     total = vary_like(total, (params, x, plan))
+    # The trip count is the number of kept rows of this batch, so unused slots cost nothing.
     return jax.lax.fori_loop(jnp.int32(0), plan.group_sizes.sum(dtype=jnp.int32), step, total)
 
 
@@ -92,6 +95,8 @@ def _stream(expert_fn: FeedForward, params: Params, x: Array, weights: Array, pl
 @_stream.defjvp
 def _stream_jvp(expert_fn, primals, tangents):
     *floats, plan = primals
+    # Only the tangents run through `tiered`: the values stay those of the fast path, to the last
+    # bit.
     tiered = functools.partial(run_with_sizes, expert_fn, _ONE_ROW, plan=plan)
     return _stream(expert_fn, *primals), jax.jvp(tiered, tuple(floats), tangents[:-1])[1]
 
@@ -108,6 +113,7 @@ def run(
 ) -> Array:
     """Computes f32[T, D_out], one kept row after another; see ``Implementation.run``."""
     check_params(expert_fn, params, d_model=x.shape[1], num_experts=plan.assignments.num_experts)
+    # Only for `FeedForward` is it known which products to write out.
     if isinstance(expert_fn, FeedForward) and platform == "cpu":
         return _stream(expert_fn, params, x, weights, plan)
     return run_with_sizes(expert_fn, _ONE_ROW, params, x, weights, plan)

@@ -16,6 +16,7 @@ def buffer_rows(plan: DispatchPlan, capacity: int) -> Array:
     slot = jnp.arange(capacity, dtype=jnp.int32)[None, :]
     row = plan.group_offsets[:, None] + slot
     filled = slot < plan.group_sizes[:, None]
+    # Indices past the end of an expert's rows are clamped for the gather and then marked as empty.
     table = plan.order[jnp.minimum(row, n - 1).reshape(-1)].reshape(e, capacity)
     return jnp.where(filled, table, n)
 
@@ -31,6 +32,7 @@ def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weigh
     rows = jnp.where((table < n)[:, :, None], x[tokens], jnp.zeros((), x.dtype))
     outputs = all_experts(expert_fn, params, rows)
     flat = outputs.reshape(a.num_experts * c, -1)
+    # Assignments that are not kept read row 0, which `combine` ignores.
     row = jnp.where(plan.kept, a.expert_indices * c + plan.position, 0)
     return combine(plan, flat[row], weights)
 

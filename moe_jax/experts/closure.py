@@ -54,6 +54,7 @@ def with_closed_over(expert_fn: ExpertFn, params: Params, x: Array) -> tuple[Exp
         >>> float(jax.grad(loss)(1.0))
         2.0
     """
+    # The usual expert closes over nothing: no trace is spent on it.
     if isinstance(expert_fn, FeedForward):
         return expert_fn, params
 
@@ -65,5 +66,7 @@ def with_closed_over(expert_fn: ExpertFn, params: Params, x: Array) -> tuple[Exp
     if not closed:
         return expert_fn, params
     experts = jax.tree.leaves(params)[0].shape[0]
+    # A leading axis E like every parameter has. The transpose of the broadcast sums the experts'
+    # gradients.
     shared = [jnp.broadcast_to(c[None], (experts, *c.shape)) for c in closed]
     return _Converted(expert_fn, closed), {"params": params, "closed": shared}

@@ -13,6 +13,7 @@ def run(expert_fn: ExpertFn, params: Params, x: Array, plan: DispatchPlan, weigh
     """Computes f32[T, D_out], every expert on every token; see ``Implementation.run``."""
     a = plan.assignments
     shape = (a.num_experts, a.num_tokens)
+    # Padding has the expert index E, which "drop" leaves out of both tables.
     used = jnp.zeros(shape, bool).at[a.expert_indices, a.token_indices].max(plan.kept, mode="drop")
     gate = jnp.zeros(shape, jnp.float32)
     gate = gate.at[a.expert_indices, a.token_indices].add(

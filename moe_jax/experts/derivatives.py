@@ -71,6 +71,7 @@ def call(function: DifferentiableFunction, *arguments: Any) -> Any:
         arguments: pytrees of arrays. Integer arrays have no derivative.
     """
     flat, tree = jax.tree.flatten(arguments)
+    # A primitive takes and returns flat lists. Tracing fills in the structure of what it returns.
     structures: dict[str, Any] = {}  # of outputs and residuals, as soon as they were traced
     outputs = _bind(_program(function, tree, structures), flat)
     return jax.tree.unflatten(structures["outputs"], outputs)
@@ -157,6 +158,7 @@ _call_p.multiple_results = True
 def _bind(program: _Program, arguments: _Flat) -> list[Any]:
     # Inside `shard_map` the sum over devices that a gradient needs is the transpose of this cast.
     arguments = vary_over(list(arguments), sorted(varying_axes(list(arguments))))
+    # Traced at once, as a primitive has to know the shapes of its results.
     jaxpr: ClosedJaxpr = jax.make_jaxpr(program.run)(*arguments)
     return _call_p.bind(*arguments, program=program, jaxpr=jaxpr)
 
@@ -178,9 +180,12 @@ def _is_float(value: Any) -> bool:
 def _jvp_rule(
     primals: _Flat, tangents: _Flat, *, program: _Program, jaxpr: ClosedJaxpr
 ) -> tuple[list[Any], list[Any]]:
+    # Arguments that nobody differentiates, such as the integers of a plan, get no derivative
+    # traced.
     moving = [not isinstance(t, ad.Zero) for t in tangents]
     count = len(jaxpr.out_avals)
     residuals: list[Any] = []
+    # A program that is itself a derivative keeps no residuals: it is linear in what moves.
     if program.reverse is None:
         outputs = _call_p.bind(*primals, program=program, jaxpr=jaxpr)
     else:
@@ -200,12 +205,14 @@ def _jvp_rule(
             )
         ]
         parts.append([o for o, f in zip(_bind(program, mixed), floats, strict=True) if f])
+    # What is linear is done; the rest needs the derivative at this point.
     moving = [m and not lin for m, lin in zip(moving, linear, strict=True)]
     if any(moving):
         shapes = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs]
         derivative = _derivative(program, moving, shapes, len(residuals))
         moved = [t for t, m in zip(tangents, moving, strict=True) if m]
         parts.append(_bind(derivative, [*residuals, *primals, *moved]))
+    # The total derivative is the sum over the arguments that move.
     sums = [functools.reduce(jnp.add, terms) for terms in zip(*parts, strict=True)]
     values = iter(sums)
     zeros = [ad.Zero(jax.typeof(o).to_tangent_aval()) for o in outputs]
@@ -234,6 +241,8 @@ def _derivative(program: _Program, moving: list[bool], outputs: list[Any], kept:
         def run(*arrays: Any) -> list[Any]:
             assert program.reverse is not None
             residuals, arguments = arrays[:kept], arrays[kept : kept + size]
+            # Integer outputs have no cotangent. The hand-written gradient expects one for every
+            # output.
             given = iter(arrays[kept + size :])
             cotangents = [
                 next(given) if f else jnp.zeros(o.shape, o.dtype)
@@ -265,6 +274,8 @@ def _derivative(program: _Program, moving: list[bool], outputs: list[Any], kept:
 def _transpose_rule(
     cotangents: _Flat, *arguments: Any, program: _Program, jaxpr: ClosedJaxpr
 ) -> list[Any]:
+    # JAX transposes by the arguments that it marks as undefined. They must be among the linear
+    # ones.
     unknown = [ad.is_undefined_primal(a) for a in arguments]
     assert not any(u and not lin for u, lin in zip(unknown, program.linear, strict=True))
     fixed = [a for a, u in zip(arguments, unknown, strict=True) if not u]
@@ -278,6 +289,7 @@ def _transpose_rule(
     def by_reference(*arrays: Any) -> list[Any]:
         others, cts = arrays[: len(fixed)], arrays[len(fixed) :]
         axes = sorted(varying_axes(list(arrays)))
+        # A linear function has the same transpose at every point, so zeros are as good as any.
         zeros = vary_over([jnp.zeros(s.shape, s.dtype) for s in shapes], axes)
         pull = jax.vjp(lambda *chosen: program.reference(*full(chosen, others)), *zeros)[1]
         return list(pull(list(cts)))
@@ -288,6 +300,8 @@ def _transpose_rule(
     # The hand-written transpose takes all linear arguments at once.
     written = program.transpose if unknown == list(program.linear) else None
     smooth = program.transpose_smooth if written else None
+    # The transpose of the transpose is the function itself, so derivatives of any order stay in
+    # this file.
     transposed = _Program(
         run=written or by_reference,
         smooth=smooth or by_reference,
@@ -308,6 +322,7 @@ def _batch_rule(
     if not any(batched):
         outputs = _call_p.bind(*arguments, program=program, jaxpr=jaxpr)
         return outputs, [None] * len(outputs)
+    # Batch axes move to the front, so that one program serves every position of the axis.
     front = [
         a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(arguments, dims, strict=True)
     ]
@@ -328,6 +343,7 @@ def _batched(program: _Program, batched: list[bool], axis: Any) -> _Program:
         options.pop("axis_name")
 
     def over(method: Callable[..., list[Any]], kinds: Sequence[bool]) -> Callable[..., list[Any]]:
+        # Some operations have no batched form, such as `ragged_dot` with different group sizes.
         if program.loop:
             return functools.partial(_map, method, kinds)
         in_axes = [0 if b else None for b in kinds]

@@ -131,8 +131,10 @@ def send_sizes(
         >>> send_sizes(tokens=1024, slots=2, rows=2048, local=2, devices=8, capacity=None, shares=(1,))
         ((304,), False)
     """
+    # A token goes to one device with at most as many rows as that device has experts.
     bound = min(rows, tokens * min(slots, local))
     if capacity is not None:
+        # The plan has already dropped what exceeds capacity, so this buffer always suffices.
         return (min(bound, capacity * local),), True
     # Chance alone spreads a load of n rows by about sqrt(n): three times that is rarely exceeded.
     loads = [share * rows / devices for share in shares]
@@ -178,6 +180,7 @@ def sent_rows(plan: DispatchPlan, layout: SendLayout, start: Array, size: int) -
     """Returns the ``size`` rows for each device from ``start`` on, ``start`` counted by device."""
     slot = start + jnp.arange(size, dtype=jnp.int32)
     row = layout.first[:, None] + slot[None, :]
+    # Past a device's rows come those for the next device, or the end: read in bounds, and not live.
     n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
     return SentRows(slot[None, :] < layout.held[:, None], n, plan.assignments.token_indices[n])
 
@@ -194,6 +197,8 @@ def counts_sent(layout: SendLayout, start: Array, size: int) -> Array:
 
 def _write_counts(counts: Array, width: int, dtype: Any) -> Array:
     """Counts [P, L] as whole rows [P, H, width] of digits, to be sent in front of the buffer."""
+    # Three digits of base 256 hold every count below 2**24, in a dtype that cannot hold the count
+    # itself.
     digits = [counts // _BASE**i % _BASE for i in range(COUNT_DIGITS)]
     flat = jnp.stack(digits, axis=-1).reshape(counts.shape[0], -1).astype(dtype)
     rows = -(-flat.shape[1] // width)
@@ -217,6 +222,7 @@ def plan_received(counts: Array, size: int) -> DispatchPlan:
     # Rows of one buffer are sorted by expert, so the expert of a row is the number of ends before it.
     slot = jnp.arange(size, dtype=jnp.int32)
     expert = (ends[:, None, :] <= slot[None, :, None]).sum(axis=-1, dtype=jnp.int32).reshape(-1)
+    # The number of ends is L for a row behind all of them, which marks it as empty.
     valid, rows = expert < local, devices * size
     arrived = Assignments(
         token_indices=jnp.arange(rows, dtype=jnp.int32),
@@ -243,6 +249,7 @@ def rows_by_assignment(
     local = -(-a.num_experts // devices)
     expert = jnp.minimum(a.expert_indices, a.num_experts - 1)
     device = expert // local
+    # An assignment's sorted row, counted from the first row for its device and this round's window.
     slot = plan.group_offsets[expert] + plan.position - layout.first[device] - start
     arrived = plan.kept & (slot >= 0) & (slot < size)
     row = jnp.where(arrived, device * size + slot, 0)
@@ -320,6 +327,7 @@ def send(
     if spec.parallel.exchange == "ragged":
         arrived = None
         if counts is not None:
+            # The counts go first, because the ragged exchange has to be told how much arrives.
             arrived = _swap(spec.parallel, counts)
             agreed = RowCounts(counts.sum(axis=1), arrived.sum(axis=1))
         assert agreed is not None
@@ -329,6 +337,7 @@ def send(
         rows = build(size)
         if counts is None:
             return None, _pad_slots(_swap(spec.parallel, rows), spec.sizes[-1])
+        # In front of the rows, at a place that does not depend on how many there are.
         head = _write_counts(counts, rows.shape[2], rows.dtype)
         both = _swap(spec.parallel, jnp.concatenate([head, rows], axis=1))
         lines = head.shape[1]
@@ -343,6 +352,7 @@ def send(
 
 def send_back(spec: ExchangeSpec, tier: Array, rows: Array, counts: RowCounts) -> Array:
     """Sends rows [P, largest S, W] back where they came from; ``counts`` are those of the way there."""
+    # On the way back, what arrived is sent and what was sent arrives.
     back = RowCounts(counts.arrived, counts.sent)
     return send(spec, tier, lambda size: rows[:, :size], None, back)[1]
 
@@ -363,6 +373,7 @@ def run_rounds(
     spec: ExchangeSpec, rounds: Array, step: Callable[[Array, Any], Any], zeros: Any
 ) -> Any:
     """Runs ``step(start, carry)`` for every round; carry is None if a single round suffices."""
+    # One round needs no loop: its messages stand in the program itself.
     if spec.bounded:
         return step(jnp.int32(0), None)
     size = spec.sizes[-1]

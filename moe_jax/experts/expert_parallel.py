@@ -104,7 +104,10 @@ def run_parallel(
                 "Leave the model axis out of the mesh for experts of your own."
             )
         params = bias_once(params, parallel.model_axis)
+    # One type for all of them. The transpose of this cast is the sum over devices that gradients
+    # need.
     params, x, weights, plan = vary_over((params, x, weights, plan), parallel.axes)
+    # Axes of size 1 are common in tests and on small meshes: nothing has to travel there.
     if devices == 1:
         ran = run_experts(
             expert_fn,
@@ -140,7 +143,9 @@ def run_parallel(
         )
         y, executed = call(_Exchanged(spec), params, x, weights, plan)
     if parallel.model_axis is not None:
+        # Each device of the model axis has a slice of F, and the down projection is a sum over F.
         y = jax.lax.psum(y, parallel.model_axis)
+        # The slices run the same rows, so their mean is the number of rows, not their sum.
         executed = jax.lax.pmean(executed, parallel.model_axis)
     return ExpertsOutput(y=y, slots_executed=executed, implementation="expert_parallel")
 
@@ -169,6 +174,7 @@ def _experts(
         params,
         rows,
         plan,
+        # Weights are 1 here: the combine weights multiply the outputs at the token's own device.
         kept_weights(plan),
         implementation=spec.implementation,
         platform=spec.platform,
@@ -203,6 +209,7 @@ def _forward(
         agreed = RowCounts(ours.sum(axis=1), counts.sum(axis=1))
         back = send_back(spec, tier, outputs.reshape(spec.devices, size, -1), agreed)
         executed = vary_like(executed, x)
+        # A single round keeps what arrived for the backward pass. Several would each overwrite it.
         if carry is None:
             return (
                 rows_by_assignment(plan, layout, start, back, None),
@@ -252,6 +259,7 @@ class _Exchanged:
         # One buffer that holds any load takes one round, so there is no loop of unknown length.
         bound = self.spec._replace(sizes=(self.spec.bound,), bounded=True)
         outputs, executed, kept = _forward(bound, params, x, plan)
+        # Residuals must have the structure that `forward` gives them, since `backward` reads both.
         same = self.spec.bounded and len(self.spec.sizes) == 1
         return (combine(plan, outputs, weights), executed), (outputs, kept if same else None)
 
@@ -304,7 +312,9 @@ def _backward(
     zeros = (sums, jnp.zeros((plan.order.shape[0], width), x.dtype))
     dparams, drows = run_rounds(spec, rounds, step, vary_over(zeros, spec.parallel.axes))
     dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
+    # The gradient rows carry the combine weights already.
     ones = vary_like(jnp.ones(weights.shape, jnp.float32), x)
     dx = combine(plan, drows, ones).astype(x.dtype)
+    # d y[t] / d weights[n] is the output of assignment n, which the forward pass kept.
     products = (outputs.astype(jnp.float32) * dy[a.token_indices]).sum(axis=1)
     return dparams, dx, jnp.where(plan.kept, products, 0.0), None

@@ -66,6 +66,8 @@ def _sorted_rows(plan: DispatchPlan) -> _Rows:
     row = jnp.arange(padded_rows(plan), dtype=jnp.int32)
     n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
     live = row < plan.group_sizes.sum(dtype=jnp.int32)
+    # The last expert for padding keeps the indices sorted, which the sum of bias gradients relies
+    # on.
     experts = jnp.where(live, a.expert_indices[n], a.num_experts - 1)
     return _Rows(live, n, a.token_indices[n], experts)
 
@@ -77,6 +79,7 @@ def _project(
     bias = params.get(f"{name}_bias")
     if bias is not None:
         out = (out.astype(jnp.float32) + bias.astype(jnp.float32)[where.experts]).astype(out.dtype)
+    # Kernels leave rows past the last expert's unwritten, so they may hold anything.
     return mask_rows(where.live, out)
 
 
@@ -136,6 +139,7 @@ class _Grouped:
     ) -> tuple[Any, ...]:
         if in_place:
             return _backward(self.expert_fn, arguments, residuals, cotangents)
+        # A derivative of this derivative follows, so it runs in operations that have one.
         *floats, plan = arguments
         values = functools.partial(self.run, plan=plan, in_place=False)
         return (*jax.vjp(values, *floats)[1](cotangents), None)

@@ -71,6 +71,7 @@ def tpu_tiles(spec: Any, rows: int, left: Any, right: Any, experts: int) -> tupl
         >>> tpu_tiles(spec, 65536, left, right, 64)
         (128, 2048, 1024)
     """
+    # At most one tile an expert is shared with the next, hence E times t rows of padding at worst.
     fitting = [t for t in (512, 256, 128) if experts * t <= _MOST_PADDING * rows and rows % t == 0]
     tall = fitting[0] if fitting else _LANES
     outer = spec.form == "outer"
@@ -81,6 +82,7 @@ def tpu_tiles(spec: Any, rows: int, left: Any, right: Any, experts: int) -> tupl
     def cost(tile: tuple[int, int]) -> float:
         tk, tn = tile
         if outer:
+            # Inputs and output are double-buffered, and the sum is held in float32 besides.
             held = 2 * tall * (tk + tn) * size + tk * tn * (4 + 2 * out)
             read = rows * (k * math.ceil(n / tn) + n * math.ceil(k / tk)) * size
         else:
@@ -183,6 +185,7 @@ def gpu_product(
         ragged_dot_dimension_numbers=_dimensions(spec),
         preferred_element_type=spec.dtype,
     )
+    # In order of preference: tokamax takes the first that supports the device.
     if device is not None:
         return general(implementation=("mosaic", "triton"))
     with tokamax.config.cross_compile(True):
@@ -251,6 +254,7 @@ def loop_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Ar
         matrix = matrix if spec.form == "rows" else matrix.T
         part = jnp.matmul(block, matrix, preferred_element_type=jnp.float32)
         old = jax.lax.dynamic_slice_in_dim(total, first, most)
+        # The tile may reach into the rows of the next expert, which keep what they hold.
         part = jnp.where(live, part.astype(total.dtype), old)
         return jax.lax.dynamic_update_slice_in_dim(total, part, first, 0)
 

@@ -112,12 +112,14 @@ def _compiled(spec: ProductSpec) -> Any:
 
 @_product_p.def_impl
 def _run_eagerly(left: Array, right: Array, group_sizes: Array, *, spec: ProductSpec) -> Array:
+    # Outside of `jit` there is no lowering to choose a kernel in, so eager calls compile too.
     return _compiled(spec)(left, right, group_sizes)
 
 
 @_product_p.def_abstract_eval
 def _abstract(left: Any, right: Any, group_sizes: Any, *, spec: ProductSpec) -> Any:
     shape = result_shape(spec, left, right, group_sizes)
+    # Under Explicit axes a result needs a sharding. A kernel computes all of it on each device.
     unsplit = left.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
     return left.update(shape=shape, dtype=jnp.dtype(spec.dtype), weak_type=False, sharding=unsplit)
 
@@ -147,6 +149,7 @@ def _lowering(platform: str) -> Any:
         if mesh is None:
             split = (getattr(where, "num_devices", 1) or 1) > 1
         else:
+            # Axes that `shard_map` does not map are left to the compiler's partitioner.
             split = mesh.size > 1 and set(where.manual_axes) != set(mesh.axis_names)
         device = _device(platform, mesh)
         if platform == "tpu":

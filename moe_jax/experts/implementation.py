@@ -136,6 +136,7 @@ def vary_over(tree: _T, axes: Iterable[str]) -> _T:
     """
 
     def cast(leaf: Array) -> Array:
+        # `pcast` refuses an axis over which the array differs already.
         missing = tuple(a for a in axes if a not in varying_axes(leaf))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 

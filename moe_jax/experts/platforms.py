@@ -44,6 +44,7 @@ def platform_of(tree: Any = (), *, platform: str | None = None) -> Platform:
     """
     if platform is not None:
         return Platform(platform, "stated by platform=")
+    # The mesh comes first: it may describe devices of another platform than the arrays are on.
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return Platform(_name_of(device), "the devices of the mesh in use")

@@ -48,6 +48,7 @@ def piece_rows(sizes: tuple[int, ...], rows: Array) -> Array:
 
 def _fitting(sizes: tuple[int, ...], rows: Array) -> Array:
     """Index of the smallest size that holds ``rows`` (the largest size if none does)."""
+    # A sum of a few comparisons. `searchsorted` would be a loop inside the loop over pieces.
     smaller = jnp.zeros(rows.shape, jnp.int32)
     for size in sizes[:-1]:
         smaller += (rows > size).astype(jnp.int32)
@@ -113,6 +114,7 @@ def sum_bulk(plan: DispatchPlan, flat: Array, size: int, weights: Array | None) 
 def sum_over_slots(plan: DispatchPlan, rows: Array, weights: Array | None) -> Array:
     """f32[T, D] from sorted rows [length, D]: the weighted sum over a token's assignments."""
     a = plan.assignments
+    # Padding has the expert index E. It is clamped to be read in bounds, and `kept` leaves it out.
     sorted_row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)]
     return _sum_over_slots(plan, rows, plan.kept, sorted_row + plan.position, weights)
 
@@ -124,6 +126,8 @@ def _sum_over_slots(
     a, row = plan.assignments, jnp.where(counted, row, 0)
 
     def fetch(counted: Array, row: Array, weights: Array | None) -> Array:
+        # Rows that are not counted may hold NaN: they are replaced before the weight multiplies
+        # them.
         fetched = mask_rows(counted, rows[row]).astype(jnp.float32)
         return fetched if weights is None else fetched * weights[:, None]
 
@@ -166,6 +170,7 @@ def run_layout(
     """
     layout, pieces = layout_of(plan, sizes), sizes.pieces
     most = pieces[-1]
+    # With a single size there is nothing to choose, and the CPU compiles no switch.
     if len(sizes.bulk) == 1:
         carry = bulk(sizes.bulk[0])
     else:
@@ -220,6 +225,7 @@ def add_expert(total: Params, expert: Array, update: Params) -> Params:
     """Adds the gradient of one expert to its slice of the gradients of all experts."""
 
     def add(whole: Array, part: Array) -> Array:
+        # XLA updates one slice of a loop's carry in place, so a piece costs one expert's gradient.
         old = jax.lax.dynamic_index_in_dim(whole, expert, axis=0, keepdims=False)
         new = old + part.astype(whole.dtype)
         return jax.lax.dynamic_update_index_in_dim(whole, new, expert, axis=0)
@@ -229,6 +235,7 @@ def add_expert(total: Params, expert: Array, update: Params) -> Params:
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype in which gradients of parameters of ``dtype`` are summed over pieces."""
+    # An expert's gradient is a sum over many pieces, whose rounding in bfloat16 would add up.
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
@@ -248,6 +255,7 @@ def scan_pieces(
 
     @jax.checkpoint
     def step(params: Params, x: Array, index: Array) -> Array:
+        # Steps past the last piece compute a piece of padding, since the number of steps is static.
         expert = jnp.minimum((ends <= index).sum(dtype=jnp.int32), a.num_experts - 1)
         start = (index - ends[expert] + pieces[expert]) * size
         live = (start + slot < sizes[expert]) & (index < ends[-1])

@@ -98,6 +98,7 @@ def piece_sizes(plan: DispatchPlan) -> tuple[int, ...]:
         sizes = [_round_up(_MOST_PIECE_ROWS * share, 8) for share in _PIECE_SHARES_OF_LARGEST]
     else:
         sizes = [max(32, _round_up(mean * share, 16)) for share in _PIECE_SHARES_OF_MEAN]
+    # An expert never has more than `max_group` rows, so larger sizes would only be compiled.
     return tuple(sorted({min(size, plan.max_group) for size in sizes}))
 
 
@@ -184,6 +185,7 @@ class _Tiered:
             return vary_like(zeros, (params, x, weights, plan))
 
         def put(total: Array, expert: Array, row: Array, rows: Rows, outputs: Array) -> Array:
+            # Padding rows carry the weight of some assignment: `add_rows` drops them.
             weighted = outputs.astype(jnp.float32) * weights[rows.assignments][:, None]
             return add_rows(total, rows, weighted)
 
@@ -209,6 +211,7 @@ class _Tiered:
     def reference(
         self, params: Params, x: Array, weights: Array, plan: DispatchPlan
     ) -> tuple[Array, Array]:
+        # Room for one more piece, so that the last one may be written whole.
         length = plan.num_rows + self.sizes.pieces[-1]
         outputs = scan_pieces(self.expert_fn, self.sizes.pieces[-1], params, x, plan, length)
         return sum_over_slots(plan, outputs, weights), outputs
@@ -234,6 +237,7 @@ def _backward(
     a = plan.assignments
     most = sizes.pieces[-1]
 
+    # The gradient of y reaches each row times its combine weight.
     def gradient_rows(rows: Rows) -> Array:
         scaled = dy[rows.tokens] * weights[rows.assignments][..., None]
         return mask_rows(rows.live, scaled).astype(outputs.dtype)
@@ -246,6 +250,7 @@ def _backward(
         blocks = mask_rows(rows.live, x[rows.tokens])
         _, pull = jax.vjp(functools.partial(all_experts, expert_fn), params, blocks)
         dparams, dblocks = pull(gradient_rows(rows))
+        # The pieces add to the same sums, so the bulk's gradients take their dtype.
         dparams = jax.tree.map(lambda d: d.astype(wide(d.dtype)), dparams)
         return dparams, sum_bulk(plan, dblocks.reshape(-1, x.shape[1]), size, None)
 
@@ -253,6 +258,7 @@ def _backward(
         return mask_rows(rows.live, x[rows.tokens]), gradient_rows(rows)
 
     def piece(size: int, one: Params, block: Array, dblock: Array) -> tuple[Params, Array]:
+        # The hidden layer runs here again: only outputs were kept, not activations.
         _, pull = jax.vjp(expert_fn, one, block[:size])
         dexpert, drows = pull(dblock[:size])
         return dexpert, pad_rows(drows, most)

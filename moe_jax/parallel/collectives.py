@@ -102,6 +102,7 @@ def _of_line(line: str, of: Any) -> dict[str, CollectiveTraffic]:
         return {kind: CollectiveTraffic(count=1, num_bytes=size)}
     branches = [b for group in _BRANCHES.findall(line) for b in re.findall(r"[\w.\-]+", group)]
     branches += _TWO_BRANCHES.findall(line)
+    # One branch of a conditional runs: the one that sends most bounds the others.
     total: dict[str, CollectiveTraffic] = {}
     for branch in branches:
         for kind, traffic in of(branch).items():
@@ -133,6 +134,7 @@ def _split(line: str) -> tuple[str, str]:
 def _num_bytes(shape: str) -> int:
     total = 0
     for dtype, sizes in _SHAPE.findall(shape):
+        # The bits of most dtypes are the number in their name, such as bf16 or f8e4m3fn.
         digits = re.search(r"\d+", dtype)
         bits = _BITS.get(dtype, int(digits[0]) if digits else 0)
         total += math.prod(int(s) for s in sizes.split(",") if s) * bits // 8

@@ -169,6 +169,7 @@ class Watchdog:
             listener.settimeout(self._patience)
             while len(links) < group.processes - 1:
                 link, _ = listener.accept()
+                # A connection that says nothing must not hold up the others.
                 link.settimeout(self._patience)
                 greeting = _read(link, 20)
                 if greeting[:16] == token:  # without the secret it is no process of this group
@@ -183,6 +184,7 @@ class Watchdog:
         while not self._closing.is_set():
             reason = ""
             try:
+                # Both sides send, so each hears from the other.
                 link.sendall(_BEAT)
                 received = link.recv(64)
                 if _BYE in received:
@@ -212,6 +214,7 @@ class Watchdog:
             with contextlib.suppress(OSError):
                 if word == _BYE:
                     link.sendall(_BYE)
+                    # Only the sending half: the partner's own farewell can still be read.
                     link.shutdown(socket.SHUT_WR)
         for thread in self._threads:
             thread.join(timeout=2 * _SECONDS_BETWEEN_BEATS)
@@ -265,6 +268,7 @@ def gathered(tree: Any) -> Any:
 
     def gather(x: Any) -> Any:
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            # Every process holds all of it, so nothing has to be sent.
             if x.is_fully_replicated:
                 return np.asarray(x.addressable_data(0)) if first else None
             x = multihost_utils.process_allgather(x, tiled=True)

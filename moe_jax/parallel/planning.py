@@ -86,8 +86,10 @@ def exchange_cost(
         shares=shares,
     )
     buffer = sizes[size]
+    # Counts travel in whole rows in front of the buffer, so they round up to the row's width.
     digits = COUNT_DIGITS * local
     row = d_model * itemsize
+    # There and back, with the counts on the way there.
     forward = devices * row * (2 * buffer + -(-digits // d_model))
     if len(sizes) == 1 and bounded:  # what arrived was kept: gradients alone travel
         backward = devices * row * 2 * buffer
@@ -192,9 +194,11 @@ def plan_placement(load: Sequence[float] | np.ndarray, devices: int, replicas: i
     sums = np.zeros(devices)
     for expert in queue:
         free = [d for d in range(devices) if len(held[d]) < slots]
+        # Two copies of an expert on one device do not spread its load, so this comes first.
         best = min(free, key=lambda d: (expert in held[d], sums[d], d))
         held[best].append(int(expert))
         sums[best] += each[expert]
+    # Without a plan, experts are on devices in order, which is what the layer does.
     width = math.ceil(experts / devices)
     before = np.pad(load, (0, width * devices - experts)).reshape(devices, width).sum(axis=1)
     return Placement(

@@ -65,6 +65,7 @@ def verify(devices: int | None = None) -> list[Check]:
             f"devices: expected 1 to {len(there)}, got {count}. On CPU, moe-jax verify --devices N "
             "makes as many."
         )
+    # The comparison is about where rows go. TF32 or bfloat16 products would need a wide tolerance.
     with jax.default_matmul_precision("highest"):
         return [*_implementations(), *_isolation(), *_many(there[:count])]
 
@@ -85,6 +86,7 @@ def _worst(found: Any, wanted: Any) -> float:
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         if not np.isfinite(a).all():
             return float("inf")
+        # The bound keeps arrays of zeros from dividing rounding errors by zero.
         return float(np.abs(a - b).max()) / max(float(np.abs(b).max()), 1e-2)
 
     return max(jax.tree.leaves(jax.tree.map(one, found, wanted)))
@@ -103,6 +105,7 @@ def _one_layer() -> tuple[Any, Any, Any]:
     params = init_moe_layer(router, _FFN, jax.random.key(0), d_model=_D, d_ff=_F)
     x = jax.random.normal(jax.random.key(1), (_T, _D))
     routing = jax.jit(lambda p, x: router(p, router.init_state(), x))(params["router"], x)
+    # A capacity of T drops nothing, and lets `capacity` run, which needs one to size its buffers.
     plan = plan_dispatch(to_assignments(routing), capacity=_T)
     return params["experts"], x, plan
 

@@ -143,6 +143,7 @@ def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
 
 def mesh_axes(logical: str, mesh: AnyMesh, rules: Rules = RULES) -> tuple[str, ...]:
     """Returns the mesh axes that split a logical axis, without axes of size 1."""
+    # Axes of size 1 split nothing. Without them a program on one device has no collectives at all.
     return tuple(a for a in rules.get(logical, ()) if mesh.shape.get(a, 1) > 1)
 
 
@@ -162,6 +163,7 @@ def parallel_of(mesh: AnyMesh, rules: Rules = RULES, **options: Any) -> ExpertPa
         >>> parallel_of(mesh).expert_axes
         ('expert',)
     """
+    # A mesh with axes of other names would run everything on every device without a word.
     if mesh.size > 1 and not any(mesh_axes(name, mesh, rules) for name in rules):
         raise ValueError(
             f"mesh: expected an axis that the rules name, such as {', '.join(AXES)}, got "
@@ -217,8 +219,11 @@ def param_specs(tree: Any, mesh: AnyMesh, rules: Rules = RULES) -> Any:
         ndim = len(leaf.shape)
         if not starts or not ndim:
             return P()
+        # The last of these names is the layer's: a model may have a module called "experts" above
+        # it.
         path = "/".join(parts[starts[-1] :])
         names = _NAMES.get(path, ())
+        # Axes beyond the known ones are those of stacked layers, and come first.
         lead = max(ndim - len(names), 0) if names else 0
         named = (*[None] * lead, *logical_axes(path, ndim - lead))
         axes = [mesh_axes(name, mesh, rules) if name else () for name in named]
@@ -257,6 +262,7 @@ def shard(tree: Any, mesh: Mesh, specs: Any = None) -> Any:
 def _place(x: Any, sharding: NamedSharding) -> Array:
     if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
+    # Devices of other processes are out of reach of `device_put`: each process fills its own part.
     whole = np.asarray(x)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
@@ -417,6 +423,7 @@ def sharded_moe_layer(
 
     lead = x.shape[:-1]
     total = math.prod(lead)
+    # Padding tokens use no expert and count in no statistic, so any number of tokens will do.
     more = -total % shards
     flat = x.reshape(total, x.shape[-1])
     mask = flat_token_mask(token_mask, lead)
@@ -461,6 +468,8 @@ def _run_sharded(
 
     def local(params, state, x, key, mask, context):
         if key is not None and tokens:
+            # By token axes only: devices along the model axis hold the same tokens and must draw
+            # the same noise.
             key = jax.random.fold_in(key, jax.lax.axis_index(tokens))
         return moe_layer(
             static.router,

@@ -215,6 +215,7 @@ def compile_program(
     report = TargetProgram(
         target=target.name, what=what, gradient=gradient, implementation=implementation
     )
+    # Autotuning times kernels on the device, and there is none.
     options: dict[str, str | bool] | None = (
         {"xla_gpu_autotune_level": "0"} if target.platform == "cuda" else None
     )
@@ -233,6 +234,7 @@ def compile_program(
     assert memory is not None, "the compilers of TPUs and GPUs report memory"
     text, complete = _text_of(compiled, lowered)
     held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    # Donated arguments and the results in their memory are the same bytes.
     held -= memory.alias_size_in_bytes
     work = None
     if useful_flops and not (complete and _uncountable(text)):

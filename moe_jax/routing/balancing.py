@@ -29,6 +29,7 @@ def loss_free_bias(
     on = jnp.ones(expert_bias.shape, jnp.float32)
     if disabled:
         on = on.at[jnp.array(disabled)].set(0.0)
+    # Disabled experts have no load. In the mean they would make every other expert look overloaded.
     mean = (tokens_per_expert * on).sum() / on.sum()
     return expert_bias + rate * on * jnp.sign(mean - tokens_per_expert)
 
@@ -53,6 +54,7 @@ def pi_controller(
     error = target - measured
     grown = integral + error
     value = anchor + kp * error + ki * grown
+    # Without this, errors that no value could correct would add up, and have to be undone first.
     held = ((value >= high) & (error > 0)) | ((value <= low) & (error < 0))
     integral = jnp.where(held, integral, grown)
     return jnp.clip(anchor + kp * error + ki * integral, low, high), integral
@@ -77,8 +79,10 @@ def balancing_bias(scores: Array, expert_bias: Array, token_mask: Array, *, k: i
         >>> balancing_bias(scores, jnp.zeros(2), jnp.ones(4, bool), k=1).tolist()
         [-1.0, -0.0]
     """
+    # What an expert has to beat: the best score that this token does not use.
     alpha = jax.lax.top_k(scores + expert_bias[None, :], k + 1)[0][:, k:]
     margins = jnp.where(token_mask[:, None], scores - alpha, -jnp.inf)
+    # Padding has margin -inf, so it sorts behind every real token.
     ordered = -jnp.sort(-margins, axis=0)  # best first
     count = token_mask.sum(dtype=jnp.int32)
     place = jnp.clip(count * k // scores.shape[1], 0, jnp.maximum(count - 1, 0))
@@ -95,6 +99,7 @@ def quantile_bias(expert_bias: Array, batch_bias: Array, *, rate: float) -> Arra
         [0.5, -0.5]
     """
     moved = (1.0 - rate) * expert_bias + rate * batch_bias
+    # Selection compares biases with each other only. A common offset would drift without limit.
     return moved - moved.mean()
 
 

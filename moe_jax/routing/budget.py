@@ -74,8 +74,10 @@ def fingerprint(*parts: object) -> np.ndarray:
             digest.update(part.encode())
         else:
             array = np.ascontiguousarray(np.asarray(part))
+            # The bytes alone would be equal for other shapes and dtypes.
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(array.tobytes())
+        # A separator, so that the parts ("ab", "c") and ("a", "bc") differ.
         digest.update(b"\0")
     return np.frombuffer(digest.digest()[:16], ">u4").astype(np.uint32)
 
@@ -192,6 +194,8 @@ def batch_design_effect(counts: np.ndarray, *, num_tokens: int) -> float:
             "counts. Give more calibration text."
         )
     independent = batches.var() * num_tokens
+    # Consecutive tokens make up a batch, as in use. Shuffled tokens would hide that neighbours are
+    # alike.
     measured = batches.reshape(-1, num_tokens).sum(axis=1).var(ddof=1)
     return max(1.0, float(measured / independent)) if independent > 0 else 1.0
 
@@ -248,6 +252,7 @@ def difficulty_to_k(difficulty: Array, thresholds: Array, *, min_k: int) -> Arra
         >>> difficulty_to_k(jnp.array([0.0, 0.6, 1.0]), jnp.array([0.25, 0.75]), min_k=1).tolist()
         [1, 2, 3]
     """
+    # Comparisons with all thresholds at once. There are fewer than K, and a search would be a loop.
     above = difficulty[:, None] > thresholds[None, :]
     return min_k + above.sum(axis=1, dtype=jnp.int32)
 
@@ -306,17 +311,21 @@ def fit_thresholds(
         )
     # float64 on the host, because the exponent below is searched to the last bit.
     base = np.asarray(rounding_thresholds(min_k, max_k), np.float64)
+    # float32, as in use: a float64 score could lie on the other side of a threshold.
     scores = np.sort(np.asarray(difficulty, np.float32))
 
     def thresholds(knob: float) -> np.ndarray:
         gamma = np.exp(-abs(knob))
         bent = base**gamma if knob < 0 else 1.0 - (1.0 - base) ** gamma
+        # Strictly inside (0, 1) in float32, so that difficulty 0 and 1 keep their meaning after any
+        # bend.
         return np.clip(bent, np.finfo(np.float32).tiny, 1 - 2**-24).astype(np.float32)
 
     def mean_k(knob: float) -> float:
         below = np.searchsorted(scores, thresholds(knob), side="right")
         return min_k + float((scores.size - below).sum()) / scores.size
 
+    # An exponent of exp(-12) puts every threshold within 1e-4 of an end of (0, 1).
     fitted = thresholds(bisect(mean_k, target_mean_k, low=-12.0, high=12.0))
     return _split_ties(fitted, scores, target_mean_k - min_k)
 
@@ -334,6 +343,7 @@ def _split_ties(thresholds: np.ndarray, scores: np.ndarray, target: float) -> np
         return float((scores.size - below).sum()) / scores.size
 
     best, rest = thresholds, target - mean(thresholds)
+    # Less than one token off: no threshold can come closer.
     if abs(rest) * scores.size < 1:
         return thresholds
     for j in range(thresholds.size):
@@ -405,6 +415,7 @@ def bisect(mean_k, target: float, *, low: float, high: float, steps: int = 60) -
             low = middle
         else:
             high = middle
+    # On a staircase the two ends stay on different steps.
     return min((low, high), key=lambda knob: abs(mean_k(knob) - target))
 
 
@@ -425,6 +436,7 @@ def per_expert_quantiles(scores: Array, token_mask: Array, rate: float) -> Array
     The (1 - rate) population quantile of Expert Threshold routing (arXiv:2603.11535). Padding
     counts in nothing: it sorts to the end and the quantile's position is taken among real tokens.
     """
+    # The number of real tokens is traced, so `jnp.quantile` of a masked batch is not available.
     ordered = jnp.sort(jnp.where(token_mask[:, None], scores, jnp.inf), axis=0)
     count = token_mask.sum().astype(jnp.float32)
     place = jnp.clip((1.0 - rate) * (count - 1.0), 0.0, scores.shape[0] - 1.0)

@@ -26,8 +26,10 @@ def token_chance(logits: Array, numbers: int) -> Array:
     steps = jnp.clip(jnp.round(logits * 256.0), -1e9, 1e9).astype(jnp.int32)
     words = jax.lax.bitcast_convert_type(steps, jnp.uint32)
     mixed = _finalise(words).sum(axis=-1, dtype=jnp.uint32)
+    # Multiples of the golden ratio give each of the numbers a lane of its own.
     lanes = jnp.arange(1, numbers + 1, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
     hashed = _finalise(mixed[:, None] ^ lanes[None, :])
+    # 24 bits are what float32 holds exactly: more could round up to 1.
     return (hashed >> 8).astype(jnp.float32) / jnp.float32(1 << 24)
 
 

@@ -160,6 +160,7 @@ def register_estimator(name: str, estimator: Estimator) -> None:
             f"estimator: expected a function (x, context) -> f32[T], got a "
             f"{type(estimator).__name__}. Write a function of x [T, D] and context."
         )
+    # Checkpoints hold the name alone, so it may never mean another function.
     if ESTIMATORS.get(name, estimator) is not estimator:
         raise ValueError(f"estimator name: expected a free name, got {name!r}. Choose another.")
     ESTIMATORS[name] = estimator
@@ -214,6 +215,7 @@ def raw_difficulty(estimator: str | Estimator, x: Array, context: Context) -> Ar
         sizes={"T": x.shape[0]},
         fix="An estimator returns one float a token: (x [T, D], context) -> f32[T].",
     )
+    # A difficulty with a gradient would train the model to look easy.
     return jax.lax.stop_gradient(raw.astype(jnp.float32))
 
 

@@ -44,9 +44,11 @@ def expert_capacity(num_tokens: int, num_experts: int, k: float, capacity_factor
             f"capacity_factor, k: expected positive numbers, got {capacity_factor}, {k}. "
             "1.25 is a usual capacity factor; leave capacity out for dropless routing."
         )
+    # Floats would round 1.1 * 10 rows up to 12. `exact` takes the decimals as they were written.
     share = exact(capacity_factor) * exact(k) / num_experts
     # Integer arithmetic alone, which symbolic sizes have too: -(-a // b) rounds up.
     rows = -(-share.numerator * num_tokens // share.denominator)
+    # More than T rows can never be in use: a token takes an expert once.
     return jax.core.max_dim(1, jax.core.min_dim(num_tokens, rows))
 
 
@@ -74,6 +76,7 @@ def to_assignments(routing: Routing | ExpertChoice) -> Assignments:
             token_indices=jnp.arange(num_tokens * k, dtype=jnp.int32) // k,
             expert_indices=experts,
             weights=routing.combine_weights.reshape(-1),
+            # The sentinel of unused slots is the only index that is not below E.
             valid=experts < routing.num_experts,
             num_tokens=num_tokens,
             num_experts=routing.num_experts,
@@ -112,6 +115,7 @@ def _stable_argsort(keys: Array, bound: int) -> Array:
 
 def _rank(order: Array) -> Array:
     """Returns the inverse permutation of ``order``."""
+    # A scatter of distinct indices is cheaper than sorting a second time.
     n = order.shape[0]
     return (
         jnp.zeros((n,), jnp.int32)
@@ -122,6 +126,7 @@ def _rank(order: Array) -> Array:
 
 def _count(experts: Array, counted: Array, num_experts: int) -> Array:
     """i32[E]: the number of assignments of each expert for which ``counted`` bool[N] is True."""
+    # Padding holds the index E, past the end of the counts, which "drop" ignores.
     return (
         jnp.zeros((num_experts,), jnp.int32).at[experts].add(counted.astype(jnp.int32), mode="drop")
     )
@@ -187,6 +192,7 @@ def plan_dispatch(
     n, e = assignments.expert_indices.shape[0], assignments.num_experts
     slots = assignments.slots_per_token
     rows, tokens = max_rows, assignments.num_tokens
+    # A budget of N rows or more drops nothing. Without it the plan needs no ranking.
     if rows is not None and holds(lambda: rows >= n):
         max_rows = None
     if rows is not None and slots and holds(lambda: rows >= tokens) is None:
@@ -350,6 +356,7 @@ def plan_in_groups(
         num_experts=experts,
         slots_per_token=slots,
     )
+    # Decide per group, then number the rows over the whole batch, in which the groups are computed.
     kept = jax.vmap(kept_of)(split).reshape(-1)
     group_sizes = _count(assignments.expert_indices, kept, experts)
     order, position = _sort_by_expert(assignments.expert_indices, kept, group_sizes)
@@ -360,6 +367,7 @@ def plan_in_groups(
         kept=kept,
         group_sizes=group_sizes,
         demand=_count(assignments.expert_indices, assignments.valid, experts),
+        # The bounds of the plan size buffers, and an expert's buffer holds its rows of every group.
         capacity=None if capacity is None else capacity * groups,
         max_rows=None if max_rows is None else max_rows * groups,
     )
@@ -403,6 +411,7 @@ def combine(plan: DispatchPlan, outputs: Array, weights: Array) -> Array:
     a = plan.assignments
     # A weight of 0 is not enough to ignore a row: 0 * NaN is NaN.
     rows = jnp.where(plan.kept[:, None], outputs.astype(jnp.float32), 0.0) * weights[:, None]
+    # Slots of one token are neighbours in token choice: the sum over them needs no scatter.
     if a.slots_per_token:
         return rows.reshape(a.num_tokens, a.slots_per_token, -1).sum(axis=1)
     empty = jnp.zeros((a.num_tokens, rows.shape[1]), jnp.float32)

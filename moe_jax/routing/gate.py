@@ -138,6 +138,8 @@ class Gate:
         if self.input_norm_eps is not None:
             x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.input_norm_eps)
             x = x * params["input_scale"].astype(jnp.float32)[None, :]
+        # The key is split even if one of the two is off: switching jitter on does not change the
+        # noise.
         jitter_key, noise_key = (None, None) if key is None else jax.random.split(key)
         if jitter_key is not None and self.jitter:
             low, high = 1 - self.jitter, 1 + self.jitter
@@ -151,7 +153,10 @@ class Gate:
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         if noise_key is not None and self.noise:
+            # After the cap, so that noise has its stated size whatever the logit is.
             logits = logits + self.noise * jax.random.normal(noise_key, logits.shape, jnp.float32)
+        # Finite, because a product of -inf with 0 further on would be NaN. Selection gets -inf from
+        # `exclude`.
         return self._replace_disabled(logits, float(jnp.finfo(jnp.float32).min))
 
     def _check_params(self, params: Params) -> None:
@@ -169,6 +174,8 @@ class Gate:
                 f"params: expected a router's parameters with {needed}, got {got}. Pass what "
                 "router.init returned; of a layer's parameters that is params['router']."
             )
+        # A bias that is silently ignored would route otherwise than the model that it was trained
+        # in.
         unread = [n for n, used in wanted.items() if not used and n in params]
         if unread:
             flag = "use_bias=True" if unread[0] == "bias" else "input_norm_eps=1e-6"

@@ -61,6 +61,7 @@ def _sum(value: Array, axis_name: Axes) -> Array:
 def mean_over_tokens(values: Array, routing: AnyRouting, axis_name: Axes = None) -> Array:
     """f32[]: the mean of ``values`` f32[T] over real tokens."""
     mask, count = _real(routing)
+    # Sum and count are added up separately: shards hold different numbers of real tokens.
     total = _sum(jnp.where(mask > 0, values, 0.0).sum(), axis_name)
     return total / jnp.maximum(_sum(count, axis_name), 1.0)
 
@@ -104,6 +105,7 @@ def load_balancing_loss(
         )
     shape = (tokens // length, length, experts)
     within = axis_name if sequence_length is None else None  # a sequence is whole on its shard
+    # The counts carry no gradient. It flows through the summed probabilities alone, as in Switch.
     p = jnp.where(routing.token_mask[:, None], probs, 0.0).reshape(shape).sum(axis=1)
     p, counts = _sum(p, within), _sum(used.reshape(shape).sum(axis=1), within)
     real = _sum(mask.reshape(shape[:2]).sum(axis=1), within)
@@ -139,6 +141,7 @@ def importance_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:
     """
     _check_routing(routing)
     masked = jnp.where(routing.token_mask[:, None], routing.router_probs, 0.0)
+    # The coefficient of variation is not linear, so the sums of all shards come before it.
     importance = _sum(masked.sum(axis=0), axis_name)
     mean = importance.mean()
     return jnp.square(importance - mean).mean() / jnp.maximum(jnp.square(mean), 1e-20)
@@ -187,6 +190,7 @@ def aux_loss(
     _check_routing(routing)
     check_instance("weights", weights, LossWeights, fix="Write LossWeights(load_balancing=0.01).")
     terms: dict[str, Array] = {}
+    # Weights are Python numbers: a term with weight 0 is not traced, so it cannot add a NaN either.
     if weights.load_balancing:
         terms["load_balancing"] = load_balancing_loss(
             routing, sequence_length=sequence_length, axis_name=axis_name

@@ -269,6 +269,7 @@ class Scoring:
                 shares = jnp.where(keep, jax.nn.softmax(logs, axis=-1), 0.0)
                 total = jnp.where(low | (total == 0), 1.0, total)
                 weights = jnp.where(low, shares, divide(weights, total))
+        # The check is at differentiation: routing without gradients may renormalise as it likes.
         if self.renormalizes and min_k <= 1:
             weights = warn_starved_router(weights)
         return weights * self.scale if self.scale != 1.0 else weights

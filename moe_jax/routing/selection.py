@@ -26,6 +26,8 @@ def top_slots(selection_scores: Array, max_k: int) -> tuple[Array, Array]:
     """
     lowest = jnp.finfo(selection_scores.dtype).min
     clean = jnp.where(jnp.isnan(selection_scores), lowest, selection_scores)
+    # Choosing is discrete. The gradient reaches the router through the weights, which are gathered
+    # from scores.
     values, indices = jax.lax.top_k(jax.lax.stop_gradient(clean), max_k)
     return indices.astype(jnp.int32), values
 
@@ -40,6 +42,7 @@ def top_p_keep(sorted_probs: Array, p: Array) -> Array:
 
     ``sorted_probs`` f32[T, K] descending. A slot is kept while what came before it is <= p.
     """
+    # The sum of what came before, so that the first slot is kept at any p.
     before = jnp.cumsum(sorted_probs, axis=-1) - sorted_probs
     return before <= p
 
@@ -50,6 +53,7 @@ def min_p_keep(sorted_probs: Array, ratio: Array) -> Array:
     A prefix even where a selection bias has put a smaller probability before a larger one.
     """
     enough = (sorted_probs >= ratio * sorted_probs[:, :1]).astype(jnp.int32)
+    # One slot that fails ends the prefix. `cummin` takes no booleans.
     return jax.lax.cummin(enough, axis=1).astype(bool)
 
 
@@ -85,6 +89,7 @@ def group_limit(
 
 def compact(keep: Array, *slots: Array) -> tuple[Array, ...]:
     """Moves kept slots to the front, in their order: (keep, slots...), each [T, K]."""
+    # False sorts before True, and a stable sort leaves kept slots in order of preference.
     place = jnp.argsort(~keep, axis=-1, stable=True)
     return tuple(jnp.take_along_axis(a, place, axis=-1) for a in (keep, *slots))
 
@@ -111,6 +116,7 @@ def build_routing(
     tokens, experts = logits.shape
     if token_mask is None:
         token_mask = jnp.ones((tokens,), bool)
+    # Values of unused slots are replaced, not multiplied by 0: padding may hold NaN.
     used = keep & token_mask[:, None]
     return Routing(
         expert_indices=jnp.where(used, indices, experts),
@@ -134,8 +140,10 @@ def choose_tokens(
     if token_mask is None:
         token_mask = jnp.ones((tokens,), bool)
     masked = jnp.where(token_mask[:, None] & ~jnp.isnan(scores), scores, -jnp.inf)
+    # An expert with fewer real tokens than rows takes padding at -inf, which is emptied below.
     value, taken = jax.lax.top_k(jax.lax.stop_gradient(masked).T, capacity)
     real = value > -jnp.inf
+    # Gathered from the scores with their gradient; `value` has none.
     weights = jnp.take_along_axis(scores.T, taken, axis=-1)
     return ExpertChoice(
         token_indices=jnp.where(real, taken, tokens).astype(jnp.int32),

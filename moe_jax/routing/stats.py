@@ -75,11 +75,13 @@ def routing_stats(
     k = routing.num_experts_per_token
     most = routing.expert_indices.shape[1] if isinstance(routing, Routing) else routing.num_experts
     bins = jnp.arange(most + 1, dtype=jnp.int32)
+    # A comparison with every bin has a static shape, and padding counts in none, not even in bin 0.
     hits = (k[:, None] == bins[None, :]).astype(jnp.float32) * mask[:, None]
     if observed is None:
         observed = jnp.zeros((routing.num_experts,), jnp.float32)
     totals = _Totals(
         tokens=mask.sum(),
+        # What tokens asked for. The difference to the kept rows is what was dropped.
         load=plan.demand.astype(jnp.float32),
         used=kept,
         executed=kept if slots_executed is None else slots_executed,
@@ -173,6 +175,7 @@ def merge_stats(parts: Sequence[RoutingStats]) -> RoutingStats:
             "parts: expected the statistics of at least one part, got an empty sequence. Pass one "
             "RoutingStats a micro-batch."
         )
+    # Means are turned back into sums, which add up exactly for parts of different sizes.
     added = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *map(_totals_of, parts))
     return _of_totals(added, parts[0].implementation)
 
@@ -311,6 +314,7 @@ def flops_report(
         )
     tokens = float(stats.token_count)
     experts = stats.tokens_per_expert.shape[0]
+    # Two operations a multiply-add, as in `flops_per_row`.
     router = tokens * 2.0 * d_model * experts
     estimator = tokens * estimator_flops_per_token
     k_of = {"trained_k": trained_k, "top_max": max_k, "dense": experts, "mean_k": mean_k}

@@ -11,6 +11,7 @@ import pytest
 
 from moe_jax.checkpoint import archive, open_checkpoint, save
 from moe_jax.checkpoint.description import describe_checkpoint
+from moe_jax.experts import FeedForward
 from moe_jax.interop import moe_block_from_hf
 from moe_jax.layer import moe_layer
 from moe_jax.models import block_checkpoint
@@ -69,6 +70,7 @@ def test_inspection_and_export_open_a_checkpoint_of_blocks_and_moe_layer_compute
     want = blocks["layer_3"].route(x).expert_indices
     np.testing.assert_array_equal(ruled.route(x).expert_indices, want)
     assert gated.experts is not None
+    assert gated.layer is not None
     y, _ = moe_layer(gated.router, gated.experts, gated.layer, gated.state, x)
     np.testing.assert_allclose(y, GATED(x), rtol=1e-5, atol=1e-5)
 
@@ -77,7 +79,7 @@ def test_a_block_of_which_moe_layer_computes_less_is_described_by_its_router_alo
     bare = block_spec(SCALED, ("a",))
     assert (bare.router, bare.layer, bare.experts) == (("a", "router"), None, None)
     other = dataclasses.replace(
-        GATED, shared_fn=dataclasses.replace(GATED.expert_fn, use_bias=True)
+        GATED, shared_fn=FeedForward(activation="silu", gated=True, use_bias=True)
     )
     assert block_spec(other, ("a",)).layer is None
     latent = dataclasses.replace(PLAIN, params={**PLAIN.params, "latent": {}})
