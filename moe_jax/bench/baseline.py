@@ -174,16 +174,16 @@ def compare(
         >>> change.change, round(change.low, 2), round(change.high, 2), lost
         (2.0, 1.64, 2.44, [])
     """
-    found = {name_of(row): row for row in now if "not_run" not in row}
+    current = {name_of(row): row for row in now if "not_run" not in row}
     changes, lost = [], []
     for old in before:
         if old.get("implementation") in REFERENCES:
             continue
         name = name_of(old)
-        if name not in found:
+        if name not in current:
             lost.append(name)
             continue
-        new = found[name]
+        new = current[name]
         changes.append(
             Change(
                 name=name,

@@ -57,7 +57,7 @@ def bench_batch(
     for size in sizes:
         timing = timings[str(size)]
         pairs = zip(timing.seconds, first_seconds, strict=True)
-        ratio = statistics.median(own / first for own, first in pairs)
+        ratio = statistics.median(taken / first for taken, first in pairs)
         rows.append(
             {
                 "batch": size,

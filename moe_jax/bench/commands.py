@@ -142,10 +142,12 @@ def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None
     if json is not None:
         write_results(json, bench=content["bench"], settings=content["settings"], rows=rows)
         notes.print(f"rows written to {json}")
-    here = {word: machine()[word] for word in ("cpu", "cores", "backend", "jax")}
-    there = {word: content["machine"].get(word) for word in here}
-    if here != there:
-        notes.print(f"the baseline is of another machine: {there}, here {here}", soft_wrap=True)
+    current = {word: machine()[word] for word in ("cpu", "cores", "backend", "jax")}
+    recorded = {word: content["machine"].get(word) for word in current}
+    if current != recorded:
+        notes.print(
+            f"the baseline is of another machine: {recorded}, here {current}", soft_wrap=True
+        )
     for name in lost:
         notes.print(f"[red]gone[/red] {name}: the baseline has it, this version does not")
     slower = [change.name for change in changes if change.slower(tolerance)]
@@ -446,22 +448,22 @@ def serve(
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
         if "wrapper" in settings["parts"]:
-            found = bench_wrapper(
+            result = bench_wrapper(
                 batch=batch,
                 sequence=sequence,
                 d_model=d_model,
                 rounds=max(rounds, 20),
                 progress=progress,
             )
-            rows += [{"part": "wrapper", **row} for row in found]
+            rows += [{"part": "wrapper", **row} for row in result]
         if "http" in settings["parts"]:
-            found = bench_http(
+            result = bench_http(
                 shape=(batch, sequence, d_model),
                 clients=settings["clients"],
                 rounds=rounds,
                 seconds=seconds,
                 progress=progress,
             )
-            rows += [{"part": "http", **row} for row in found]
+            rows += [{"part": "http", **row} for row in result]
     columns = ["part", "case", "clients", "ratio", "ratio_sink", "times_json", "ms"]
     _finish("serve", rows, columns, settings, json)

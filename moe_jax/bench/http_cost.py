@@ -74,18 +74,18 @@ def _our_server(tell: Connection, settings: dict[str, Any]) -> None:
 def _process(target: Callable[..., None], *args: Any) -> Iterator[int]:
     """Yields the port of a server while its process runs."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(there, *args), daemon=True)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(sender, *args), daemon=True)
     process.start()
-    there.close()
+    sender.close()
     try:
-        if not here.poll(120):
+        if not receiver.poll(120):
             raise RuntimeError("bench: expected the server to start within 120 s, it did not.")
-        port = here.recv()
+        port = receiver.recv()
         _wait(port)
         yield port
     finally:
-        here.close()
+        receiver.close()
         process.terminate()
         process.join(30)
 
@@ -166,7 +166,7 @@ def _load(port: int, make: Make, clients: int, seconds: float) -> tuple[float, f
     if failed:
         raise failed[0]
     wall = time.perf_counter() - min(begun)
-    every = [seconds for own in latencies for seconds in own]
+    every = [seconds for each in latencies for seconds in each]
     return wall / len(every), statistics.median(every)
 
 
@@ -196,13 +196,13 @@ def _requests(x: np.ndarray) -> tuple[dict[str, Make], bytes]:
             struct.pack_into("<f", message, start, float(count[0]))
         return message
 
-    made: dict[str, Make] = {
+    makers: dict[str, Make] = {
         "binary off": lambda _: binary,
         "binary hit": lambda _: binary,
         "binary miss": fresh,
         "json off": lambda _: as_json,
     }
-    return made, head + data
+    return makers, head + data
 
 
 # --- the measurement --------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def bench_http(
         seconds: of load a case and round.
     """
     x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    made, body = _requests(x)
+    makers, body = _requests(x)
     route = _bare_route(x, experts, max_k)
     settings = dict(
         input_dim=shape[2],
@@ -264,10 +264,10 @@ def bench_http(
                     taken.clear()
                 take("echo", floor, lambda _: echo, count)
                 take("sink", floor, lambda _: sink, count)
-                own = [_timed(route) for _ in range(15)]
-                taken.setdefault("route", []).append((statistics.median(own), 0.0))
+                timings = [_timed(route) for _ in range(15)]
+                taken.setdefault("route", []).append((statistics.median(timings), 0.0))
                 for case in CASES:
-                    take(case, off if case.endswith("off") else on, made[case], count)
+                    take(case, off if case.endswith("off") else on, makers[case], count)
             rows += summarise(taken, count)
     return rows
 
@@ -283,13 +283,13 @@ def summarise(taken: dict[str, list[tuple[float, float]]], count: int) -> list[d
 
     def ratios(case: str, base: str) -> list[float]:
         return [
-            own[0] / (floor[0] + route[0])
-            for own, floor, route in zip(taken[case], taken[base], taken["route"], strict=True)
+            sample[0] / (floor[0] + route[0])
+            for sample, floor, route in zip(taken[case], taken[base], taken["route"], strict=True)
         ]
 
     rows: list[dict[str, Any]] = []
     for case in CASES:
-        over = [j[0] / own[0] for j, own in zip(taken["json off"], taken[case], strict=True)]
+        over = [j[0] / sample[0] for j, sample in zip(taken["json off"], taken[case], strict=True)]
         rows.append(
             {
                 "case": case,

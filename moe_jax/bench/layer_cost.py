@@ -204,7 +204,7 @@ def _grid_point(
     refused: dict[str, str] = {}
     if peers:
         width = jax.tree.leaves(params)[0].shape[1]  # of "down", the first in name order
-        found, refused = peer_cases(
+        available, refused = peer_cases(
             expert_fn,
             params,
             x,
@@ -214,10 +214,10 @@ def _grid_point(
             backward=backward,
             with_gradients=with_gradients,
         )
-        cases |= found
+        cases |= available
         details |= {
             name: {"temp_mb": None, "dropped": 0.0, "peer": True, "version": versions(name)}
-            for name in found
+            for name in available
         }
     # What did not run has a row too, without a ratio, and says why.
     failed = [

@@ -93,11 +93,11 @@ def interleave(
         before = run_once(floor)
         floors.append(before)
         for name in turn:
-            own = run_once(cases[name])
+            elapsed = run_once(cases[name])
             after = run_once(floor)
             floors.append(after)
-            seconds[name].append(own)
-            ratios[name].append(own / (0.5 * (before + after)))
+            seconds[name].append(elapsed)
+            ratios[name].append(elapsed / (0.5 * (before + after)))
             before = after
         after_round(i + 1)
     timings = {n: Timing(seconds=tuple(seconds[n]), ratios=tuple(ratios[n])) for n in names}

@@ -94,7 +94,7 @@ def verify(
         )
         words = {True: "[green]good[/green]", False: "[red]BAD[/red]", None: "[dim]-[/dim]"}
         for check in checks:
-            table.add_row(words[check.passed], check.name, check.told.replace("[", r"\["))
+            table.add_row(words[check.passed], check.name, check.detail.replace("[", r"\["))
         out.print(table)
         said = sum(check.passed is not None for check in checks)
         out.print(

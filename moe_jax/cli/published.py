@@ -505,7 +505,7 @@ def generate(
         if fitted is not None:
             for layer, block in model.blocks().items():
                 model.set_block(layer, fitted.block(layer, block))
-        made = continuation(
+        generated = continuation(
             model,
             jnp.asarray([ids], jnp.int32),
             max_new_tokens=max_new_tokens,
@@ -513,8 +513,8 @@ def generate(
             key=jax.random.key(seed),
             eos_ids=end_of_text(folder),
         )[0]
-    answer = tokenizer.decode(made.tolist())
+    answer = tokenizer.decode(generated.tolist())
     if as_json:
-        print_json({"prompt": prompt, "text": answer, "tokens": made.tolist()})
+        print_json({"prompt": prompt, "text": answer, "tokens": generated.tolist()})
     else:
         out.print(prompt + answer, markup=False, highlight=False)

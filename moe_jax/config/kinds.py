@@ -286,13 +286,13 @@ def experts_problem(counts: Any, origins: Mapping[str, str]) -> str:
 
 
 def unknown_name(
-    origin: str, name: str, known: Iterable[str], otherwise: str, prefix: str = ""
+    origin: str, name: str, accepted: Iterable[str], otherwise: str, prefix: str = ""
 ) -> str:
     """The message about a name that does not exist, with the nearest one that does.
 
     ``prefix`` is what all names begin with; it is left out of the comparison.
     """
-    by_case = {word.lower().removeprefix(prefix.lower()): word for word in known}
+    by_case = {word.lower().removeprefix(prefix.lower()): word for word in accepted}
     near = difflib.get_close_matches(name.lower().removeprefix(prefix.lower()), by_case, n=1)
     hint = (
         f"Did you mean {by_case[near[0]]}?"

@@ -234,7 +234,7 @@ def normal_name(model_type: str) -> str:
     return model_type.replace("-", "_").lower()
 
 
-def flatten(config: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def flatten(config: Mapping[str, Any], accepted: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The model type that decides, and the keys that count.
 
     A composite config (image, audio and text) is replaced by its text part, whose own model type
@@ -265,6 +265,6 @@ def flatten(config: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, d
         flat.update({k: v for k, v in inner.items() if v is not None})
         kind = inner.get("model_type")
         kind = normal_name(kind) if isinstance(kind, str) else ""
-        if kind in known:
+        if kind in accepted:
             model_type = kind
     return model_type, flat

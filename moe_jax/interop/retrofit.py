@@ -236,18 +236,18 @@ def make_model_dynamic(
         ]
         curves[name] = [0.0, *(c * c for c in np.maximum.accumulate(changes))]
     means = shared_budget(curves, k=k, target_mean_k=target)
-    made: dict[str, MoEBlock] = {}
+    dynamic: dict[str, MoEBlock] = {}
     reports: dict[str, RetrofitReport] = {}
     for name, block in blocks.items():
         mean_k = means[name]
         if mean_k == k:
-            made[name] = block
+            dynamic[name] = block
             continue
-        made[name], reports[name] = make_dynamic(
+        dynamic[name], reports[name] = make_dynamic(
             block, calibration_x[name], target_mean_k=mean_k, rule=rule, **options
         )
     unchanged = k * (len(blocks) - len(reports))
-    return made, ModelRetrofitReport(
+    return dynamic, ModelRetrofitReport(
         trained_k=k,
         target_mean_k=target,
         calibration_mean_k=(unchanged + sum(r.calibration_mean_k for r in reports.values()))

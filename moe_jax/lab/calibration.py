@@ -297,7 +297,7 @@ def fit_rules(
     progress: Progress | bool = False,
 ) -> dict[str, Fitted]:
     """Fits each rule to each saving: name (see ``variant_name``) to routers and states."""
-    config, found = model.config, {}
+    config, fitted = model.config, {}
     chosen = find_rules(rules)
     with track(progress, "calibrate", len(chosen) * len(savings)) as advance:
         for rule in chosen:
@@ -305,9 +305,9 @@ def fit_rules(
                 target = config.k * (1.0 - saving)
                 routers = (rule.build(config, target),) * config.num_moe_layers
                 states = fit_layers(model, routers, blocks, target)
-                found[variant_name(rule.name, saving)] = (routers, states)
+                fitted[variant_name(rule.name, saving)] = (routers, states)
                 advance(f"{rule.label}, -{saving:.0%}")
-    return found
+    return fitted
 
 
 def calibration_blocks(

@@ -173,12 +173,12 @@ def _check_parts(parts: Mapping[str, Sequence[SourceFile]], root: str, advice: s
 
 def _standard_library(folder: Path) -> Corpus:
     paths = []
-    for here, folders, names in os.walk(folder):
+    for current, folders, names in os.walk(folder):
         folders[:] = sorted(
             f for f in folders if f not in _EXCLUDED_FOLDERS and not f.startswith(_GENERATED)
         )
         paths += [
-            Path(here, name)
+            Path(current, name)
             for name in names
             if name.endswith(".py") and not name.startswith(_GENERATED)
         ]

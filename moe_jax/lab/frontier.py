@@ -221,11 +221,11 @@ def measure(
         for other in rows:
             if not other["control"] or other["saving"] != row["saving"] or other["delta"] <= 0:
                 continue
-            own, theirs = (
+            ours, theirs = (
                 evaluations[one["variant"]].nats_per_file - base.nats_per_file
                 for one in (row, other)
             )
-            share, low, high = avoided_share(own, theirs)
+            share, low, high = avoided_share(ours, theirs)
             row["recovered"][other["rule"]] = share
             # JSON has no infinity: an interval without an end there is None.
             ends = [end if np.isfinite(end) else None for end in (low, high)]

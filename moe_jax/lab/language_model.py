@@ -205,11 +205,11 @@ class LMConfig:
         Raises:
             ValueError: an unknown field.
         """
-        known = {f.name for f in dataclasses.fields(LMConfig)}
-        unknown = sorted(set(data) - known)
+        accepted = {f.name for f in dataclasses.fields(LMConfig)}
+        unknown = sorted(set(data) - accepted)
         if unknown:
             raise ValueError(
-                f"LMConfig: expected fields among {', '.join(sorted(known))}, got "
+                f"LMConfig: expected fields among {', '.join(sorted(accepted))}, got "
                 f"{', '.join(unknown)}. Use the version of the library that wrote it."
             )
         values = dict(data)
@@ -422,8 +422,8 @@ def forward(
             return h, (aux, x)
 
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-        h, found = jax.lax.scan(step, h, (params["layers"], stacked))
-        each = [layer_of(found, i) for i in range(config.num_moe_layers)]
+        h, reports = jax.lax.scan(step, h, (params["layers"], stacked))
+        each = [layer_of(reports, i) for i in range(config.num_moe_layers)]
     else:
         each = []
         for i, (router, state) in enumerate(zip(routers, states, strict=True)):
@@ -490,13 +490,13 @@ def loss(
     out = forward(config, params, states, inputs, mesh=mesh)
     value, metrics = objective(config, out, tokens[:, 1:])
     layers = range(config.num_moe_layers)
-    own = [
+    regularizations = [
         router.regularization(
             layer_params(params, i)["moe"]["router"], states[i], out.layers[i].routing
         )
         for i in layers
     ]
-    value = value + jnp.stack(own).mean()
+    value = value + jnp.stack(regularizations).mean()
     metrics["distillation"] = jnp.zeros(())
     metrics["computed_experts_per_token"] = metrics["mean_experts_per_token"]
     if drawn is not None and config.distill:

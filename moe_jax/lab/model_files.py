@@ -100,12 +100,12 @@ def load_variants(path: PathLike, names: Sequence[str] | None = None) -> dict[st
             "without one. Restore it by moe_jax.checkpoint.restore instead."
         )
     config = LMConfig.from_json(saved.metadata["model"])
-    known = ["", *saved.metadata["variants"]]
-    names = known if names is None else names
-    unknown = [name for name in names if name not in known]
+    accepted = ["", *saved.metadata["variants"]]
+    names = accepted if names is None else names
+    unknown = [name for name in names if name not in accepted]
     if unknown:
         raise ValueError(
-            f"variant: expected one of {', '.join(known[1:]) or 'none'}, got {unknown[0]!r}. "
+            f"variant: expected one of {', '.join(accepted[1:]) or 'none'}, got {unknown[0]!r}. "
             "Leave it out for the model itself."
         )
     layers = range(config.num_moe_layers)

@@ -60,12 +60,12 @@ def frontier(
         equal_quality: relative change up to which quality counts as equal.
     """
     rules = list(dict.fromkeys(row["rule"] for row in rows))
-    own = {
+    by_rule = {
         rule: sorted((r for r in rows if r["rule"] == rule), key=lambda r: r["achieved_saving"])
         for rule in rules
     }
     # A control may cost twenty times as much as the rules: it gets a panel with its own scale.
-    highest = {rule: max(r["relative_high"] for r in own[rule]) for rule in rules}
+    highest = {rule: max(r["relative_high"] for r in by_rule[rule]) for rule in rules}
     near_top = 5 * min(sorted(highest.values())[len(rules) // 2 :])
     far = [rule for rule in rules if highest[rule] > near_top]
     figure, axes = _figure(
@@ -80,7 +80,7 @@ def frontier(
     plain = greys = 0
     ends = {}
     for number, rule in enumerate(rules):
-        points = own[rule]
+        points = by_rule[rule]
         y = np.array([r["relative"] for r in points]) * 100
         low = y - np.array([r["relative_low"] for r in points]) * 100
         high = np.array([r["relative_high"] for r in points]) * 100 - y
@@ -141,7 +141,7 @@ def frontier(
         shown = sorted(shown, key=lambda rule: -ends[rule][0])
         ax.legend(
             [ends[rule][1] for rule in shown],
-            [own[rule][0]["label"] for rule in shown],
+            [by_rule[rule][0]["label"] for rule in shown],
             frameon=False,
             fontsize=9,
             loc="upper left",

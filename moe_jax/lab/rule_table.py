@@ -31,17 +31,17 @@ def entries(rules: Sequence[str] | None = None) -> list[CatalogEntry]:
     Raises:
         ValueError: an unknown name, or one that cannot be imported.
     """
-    known = catalog()
+    rules_by_name = catalog()
     if not rules:
-        return list(known.values())
+        return list(rules_by_name.values())
     chosen = []
     for name in rules:
         if ":" in name:
             chosen.append(entry_of(load_rule(name)))
-        elif name in known:
-            chosen.append(known[name])
+        elif name in rules_by_name:
+            chosen.append(rules_by_name[name])
         else:
-            raise ValueError(f"rule: expected one of {', '.join(known)}, got {name!r}.")
+            raise ValueError(f"rule: expected one of {', '.join(rules_by_name)}, got {name!r}.")
     return chosen
 
 
@@ -58,16 +58,17 @@ def rule_to_train(config: LMConfig, rule: str) -> LMConfig:
         >>> rule_to_train(LMConfig(), "ReLURouter").rule
         ReLURouter(num_experts=16, target_k=4, max_k=16)
     """
-    made = load_rule(rule) if ":" in rule else rule_class(rule)
+    rule_type = load_rule(rule) if ":" in rule else rule_class(rule)
     plain = dataclasses.replace(config, rule=None, schedule=None, distill=0.0).router()
     assert isinstance(plain, TopK)
-    fields = {f.name: f.default for f in dataclasses.fields(made)}
-    own = fields.get("scoring", Scoring())
-    if isinstance(own, Scoring) and own != Scoring():
-        plain = dataclasses.replace(plain, scoring=own)  # e.g. ReLU scores: no other fits the rule
+    fields = {f.name: f.default for f in dataclasses.fields(rule_type)}
+    default_scoring = fields.get("scoring", Scoring())
+    if isinstance(default_scoring, Scoring) and default_scoring != Scoring():
+        # For example ReLU scores: no other fits the rule.
+        plain = dataclasses.replace(plain, scoring=default_scoring)
     # A rule that steers to a target needs room above it.
     most = config.num_experts if "target_k" in fields else config.k
-    built = dynamic_twin(plain, made, target_mean_k=config.k, max_k=most)
+    built = dynamic_twin(plain, rule_type, target_mean_k=config.k, max_k=most)
     return dataclasses.replace(config, rule=built)
 
 

@@ -172,10 +172,10 @@ def pooled_table(results: Mapping[str, Any]) -> Table:
     for saving in savings:
         table.add_column(f"-{saving:.0%} experts", justify="right", no_wrap=True)
     for rule in dict.fromkeys(row["rule"] for row in rows):
-        own = {row["saving"]: row for row in rows if row["rule"] == rule}
+        by_saving = {row["saving"]: row for row in rows if row["rule"] == rule}
         cells = [
-            f"{100 * own[s]['relative']:.2f} ({100 * own[s]['relative_low']:.2f}–"
-            f"{100 * own[s]['relative_high']:.2f})"
+            f"{100 * by_saving[s]['relative']:.2f} ({100 * by_saving[s]['relative_low']:.2f}–"
+            f"{100 * by_saving[s]['relative_high']:.2f})"
             for s in savings
         ]
         table.add_row(RULES[rule].label.removesuffix(" (control)"), *cells)
@@ -197,12 +197,12 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         "|---" * (1 + len(savings)) + "|",
     ]
     for rule in dict.fromkeys(row["rule"] for row in rows):
-        own = {row["saving"]: row for row in rows if row["rule"] == rule}
+        by_saving = {row["saving"]: row for row in rows if row["rule"] == rule}
         label = RULES[rule].label
         if RULES[rule].control:
             label = f"*control: {label.removesuffix(' (control)')}*"
         cells = [
-            _span(*(own[s][key] for key in ("relative", "relative_low", "relative_high")))
+            _span(*(by_saving[s][key] for key in ("relative", "relative_low", "relative_high")))
             for s in savings
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")

@@ -35,9 +35,9 @@ def summarise(results: Mapping[str, Any], out: Path, console: Console) -> None:
     for saving in savings:
         table.add_column(f"-{saving:.0%} experts", justify="right", no_wrap=True)
     for rule in dict.fromkeys(row["rule"] for row in rows):
-        own = {row["saving"]: row for row in rows if row["rule"] == rule}
-        cells = [_cell(own[saving]) for saving in savings]
-        label = next(iter(own.values()))["label"]
+        by_saving = {row["saving"]: row for row in rows if row["rule"] == rule}
+        cells = [_cell(by_saving[saving]) for saving in savings]
+        label = next(iter(by_saving.values()))["label"]
         label = label.removesuffix(" (control)")
         table.add_row(*[label, *cells], style="dim" if RULES[rule].control else None)
     console.print(table)
@@ -80,8 +80,8 @@ def findings(results: Mapping[str, Any]) -> list[str]:
         """``top-p -10/-20%, min-p -10%``"""
         names = []
         for label in dict.fromkeys(row["label"] for row in some):
-            own = [f"-{100 * row['saving']:.0f}" for row in some if row["label"] == label]
-            names.append(f"{label} {'/'.join(own)}%")
+            savings = [f"-{100 * row['saving']:.0f}" for row in some if row["label"] == label]
+            names.append(f"{label} {'/'.join(savings)}%")
         return ", ".join(names) or "none"
 
     def with_verdict(verdict: str) -> str:

@@ -124,10 +124,11 @@ def _drift(self: Comparison) -> list[dict[str, Any]]:
     rows = []
     base = self.other["trained"]
     for name, one in self.other.items():
-        here = self.evaluations[name]
-        change = one.mean_k / here.mean_k - 1.0
+        evaluation = self.evaluations[name]
+        change = one.mean_k / evaluation.mean_k - 1.0
         layers = {
-            str(n): one.experts_per_token[n] / k - 1.0 for n, k in here.experts_per_token.items()
+            str(n): one.experts_per_token[n] / k - 1.0
+            for n, k in evaluation.experts_per_token.items()
         }
         rows.append(
             {

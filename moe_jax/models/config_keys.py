@@ -98,8 +98,8 @@ class ConfigKeys:
         Raises:
             ValueError: the keys are named.
         """
-        known = self._read | HARMLESS | understood
-        unknown = sorted(k for k, v in self._config.items() if k not in known and v is not None)
+        accepted = self._read | HARMLESS | understood
+        unknown = sorted(k for k, v in self._config.items() if k not in accepted and v is not None)
         if unknown:
             raise ValueError(
                 f"config of {self.model_type!r}: expected keys whose meaning is known, got "

@@ -100,14 +100,14 @@ def stream_tokens(
         )
         cache = out.cache
         token = sample(out.logits[:, -1], sampling, jax.random.fold_in(key, step))
-        made = np.asarray(token)
+        token_ids = np.asarray(token)
         if eos_ids:
-            made = np.where(done, eos_ids[0], made).astype(np.int32)
-            done = done | np.isin(made, eos_ids)
-        yield made
+            token_ids = np.where(done, eos_ids[0], token_ids).astype(np.int32)
+            done = done | np.isin(token_ids, eos_ids)
+        yield token_ids
         if done.all():
             return
-        new = jnp.asarray(made)[:, None]
+        new = jnp.asarray(token_ids)[:, None]
         fresh = jnp.ones((batch, 1), bool)
         if cache is None:
             ids, mask = jnp.concatenate([ids, new], axis=1), jnp.concatenate([mask, fresh], axis=1)

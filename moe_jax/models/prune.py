@@ -63,8 +63,8 @@ def _slot_norms(block: MoEBlock, routing: Routing, rows: Array) -> Array:
 
     def norms(_: None, slot: Array) -> tuple[None, Array]:
         # One slot at a time with weight 1 returns that expert's output itself.
-        here = (jnp.arange(routing.expert_indices.shape[1]) == slot)[None, :]
-        used = here & (routing.expert_indices < routing.num_experts)
+        in_slot = (jnp.arange(routing.expert_indices.shape[1]) == slot)[None, :]
+        used = in_slot & (routing.expert_indices < routing.num_experts)
         alone = dataclasses.replace(
             routing,
             expert_indices=jnp.where(used, routing.expert_indices, routing.num_experts),
@@ -179,9 +179,9 @@ def experts_to_keep(
         >>> experts_to_keep({0: one}, 0.5, method="frequency")[0].tolist()
         [0, 2]
     """
-    for name, value, known in (("method", method, METHODS), ("counts", counts, COUNTS)):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}.")
+    for name, value, accepted in (("method", method, METHODS), ("counts", counts, COUNTS)):
+        if value not in accepted:
+            raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}.")
     if not 0 < keep <= 1:
         raise ValueError(
             f"keep: expected a share above 0 and at most 1, got {keep}. 0.5 keeps half the experts."

@@ -39,13 +39,13 @@ _FFN = FeedForward(activation="silu", gated=True)
 class Check:
     """One line of the table.
 
-    ``passed`` is None if the check does not apply to these devices; ``told`` says what was measured,
+    ``passed`` is None if the check does not apply to these devices; ``detail`` says what was measured,
     or why it does not apply.
     """
 
     name: str
     passed: bool | None
-    told: str
+    detail: str
 
 
 def verify(devices: int | None = None) -> list[Check]:
@@ -58,28 +58,28 @@ def verify(devices: int | None = None) -> list[Check]:
         >>> all(check.passed is not False for check in verify(1))
         True
     """
-    there = jax.devices()
-    count = len(there) if devices is None else devices
-    if not 1 <= count <= len(there):
+    available = jax.devices()
+    count = len(available) if devices is None else devices
+    if not 1 <= count <= len(available):
         raise ValueError(
-            f"devices: expected 1 to {len(there)}, got {count}. On CPU, moe-jax verify --devices N "
+            f"devices: expected 1 to {len(available)}, got {count}. On CPU, moe-jax verify --devices N "
             "makes as many."
         )
     # The comparison is about where rows go. TF32 or bfloat16 products would need a wide tolerance.
     with jax.default_matmul_precision("highest"):
-        return [*_implementations(), *_isolation(), *_many(there[:count])]
+        return [*_implementations(), *_isolation(), *_many(available[:count])]
 
 
 def _guarded(name: str, check: Callable[[], tuple[bool | None, str]]) -> Check:
     try:
-        passed, told = check()
+        passed, detail = check()
     except Exception as error:  # whatever it is, the table must say it and go on
         lines = str(error).splitlines() or [""]
-        passed, told = False, f"{type(error).__name__}: {lines[0][:200]}"
-    return Check(name=name, passed=passed, told=told)
+        passed, detail = False, f"{type(error).__name__}: {lines[0][:200]}"
+    return Check(name=name, passed=passed, detail=detail)
 
 
-def _worst(found: Any, wanted: Any) -> float:
+def _worst(actual: Any, wanted: Any) -> float:
     """The largest difference, in parts of the largest value of each array."""
 
     def one(a: Any, b: Any) -> float:
@@ -89,11 +89,11 @@ def _worst(found: Any, wanted: Any) -> float:
         # The bound keeps arrays of zeros from dividing rounding errors by zero.
         return float(np.abs(a - b).max()) / max(float(np.abs(b).max()), 1e-2)
 
-    return max(jax.tree.leaves(jax.tree.map(one, found, wanted)))
+    return max(jax.tree.leaves(jax.tree.map(one, actual, wanted)))
 
 
-def _equal(found: Any, wanted: Any, what: str) -> tuple[bool, str]:
-    worst = _worst(found, wanted)
+def _equal(actual: Any, wanted: Any, what: str) -> tuple[bool, str]:
+    worst = _worst(actual, wanted)
     return worst <= TOLERANCE, f"{what} within {worst:.1e}"
 
 
@@ -128,8 +128,8 @@ def _implementations() -> Iterator[Check]:
             continue
 
         def check(name: str = name) -> tuple[bool | None, str]:
-            found = _value_and_gradients(name, params, x, weights, plan)
-            return _equal(found, wanted, "outputs and gradients")
+            actual = _value_and_gradients(name, params, x, weights, plan)
+            return _equal(actual, wanted, "outputs and gradients")
 
         yield _guarded(f"{name} = dense oracle", check)
 
@@ -167,7 +167,7 @@ def _many(devices: list[Any]) -> Iterator[Check]:
     n = len(devices)
     if n == 1:
         yield Check(
-            name="many devices = one", passed=None, told="one device here; try --devices 8 on CPU"
+            name="many devices = one", passed=None, detail="one device here; try --devices 8 on CPU"
         )
         return
     shapes = [(1, n)] + ([(2, n // 2)] if n % 2 == 0 and n > 2 else [])
@@ -206,8 +206,8 @@ def _same_on_many(mesh: Any, router: Router, factor: float | None, n: int) -> tu
         in_specs=(specs, rows),
         out_specs=(P(), rows, (specs, rows), P()),
     )
-    found = jax.device_get(run(params, x))
-    return _equal(found, jax.device_get(wanted), "output, loss, gradients and bias")
+    actual = jax.device_get(run(params, x))
+    return _equal(actual, jax.device_get(wanted), "output, loss, gradients and bias")
 
 
 def _messages(mesh: Any, n: int, factor: float | None, gradient: bool) -> tuple[bool, str]:
@@ -230,5 +230,5 @@ def _messages(mesh: Any, n: int, factor: float | None, gradient: bool) -> tuple[
     program = jit_sharded(f, mesh, in_specs=(specs, rows), out_specs=out).lower(shapes, x).compile()
     sent = collectives_of(program)
     swaps = sent["all-to-all"].count if "all-to-all" in sent else 0
-    told = ", ".join(f"{t.count} {kind}" for kind, t in sent.items())
-    return swaps == (4 if gradient else 2) and set(sent) <= {"all-to-all", "all-reduce"}, told
+    summary = ", ".join(f"{t.count} {kind}" for kind, t in sent.items())
+    return swaps == (4 if gradient else 2) and set(sent) <= {"all-to-all", "all-reduce"}, summary

@@ -126,9 +126,9 @@ def check_context(router: Any, context: Any) -> None:
         return
     unknown = sorted(str(key) for key in context if key not in CONTEXT_KEYS and key not in reads)
     if unknown:
-        known = ", ".join(sorted({*CONTEXT_KEYS, *reads}))
+        accepted = ", ".join(sorted({*CONTEXT_KEYS, *reads}))
         raise ValueError(
-            f"context: expected keys among {known}, got {', '.join(unknown)}. Correct the name, or "
+            f"context: expected keys among {accepted}, got {', '.join(unknown)}. Correct the name, or "
             "declare it in the rule's or the estimator's context_keys."
         )
 

@@ -81,8 +81,8 @@ class Reroute(BatchAware):
         # For each expert the most similar primary one; itself where it is primary or none is close.
         close = jnp.where(primary[None, :], state.similarity, -jnp.inf)
         stays = primary | (close.max(axis=-1) < self.min_similarity)
-        own = jnp.arange(self.num_experts, dtype=jnp.int32)
-        target = jnp.where(stays, own, jnp.argmax(close, axis=-1).astype(jnp.int32))
+        indices = jnp.arange(self.num_experts, dtype=jnp.int32)
+        target = jnp.where(stays, indices, jnp.argmax(close, axis=-1).astype(jnp.int32))
         # By rank: the slot that a token's expert moves to, found through its place in the ranking.
         place = jnp.argsort(slots.indices, axis=-1)
         moved = jnp.take_along_axis(place, target[slots.indices], axis=-1)

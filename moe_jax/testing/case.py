@@ -153,8 +153,8 @@ def _gradients(router: Router, params: Any, state: Any, x: Any, mask: Any, conte
         routing = router(params, state, x, token_mask=mask, context=context_of(x))
         ramp = jnp.cos(jnp.arange(routing.combine_weights.size, dtype=jnp.float32))
         weighed = (routing.combine_weights * ramp.reshape(routing.combine_weights.shape)).sum()
-        own = router.regularization(params, state, routing)
-        return weighed + aux_loss(routing, ALL_LOSSES)[0] + own
+        regularization = router.regularization(params, state, routing)
+        return weighed + aux_loss(routing, ALL_LOSSES)[0] + regularization
 
     return jax.grad(loss, argnums=(0, 1))(params, x)
 

@@ -243,8 +243,8 @@ def padding_counts_in_nothing(case: RouterCase) -> None:
             measured,
         )
         same(case.router.observe(case.state, b), case.router.observe(case.state, a))
-        own = functools.partial(case.router.regularization, case.params, case.state)
-        np.testing.assert_allclose(own(b), own(a), rtol=1e-6)
+        regularization = functools.partial(case.router.regularization, case.params, case.state)
+        np.testing.assert_allclose(regularization(b), regularization(a), rtol=1e-6)
     finite = all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(measured))
     require(finite, "statistics or losses are not finite")
 

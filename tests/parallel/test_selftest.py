@@ -14,9 +14,9 @@ from moe_jax.cli import app, devices
 from moe_jax.parallel import selftest as verification
 from moe_jax.parallel.selftest import Check
 
-GOOD = Check(name="a", passed=True, told="within 1e-7")
-OTHER = Check(name="b", passed=None, told="one device here")
-BAD = Check(name="c", passed=False, told="within 1e-1")
+GOOD = Check(name="a", passed=True, detail="within 1e-7")
+OTHER = Check(name="b", passed=None, detail="one device here")
+BAD = Check(name="c", passed=False, detail="within 1e-1")
 
 
 @pytest.mark.parametrize(("checks", "code"), [([GOOD, OTHER], 0), ([GOOD, BAD], 1)])

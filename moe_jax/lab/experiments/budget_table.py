@@ -55,8 +55,8 @@ def budget_rows(
             except ValueError as error:
                 rows.append({"rule": name, "saving": saving, "skipped": str(error)})
                 continue
-            found = evaluate(model, held_out, routers=routers, states=states)
-            rows.append(_row(name, label, control, saving, found))
+            measured = evaluate(model, held_out, routers=routers, states=states)
+            rows.append(_row(name, label, control, saving, measured))
     return rows
 
 
@@ -70,18 +70,18 @@ def _rule(name: str, model: Model) -> tuple[str, bool, Callable[[float], Router]
 
 
 def _row(
-    rule: str, label: str, control: bool, saving: float, found: LMEvaluation
+    rule: str, label: str, control: bool, saving: float, measured: LMEvaluation
 ) -> dict[str, Any]:
     return {
         "rule": rule,
         "label": label,
         "control": control,
         "saving": saving,
-        "mean_k": found.mean_k,
-        "bits_per_byte": found.bits_per_byte,
-        "mean_k_per_layer": found.mean_k_per_layer.round(4).tolist(),
-        "seconds": found.seconds,
-        "nats_per_file": np.round(found.nats_per_file, 2).tolist(),
+        "mean_k": measured.mean_k,
+        "bits_per_byte": measured.bits_per_byte,
+        "mean_k_per_layer": measured.mean_k_per_layer.round(4).tolist(),
+        "seconds": measured.seconds,
+        "nats_per_file": np.round(measured.nats_per_file, 2).tolist(),
     }
 
 

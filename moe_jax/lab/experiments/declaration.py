@@ -112,12 +112,12 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
         ValueError: an unknown or missing field, or values that do not fit.
     """
     fields = dict(data)
-    known = {f.name for f in dataclasses.fields(Experiment)} - {"name"} | {"model", "steps"}
-    unknown = sorted(set(fields) - known)
+    accepted = {f.name for f in dataclasses.fields(Experiment)} - {"name"} | {"model", "steps"}
+    unknown = sorted(set(fields) - accepted)
     missing = sorted({"kind", "title", "question", "recipes", "reference", "steps"} - set(fields))
     if unknown or missing:
         raise ValueError(
-            f"experiment {name}: expected the fields {', '.join(sorted(known))}, got "
+            f"experiment {name}: expected the fields {', '.join(sorted(accepted))}, got "
             f"{', '.join(unknown) or 'none'} besides, and not {', '.join(missing) or 'nothing'}."
         )
     model, steps = fields.pop("model", {}), fields.pop("steps")
@@ -145,20 +145,20 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
 
 def _recipe(name: str, values: dict[str, Any], steps: int) -> Recipe:
     parts = ("router",) if "base" in values else ()
-    own = {
+    settings = {
         "steps": int(values.pop("steps", steps)),
         "base": values.pop("base", ""),
         "parts": tuple(values.pop("parts", parts)),
         "budgets": values.pop("budgets", True),
     }
-    strange = [part for part in own["parts"] if part not in PARTS]
-    if strange or own["steps"] < 1:
+    strange = [part for part in settings["parts"] if part not in PARTS]
+    if strange or settings["steps"] < 1:
         raise ValueError(
             f"recipe {name}: expected steps of at least 1 and parts among {', '.join(PARTS)}, got "
-            f"steps={own['steps']}, parts={list(own['parts'])}."
+            f"steps={settings['steps']}, parts={list(settings['parts'])}."
         )
     try:
-        return Recipe(name=name, config=LMConfig.from_json(values), **own)
+        return Recipe(name=name, config=LMConfig.from_json(values), **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"recipe {name}: {error}") from None
 

@@ -57,8 +57,8 @@ def decode_rows(
             rule = _with_scoring(router_from_json(dict(fields)), model)
             routers = [rule] * config.num_moe_layers
             states = fitted_states(model, routers, calibration)
-            found = measure_steps(model, held_out, routers, batch, states=states)
-            rows.append({"rule": label, "batch": batch, **found, **_saving(found, base)})
+            measured = measure_steps(model, held_out, routers, batch, states=states)
+            rows.append({"rule": label, "batch": batch, **measured, **_saving(measured, base)})
     return rows
 
 
@@ -66,10 +66,10 @@ def _with_scoring(rule: Any, model: Model) -> Router:
     return dataclasses.replace(rule, scoring=model.config.scoring, max_tokens=BATCH)
 
 
-def _saving(found: dict[str, float], base: dict[str, float]) -> dict[str, float]:
+def _saving(measured: dict[str, float], base: dict[str, float]) -> dict[str, float]:
     return {
-        "distinct_saving": 1.0 - found["distinct_experts"] / base["distinct_experts"],
-        "relative": found["bits_per_byte"] / base["bits_per_byte"] - 1.0,
+        "distinct_saving": 1.0 - measured["distinct_experts"] / base["distinct_experts"],
+        "relative": measured["bits_per_byte"] / base["bits_per_byte"] - 1.0,
     }
 
 

@@ -106,11 +106,11 @@ def distil(model: Model, recipe: Recipe, seed: int, corpus: Corpus, *, cost: flo
     drawn = float(np.mean([value["mean_k"] for value in seen]))
     # Teacher: one forward pass. Student: a forward pass and the half of a backward pass that carries
     # gradients through the frozen experts without computing theirs.
-    own = recipe.steps * (config.k + 2.0 * drawn)
+    student_cost = recipe.steps * (config.k + 2.0 * drawn)
     training = {
         **model.metadata["training"],
         "steps": recipe.steps,
-        "cost": cost + own,
+        "cost": cost + student_cost,
         "distillation": [float(seen[0]["loss"]), float(seen[-1]["loss"])],
         "seconds": 0.0,
     }

@@ -80,7 +80,7 @@ def summary(experiment: Experiment, units: Sequence[Mapping[str, Any]]) -> list[
         relative = interval(
             [row["bits_per_byte"] / full[u["seed"]]["bits_per_byte"] - 1 for row, _, u in members]
         )
-        own = interval(
+        bounds = interval(
             [row["bits_per_byte"] / base["bits_per_byte"] - 1 for row, base, _ in members]
         )
         count = len(members)
@@ -98,9 +98,9 @@ def summary(experiment: Experiment, units: Sequence[Mapping[str, Any]]) -> list[
                 "relative_low": relative.low,
                 "relative_high": relative.high,
                 "detectable": relative.detectable,
-                "own": own.mean,
-                "own_low": own.low,
-                "own_high": own.high,
+                "own": bounds.mean,
+                "own_low": bounds.low,
+                "own_high": bounds.high,
                 "worst_file": max(worst_file(row, full[u["seed"]]) for row, _, u in members),
                 "training_cost": sum(u["training"]["cost"] for _, _, u in members)
                 / count
@@ -300,10 +300,10 @@ def _budget_tables(results: Mapping[str, Any], rows: Sequence[Row]) -> list[str]
     if savings:
         body = []
         for recipe, rule in pairs:
-            own = [cells.get((recipe, rule, saving)) for saving in savings]
-            label = next(row["label"] for row in own if row)
+            row_cells = [cells.get((recipe, rule, saving)) for saving in savings]
+            label = next(row["label"] for row in row_cells if row)
             body.append(
-                (recipe, label, *("–" if row is None else _interval(row).text for row in own))
+                (recipe, label, *("–" if row is None else _interval(row).text for row in row_cells))
             )
         lines += _grid(("recipe", "rule", *(f"−{s:.0%} experts" for s in savings)), body)
         finite = [r["detectable"] for r in rows if r["saving"] and r["seeds"] > 1]

@@ -51,7 +51,7 @@ class ResultCache:
         ttl_seconds: how long a result may be served.
         clock: monotonic clock in seconds.
         shared: the second level, or None.
-        on_found: called as ``on_found(digest)`` for each hit in memory.
+        on_hit: called as ``on_hit(digest)`` for each hit in memory.
 
     Attributes:
         shared: the second level, or None.
@@ -76,7 +76,7 @@ class ResultCache:
         ttl_seconds: float,
         clock: Callable[[], float] = time.monotonic,
         shared: SharedCache | None = None,
-        on_found: Callable[[str], None] = lambda digest: None,
+        on_hit: Callable[[str], None] = lambda digest: None,
     ) -> None:
         self._lock = threading.Lock()
         self._gone: collections.OrderedDict[str, str] = collections.OrderedDict()
@@ -92,7 +92,7 @@ class ResultCache:
         self._recent: collections.deque[bool] = collections.deque(maxlen=_WINDOW)
         self.shared = shared
         self.gain = Gain()
-        self._on_found = on_found
+        self._on_hit = on_hit
         self.results: collections.Counter[str] = collections.Counter()
         self.reasons: collections.Counter[str] = collections.Counter()
 
@@ -143,7 +143,7 @@ class ResultCache:
             elif (others := self._flights.get(digest)) is None:
                 flight = self._flights[digest] = _Flight()
         if entry is not None:
-            self._on_found(digest)
+            self._on_hit(digest)
             return entry, "hit"
         if flight is None:
             assert others is not None

@@ -73,13 +73,13 @@ class AccessControl:
         if serving.replicas > 1 and not serving.redis_url and level.requests_per_minute:
             log.warning(
                 "limits_not_shared",
-                told=f"{serving.replicas} replicas count on their own, so a client's real limit is "
+                hint=f"{serving.replicas} replicas count on their own, so a client's real limit is "
                 f"{serving.replicas} times the configured one. Set MOE_REDIS_URL to share it.",
             )
         if level.api_key_required and not self.keys:
             log.warning(
                 "no_api_keys",
-                told="security level strict asks for API keys and none are configured, so remote "
+                hint="security level strict asks for API keys and none are configured, so remote "
                 "requests are all refused. Set MOE_API_KEYS.",
             )
 
@@ -92,7 +92,8 @@ class AccessControl:
             if self.keys.valid(api_key):
                 return Client(admission.client_id(api_key))
         elif not self.level.api_key_required:
-            return address  # no key, or one where none was given out
+            # No key was sent, or this service issues no keys and the one sent is ignored.
+            return address
         error = ServingError(
             "unauthorized",
             "expected a valid API key, got none or a wrong one. Send one that the operator gave you.",

@@ -82,12 +82,12 @@ class Checking:
         if self._made is not None or self._error is not None:
             return
         try:
-            self._made = made = self._check()
+            self._made = checked = self._check()
         except Exception as error:
             self._error = error
         else:
-            if made.x is not self.values[0] or made.token_mask is not self.values[1]:
-                self.values = made.x, made.token_mask
+            if checked.x is not self.values[0] or checked.token_mask is not self.values[1]:
+                self.values = checked.x, checked.token_mask
 
     def result(self) -> Checked:
         """Returns the outcome of the check. Raises what the check raised."""

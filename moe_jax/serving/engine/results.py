@@ -99,7 +99,7 @@ class Results:
             ttl_seconds=performance.cache_ttl_seconds,
             clock=parts.clock,
             shared=shared,
-            on_found=self._on_found,
+            on_hit=self._on_hit,
         )
         self._agree_on_secret()
         if not serving.prefetch:
@@ -127,7 +127,7 @@ class Results:
 
     # --- prefetching
 
-    def _on_found(self, digest: str) -> None:
+    def _on_hit(self, digest: str) -> None:
         if self.prefetcher is not None:
             self.prefetcher.found(digest)
 

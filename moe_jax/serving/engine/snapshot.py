@@ -442,8 +442,8 @@ def layer_models(routers: Iterable[str], chosen: str) -> dict[str, str]:
     match = _LAYER_NAME.fullmatch(chosen)
     if match is None:
         return {}
-    found = [_LAYER_NAME.fullmatch(name) for name in routers]
-    numbers = sorted(int(m[2]) for m in found if m is not None and m[1] == match[1])
+    matches = [_LAYER_NAME.fullmatch(name) for name in routers]
+    numbers = sorted(int(m[2]) for m in matches if m is not None and m[1] == match[1])
     return {f"{match[1]}layer_{n}": f"layer_{n}" for n in numbers}
 
 

@@ -86,8 +86,8 @@ class Service:
         try:
             connection.request(method, self._prefix + path, body, sent)
             response = connection.getresponse()
-            found = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, found, response.read()
+            received = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, received, response.read()
         except (OSError, http.client.HTTPException) as error:
             why = str(error) or type(error).__name__
             raise Unreachable(
@@ -102,8 +102,8 @@ class Service:
 
     def post_json(self, path: str, value: Any) -> Any:
         """The JSON answer to a JSON value. Raises ``Refused`` unless the status is 200."""
-        told = {"Content-Type": "application/json"}
-        return json.loads(self._good("POST", path, json.dumps(value).encode(), told)[1])
+        content_type = {"Content-Type": "application/json"}
+        return json.loads(self._good("POST", path, json.dumps(value).encode(), content_type)[1])
 
     def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...] = ()
@@ -114,10 +114,10 @@ class Service:
             Refused: the service said no.
             Unreachable: nothing answers.
         """
-        told, parts = [], []
+        descriptions, parts = [], []
         for name, array in inputs.items():
             data = np.ascontiguousarray(array)
-            told.append(
+            descriptions.append(
                 {
                     "name": name,
                     "shape": list(data.shape),
@@ -126,7 +126,7 @@ class Service:
                 }
             )
             parts.append(data.tobytes())
-        asked: dict[str, Any] = {"inputs": told, "parameters": {"binary_data_output": True}}
+        asked: dict[str, Any] = {"inputs": descriptions, "parameters": {"binary_data_output": True}}
         if outputs:
             asked["outputs"] = [{"name": n, "parameters": {"binary_data": True}} for n in outputs]
         head = json.dumps(asked).encode()
@@ -156,9 +156,9 @@ class Service:
         body: bytes | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> tuple[dict[str, str], bytes]:
-        status, found, data = self.request(method, path, body, headers)
+        status, received, data = self.request(method, path, body, headers)
         if status == 200:
-            return found, data
+            return received, data
         try:
             said = json.loads(data)
             code, message = str(said["code"]), str(said["error"])

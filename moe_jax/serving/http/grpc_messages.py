@@ -65,14 +65,14 @@ def _build() -> dict[str, Any]:
     file = descriptor_pb2.FileDescriptorProto(
         name="moe_jax/open_inference.proto", package="inference", syntax="proto3"
     )
-    made: dict[str, descriptor_pb2.DescriptorProto] = {}
+    messages: dict[str, descriptor_pb2.DescriptorProto] = {}
     for top in [n for n in _TABLE if "." not in n]:
-        made[top] = file.message_type.add(name=top)
+        messages[top] = file.message_type.add(name=top)
     for nested in [n for n in _TABLE if "." in n]:
         outer, name = nested.split(".")
-        made[nested] = made[outer].nested_type.add(name=name)
+        messages[nested] = messages[outer].nested_type.add(name=name)
     for name, fields in _TABLE.items():
-        message = made[name]
+        message = messages[name]
         if name in _ONEOF:
             message.oneof_decl.add(name=_ONEOF[name])
         for number, field in enumerate(fields.split(), start=1):

@@ -422,12 +422,12 @@ def _model_infer(call: GrpcCall, request: Any) -> Any:
 def _timeout(call: GrpcCall, parameters: Mapping[str, Any]) -> float | None:
     asked = [request_timeout(parameters), call.context.time_remaining()]
     # grpc gives a deadline of years where the client gave none.
-    found = [seconds for seconds in asked if seconds is not None and seconds < 1e6]
-    return min(found) if found else None
+    limits = [seconds for seconds in asked if seconds is not None and seconds < 1e6]
+    return min(limits) if limits else None
 
 
 def _parameters(given: Any, what: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, parameter in given.items():
         kind = parameter.WhichOneof("parameter_choice")
         if kind is None:
@@ -436,8 +436,8 @@ def _parameters(given: Any, what: str) -> dict[str, Any]:
             raise malformed(f"{what}: shared memory is not served here. Send the data itself.")
         if name.startswith("triton_"):
             raise malformed(f"{what}: parameter {shown(name)} is reserved. Name it otherwise.")
-        found[name] = getattr(parameter, kind)
-    return found
+        values[name] = getattr(parameter, kind)
+    return values
 
 
 def _inputs(request: Any, raw: Sequence[memoryview], spec: ModelSpec) -> dict[str, np.ndarray]:
@@ -483,12 +483,12 @@ def _typed(tensor: Any, datatype: str, shape: list[int], count: int) -> np.ndarr
 
 
 def _outputs(request: Any, spec: ModelSpec) -> tuple[tuple[str, bool], ...]:
-    known = [tensor.name for tensor in spec.outputs]
+    accepted = [tensor.name for tensor in spec.outputs]
     names: list[str] = []
     for tensor in request.outputs:
-        if tensor.name not in known:
+        if tensor.name not in accepted:
             raise malformed(
-                f"outputs: expected some of {', '.join(known)}, got {shown(tensor.name)}."
+                f"outputs: expected some of {', '.join(accepted)}, got {shown(tensor.name)}."
             )
         if tensor.name in names:
             raise malformed(f"outputs: expected every name once, got {shown(tensor.name)} again.")

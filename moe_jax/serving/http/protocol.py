@@ -195,7 +195,7 @@ def _named(holder: Mapping[str, Any], key: str) -> list[tuple[str, dict[str, Any
     tensors = holder.get(key, [])
     if not isinstance(tensors, list):
         raise malformed(f"{key}: expected an array, got {kind(tensors)}.")
-    found: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, dict[str, Any]] = {}
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, dict):
             raise malformed(f"{key}[{i}]: expected an object, got {kind(tensor)}.")
@@ -203,10 +203,10 @@ def _named(holder: Mapping[str, Any], key: str) -> list[tuple[str, dict[str, Any
         if not isinstance(name, str):
             got = kind(name) if "name" in tensor else "nothing"
             raise malformed(f"{key}[{i}].name: expected a string, got {got}.")
-        if name in found:
+        if name in by_name:
             raise malformed(f"{key}: expected every name once, got {shown(name)} again.")
-        found[name] = tensor
-    return list(found.items())
+        by_name[name] = tensor
+    return list(by_name.items())
 
 
 def check_names(given: Sequence[str], specs: Sequence[TensorSpec], model: str) -> None:

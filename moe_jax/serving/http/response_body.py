@@ -49,13 +49,17 @@ def encode_response(
     for name, binary in request.outputs:
         array = np.ascontiguousarray(arrays[name])
         datatype = datatype_of(array)
-        told: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        description: dict[str, Any] = {
+            "name": name,
+            "datatype": datatype,
+            "shape": list(array.shape),
+        }
         if binary:
-            told["parameters"] = {"binary_data_size": array.nbytes}
+            description["parameters"] = {"binary_data_size": array.nbytes}
             parts.append(memoryview(array.reshape(-1).view(np.uint8).data))
         else:
-            told["data"] = _json_numbers(array, datatype, name)
-        outputs.append(told)
+            description["data"] = _json_numbers(array, datatype, name)
+        outputs.append(description)
     answer: dict[str, Any] = {"model_name": spec.name, "model_version": version}
     if request.id is not None:
         answer["id"] = request.id

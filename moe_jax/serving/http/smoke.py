@@ -54,19 +54,19 @@ def check(
 
         layer = open_checkpoint(checkpoint).layer(router_name)
         checks.append(("routes as the checkpoint", lambda: _as_expected(service, layer)))
-    told: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     reached = True
     for name, run in checks:
         if not reached:
-            told.append({"check": name, "ok": False, "detail": "not tried"})
+            results.append({"check": name, "ok": False, "detail": "not tried"})
             continue
         try:
-            told.append({"check": name, "ok": True, "detail": run()})
+            results.append({"check": name, "ok": True, "detail": run()})
         except (Refused, Unreachable, ValueError, KeyError, AssertionError) as error:
-            told.append({"check": name, "ok": False, "detail": str(error)})
+            results.append({"check": name, "ok": False, "detail": str(error)})
             # Where nothing answered the first question, the others would only say so again.
             reached = not (name == "live" and isinstance(error, Unreachable))
-    return told
+    return results
 
 
 def _status(service: Service, path: str) -> str:
