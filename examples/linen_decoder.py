@@ -20,7 +20,8 @@ import optax
 from flax import linen as nn
 
 from moe_jax.lab import language_model as pure
-from moe_jax.lab.language_model import LMConfig, Output
+from moe_jax.lab.language_model import Output
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.optimizer import optimizer
 from moe_jax.nn import linen as moe_linen
 from moe_jax.types import Array, Params

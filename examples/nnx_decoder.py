@@ -23,7 +23,6 @@ from flax import nnx
 from moe_jax import checkpoint
 from moe_jax.checkpoint.sealed import PathLike
 from moe_jax.lab.language_model import (
-    LMConfig,
     Output,
     attention_part,
     check_layers,
@@ -35,6 +34,7 @@ from moe_jax.lab.language_model import (
     objective,
     unembed,
 )
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import Model, load_model, save_model
 from moe_jax.lab.optimizer import optimizer
 from moe_jax.layer import LayerAux

@@ -229,7 +229,7 @@ def train(
     """
     from moe_jax.cli.devices import training_mesh
     from moe_jax.lab.data import load_corpus
-    from moe_jax.lab.language_model import LMConfig
+    from moe_jax.lab.lm_config import LMConfig
     from moe_jax.lab.rule_table import rule_to_train
     from moe_jax.lab.training import train as job
 
@@ -270,7 +270,7 @@ def train(
 
 def _model_config(file: Path) -> Any:
     """The LMConfig that the file of ``--model`` describes. Raises ValueError if it describes none."""
-    from moe_jax.lab.language_model import LMConfig
+    from moe_jax.lab.lm_config import LMConfig
 
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))

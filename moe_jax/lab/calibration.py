@@ -27,7 +27,8 @@ from rich.progress import Progress
 from moe_jax.checkpoint import check_free
 from moe_jax.checkpoint.sealed import PathLike
 from moe_jax.lab.data import Corpus, TextBlocks, corpus_of_checkpoint, cut_blocks, load_corpus
-from moe_jax.lab.language_model import LMConfig, embed, layer_params, router_input
+from moe_jax.lab.language_model import embed, layer_params, router_input
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import Model, load_model, save_model
 from moe_jax.lab.progress import track
 from moe_jax.layer import LayerOptions, add_residual, run_routing

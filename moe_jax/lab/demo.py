@@ -31,7 +31,7 @@ from moe_jax.lab.frontier import (
     layer_routings,
     measure,
 )
-from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import Model, load_model, load_variants, save_model
 from moe_jax.lab.progress import progress_bar, track
 from moe_jax.lab.summary import summarise

@@ -26,7 +26,8 @@ from moe_jax.lab.calibration import (
     variant_name,
 )
 from moe_jax.lab.data import Corpus, TextBlocks, load_corpus
-from moe_jax.lab.language_model import LMConfig, nats, unembed
+from moe_jax.lab.language_model import nats, unembed
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import Model, Variants
 from moe_jax.lab.progress import track
 from moe_jax.models.confidence import MAX_DRIFT, avoided_share, paired_bootstrap, verdict

@@ -10,7 +10,7 @@ from typing import Any
 from moe_jax import checkpoint
 from moe_jax.checkpoint.sealed import PathLike
 from moe_jax.lab.data import Corpus, corpus_of_checkpoint
-from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.routers import Router
 from moe_jax.types import Params
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.lm_config import LMConfig
 
 PARTS = ("router", "experts", "rest")
 

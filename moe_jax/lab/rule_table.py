@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from moe_jax.lab.data import Batches, Corpus, load_corpus
-from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.training import init_training, train_step
 from moe_jax.routers import Router, TopK, catalog
 from moe_jax.routers.catalog import CatalogEntry, entry_of, example_rule

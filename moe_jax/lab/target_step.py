@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.training import init_training, train_step
 from moe_jax.parallel.targets import Target, TargetProgram, compile_program
 

@@ -23,7 +23,8 @@ from rich.progress import Progress
 from moe_jax import checkpoint
 from moe_jax.checkpoint.sealed import PathLike
 from moe_jax.lab.data import Batches, Corpus, load_corpus
-from moe_jax.lab.language_model import LMConfig, init, init_states, loss
+from moe_jax.lab.language_model import init, init_states, loss
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import Model, save_model
 from moe_jax.lab.optimizer import optimizer
 from moe_jax.lab.progress import track

@@ -16,9 +16,10 @@ from moe_jax.lab import calibration, demo, frontier, model_files, model_report, 
 from moe_jax.lab import language_model as model_of
 from moe_jax.lab import training as lm
 from moe_jax.lab.data import load_corpus
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.models.confidence import avoided_share, paired_bootstrap
 
-TINY = model_of.LMConfig(
+TINY = LMConfig(
     num_layers=2,
     d_model=32,
     num_heads=2,

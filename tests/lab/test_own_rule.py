@@ -11,7 +11,7 @@ from moe_jax import ExpertThreshold, MinP, Scoring, TopK
 from moe_jax.cli import app
 from moe_jax.interop.rules import TokenTable
 from moe_jax.lab.calibration import find_rules
-from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import load_model
 from moe_jax.routers import catalog
 from moe_jax.routers.registry import known_kinds

@@ -14,9 +14,10 @@ from moe_jax.lab import language_model as model_of
 from moe_jax.lab import model_files
 from moe_jax.lab import training as lm
 from moe_jax.lab.data import load_corpus
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.routers import DynamicK
 
-TINY = model_of.LMConfig(
+TINY = LMConfig(
     num_layers=2,
     d_model=32,
     num_heads=2,
@@ -168,8 +169,8 @@ def test_sizes_that_do_not_fit_are_refused(wrong, says):
 
 
 def test_configuration_as_json():
-    assert model_of.LMConfig.from_json(TINY.to_json()) == TINY
+    assert LMConfig.from_json(TINY.to_json()) == TINY
     with pytest.raises(ValueError, match=r"LMConfig: expected fields among.*got depth"):
-        model_of.LMConfig.from_json({"depth": 3})
+        LMConfig.from_json({"depth": 3})
     with pytest.raises(ValueError, match="expected 1 <= until <= steps"):
         lm.train(TINY, "unused", 3, until=4)

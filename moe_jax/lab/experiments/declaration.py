@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_jax
-from moe_jax.lab.language_model import LMConfig
+from moe_jax.lab.lm_config import LMConfig
 
 KINDS = ("budgets", "decode")
 FOLDER = "configs/experiments"

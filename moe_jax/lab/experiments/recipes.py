@@ -15,7 +15,8 @@ import optax
 
 from moe_jax.lab.data import Batches, Corpus
 from moe_jax.lab.experiments.declaration import Experiment, Recipe
-from moe_jax.lab.language_model import LMConfig, forward
+from moe_jax.lab.language_model import forward
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import Model, load_model, save_model
 from moe_jax.lab.optimizer import part_of
 from moe_jax.lab.training import train

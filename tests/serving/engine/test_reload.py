@@ -15,7 +15,8 @@ import moe_jax
 from moe_jax import checkpoint
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.config import ConfigError
-from moe_jax.lab.language_model import LMConfig, init, init_states
+from moe_jax.lab.language_model import init, init_states
+from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import Model, save_model
 from moe_jax.serving.engine.buckets import Buckets, compile_counter
 from moe_jax.serving.errors import ServingError

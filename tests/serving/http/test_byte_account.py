@@ -18,6 +18,7 @@ from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http import connection, grpc_server
 from moe_jax.serving.http.byte_account import ByteAccount
 from moe_jax.serving.http.deadlines import Deadlines
+from moe_jax.serving.http.grpc_call import GrpcCall
 from moe_jax.serving.http.grpc_messages import MESSAGES, SERVICE, split_raw_contents
 from moe_jax.serving.http.grpc_server import GrpcServer
 from tests.serving.http.http2 import Http2
@@ -408,12 +409,12 @@ class Metadata:
 
 def test_lines_of_a_list_in_metadata_are_joined_and_a_key_comes_once(service):
     lines = [("x-forwarded-for", line) for line in ("6.6.6.6", "192.0.2.7:52344", "127.0.0.9")]
-    call = grpc_server.GrpcCall(service.server.transport, Metadata(*lines))  # pyright: ignore
+    call = GrpcCall(service.server.transport, Metadata(*lines))  # pyright: ignore
     assert call.forwarded_for == "6.6.6.6, 192.0.2.7:52344, 127.0.0.9"
     for name in ("authorization", "x-api-key"):
         twice = Metadata((name, "a"), (name, "b"))
         with pytest.raises(ServingError, match="once"):
-            grpc_server.GrpcCall(service.server.transport, twice)  # pyright: ignore
+            GrpcCall(service.server.transport, twice)  # pyright: ignore
 
 
 def test_no_line_of_metadata_hides_what_a_proxy_has_added():
