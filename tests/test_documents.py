@@ -74,7 +74,11 @@ def readme() -> str:
 
 
 def test_the_readme_runs_from_top_to_bottom():
-    printed = run(readme())
+    """The pages that go on with its names run after it, in the same process."""
+    training = blocks(ROOT / "docs" / "concepts.md", "python")
+    [_, whole] = blocks(ROOT / "docs" / "how-to" / "published-model.md", "python")
+    model = str(ROOT / "tests" / "goldens" / "models" / "olmoe")
+    printed = run("\n".join([readme(), *training, whole.replace("path/to/model", model)]))
     assert printed.startswith("(4, 128, 64) 1.7")
     assert "MinP" in printed
 
@@ -87,7 +91,7 @@ def test_the_how_to_pages_run():
         for name in ("own-text", "own-model", "budget")
         for block in blocks(pages / f"{name}.md", "python")
     )
-    [retrofit] = blocks(pages / "published-model.md", "python")
+    [retrofit, _] = blocks(pages / "published-model.md", "python")
     shown = "\n".join(blocks(ROOT / "README.md", "python")).splitlines()
     for line in retrofit.splitlines()[1:]:
         assert line in shown, "the page shows lines of the README, which run there"

@@ -95,7 +95,7 @@ def _show(report: dict[str, Any]) -> None:
         out.print(table)
     else:
         out.print(f"The model runs at its trained k={trained['k']}: nothing is saved, no controls.")
-    table = Table("layer", "target", "calibrated", "mean k here")
+    table = Table("layer", "target", "calibrated", "measured")
     for layer in report["layers"]:
         budget = [layer["target_mean_k"], layer["calibrated_mean_k"], layer["mean_k"]]
         table.add_row(str(layer["layer"]), *("" if k is None else f"{k:.3f}" for k in budget))
@@ -103,16 +103,16 @@ def _show(report: dict[str, Any]) -> None:
     tails = report["tails"]
     k = tails["mean_k_of_sequences"]
     out.print(
-        f"Mean k of {tails['sequences']} sequences: median {k['median']:.2f}, 95 % {k['p95']:.2f}, "
-        f"99 % {k['p99']:.2f}, largest {k['max']:.2f}."
+        f"Mean k of {tails['sequences']} sequences: median {k['median']:.2f}, 95th percentile "
+        f"{k['p95']:.2f}, 99th {k['p99']:.2f}, largest {k['max']:.2f}."
     )
     shares = ", ".join(f"{n}: {s:.1%}" for n, s in enumerate(tails["tokens_by_experts"]) if s)
     out.print(f"Tokens by experts used: {shares}.")
     if report["change"]:
         files = tails["change_of_files"]
         out.print(
-            f"Change of files: median {files['median']:+.2%}, 95 % {files['p95']:+.2%}, largest "
-            f"{files['max']:+.2%} ({files['worst_file']}).",
+            f"Change by file: median {files['median']:+.2%}, 95th percentile {files['p95']:+.2%}, "
+            f"largest {files['max']:+.2%} ({files['worst_file']}).",
             soft_wrap=True,
         )
 
@@ -127,5 +127,7 @@ def _span(change: dict[str, Any]) -> str:
 def _share(avoided: list[float | None] | None) -> str:
     if avoided is None:
         return "the control loses nothing"
-    share, low, high = ("unbounded" if v is None else f"{v:.0%}" for v in avoided)
-    return f"{share} ({low} to {high})"
+    share, *ends = avoided
+    if share is None or None in ends:
+        return "not determined"
+    return f"{share:.0%} ({ends[0]:.0%} to {ends[1]:.0%})"

@@ -250,6 +250,14 @@ def train(
         if rule is not None:
             config = rule_to_train(config, rule)
         corpus = None if (data, glob) == (None, None) else load_corpus(data, glob=glob)
+        if process_id == 0:
+            minutes = "; about three minutes on two CPU cores"
+            notes.print(
+                f"train: {config.summary()}, {steps} steps on {data or 'the standard library'}"
+                f"{minutes if (model, steps) == (None, 350) else ''}",
+                highlight=False,
+                soft_wrap=True,
+            )
         path, summary = job(
             config,
             folder,
@@ -265,7 +273,12 @@ def train(
             corpus=corpus,
         )
     if process_id == 0:
-        _print_checkpoint(path, summary, as_json)
+        _print_checkpoint(
+            path,
+            summary,
+            as_json,
+            hint=f"moe-jax calibrate {path} --rule MinP --target-saving 0.2 --out {path}-20",
+        )
 
 
 def _model_config(file: Path) -> Any:
@@ -337,14 +350,14 @@ def calibrate(
             console=notes,
             corpus=corpus,
         )
-    _print_checkpoint(path, summary, as_json)
+    _print_checkpoint(path, summary, as_json, hint=f"moe-jax evaluate {path}")
 
 
-def _print_checkpoint(path: Path, summary: dict[str, Any], as_json: bool) -> None:
+def _print_checkpoint(path: Path, summary: dict[str, Any], as_json: bool, *, hint: str) -> None:
     if as_json:
         print_json({"checkpoint": str(path), **summary})
     else:
-        out.print(f"checkpoint in {path}; next: moe-jax inspect {path}", soft_wrap=True)
+        out.print(f"checkpoint in {path}; next: {hint}", soft_wrap=True)
 
 
 @app.command()

@@ -133,7 +133,7 @@ def load_corpus(root: str | os.PathLike[str] | None = None, *, glob: str | None 
     if total < FEWEST_BYTES:
         raise DataError(
             f"{root}: expected at least {FEWEST_BYTES:,} bytes of text, to train, calibrate and "
-            f"measure on different parts, got {total:,} in {len(files)} files. Add text."
+            f"measure on different parts, got {total:,} bytes in {len(files)} files. Add text."
         )
     unit, parts = "file", _split(files)
     trained = sum(file.data.size for file in parts["train"])

@@ -144,10 +144,10 @@ def test_evaluate_prints_loss_controls_layers_and_tails(monkeypatch, checkpoint,
         "2.4200 bits per byte (2.3000 to 2.5000) with MinP",
         "+0.30% (+0.20% to +0.40%), 20.0% fewer experts",
         "not shown",
-        "40% (unbounded",
+        "not determined",
         "3.250",
-        "99 % 3.50, largest 3.60",
-        "largest +2.00% (a.py)",
+        "95th percentile 3.40, 99th 3.50, largest 3.60",
+        "95th percentile +1.00%, largest +2.00% (a.py)",
     ):
         assert part in shown, part
     printed = runner.invoke(app, ["evaluate", str(checkpoint), "--json"]).stdout

@@ -83,6 +83,13 @@ class AccessControl:
                 "requests are all refused. Set MOE_API_KEYS.",
             )
 
+        if self.keys and not level.api_key_required:
+            log.warning(
+                "api_keys_optional",
+                hint=f"security level {level.name} answers requests without a key too; a key only "
+                "identifies its client. Set MOE_SECURITY_LEVEL=strict to require one.",
+            )
+
     def identify(self, api_key: str | None, peer: str, forwarded_for: str | None) -> Client:
         """See ``RouterEngine.identify``."""
         if forwarded_for is not None and not self._warned_of_proxy:

@@ -75,8 +75,8 @@ class Served:
         parts = self._parts
         snapshot = self._prepared(None)
         self._open_metrics(snapshot)
-        parts.system.sample()
         self._serve(snapshot)
+        parts.system.mark_ready()
         parts.log.info(
             "engine_ready",
             version=snapshot.version,

@@ -36,6 +36,7 @@ class SystemSampler:
         self._process.cpu_percent(None)  # the first call only sets the start of the measurement
         self._read = self._read_process if read is None else read
         self._history: collections.deque[tuple[int, float]] = collections.deque(maxlen=120)
+        self._ready = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.limit_bytes = memory_limit()
@@ -46,6 +47,13 @@ class SystemSampler:
     def sample(self) -> None:
         """Takes one sample now."""
         self._history.append(self._read())
+
+    def mark_ready(self) -> None:
+        """Drops the samples taken so far: memory grows while weights load and compile, so it is no
+        median to compare with."""
+        self._history.clear()
+        self._ready = True
+        self.sample()
 
     def start(self, also: Callable[[], object]) -> None:
         """Samples every few seconds from a thread, and calls ``also`` after each sample."""
@@ -65,7 +73,9 @@ class SystemSampler:
             self._thread.join(timeout=1.0)
 
     def spike_ratio(self) -> float:
-        """Returns resident memory over its median of the last ten minutes; 1 without samples."""
+        """Returns resident memory over its median of the last ten minutes; 1 before ``mark_ready``."""
+        if not self._ready:
+            return 1.0
         rss = [r for r, _ in self._history]
         return rss[-1] / max(statistics.median(rss), 1) if rss else 1.0
 

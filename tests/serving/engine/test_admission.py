@@ -352,6 +352,15 @@ def test_identity_and_admission_parse_nothing_twice(make_engine, monkeypatch):
     assert parsed == []
 
 
+def test_keys_that_are_not_required_are_logged_at_the_start(make_engine, log):
+    for level, expected in (("standard", 1), ("strict", 0)):
+        log.lines.clear()
+        make_engine(api_keys="one", security_level=level)
+        lines = [facts for _, event, facts in log.lines if event == "api_keys_optional"]
+        assert len(lines) == expected
+        assert all("MOE_SECURITY_LEVEL=strict" in facts["hint"] for facts in lines)
+
+
 def test_a_proxy_that_is_not_trusted_is_logged_once(make_engine, log):
     for trusted, peer, expected in [
         ("", "10.0.0.1", 1),

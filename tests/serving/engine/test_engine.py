@@ -532,6 +532,20 @@ def test_latency_and_memory_alerts_fire_and_clear(make_engine, states, clock):
         assert ("memory_spike" in active(engine)) == fires
 
 
+def test_memory_that_loading_takes_is_no_spike():
+    rss = [100]
+    sampler = metrics.SystemSampler(read=lambda: (rss[0], 0.0))
+    for value in (100, 100, 200):
+        rss[0] = value
+        sampler.sample()
+        assert sampler.spike_ratio() == 1
+    sampler.mark_ready()
+    assert sampler.spike_ratio() == 1, "the samples of loading are dropped"
+    rss[0] = 400
+    sampler.sample()
+    assert sampler.spike_ratio() > 1
+
+
 # --- readiness and the end ------------------------------------------------------------------
 
 
