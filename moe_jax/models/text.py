@@ -121,23 +121,25 @@ def tokenize_files(
     """Cuts the text files of a folder into sequences of ``length`` tokens; none spans two files.
 
     Args:
-        folder: a text file, a folder whose files are read in the order of their names, or the files
-            themselves.
+        folder: a text file, the files themselves, or a folder. A folder's files are read in the order
+            of their names; hidden ones and those that are no UTF-8 text, such as pictures, are skipped.
         tokenizer: of the model.
         length: S, tokens a sequence.
         limit: the text ends after so many tokens.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: no text, or a file that is not UTF-8.
+        ValueError: no text, or a named file that is not UTF-8.
     """
+    named = True
     if isinstance(folder, (str, Path)):
         path = Path(folder)
         if not path.exists():
             raise FileNotFoundError(
                 f"{path}: expected a text file or a folder of them, got no such path. Check it."
             )
-        paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        named = path.is_file()
+        paths = [path] if named else _visible_files(path)
     else:
         paths = list(folder)
         path = paths[0].parent if paths else Path()
@@ -153,8 +155,10 @@ def tokenize_files(
         try:
             text = file.read_text("utf-8")
         except UnicodeDecodeError:
+            if not named:
+                continue
             raise ValueError(
-                f"{file}: expected text in UTF-8, got other bytes. Move it out of the folder."
+                f"{file}: expected text in UTF-8, got other bytes. Name a text file."
             ) from None
         if not text.strip():
             continue
@@ -187,6 +191,11 @@ def tokenize_files(
         file_bytes=counts[:, 0],
         file_tokens=counts[:, 1],
     )
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    parts = {path: path.relative_to(folder).parts for path in folder.rglob("*") if path.is_file()}
+    return sorted(p for p, names in parts.items() if not any(n.startswith(".") for n in names))
 
 
 def standard_library(part: str) -> list[Path]:

@@ -63,6 +63,15 @@ def test_evaluate_gives_the_loss_of_the_files(folder, text):
     assert report["experts_per_token"] == {"0": 2.0, "1": 2.0}
 
 
+def test_pictures_and_hidden_files_of_a_folder_are_no_text(folder, text):
+    tokenizer = TextTokenizer(folder, vocab_size=96)
+    before = tokenize_files(text, tokenizer, length=12)
+    (text / "picture.png").write_bytes(b"\x89PNG\xff")
+    (text / ".hidden").mkdir()
+    (text / ".hidden" / "notes.txt").write_text("abc")
+    assert tokenize_files(text, tokenizer, length=12).paths == before.paths
+
+
 def test_a_limit_cuts_the_text_and_its_bytes(folder, text):
     tokenizer = TextTokenizer(folder, vocab_size=96)
     cut = tokenize_files(text, tokenizer, length=12, limit=25)
@@ -132,9 +141,10 @@ def test_wrong_text_and_tokenizers_are_named(folder, text, tmp_path, monkeypatch
     (tmp_path / "blank.txt").write_text(" \n")
     with pytest.raises(ValueError, match="files with text"):
         tokenize_files(tmp_path, tokenizer)
-    (tmp_path / "picture").write_bytes(b"\xff\xfe\x00")
+    picture = tmp_path / "picture"
+    picture.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="UTF-8"):
-        tokenize_files(tmp_path, tokenizer)
+        tokenize_files(picture, tokenizer)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         TextTokenizer(tmp_path, vocab_size=96)
