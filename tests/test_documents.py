@@ -105,10 +105,10 @@ def test_the_table_of_the_readme_is_the_stored_result():
     from moe_jax.lab.seeds import markdown_table
 
     results = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text("utf-8"))
-    assert markdown_table(results) in (ROOT / "README.md").read_text("utf-8")
-    assert f"`{results['command'].removesuffix(' --seed 0')}`" in (ROOT / "README.md").read_text(
-        "utf-8"
-    )
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert markdown_table(results) in readme
+    assert len(results["seeds"]) >= 3
+    assert f"`{results['command']}`" in readme
 
 
 def test_the_scaling_example_runs_on_eight_devices():

@@ -132,7 +132,7 @@ def frontier(
         ax.grid(axis="y", color=_FAINT, linewidth=0.7)
         ax.set_axisbelow(True)
     near.set_xlabel("expert activations saved on held-out files, % of the trained k", color=_INK)
-    near.set_ylabel("change in bits per byte, %\n(95 % interval over files)", color=_INK)
+    near.set_ylabel("change in bits per byte, %\n(95 % interval)", color=_INK)
     figure.suptitle("What a compute budget costs", x=0.01, ha="left", fontsize=13, color=_INK)
     # Listed from the dearest to the cheapest, as the lines end on the right.
     for ax, shown in ((near, [r for r in rules if r not in far]), (axes[0, 0], far)):
