@@ -398,6 +398,7 @@ def run_routing(
     )
     y = ran.y
     if weight_on_input:
+        # Each slot was a token of its own: the sum over a token's slots is left to do.
         y = y.reshape(tokens, -1, y.shape[-1]).sum(axis=1)
     stats = routing_stats(
         routing,
@@ -470,6 +471,8 @@ def _shared(
     check_params(expert_fn, params["shared"], d_model=x.shape[1], name="shared params")
     shared, axis = params["shared"], None if parallel is None else parallel.model_axis
     if axis is not None:
+        # Every device of the model axis computes a part of the sum, so the bias may be in one part
+        # only.
         shared = bias_once(shared, axis)
     out = expert_fn(shared, x).astype(jnp.float32)
     if axis is not None:
@@ -484,6 +487,7 @@ def _shared(
             fix="Pass one column, whose sigmoid weighs the shared expert.",
         )
         out = out * jax.nn.sigmoid(x.astype(jnp.float32) @ gate.astype(jnp.float32))
+    # Biases make the output of a zero row other than zero.
     return out if mask is None else jnp.where(mask[:, None], out, 0.0)
 
 

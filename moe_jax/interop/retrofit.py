@@ -12,7 +12,7 @@ import numpy as np
 from moe_jax.interop.blocks import MoEBlock
 from moe_jax.interop.budget_shares import shared_budget
 from moe_jax.routers import Router, TopK
-from moe_jax.routers.twin import control_twin, dynamic_twin, starting_state
+from moe_jax.routers.twin import control_twin, dynamic_twin, fit_twin
 from moe_jax.routing.budget import mean_k_after
 from moe_jax.types import Array
 
@@ -363,9 +363,8 @@ def target_of(trained_k: int, mean_k: float | None, saving: float | None) -> flo
 
 
 def _with_rule(block: MoEBlock, router: Router, x: Array, target: float) -> MoEBlock:
-    state = starting_state(router, block.state)
     flat = jnp.asarray(x).reshape(-1, x.shape[-1])
-    fitted = router.fit(block.params["router"], state, flat, target_mean_k=target)
+    fitted = fit_twin(router, block.params["router"], block.state, flat, target_mean_k=target)
     return dataclasses.replace(block, router=router, state=fitted)
 
 

@@ -34,7 +34,7 @@ from moe_jax.lab.progress import track
 from moe_jax.layer import LayerOptions, add_residual, run_routing
 from moe_jax.routers import Elastic, RandomSkip, Router, TopK
 from moe_jax.routers.registry import load_rule
-from moe_jax.routers.twin import control_twin, dynamic_twin, starting_state
+from moe_jax.routers.twin import control_twin, dynamic_twin, fit_twin
 from moe_jax.routing.budget import check_target, mean_k_after
 from moe_jax.types import Array, Params, Routing, pytree
 
@@ -261,9 +261,10 @@ def fit_layers(
         tokens = np.concatenate([np.asarray(x).reshape(-1, config.d_model) for _, x in pairs])
         # Padding is left out here rather than masked: that also keeps it out of the fingerprint.
         tokens = tokens[blocks.mask.reshape(-1)]
-        state = router.fit(
+        state = fit_twin(
+            router,
             layer["moe"]["router"],
-            starting_state(router, model.states[index]),
+            model.states[index],
             jnp.asarray(tokens),
             target_mean_k=target,
         )

@@ -29,7 +29,7 @@ from moe_jax.models.streaming import (
 )
 from moe_jax.routers import Router
 from moe_jax.routers.base import router_from_json
-from moe_jax.routers.twin import dynamic_twin, starting_state
+from moe_jax.routers.twin import dynamic_twin, fit_twin
 from moe_jax.types import Params
 
 SHARES = ("uniform", "measured", "profile")
@@ -164,9 +164,7 @@ def fit_budget(
         if mean < trained.k:
             router = dynamic_twin(trained, rule, target_mean_k=mean, difficulty=difficulty)
             x = jnp.asarray(taken.inputs("budget"))
-            state = router.fit(
-                block.params["router"], starting_state(router, block.state), x, target_mean_k=mean
-            )
+            state = fit_twin(router, block.params["router"], block.state, x, target_mean_k=mean)
         else:
             router, state = trained, block.state
         pack_state(stream.arrays, f"state/{number}", state)
@@ -275,8 +273,7 @@ def _twins(block: MoEBlock, x: Any, rule: str, steps: int, difficulty: str) -> I
         block, trained = fold_expert_scale(block)
     for mean in np.linspace(trained.k, 1.0, steps + 1)[1:-1]:
         router = dynamic_twin(trained, rule, target_mean_k=float(mean), difficulty=difficulty)
-        start = starting_state(router, block.state)
-        state = router.fit(block.params["router"], start, x, target_mean_k=float(mean))
+        state = fit_twin(router, block.params["router"], block.state, x, target_mean_k=float(mean))
         yield with_rule(block, router, state)
 
 

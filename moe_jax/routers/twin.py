@@ -15,6 +15,7 @@ from moe_jax.routers.min_p import MinP
 from moe_jax.routers.random_skip import RandomSkip
 from moe_jax.routers.top_k import TopK
 from moe_jax.routers.top_p import TopP
+from moe_jax.types import Array, Params
 
 DYNAMIC_RULES = ("TopP", "MinP", "DynamicK", "ExpertThreshold")
 
@@ -116,3 +117,28 @@ def starting_state(router: Router, trained_state: Any) -> Any:
     if hasattr(state, "expert_bias") and hasattr(trained_state, "expert_bias"):
         state = dataclasses.replace(state, expert_bias=trained_state.expert_bias)
     return state
+
+
+def fit_twin(
+    router: Router, params: Params, trained_state: Any, x: Array, *, target_mean_k: float
+) -> Any:
+    """Returns the state of a twin that is fitted to a budget on the inputs of its layer.
+
+    Models are fitted layer by layer in three walks, which differ in what x is. The small language model
+    (``lab.calibration.fit_layers``) and published models (``models.fit_budget``, which reads one layer
+    at a time and continues after an interruption) fit each layer on what reaches it while the layers
+    before it run their fitted rules. ``interop.make_model_dynamic`` has blocks without a model around
+    them: x is what the caller recorded in the trained model.
+
+    Args:
+        router: the twin.
+        params: the router's parameters.
+        trained_state: state of the trained rule, whose selection bias is kept.
+        x: float[T, D], the inputs of the layer, without padding.
+        target_mean_k: experts per token on average.
+
+    Raises:
+        ValueError: the target is out of reach of the rule on these inputs.
+    """
+    state = starting_state(router, trained_state)
+    return router.fit(params, state, x, target_mean_k=target_mean_k)

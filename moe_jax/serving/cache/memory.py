@@ -288,6 +288,7 @@ class ResultCache:
             self.reasons["too_large_to_keep"] += 1
             return
         self._entries[digest] = entry
+        # The dictionary bounds bytes by itself. Many tiny entries need a bound on their number too.
         while len(self._entries) > self._max_entries:
             self._entries.popitem()
 

@@ -229,6 +229,7 @@ def compiled(program: Program, params: Params, state: Any, tokens: int) -> Any:
     """Returns the executable for ``tokens`` tokens, compiled unless this process has it."""
     leaves, tree = jax.tree.flatten((params, state))
     shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    # `lru_cache` alone would let two threads compile the same program at the same time.
     with _compiling.setdefault((program, tree, shapes, tokens), threading.Lock()):
         return _compiled(program, tree, shapes, tokens)
 
@@ -240,6 +241,7 @@ def _compiled(program: Program, tree: Any, shapes: tuple[Any, ...], tokens: int)
     def spec(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where)
 
+    # Compiled from shapes alone, so no copy of the parameters is held while the compiler runs.
     params, state = jax.tree.unflatten(tree, [spec(*s) for s in shapes])
     if program.experts is None:
         function = functools.partial(route_tokens, program.router, program.by_logit)
@@ -282,7 +284,10 @@ class Buckets:
         for size in self.sizes:
             if size not in self.table:
                 self.compile(size)
+            # A full bucket needs a mask too. It stays on the device, so that no request sends one.
             self.masks[size] = jax.device_put(np.ones(size, bool), self.program.device)
+            # The first run of an executable is slower than the others. No request should be the
+            # first.
             jax.device_get(self._start(np.zeros((size, self.program.width), np.float32), None))
 
     def run(
@@ -305,6 +310,8 @@ class Buckets:
         """
         largest = self.sizes[-1]
         starts = range(0, len(x), largest)
+        # All parts are started before the first is fetched, so the device does not wait for the
+        # host.
         parts = [
             self._start(
                 x[i : i + largest], None if token_mask is None else token_mask[i : i + largest]
@@ -314,9 +321,11 @@ class Buckets:
         meanwhile()
         if not logits:
             for _, apart in parts:
+                # Not fetched unless asked for: logits are most of the bytes of an answer.
                 apart.pop("router_logits", None)
         columns = self.program.columns
         outputs = [{**unpack(packed, columns), **apart} for packed, apart in _on_host(parts)]
+        # A bucket of just this size has no padding to cut off.
         if len(outputs) == 1 and len(x) in self.table:
             return outputs[0]
         sizes = [min(largest, len(x) - i) for i in starts]

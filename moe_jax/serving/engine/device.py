@@ -165,6 +165,7 @@ class Device:
             raise ServingError(
                 "deadline_exceeded", "the deadline passed before the work began. Allow more time."
             )
+        # Large orders are cut, so that a small one waits for a piece of them and not for the whole.
         pieces = pieces_of(order.shape, order.snapshot.models[order.model].sizes[-1])
         tickets: list[Ticket] = []
         spent = 0.0
@@ -172,6 +173,8 @@ class Device:
         def run(piece: slice) -> Outputs:
             nonlocal spent
             if not tickets:
+                # Taken when the first piece runs, not when the order queues: the breaker may open
+                # meanwhile.
                 tickets.append(self.breaker.acquire())
             start = time.perf_counter()
             try:
@@ -212,6 +215,8 @@ class Device:
 
         def abandoned() -> None:
             for ticket in tickets:
+                # Work that outlasts its deadline is a failure of the device, whatever it returns
+                # later.
                 ticket.failure(time.perf_counter() - begun)
 
         (outputs, seconds), queued = self.bulkhead.run(
@@ -261,6 +266,7 @@ class Device:
     ) -> Entry:
         if not isinstance(error, ServingError):
             self._notify("device_error", error=_short(error), transient=is_transient(error))
+        # An older answer to the same request is exact, so it comes before every other fallback.
         entry = cached()
         if entry is not None:
             return self._fallen_back(entry, "cache", degraded=False)
@@ -286,6 +292,7 @@ class Device:
         ) from error
 
     def _on_host(self, order: Order, checking: Checking) -> Entry | None:
+        # Few at once: the host also decodes requests and answers probes.
         if not self._host.acquire(timeout=max(order.deadline - time.perf_counter(), 0.0)):
             return None
         try:
@@ -347,6 +354,7 @@ def pieces_of(shape: tuple[int, int], largest_bucket: int) -> list[slice]:
         [slice(0, 1200, None)]
     """
     tokens = shape[0] * shape[1]
+    # Whole buckets, so that cutting adds no padding.
     size = max(PIECE_TOKENS // largest_bucket, 1) * largest_bucket
     return [slice(at, min(at + size, tokens)) for at in range(0, tokens, size)]
 
@@ -370,6 +378,7 @@ def static_top_k(weights: Weights, checked: Checked) -> dict[str, np.ndarray] | 
     k = max(1, round((router.min_k + router.max_k) / 2))
     order = np.argsort(-logits, axis=-1, kind="stable")[:, :k].astype(np.int32)
     top = np.take_along_axis(logits, order, axis=-1)
+    # The largest logit is subtracted first, so that no exponential overflows.
     shares = np.exp(top - top[:, :1])
     shares /= shares.sum(axis=-1, keepdims=True)
     indices = np.full((len(logits), router.max_k), -1, np.int32)

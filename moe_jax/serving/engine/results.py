@@ -150,6 +150,7 @@ class Results:
 
     def digest(self, order: Order) -> str:
         """Returns the name of an order: 32 hex digits over everything that its answer depends on."""
+        # The version is among them, so an entry of other weights has another digest.
         settings = (order.version, self._settings, order.model, order.logits)
         return self._keyer.digest(settings, order.x, order.token_mask, client=order.client.id)
 
@@ -180,6 +181,8 @@ class Results:
             return compute(), "stand_aside", ""
         begun = time.perf_counter()
         digest = self.digest(order)
+        # The time for the digest counts against the cache: large inputs may cost more to hash than
+        # to route.
         hashed = time.perf_counter()
         entry, result = self.cache.fetch(
             digest,

@@ -148,6 +148,8 @@ class CircuitBreaker:
     def _report(self, ticket: Ticket, *, failed: bool | None, seconds: float) -> None:
         moved = None
         with self._lock:
+            # A call that was abandoned has reported already. What it reports at its end comes too
+            # late.
             if ticket._done:
                 return
             ticket._done = True

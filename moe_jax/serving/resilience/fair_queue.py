@@ -81,6 +81,7 @@ class FairQueue(Generic[T]):
     def remove(self, client: str, item: T) -> bool:
         """Removes an item; returns whether it was in the queue."""
         items = self._items.get(client, ())
+        # By identity: two items may be equal, such as two requests for the same tokens.
         for index, (_, other) in enumerate(items):
             if other is item:
                 del self._items[client][index]
