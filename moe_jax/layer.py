@@ -458,7 +458,8 @@ def _observed(observe: Callable[[Any], Array], routing: Any, groups: int) -> Arr
     split = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), routing)
     tokens = split.token_mask.sum(axis=1, dtype=jnp.float32)
     seen = jax.vmap(observe)(split)
-    return (seen * tokens[:, None]).sum(axis=0) / jnp.maximum(tokens.sum(), 1.0)
+    weights = tokens.reshape(-1, *(1 for _ in seen.shape[1:]))
+    return (seen * weights).sum(axis=0) / jnp.maximum(tokens.sum(), 1.0)
 
 
 def _shared(

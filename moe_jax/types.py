@@ -240,8 +240,8 @@ class DispatchPlan:
 class RoutingStats:
     """A few hundred bytes that say how a batch was routed. All float32, all over real tokens.
 
-    The only thing that monitoring copies to the host. ``observed`` is the one vector that a
-    router's controller may ask for beyond the counts (see ``Router.observe``).
+    The only thing that monitoring copies to the host. ``observed`` is what a router's controller may
+    ask for beyond the counts (see ``Router.observe``): a vector, or a histogram for each expert.
     """
 
     token_count: Array  # f32[]: real tokens
@@ -255,7 +255,7 @@ class RoutingStats:
     max_over_mean_load: Array  # f32[]: 1 when balanced
     load_balance_score: Array  # f32[]: 1 / (1 + CV^2) = effective experts / E, 1 when balanced
     router_entropy: Array  # f32[]: mean entropy of router_probs, in nats
-    observed: Array  # f32[E]
+    observed: Array  # f32[E], or f32[E, B] for rules that observe histograms
     implementation: str = static()  # what ran the experts; empty where nothing did
 
     @property

@@ -1,36 +1,46 @@
 """Routing rules. Each is a value in a separate file; a new rule is one file and one line below."""
 
+from moe_jax.routers.balanced_assignment import BalancedAssignment
 from moe_jax.routers.base import Router, Traits, router_from_json
 from moe_jax.routers.catalog import catalog
+from moe_jax.routers.cosine import Cosine
 from moe_jax.routers.dynamic_k import DynamicK
 from moe_jax.routers.elastic import Elastic, with_share
 from moe_jax.routers.expert_choice import ExpertChoiceRouter
 from moe_jax.routers.expert_threshold import ExpertThreshold
 from moe_jax.routers.min_p import MinP
+from moe_jax.routers.mixture_of_depths import MixtureOfDepths
 from moe_jax.routers.piggyback import Piggyback
 from moe_jax.routers.random_second import RandomSecond
 from moe_jax.routers.random_skip import RandomSkip
 from moe_jax.routers.relu import ReLURouter
 from moe_jax.routers.reroute import Reroute, expert_similarity, with_similarity
+from moe_jax.routers.seq_top_k import SeqTopK
 from moe_jax.routers.shared_budget import SharedBudget
+from moe_jax.routers.sinkhorn import Sinkhorn
 from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routers.top_any import TopAny
 from moe_jax.routers.top_k import TopK
 from moe_jax.routers.top_p import TopP
 
 __all__ = [
+    "BalancedAssignment",
+    "Cosine",
     "DynamicK",
     "Elastic",
     "ExpertChoiceRouter",
     "ExpertThreshold",
     "MinP",
+    "MixtureOfDepths",
     "Piggyback",
     "RandomSecond",
     "RandomSkip",
     "ReLURouter",
     "Reroute",
     "Router",
+    "SeqTopK",
     "SharedBudget",
+    "Sinkhorn",
     "TokenChoice",
     "TopAny",
     "TopK",

@@ -153,7 +153,9 @@ class Router(abc.ABC):
         """
 
     def observe(self, state: Any, routing: Routing | ExpertChoice) -> Array:
-        """f32[E]: what ``update`` needs of a batch beyond counts; may be averaged over shards.
+        """f32[E] or f32[E, B]: what ``update`` needs of a batch beyond counts.
+
+        Shards' values are averaged, weighted by their tokens.
 
         ``state`` is the one that the batch was routed with.
         """

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from moe_jax.checks import check_count, check_k
-from moe_jax.routers.base import Traits
-from moe_jax.routers.token_choice import Slots, TokenChoice
-from moe_jax.routing.difficulty import Context
+from moe_jax.routers.token_choice import Slots
+from moe_jax.routers.whole_batch import MASK, WholeBatch
 from moe_jax.routing.selection import build_routing, compact
-from moe_jax.types import Array, Params, Routing
-
-_MASK = "batch_mask"  # how the mask reaches `select`
+from moe_jax.types import Array, Routing
 
 
-class BatchAware(TokenChoice, abc.ABC):
+class BatchAware(WholeBatch, abc.ABC):
     """Fixed k, but a decoding step's tokens agree on which experts to load.
 
     A decoding step costs the weights of the distinct experts of its batch. So a token may give up a
@@ -33,7 +30,6 @@ class BatchAware(TokenChoice, abc.ABC):
     k: int
     max_tokens: int
 
-    context_keys: ClassVar[frozenset[str] | None] = frozenset({_MASK})
     keeps_prefix: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -58,12 +54,6 @@ class BatchAware(TokenChoice, abc.ABC):
     def num_choices(self) -> int:
         return self.num_experts
 
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=False, batch_invariant=False, may_leave_token_empty=False, budget="none"
-        )
-
     @abc.abstractmethod
     def choose(self, slots: Slots, real: Array) -> Array:
         """bool[T, E]: the slots that a token may use, best first; the ``k`` first of them are used.
@@ -73,28 +63,8 @@ class BatchAware(TokenChoice, abc.ABC):
             real: bool[T, E], False for padding and for experts that are disabled.
         """
 
-    def __call__(
-        self,
-        params: Params,
-        state: Any,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        mask = jnp.ones((x.shape[0],), bool) if token_mask is None else token_mask
-        return super().__call__(
-            params,
-            state,
-            x,
-            key=key,
-            token_mask=token_mask,
-            context={**(context or {}), _MASK: mask},
-        )
-
     def select(self, params, state, slots, x, context):
-        real = slots.available & context[_MASK][:, None]
+        real = slots.available & context[MASK][:, None]
         if x.shape[0] > self.max_tokens:
             keep = real
         else:

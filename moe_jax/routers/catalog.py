@@ -11,7 +11,9 @@ from moe_jax.routers.base import Router, Traits
 # Rule: (paper or origin, what its decisions are compared with in tests/goldens). "by hand" are small
 # cases written out in a test; "" is nothing beyond the contract.
 _SOURCES: dict[str, tuple[str, str]] = {
+    "BalancedAssignment": ("BASE layers, arXiv:2103.16716", "scipy's linear_sum_assignment"),
     "CapacityTopK": ("Switch, arXiv:2101.03961; NLLB, arXiv:2207.04672", "transformers; DeepSpeed"),
+    "Cosine": ("XMoE, arXiv:2204.09179, as in Tutel", "the authors' formula, by hand"),
     "DepthRouter": ("Zaya (transformers)", "transformers"),
     "DynamicK": ("this library: k from a calibrated difficulty", "by hand"),
     "Elastic": ("EMoE, arXiv:2509.21892; M-MoE, arXiv:2509.26520", "by hand"),
@@ -19,6 +21,7 @@ _SOURCES: dict[str, tuple[str, str]] = {
     "ExpertThreshold": ("arXiv:2603.11535", "by hand"),
     "JointShared": ("Inkling (transformers)", "transformers"),
     "MinP": ("llama.cpp issue 4470; NAEE, arXiv:2402.14800 for k=2", "by hand"),
+    "MixtureOfDepths": ("arXiv:2404.02258", "by hand"),
     "MoEPlusPlus": ("MoE++, arXiv:2410.07348", "the authors' code"),
     "NullExperts": ("AdaMoE, arXiv:2406.13233", "by hand"),
     "Piggyback": ("OEA, arXiv:2511.02237", "by hand"),
@@ -27,7 +30,9 @@ _SOURCES: dict[str, tuple[str, str]] = {
     "RandomSkip": ("a control: drops experts by chance", "by hand"),
     "ReLURouter": ("ReMoE, arXiv:2412.14711", "the authors' code"),
     "Reroute": ("SERE, arXiv:2602.07616", "by hand"),
+    "SeqTopK": ("arXiv:2511.06494", "by hand"),
     "SharedBudget": ("XShare, arXiv:2602.07265", "by hand"),
+    "Sinkhorn": ("S-BASE, arXiv:2202.01169", "Megatron-LM's iteration, by hand"),
     "SparseMixer": ("arXiv:2409.12136", "transformers"),
     "TokenTable": ("hash layers, arXiv:2106.04426, as in DeepSeek-V4", "transformers"),
     "TopAny": ("DynMoE, arXiv:2405.14297", "the authors' code"),

@@ -14,12 +14,11 @@ from moe_jax.routers.arguments import check_params
 from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.gate import Gate, zero_padding
-from moe_jax.routing.losses import Axes, mean_over_tokens
+from moe_jax.routing.losses import Axes, mean_over_tokens, orthogonality_loss
+from moe_jax.routing.numerics import safe_sqrt, unit_vectors
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import clip_counts
 from moe_jax.types import Array, ExpertChoice, Params, Routing, pytree
-
-_TINY = 1e-12  # lengths below it count as it, as in the authors' normalisation
 
 
 @pytree
@@ -104,8 +103,8 @@ class TopAny(TokenChoice):
         """f32[T, E]: scaled cosines."""
         check_params(params, "kernel", "thresholds")
         check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
-        x = _unit(zero_padding(x, token_mask).astype(jnp.float32), axis=1)
-        kernel = self.scale * _unit(params["kernel"].astype(jnp.float32), axis=0)
+        x = unit_vectors(zero_padding(x, token_mask).astype(jnp.float32), axis=1)
+        kernel = self.scale * unit_vectors(params["kernel"].astype(jnp.float32), axis=0)
         return self.gate({**params, "kernel": kernel}, x, key=key, token_mask=token_mask)
 
     def selection_scores(self, params, state: TopAnyState, logits, scores, context) -> Array:
@@ -132,12 +131,9 @@ class TopAny(TokenChoice):
         axis_name: Axes = None,
     ) -> Array:
         kernel = params["kernel"].astype(jnp.float32)
-        on = np.ones(self.num_experts, np.float32)
-        on[list(self.gate.disabled_experts)] = 0.0
-        unit = _unit(kernel, axis=0)
-        similar = (unit.T @ unit - jnp.eye(self.num_experts)) * np.outer(on, on)
-        lengths = _root(jnp.square(kernel).sum(axis=0))
-        loss = self.diversity * (_root(jnp.square(similar).sum()) + lengths.mean())
+        similar = orthogonality_loss(kernel, disabled=self.gate.disabled_experts)
+        lengths = safe_sqrt(jnp.square(kernel).sum(axis=0))
+        loss = self.diversity * (safe_sqrt(similar) + lengths.mean())
         if self.efficiency:
             count = routing.num_experts_per_token.astype(jnp.float32)
             gates = routing.combine_weights.sum(axis=-1) * count / self.num_experts
@@ -163,12 +159,3 @@ class TopAny(TokenChoice):
 
     def _threshold_scores(self, thresholds: Array, offset: Array) -> Array:
         return jax.nn.sigmoid(self.scale * (thresholds.astype(jnp.float32) + offset))
-
-
-def _root(squares: Array) -> Array:
-    """The square root, with gradient 0 instead of infinity at 0."""
-    return jnp.sqrt(jnp.maximum(squares, _TINY**2))
-
-
-def _unit(vectors: Array, *, axis: int) -> Array:
-    return vectors / _root(jnp.square(vectors).sum(axis=axis, keepdims=True))

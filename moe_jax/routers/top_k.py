@@ -10,12 +10,17 @@ import jax.numpy as jnp
 from moe_jax.checks import check_at_least_0, check_choice, check_flag
 from moe_jax.routers.arguments import check_params
 from moe_jax.routers.token_choice import TokenChoice
-from moe_jax.routing.balancing import balancing_bias, quantile_bias
+from moe_jax.routing.balancing import (
+    balancing_bias,
+    histogram_bias,
+    margin_histogram,
+    quantile_bias,
+)
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
 
-BALANCES = ("sign", "quantile")
+BALANCES = ("sign", "quantile", "histogram")
 
 
 @pytree
@@ -42,7 +47,9 @@ class TopK(TokenChoice):
         balance: ``sign`` moves the bias by ``balance_rate`` against the load (loss-free balancing);
             ``quantile`` by the share ``balance_rate`` of the way to the bias that would have evened
             out the batch (quantile balancing, at rate 1 that of Megatron-LM, which wants no
-            load-balancing loss beside it).
+            load-balancing loss beside it); ``histogram`` does the same from a histogram of margins
+            [E, 258], whose sum over devices or micro-batches is that of the whole batch, where the mean
+            of their quantiles is only near it. ``observe`` returns the histogram, in place of f32[E].
         use_expert_scale: whether the parameter ``expert_scale`` f32[E] multiplies the final weights
             (Gemma 4).
 
@@ -68,20 +75,20 @@ class TopK(TokenChoice):
         check_flag("use_expert_scale", self.use_expert_scale)
         check_choice("balance", self.balance, BALANCES)
         check_at_least_0("balance_rate", self.balance_rate)
-        if self.balance == "quantile":
+        if self.balance != "sign":
             self._check_quantile()
 
     def _check_quantile(self) -> None:
         off, groups = self.gate.disabled_experts, self.scoring.num_groups
         if self.k == self.num_experts or off or groups != 1:
             raise ValueError(
-                "balance: expected a choice among all experts for 'quantile', got "
+                f"balance: expected a choice among all experts for {self.balance!r}, got "
                 f"k={self.k} of {self.num_experts}, disabled_experts={off}, num_groups={groups}. It "
                 "would give every expert the same load; use balance='sign'."
             )
         if not 0 < self.balance_rate <= 1:
             raise ValueError(
-                "balance_rate: expected 0 < balance_rate <= 1 with balance='quantile', got "
+                f"balance_rate: expected 0 < balance_rate <= 1 with balance={self.balance!r}, got "
                 f"{self.balance_rate}. 1.0 is usual and goes all the way to the batch's quantiles; at "
                 "0 nothing is balanced."
             )
@@ -118,14 +125,26 @@ class TopK(TokenChoice):
         return keep, weights
 
     def observe(self, state: TopKState, routing: Routing | ExpertChoice) -> Array:
-        if self.balance != "quantile":
+        if self.balance == "sign":
             return super().observe(state, routing)
         logits = jax.lax.stop_gradient(routing.router_logits)
         scores = logits if self.scoring.select_by == "logit" else self.scoring.scores(logits)
-        return balancing_bias(scores, state.expert_bias, routing.token_mask, k=self.k)
+        observed = balancing_bias if self.balance == "quantile" else margin_histogram
+        return observed(scores, state.expert_bias, routing.token_mask, k=self.k)
 
     def update(self, state: TopKState, stats: RoutingStats) -> TopKState:
         if self.balance == "quantile":
             bias = quantile_bias(state.expert_bias, stats.observed, rate=self.balance_rate)
+            return dataclasses.replace(state, expert_bias=bias)
+        if self.balance == "histogram":
+            if stats.observed.ndim != 2:
+                raise ValueError(
+                    "stats: expected observed of shape [E, bins], the histogram that observe returns, "
+                    f"got {list(stats.observed.shape)}. Pass observed=router.observe(state, routing) "
+                    "to routing_stats; moe_layer does so where the router is given."
+                )
+            bias = histogram_bias(
+                state.expert_bias, stats.observed, k=self.k, rate=self.balance_rate
+            )
             return dataclasses.replace(state, expert_bias=bias)
         return self.balanced(state, stats, rate=self.balance_rate)

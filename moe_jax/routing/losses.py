@@ -11,9 +11,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.checks import check_count, check_finite, check_instance, check_number
-from moe_jax.routing.numerics import entropy
+from moe_jax.routing.numerics import entropy, unit_vectors
 from moe_jax.types import Array, ExpertChoice, Routing
 
 AnyRouting = Routing | ExpertChoice
@@ -71,6 +72,8 @@ def load_balancing_loss(
     *,
     sequence_length: int | None = None,
     axis_name: Axes = None,
+    earlier_counts: Array | None = None,
+    expert_cost: tuple[float, ...] | None = None,
 ) -> Array:
     """f32[]: ``E / (T^2 * mean_k) * sum_e (sum_t p[t, e]) * (sum_t used[t, e])``; 1 at balance.
 
@@ -85,11 +88,23 @@ def load_balancing_loss(
             one sequence.
         axis_name: mapped axes whose shards count as one batch (the global-batch loss of
             arXiv:2501.11873), or over whose sequences the mean is taken.
+        earlier_counts: f32[E], how often each expert was used in earlier micro-batches of the same
+            step: the global-batch loss with gradient accumulation. They count beside this batch's in
+            the shares of the load; probabilities are this batch's alone, as only they have gradients.
+            Pass the sum of ``stats.tokens_per_expert``. Not with ``sequence_length``.
+        expert_cost: relative cost of each expert, such as its width: the loss weighs each expert by
+            its share of the mean cost, so that large experts are used less (HMoE, arXiv:2408.10681).
 
     Raises:
-        ValueError: ``sequence_length`` does not divide T.
+        ValueError: ``sequence_length`` does not divide T, or comes with ``earlier_counts``; costs that
+            are not E positive numbers.
     """
     _check_routing(routing)
+    if earlier_counts is not None and sequence_length is not None:
+        raise ValueError(
+            "earlier_counts: expected none together with sequence_length, got both. A sequence is "
+            "balanced by itself; leave one of them out."
+        )
     if sequence_length is not None:
         check_count(
             "sequence_length", sequence_length, fix="Pass the padded length of one sequence."
@@ -109,13 +124,52 @@ def load_balancing_loss(
     p = jnp.where(routing.token_mask[:, None], probs, 0.0).reshape(shape).sum(axis=1)
     p, counts = _sum(p, within), _sum(used.reshape(shape).sum(axis=1), within)
     real = _sum(mask.reshape(shape[:2]).sum(axis=1), within)
-    mean_k = counts.sum(axis=1) / jnp.maximum(real, 1.0)
-    scale = experts / jnp.square(jnp.maximum(real, 1.0))
-    value = scale * (p * counts).sum(axis=1) / jnp.where(mean_k > 0, mean_k, 1.0)
+    if earlier_counts is not None:
+        counts = counts + jax.lax.stop_gradient(earlier_counts.astype(jnp.float32))[None, :]
+    if expert_cost is not None:
+        p = p * _relative_costs(expert_cost, experts)[None, :]
+    # The mean number of experts per token times T is the number of assignments.
+    assigned = counts.sum(axis=1)
+    scale = experts / jnp.maximum(real, 1.0)
+    value = scale * (p * counts).sum(axis=1) / jnp.where(assigned > 0, assigned, 1.0)
     # A sequence of padding alone has no loss, and must not lower the mean over sequences.
     some = (real > 0).astype(jnp.float32)
     among = None if sequence_length is None else axis_name
     return _sum((value * some).sum(), among) / jnp.maximum(_sum(some.sum(), among), 1.0)
+
+
+def _relative_costs(expert_cost: tuple[float, ...], experts: int) -> Array:
+    """f32[E]: costs divided by their mean."""
+    costs = np.asarray(expert_cost, np.float32)
+    if costs.shape != (experts,) or not (np.isfinite(costs).all() and (costs > 0).all()):
+        raise ValueError(
+            f"expert_cost: expected {experts} positive numbers, one an expert, got {expert_cost}. Pass "
+            "the widths of the experts, for example."
+        )
+    return jnp.asarray(costs / costs.mean())
+
+
+def orthogonality_loss(kernel: Array, *, disabled: tuple[int, ...] = ()) -> Array:
+    """f32[]: ``|W'W - 1|^2`` (Frobenius) over columns at unit length; 0 where they are orthogonal.
+
+    The router orthogonalisation of ERNIE 4.5 (Baidu 2025, technical report): experts that look for
+    different things are told apart. Add ``coefficient * orthogonality_loss(params["kernel"])`` to the
+    loss; with more experts than dimensions it cannot reach 0. ``TopAny`` has the same term without the
+    square in its ``regularization``.
+
+    Args:
+        kernel: f32[D, E], the router's.
+        disabled: experts that count for nothing.
+
+    Example:
+        >>> float(orthogonality_loss(jnp.array([[2.0, 0.0], [0.0, 3.0]])))
+        0.0
+    """
+    unit = unit_vectors(kernel.astype(jnp.float32), axis=0)
+    on = np.ones(kernel.shape[1], np.float32)
+    on[list(disabled)] = 0.0
+    similar = (unit.T @ unit - jnp.eye(kernel.shape[1])) * np.outer(on, on)
+    return jnp.square(similar).sum()
 
 
 def router_z_loss(routing: AnyRouting, *, axis_name: Axes = None) -> Array:

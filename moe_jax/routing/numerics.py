@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from moe_jax.types import Array
 
+_SHORTEST = 1e-12  # vectors shorter than this are divided by it, as torch's normalize does
+
 
 def exact(value: Any) -> Fraction:
     """Returns a Python or NumPy number as the decimal that a person wrote.
@@ -41,3 +43,18 @@ def entropy(p: Array) -> Array:
 def entropy_of_log(log_p: Array) -> Array:
     """Entropy in nats over the last axis of log-probabilities, such as of ``log_softmax``."""
     return -(jnp.exp(log_p) * log_p).sum(axis=-1)
+
+
+def safe_sqrt(squares: Array) -> Array:
+    """The square root, with gradient 0 instead of infinity at 0."""
+    return jnp.sqrt(jnp.maximum(squares, _SHORTEST**2))
+
+
+def unit_vectors(vectors: Array, *, axis: int) -> Array:
+    """``vectors`` divided by their Euclidean length along ``axis``; 0 stays 0, with finite gradients.
+
+    Example:
+        >>> unit_vectors(jnp.array([[3.0, 4.0], [0.0, 0.0]]), axis=1).tolist()
+        [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    return vectors / safe_sqrt(jnp.square(vectors).sum(axis=axis, keepdims=True))

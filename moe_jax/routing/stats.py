@@ -52,7 +52,7 @@ def routing_stats(
         routing: the decision of the router.
         plan: the dispatch plan of this routing, which says what was dropped.
         slots_executed: f32[] rows the implementation computes; the kept rows when not given.
-        observed: f32[E] from ``router.observe``; zeros when not given.
+        observed: f32[E], or f32[E, B], from ``router.observe``; zeros f32[E] when not given.
         implementation: name of what runs the experts.
     """
     check_instance(
@@ -66,7 +66,7 @@ def routing_stats(
         check_array(
             "observed",
             observed,
-            "E",
+            "E" if jnp.ndim(observed) < 2 else "E B",
             sizes={"E": routing.num_experts},
             fix="Pass what router.observe returned for this routing.",
         )
@@ -102,7 +102,7 @@ class _Totals(NamedTuple):
     executed: Array  # f32[]
     histogram: Array  # f32[K + 1], tokens
     entropy: Array  # f32[], summed over tokens
-    observed: Array  # f32[E], weighted by tokens
+    observed: Array  # f32[E] or f32[E, B], weighted by tokens
 
 
 def _totals_of(stats: RoutingStats) -> _Totals:

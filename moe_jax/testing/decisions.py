@@ -108,7 +108,7 @@ def unused_slots_hold_the_sentinel(case: RouterCase) -> None:
 
 def a_disabled_expert_stays_out(case: RouterCase) -> None:
     """Balancing sees that nobody uses it and would bring it back: by bias, by cutoff, by threshold."""
-    if case.router.min_k == case.router.num_experts:
+    if case.router.num_experts in (1, case.router.min_k):
         return
     last = min(5, case.router.num_experts - 1)
     gate = dataclasses.replace(case.router.gate, disabled_experts=(last,))
@@ -159,6 +159,9 @@ def vmap_equals_a_loop(case: RouterCase) -> None:
 
 def permuting_tokens_permutes_the_answer(case: RouterCase) -> None:
     """Tokens in another order use the same experts with the same weights."""
+    traits = case.router.traits
+    if traits.causal and not traits.batch_invariant:
+        return  # what came before a token decides, so order matters
     order = np.random.default_rng(0).permutation(TOKENS)
     a, b = case(), case(case.x[order])
     np.testing.assert_array_equal(np.asarray(a.expert_mask)[order], np.asarray(b.expert_mask))

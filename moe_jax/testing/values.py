@@ -145,7 +145,10 @@ def no_array_is_in_a_tree_twice(case: RouterCase) -> None:
     rule, calls = case.router, []
     calls.append(("init", lambda: rule.init(jax.random.key(0), D_MODEL)))
     calls.append(("init_state", rule.init_state))
-    stats = statistics_of(rule.num_experts)
+    observed = jax.eval_shape(lambda: rule.observe(case.state, case()))
+    stats = dataclasses.replace(
+        statistics_of(rule.num_experts), observed=jnp.zeros(observed.shape, observed.dtype)
+    )
     calls.append(("update", lambda: rule.update(rule.init_state(), stats)))
     if rule.calibrates() and rule.min_k < rule.max_k:
         calls.append(("fit", lambda: _fitted(case)))

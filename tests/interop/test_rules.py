@@ -353,6 +353,26 @@ def test_product_keys_by_hand():
     assert router_from_json(router.to_json()) == router
 
 
+def test_moe_plus_plus_balances_all_classes_and_free_ones_for_less():
+    """arXiv:2410.07348: sum over classes of eta f P, eta 0.75 for free ones; written out in numpy."""
+    rule = MoEPlusPlus(num_experts=4)
+    params = rule.init(jax.random.key(0), 8)
+    x = jax.random.normal(jax.random.key(1), (30, 8))
+    mask = jnp.arange(30) % 5 != 0
+    z = np.asarray(rule.all_logits(params, x), np.float64)[np.asarray(mask)]
+    p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+    chosen = np.argsort(np.argsort(-p, axis=1), axis=1) < 2
+    eta = np.array([1.0] * 4 + [0.75] * 4)
+    want = (eta * chosen.mean(axis=0) * p.mean(axis=0)).sum()
+    got = rule.balancing_loss(params, jnp.where(mask[:, None], x, jnp.nan), token_mask=mask)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    # Twice as many rows for a free expert at half the share.
+    expert, free = dataclasses.replace(rule, free_share=0.5).capacities(600, factor=1.0)
+    assert (expert, free) == (100, 200)
+    with pytest.raises(ValueError, match="free_share: expected a positive number"):
+        MoEPlusPlus(num_experts=4, free_share=0.0)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_moe_plus_plus_equals_the_authors_code(residual):
     """arXiv:2410.07348: logits, and the layer's output over all four kinds of experts."""

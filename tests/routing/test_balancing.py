@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from moe_jax.routers import DynamicK, ExpertThreshold, ReLURouter, Router, TopK, TopP
-from moe_jax.routing.balancing import balancing_bias, ema_quantile, loss_free_bias, pi_controller
+from moe_jax.routing.balancing import (
+    balancing_bias,
+    ema_quantile,
+    histogram_bias,
+    loss_free_bias,
+    margin_histogram,
+    pi_controller,
+    quantile_bias,
+)
 from moe_jax.routing.budget import per_expert_quantiles
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.routing.losses import load_balancing_loss
@@ -63,14 +71,44 @@ def test_loss_free_bias_lowers_the_load_of_a_skewed_stream():
 
 def test_quantile_balancing_evens_out_a_skewed_stream_at_once():
     """No step to tune: a few batches do what the sign controller takes hundreds for."""
-    for rate, scoring in ((1.0, Scoring(score="sigmoid")), (0.3, Scoring())):
-        router = TopK(num_experts=E, k=2, balance="quantile", balance_rate=rate, scoring=scoring)
+    for rate, scoring, balance in (
+        (1.0, Scoring(score="sigmoid"), "quantile"),
+        (0.3, Scoring(), "quantile"),
+        (0.3, Scoring(), "histogram"),
+    ):
+        router = TopK(num_experts=E, k=2, balance=balance, balance_rate=rate, scoring=scoring)
         params, batch = skewed(router)
         state, stats = follow(router, params, batch, 40)
         load = np.asarray(stats.max_over_mean_load)
         assert load[0] > 3.0, "the stream must be skewed to begin with"
         assert load[15:].mean() < 1.35, load
         np.testing.assert_allclose(state.expert_bias.mean(), 0.0, atol=1e-6)
+
+
+def test_the_histogram_form_is_the_same_over_devices_and_near_the_exact_bias():
+    """Four shards that differ give the whole batch's histogram; the mean of quantiles does not."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(400, 4)).astype(np.float32) + np.repeat(np.eye(4), 100, 0)
+    scores = jax.nn.sigmoid(jnp.asarray(scores, jnp.float32))
+    bias, mask = jnp.array([0.3, -0.1, 0.0, -0.2]), jnp.arange(400) % 7 != 0
+    tokens = mask.reshape(4, 100).sum(axis=1, dtype=jnp.float32)
+
+    def over_shards(form):
+        parts = jax.vmap(lambda s, m: form(s, bias, m, k=2))(
+            scores.reshape(4, 100, 4), mask.reshape(4, 100)
+        )
+        weights = tokens.reshape(4, *(1 for _ in parts.shape[1:]))
+        return (parts * weights).sum(axis=0) / tokens.sum()
+
+    whole = margin_histogram(scores, bias, mask, k=2)
+    np.testing.assert_allclose(over_shards(margin_histogram), whole, rtol=0, atol=1e-6)
+    one = histogram_bias(bias, whole, k=2, rate=1.0)
+    many = histogram_bias(bias, over_shards(margin_histogram), k=2, rate=1.0)
+    np.testing.assert_allclose(many, one, rtol=0, atol=1e-4)
+    exact = quantile_bias(bias, balancing_bias(scores, bias, mask, k=2), rate=1.0)
+    averaged = quantile_bias(bias, over_shards(balancing_bias), rate=1.0)
+    assert np.abs(np.asarray(one - exact)).max() < 0.01
+    assert np.abs(np.asarray(averaged - exact)).max() > 0.03
 
 
 def test_padding_takes_no_part_in_quantile_balancing():

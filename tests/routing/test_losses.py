@@ -16,6 +16,7 @@ from moe_jax.routing.losses import (
     entropy_loss,
     importance_loss,
     load_balancing_loss,
+    orthogonality_loss,
     router_z_loss,
 )
 from moe_jax.types import Routing
@@ -144,6 +145,41 @@ def test_global_batch_equals_the_whole_batch_at_once(mask):
     np.testing.assert_allclose(by_sequence, np.full(3, wanted), rtol=1e-5)
     local = jax.vmap(load_balancing_loss)(shards)
     assert not np.allclose(local.mean(), load_balancing_loss(whole), rtol=1e-3)
+
+
+def test_earlier_micro_batches_count_in_the_load_and_not_in_the_probabilities():
+    """Two micro-batches with the load of both equal the loss of the whole batch, on average."""
+    whole = draw(tokens=12)
+    parts = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 6], whole) for i in (0, 6)]
+    counts = [part.expert_mask.sum(axis=0) for part in parts]
+    losses = [
+        load_balancing_loss(part, earlier_counts=other)
+        for part, other in zip(parts, reversed(counts), strict=True)
+    ]
+    np.testing.assert_allclose(np.mean(losses), load_balancing_loss(whole), rtol=1e-6)
+    alone = np.mean([load_balancing_loss(part) for part in parts])
+    assert not np.allclose(alone, load_balancing_loss(whole), rtol=1e-3)
+    with pytest.raises(ValueError, match="none together with sequence_length"):
+        load_balancing_loss(whole, earlier_counts=counts[0], sequence_length=6)
+
+
+def test_a_dear_expert_weighs_more():
+    """HMoE, arXiv:2408.10681: sizes 1 and 3 are 0.5 and 1.5 of the mean."""
+    routing = routing_of([[1, 0], [0, 1]], probs=jnp.array([[0.8, 0.2], [0.4, 0.6]], jnp.float32))
+    want = 2 * (0.5 * 0.6 * 0.5 + 1.5 * 0.4 * 0.5)
+    got = load_balancing_loss(routing, expert_cost=(1.0, 3.0))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for wrong in ((1.0,), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="expert_cost: expected 2 positive numbers"):
+            load_balancing_loss(routing, expert_cost=wrong)
+
+
+def test_orthogonality_is_the_sum_of_squared_cosines():
+    """Columns at 60 degrees have cosine 0.5, counted from both sides, whatever their length."""
+    kernel = jnp.array([[2.0, 0.5, 0.0], [0.0, 0.75**0.5, 0.0], [0.0, 0.0, 7.0]])
+    np.testing.assert_allclose(orthogonality_loss(kernel), 0.5, rtol=1e-6)
+    assert float(orthogonality_loss(kernel, disabled=(1,))) == 0.0
+    assert np.isfinite(jax.grad(orthogonality_loss)(jnp.zeros((3, 2)))).all()
 
 
 # --- the others, by hand --------------------------------------------------------------------

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.checks import check_number
 from moe_jax.interop.rules.common import NoState
 from moe_jax.interop.rules.free_classes import FreeClasses
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
+from moe_jax.routing.losses import Axes
+from moe_jax.routing.numerics import exact
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, Params, Routing
 
@@ -30,8 +34,8 @@ class MoEPlusPlus(FreeClasses):
     MoE layer before; without it (as in the first layer) that term is left out.
 
     A token that uses a zero expert and one other has weight 1 there, which sends no gradient to the
-    router. The paper's load balancing, in which free experts count for less, and its
-    capacities are not here: ``losses`` see the E experts alone.
+    router. ``losses.load_balancing_loss`` sees the E experts alone; ``balancing_loss`` is the paper's
+    over all classes, and ``capacities`` the rows that it allows each kind.
 
     Args:
         num_experts: E, the experts that compute; classes are in the order experts, constant, copy,
@@ -40,6 +44,8 @@ class MoEPlusPlus(FreeClasses):
         num_copy: copy experts.
         num_zero: zero experts.
         k: choices per token, free experts included.
+        free_share: the paper's tau, what a free expert's load counts beside that of an expert that
+            computes; smaller moves tokens to free experts.
         gate: the map to E + Z logits.
 
     Example:
@@ -57,6 +63,7 @@ class MoEPlusPlus(FreeClasses):
     num_copy: int = 1
     num_zero: int = 1
     k: int = 2
+    free_share: float = 0.75
     gate: Gate = Gate()
 
     # Divides by at least the float32 epsilon, as the authors' code does.
@@ -67,6 +74,12 @@ class MoEPlusPlus(FreeClasses):
             raise ValueError(
                 "num_constant, num_copy, num_zero: expected at least 0, got "
                 f"{self.num_constant}, {self.num_copy}, {self.num_zero}. 0 is none of that kind."
+            )
+        check_number("free_share", self.free_share)
+        if not self.free_share > 0:
+            raise ValueError(
+                f"free_share: expected a positive number, got {self.free_share}. The authors use 0.75; "
+                "1 counts all classes alike."
             )
         super().__post_init__()
 
@@ -141,6 +154,49 @@ class MoEPlusPlus(FreeClasses):
         if token_mask is not None:
             amounts = jnp.where(token_mask[:, None], amounts, 0.0)
         return amounts @ params["constant"].astype(jnp.float32)
+
+    def balancing_loss(
+        self,
+        params: Params,
+        x: Array,
+        *,
+        token_mask: Array | None = None,
+        context: Context | None = None,
+        axis_name: Axes = None,
+    ) -> Array:
+        """f32[]: ``sum_i eta_i f_i P_i`` over all classes (the paper's heterogeneous loss).
+
+        ``f_i`` is the share of tokens that choose class i, ``P_i`` its mean probability, and ``eta_i``
+        is 1 for experts that compute and ``free_share`` for free ones. The paper's coefficient is 0.01.
+        """
+        slots = self.score(params, NoState(), x, token_mask=token_mask, context=context)
+        real = jnp.ones((x.shape[0],), bool) if token_mask is None else token_mask
+        classes = jnp.arange(self.num_classes, dtype=jnp.int32)
+        chosen = (slots.indices[:, :, None] == classes[None, None, :]) & slots.available[:, :, None]
+        cost = jnp.where(classes < self.num_experts, 1.0, jnp.float32(self.free_share))
+
+        def total(values: Array) -> Array:
+            values = jnp.where(real[:, None], values, 0.0).sum(axis=0)
+            return values if axis_name is None else jax.lax.psum(values, axis_name)
+
+        tokens = jnp.maximum(total(jnp.ones((x.shape[0], 1), jnp.float32))[0], 1.0)
+        load = total(chosen.any(axis=1).astype(jnp.float32)) / tokens
+        return (cost * load * total(slots.probs) / tokens).sum()
+
+    def capacities(self, tokens: int, *, factor: float = 1.1) -> tuple[int, int]:
+        """Rows that one expert that computes, and one free expert, may take of ``tokens``.
+
+        The paper's ``gamma tau T / (tau E + Z)`` and ``gamma T / (tau E + Z)`` with all choices
+        ``tokens * k`` as T, rounded up. ``LayerOptions(capacity_factor=rows * E / (tokens * max_k))``
+        limits the experts that compute; free experts are not limited here, as they cost nothing.
+
+        Example:
+            >>> MoEPlusPlus(num_experts=12).capacities(1000, factor=1.0)
+            (116, 154)
+        """
+        tau, gamma = exact(self.free_share), exact(factor)
+        row = gamma * tokens * self.k / (tau * self.num_experts + self.num_free)
+        return math.ceil(tau * row), math.ceil(row)
 
     def _free_weights(self, indices: Array, weights: Array) -> tuple[Array, Array]:
         """f32[T, C] of each constant expert, f32[T] of all copy experts."""

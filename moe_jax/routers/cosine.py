@@ -1,0 +1,130 @@
+"""Cosine routing: experts are compared with a token by direction alone, at a learned temperature."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.checks import check_array, check_count, check_number
+from moe_jax.routers.arguments import check_params
+from moe_jax.routers.token_choice import TokenChoice
+from moe_jax.routing.gate import Gate, zero_padding
+from moe_jax.routing.numerics import unit_vectors
+from moe_jax.routing.scoring import Scoring
+from moe_jax.types import Array, Params, RoutingStats, pytree
+
+# The learned factor on the cosines stays below this, as in Tutel, or one expert would take all mass.
+_MOST_SCALE = 100.0
+
+
+@pytree
+class CosineState:
+    """The balancing bias."""
+
+    expert_bias: Array  # f32[E], added for selection only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cosine(TokenChoice):
+    """Top-k of ``exp(temperature) * cos(x @ projection, e)`` with an embedding e of each expert.
+
+    XMoE (Chi et al. 2022, arXiv:2204.09179): tokens are projected to few dimensions and compared by
+    direction, so that a router cannot grow one expert's embedding, nor pull tokens towards it. The
+    details are those of Tutel's cosine gate: the parameter ``temperature`` f32[] is the log of the
+    factor, which is at most 100.
+
+    Parameters: ``projection`` f32[D, P], ``projection_bias`` f32[P], ``kernel`` f32[P, E] with the
+    embeddings as columns, ``temperature`` f32[].
+
+    Args:
+        num_experts: E.
+        k: experts per token.
+        projection_size: P; XMoE takes E / 2, Tutel 256.
+        initial_temperature: the cosines start divided by this; 0.5 in Tutel.
+        gate: multiplier, softcap, noise and disabled experts; it sees the projected tokens.
+        scoring: logits to scores and weights.
+        balance_rate: of loss-free balancing by ``update``; 0 is off.
+
+    Example:
+        >>> router = Cosine(num_experts=8, k=2, projection_size=4)
+        >>> params, state = router.init(jax.random.key(0), 16), router.init_state()
+        >>> x = jax.random.normal(jax.random.key(1), (5, 16))
+        >>> near, far = (router(params, state, scale * x) for scale in (1.0, 50.0))
+        >>> bool(jnp.allclose(near.router_logits, far.router_logits, atol=1e-5))
+        True
+    """
+
+    num_experts: int
+    k: int
+    projection_size: int = 256
+    initial_temperature: float = 0.5
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring()
+    balance_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_within_reach(self.k)
+        check_count("projection_size", self.projection_size, fix="256 is usual.")
+        check_number("initial_temperature", self.initial_temperature)
+        if not self.initial_temperature >= 1 / _MOST_SCALE:
+            raise ValueError(
+                f"initial_temperature: expected at least {1 / _MOST_SCALE}, got "
+                f"{self.initial_temperature}. Cosines are divided by it; 0.5 is usual."
+            )
+        if self.gate.use_bias or self.gate.input_norm_eps is not None:
+            raise ValueError(
+                f"gate: expected neither use_bias nor input_norm_eps, got {self.gate!r}. Tokens are "
+                "brought to unit length, and a bias would not be a cosine."
+            )
+
+    @property
+    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """k."""
+        return self.k
+
+    @property
+    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """k."""
+        return self.k
+
+    def init(self, key: Array, d_model: int) -> Params:
+        key, projection_key = jax.random.split(key)
+        size = self.projection_size
+        projection = jax.random.normal(projection_key, (d_model, size), jnp.float32)
+        return {
+            **self.gate.init(key, d_model=size, num_experts=self.num_experts),
+            "projection": projection / d_model**0.5,
+            "projection_bias": jnp.zeros((size,), jnp.float32),
+            "temperature": jnp.asarray(-math.log(self.initial_temperature), jnp.float32),
+        }
+
+    def init_state(self) -> CosineState:
+        return CosineState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
+
+    def logits(self, params, x: Array, *, key=None, token_mask=None, context=None) -> Array:
+        """f32[T, E]: scaled cosines."""
+        check_params(params, "kernel", "projection", "projection_bias", "temperature")
+        projection = params["projection"].astype(jnp.float32)
+        check_array(
+            "x",
+            x,
+            "T D",
+            sizes={"D": projection.shape[0]},
+            fix="Pass hidden states flattened to [tokens, d_model], as wide as the projection.",
+        )
+        x = zero_padding(x, token_mask).astype(jnp.float32)
+        low = jnp.matmul(x, projection, precision=jax.lax.Precision.HIGHEST)
+        low = low + params["projection_bias"].astype(jnp.float32)[None, :]
+        scale = jnp.exp(jnp.minimum(params["temperature"], math.log(_MOST_SCALE)))
+        kernel = scale * unit_vectors(params["kernel"].astype(jnp.float32), axis=0)
+        return self.gate({"kernel": kernel}, unit_vectors(low, axis=1), key=key)
+
+    def select(self, params, state: CosineState, slots, x, context):
+        return slots.available, self.weights(slots, slots.available)
+
+    def update(self, state: CosineState, stats: RoutingStats) -> CosineState:
+        return self.balanced(state, stats, rate=self.balance_rate)
