@@ -36,7 +36,7 @@ from moe_jax.checks import (
 from moe_jax.experts import ExpertFn
 from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.layer import LayerAux, LayerOptions, check_layer, moe_layer, with_auto_axes
-from moe_jax.routers import ExpertChoiceRouter, Router
+from moe_jax.routers import ExpertChoiceRouter, MixtureOfDepths, Router
 from moe_jax.routing.difficulty import Context
 from moe_jax.types import Array, Params
 
@@ -405,9 +405,10 @@ def sharded_moe_layer(
             token_mask=token_mask,
             context=context,
         )
-    if isinstance(router, ExpertChoiceRouter):
+    if isinstance(router, ExpertChoiceRouter | MixtureOfDepths) and not router.traits.causal:
         raise ValueError(
-            "router: expected a rule that routes each token by itself, got ExpertChoiceRouter, whose "
+            "router: expected a rule that routes each token by itself, got "
+            f"{type(router).__name__}, whose "
             "experts look at the whole batch. Run it with moe_layer, or use ExpertThreshold."
         )
     parallel = parallel_of(where) if parallel is None else parallel

@@ -18,6 +18,8 @@ from moe_jax.types import Array, pytree
 
 @pytree
 class SeqTopKState:
+    """The selection bias."""
+
     expert_bias: Array  # f32[E], added for selection only
 
 
