@@ -23,8 +23,6 @@ class BatchAware(WholeBatch, abc.ABC):
 
     A rule gives ``choose``. All E experts of a token are ranked, and the ``k`` best of those that it
     chooses are used.
-
-    The answer of a token depends on its batch: the service refuses such a rule while its cache is on.
     """
 
     k: int

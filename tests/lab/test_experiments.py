@@ -8,11 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import rankdata, spearmanr
 from typer.testing import CliRunner
 
 from moe_jax.cli import app
 from moe_jax.lab.experiments.budget_table import interval
 from moe_jax.lab.experiments.declaration import declared, experiment_files, load
+from moe_jax.lab.experiments.difficulty_table import (
+    correlation,
+    correlation_within,
+    partial_correlation,
+)
+from moe_jax.lab.experiments.measures import MEASURES
 from moe_jax.lab.experiments.recipes import distil
 from moe_jax.lab.experiments.runner import run_experiment
 from moe_jax.lab.experiments.tables import page_of, write_page, write_results
@@ -212,3 +219,41 @@ def test_rows_are_paired_by_seed_with_the_reference(tmp_path):
     # A reference without its seed leaves no row to compare with.
     alone = write_results(declared("tiny", TINY), units[2:], tmp_path / "alone")
     assert alone["rows"] == []
+
+
+def test_a_difficulty_experiment_correlates_k_with_losses(tmp_path):
+    fields = {"kind": "difficulty", "recipes": {"fixed": {}}, "rules": ["top_p", "drop_lowest"]}
+    experiment = declared("tiny", changed(**fields))
+    rows = run_experiment(experiment, tmp_path, progress=False)["rows"]
+    assert [(r["rule"], r["layer"]) for r in rows] == [
+        ("top-p", 0),
+        ("mix of k and k-1 (control)", 0),
+    ]
+    assert all(abs(r[name]) <= 1 for r in rows for name in MEASURES["difficulty"].values)
+    assert "| top-p | 0 | 1 |" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_cost_experiment_says_what_activations_become(tmp_path):
+    fields = {"kind": "cost", "recipes": {"fixed": {}}, "rules": ["top_p"]}
+    experiment = declared("tiny", changed(**fields))
+    (row,) = run_experiment(experiment, tmp_path, progress=False)["rows"]
+    assert row["activations"] == pytest.approx(0.35, abs=0.15)
+    # The router's operations do not fall, so the share of all that falls is smaller.
+    assert 0 < row["flops"] < row["activations"]
+    assert "| top-p | 35% | 1 |" in (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def test_correlations_are_those_of_scipy_and_of_residuals():
+    rng = np.random.default_rng(0)
+    group = rng.integers(0, 4, 300)
+    a = rng.integers(1, 5, 300) + group
+    b = rng.normal(size=300) + group
+    assert correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    ranks = [rankdata(v) for v in (a, b, group)]
+    line = np.stack([ranks[2], np.ones(300)], axis=1)
+    rest = [v - line @ np.linalg.lstsq(line, v, rcond=None)[0] for v in ranks[:2]]
+    want = np.corrcoef(*rest)[0, 1]
+    assert partial_correlation(a, b, group) == pytest.approx(want)
+    # Both follow the group and nothing else does.
+    assert correlation(a, b) > 0.3
+    assert abs(correlation_within(a, b, group)) < 0.15

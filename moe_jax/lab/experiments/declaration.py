@@ -12,7 +12,7 @@ from typing import Any
 import moe_jax
 from moe_jax.lab.lm_config import LMConfig
 
-KINDS = ("budgets", "decode")
+KINDS = ("budgets", "decode", "difficulty", "cost")
 FOLDER = "configs/experiments"
 PARTS = ("router", "norms")
 
@@ -46,7 +46,8 @@ class Experiment:
     Attributes:
         name: of the file, without ``.json``.
         kind: ``budgets`` trains recipes and measures what each saving costs; ``decode`` measures rules
-            that look at the whole batch of a decoding step.
+            that look at the whole batch of a decoding step; ``difficulty`` whether rules follow the
+            loss of a token; ``cost`` what savings become in operations and time.
         title, question: for the report.
         expectations: what was expected before the run; printed beside the outcome.
         recipes: by name, in the order in which they are run.

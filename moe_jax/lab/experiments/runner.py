@@ -17,8 +17,10 @@ import moe_jax
 from moe_jax.lab.calibration import calibration_blocks
 from moe_jax.lab.data import Corpus, load_corpus
 from moe_jax.lab.experiments.budget_table import budget_rows
+from moe_jax.lab.experiments.cost_table import cost_rows
 from moe_jax.lab.experiments.declaration import Experiment, Recipe, fingerprint
 from moe_jax.lab.experiments.decode_table import decode_rows
+from moe_jax.lab.experiments.difficulty_table import difficulty_rows
 from moe_jax.lab.experiments.recipes import trained_model
 from moe_jax.lab.experiments.tables import write_results
 from moe_jax.lab.frontier import held_out_blocks
@@ -99,6 +101,10 @@ def run_unit(
     }
     if experiment.kind == "decode":
         rows = decode_rows(experiment, model, note=advance_note, **blocks)
+    elif experiment.kind == "difficulty":
+        rows = difficulty_rows(experiment, model, note=advance_note, **blocks)
+    elif experiment.kind == "cost":
+        rows = cost_rows(experiment, model, note=advance_note, **blocks)
     else:
         rows = budget_rows(experiment, recipe, model, note=advance_note, **blocks)
     return {

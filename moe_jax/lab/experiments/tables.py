@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_jax.lab.experiments.budget_table import AS_TRAINED, Interval, interval, worst_file
 from moe_jax.lab.experiments.declaration import Experiment
+from moe_jax.lab.experiments.measures import MEASURES, measured_summary, measured_table
 
 Row = dict[str, Any]
 
@@ -65,6 +66,8 @@ def summary(experiment: Experiment, units: Sequence[Mapping[str, Any]]) -> list[
     """
     if experiment.kind == "decode":
         return _decode_summary(units)
+    if experiment.kind in MEASURES:
+        return measured_summary(experiment.kind, units)
     full = {
         unit["seed"]: unit["rows"][0] for unit in units if unit["recipe"] == experiment.reference
     }
@@ -239,8 +242,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += ["Expected before the run:", ""]
     lines += [f"- {text}" for text in results["expectations"]]
     lines += ["", "Outcome:", ""]
-    table = _decode_table if results["kind"] == "decode" else _budget_tables
-    lines += table(results, rows) if rows else ["Not run yet."]
+    if not rows:
+        lines.append("Not run yet.")
+    elif results["kind"] in MEASURES:
+        lines += [
+            MEASURES[results["kind"]].note,
+            "",
+            *_grid(*measured_table(results["kind"], rows)),
+        ]
+    else:
+        table = _decode_table if results["kind"] == "decode" else _budget_tables
+        lines += table(results, rows)
     if machine:
         lines += [
             "",

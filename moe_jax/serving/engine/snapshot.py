@@ -244,7 +244,7 @@ def load_weights(config: Config, checkpoint: str | None = None) -> Weights:
     """
     folder = config.serving.checkpoint if checkpoint is None else checkpoint
     weights = _from_checkpoint(config, folder) if folder else _seeded(config)
-    _check_servable(weights.router)
+    check_servable(weights.router)
     return weights
 
 
@@ -331,7 +331,7 @@ def _seeded(config: Config) -> Weights:
     checkpoint's rule keeps the weights that it was trained with.
     """
     router = _summing_to_one(build_router(config))
-    _check_servable(router)
+    check_servable(router)
     width = config.router_config.input_dim
     keys = jax.random.split(jax.random.key(config.serving.seed), 3)
     # Drawn apart from the experts, so that decisions are the same with experts and without.
@@ -424,7 +424,7 @@ def _layers_of(opened: OpenCheckpoint, weights: Weights) -> dict[str, Weights]:
         stored = weights if name == weights.name else None
         if stored is None:
             stored = _stored(opened, opened.layer(name), weights.source)
-            _check_servable(stored.router)
+            check_servable(stored.router)
         layers[model] = stored
     same = len({router_width(layer) for layer in layers.values()}) == 1
     return layers if same and len(layers) > 1 else {}
@@ -447,7 +447,8 @@ def layer_models(routers: Iterable[str], chosen: str) -> dict[str, str]:
     return {f"{match[1]}layer_{n}": f"layer_{n}" for n in numbers}
 
 
-def _check_servable(router: Router) -> None:
+def check_servable(router: Router) -> None:
+    """Raises ConfigError for a rule that reads the batch, or more than a request brings."""
     if isinstance(router, ExpertChoiceRouter) or not router.traits.batch_invariant:
         raise ConfigError(
             f"router: expected a rule whose tokens do not depend on each other, got "

@@ -15,9 +15,11 @@ import pytest
 import moe_jax
 from moe_jax import checkpoint
 from moe_jax.config import ConfigError
+from moe_jax.routers import catalog
 from moe_jax.serving import metrics
 from moe_jax.serving.engine import Client
 from moe_jax.serving.engine.buckets import bucket_sizes, compile_counter
+from moe_jax.serving.engine.snapshot import check_servable
 from moe_jax.serving.errors import CODES, ServingError
 
 
@@ -216,6 +218,16 @@ def test_rules_whose_tokens_depend_on_each_other_are_refused(make_engine, tmp_pa
     checkpoint.save(tmp_path / "ec", saved)
     with pytest.raises(ConfigError, match="do not depend on each other"):
         make_engine(checkpoint=str(tmp_path / "ec"))
+
+
+def test_every_rule_that_looks_at_its_batch_is_kept_from_the_cache():
+    """A cached answer would be that of another batch: the service takes no such rule."""
+    for name, entry in catalog().items():
+        if not entry.traits.batch_invariant:
+            with pytest.raises(ConfigError, match=f"each other, got {name}. Requests are .*cached"):
+                check_servable(entry.example)
+    refused = {n for n, e in catalog().items() if not e.traits.batch_invariant}
+    assert {"Piggyback", "Sinkhorn", "SeqTopK", "ExpertChoiceRouter"} <= refused
 
 
 @pytest.mark.parametrize("word", ["attention_entropy", "perplexity_proxy"])
