@@ -190,7 +190,6 @@ CASES: dict[str, Router] = {
     "SeqTopK: a sequence": SeqTopK(num_experts=E, k=2, max_k=4, online=False),
     "SeqTopK: online": SeqTopK(num_experts=E, k=2),
     "MixtureOfDepths": MixtureOfDepths(num_experts=E, capacity=0.25),
-    "MixtureOfDepths: served": MixtureOfDepths(num_experts=E, causal=True),
     "RandomSecond": RandomSecond(num_experts=E),
     "RandomSkip: lowest": RandomSkip(num_experts=E, k=2, mean_k=1.5),
     "RandomSkip: random": RandomSkip(num_experts=E, k=3, mean_k=1.5, drop="random"),
