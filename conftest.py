@@ -27,6 +27,14 @@ collect_ignore = [
 ]
 
 
+# XLA's older emitters write the code of a loop in about half of the compile time. XLA reads the flag
+# when its backend starts, and ends the process over a flag that it does not know: hence the versions.
+# Processes that tests start inherit it. With XLA_FLAGS in the environment, even empty, tests use the
+# emitters that users have.
+if (0, 10) <= jax.__version_info__[:2] < (0, 11):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -62,6 +70,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     hypothesis.settings.register_profile("thorough", deadline=None, max_examples=500)
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+    # Tracing makes many objects that live, and JAX does work of its own in every collection.
+    gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

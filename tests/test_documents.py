@@ -43,12 +43,13 @@ def blocks(path: Path, language: str) -> list[str]:
 
 def run(code: str, *, devices: int = 1) -> str:
     """Runs Python as a reader would, in a process of its own, and returns what it printed."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": flags,
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(

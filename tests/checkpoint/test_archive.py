@@ -72,7 +72,7 @@ def test_a_restored_release_routes_bit_for_bit_the_same_in_a_clean_process(made,
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name in ("PATH", "HOME", "PYTHONPATH", "JAX_COMPILATION_CACHE_DIR")
+        if name in ("PATH", "HOME", "PYTHONPATH", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
     }
     subprocess.run(
         [
