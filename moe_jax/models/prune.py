@@ -179,6 +179,13 @@ def experts_to_keep(
         >>> experts_to_keep({0: one}, 0.5, method="frequency")[0].tolist()
         [0, 2]
     """
+    if method == "mone":
+        raise ValueError(
+            "method mone: expected experts that are kept or removed, got constant ones in their place "
+            "(MoNE, arXiv:2507.00390). A constant is a bias without weights, and the Hub layout of all "
+            "families but gpt_oss has no place for it, so no other program could open the model. Use "
+            "reap, which removes experts."
+        )
     for name, value, accepted in (("method", method, METHODS), ("counts", counts, COUNTS)):
         if value not in accepted:
             raise ValueError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}.")

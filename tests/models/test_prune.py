@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
-from moe_jax.interop.safetensors import SafetensorsFolder
+from moe_jax.interop.safetensors import SafetensorsFolder, write_safetensors
 from moe_jax.models import HubFolder, load_model
 from moe_jax.models.prune import (
     Saliency,
@@ -96,6 +98,72 @@ def test_a_pruned_checkpoint_is_the_model_with_its_pruned_blocks(name, tmp_path)
     )
     tensors, whole = SafetensorsFolder(folder), SafetensorsFolder(source)
     assert {t.dtype for t in tensors.values()} == {t.dtype for t in whole.values()}
+
+
+def in_float8(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
+    """DeepSeek-V3's blocks of 128 x 128: one for each of these small matrices."""
+    if "experts." not in name or not name.endswith("proj.weight"):
+        return {name: tensor}
+    scale = np.full((1, 1), np.abs(tensor).max() / 448, np.float32)
+    scaled = (tensor / scale).astype(ml_dtypes.float8_e4m3fn)
+    return {name: scaled, f"{name}_scale_inv": scale}
+
+
+def in_mxfp4(name: str, tensor: np.ndarray) -> dict[str, np.ndarray]:
+    """gpt-oss' groups of 32, of random codes. The golden's width of experts is no multiple of 32."""
+    rng = np.random.default_rng(len(name))
+    experts = tensor.shape[0]
+    shapes = {"gate_up_proj": (128, 1), "down_proj": (32, 2)}
+    kind = name.rpartition(".")[2]
+    if kind == "gate_up_proj_bias":
+        return {name: np.concatenate([tensor, tensor[:, :32]], axis=1)}
+    if kind not in shapes:
+        return {name: tensor}
+    rows, groups = shapes[kind]
+    return {
+        f"{name}_blocks": rng.integers(0, 256, (experts, rows, groups, 16)).astype(np.uint8),
+        f"{name}_scales": rng.integers(118, 124, (experts, rows, groups)).astype(np.uint8),
+    }
+
+
+FLOAT8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "format_", "sizes"),
+    [
+        ("deepseek_v3", in_float8, FLOAT8, {}),
+        ("gpt_oss", in_mxfp4, {"quant_method": "mxfp4"}, {"intermediate_size": 64}),
+    ],
+)
+def test_a_quantised_checkpoint_is_pruned_as_it_is_stored(name, change, format_, sizes, tmp_path):
+    config = json.loads((MODELS / name / "config.json").read_text()) | sizes
+    tensors: dict[str, np.ndarray] = {}
+    for tensor, array in SafetensorsFolder(MODELS / name).items():
+        tensors |= change(tensor, np.array(array))
+    folder = tmp_path / "quantised"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": format_}))
+    specs = {n: (t.dtype, t.shape) for n, t in tensors.items()}
+    write_safetensors(folder / "model.safetensors", specs, tensors.__getitem__)
+    opened = HubFolder(folder)
+    layer = opened.config.moe_layers[-1]
+    _, groups = pruning_limits(opened)
+    kept = {
+        n: np.arange(opened.num_experts(n)).reshape(groups, -1)[:, 1:].ravel()
+        for n in opened.config.moe_layers
+    }
+    pruned = HubFolder(write_pruned(opened, kept, tmp_path / "pruned"))
+    stored = SafetensorsFolder(pruned.folder)
+    assert {t.dtype for t in stored.values()} == {t.dtype for t in tensors.values()}
+    want = prune_block(opened.layer(layer)["moe"], kept[layer])
+    got = pruned.layer(layer)["moe"]
+    jax.tree.map(np.testing.assert_array_equal, got.params, want.params)
+
+
+def test_constant_experts_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"mone: .* no place for it"):
+        experts_to_keep({0: saliency(8)}, 0.5, method="mone")
 
 
 def test_layers_that_keep_different_numbers_are_written_as_a_list(tmp_path):
