@@ -24,6 +24,7 @@ from moe_jax.cli import (
     experiments,
     models,
     published,
+    published_experts,
     rules,
     service,
 )
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 app.add_typer(models.app)
 app.add_typer(published.app)
+app.add_typer(published_experts.app)
 app.add_typer(service.app)
 app.add_typer(experiments.app)
 app.add_typer(rules.app)

@@ -1,16 +1,11 @@
-"""Commands about published models: budget, experts, prune, generate, and evaluate, which takes
-checkpoints too."""
+"""Commands about published models: budget, generate, and evaluate, which takes checkpoints too."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moe_jax.cli.checkpoint_report import evaluate_checkpoint, is_checkpoint
@@ -21,65 +16,28 @@ from moe_jax.cli.output import (
     Glob,
     Seed,
     library_errors_exit_2,
-    notes,
     out,
     print_json,
 )
+from moe_jax.cli.published_options import (
+    Batch,
+    BudgetFolder,
+    Dtype,
+    Folder,
+    Length,
+    Limit,
+    MeanK,
+    Rule,
+    Saving,
+    Share,
+    Text,
+    Work,
+    layer_bar,
+    read_text,
+    show_rules,
+)
 
 app = typer.Typer()
-
-Folder = Annotated[Path, typer.Argument(help="Folder of the model: config.json and weights.")]
-Text = Annotated[
-    Path | None,
-    typer.Option(help="Text file or folder; without it, Python's standard library."),
-]
-Length = Annotated[int, typer.Option(help="Tokens a sequence.", min=2)]
-Limit = Annotated[int | None, typer.Option(help="Stop after so many tokens.", min=1)]
-Batch = Annotated[int, typer.Option(help="Sequences that run at a time.", min=1)]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32 or bfloat16; by default that of the weights.")
-]
-Work = Annotated[
-    Path | None,
-    typer.Option(help="Keep the state after each layer here; the same command continues from it."),
-]
-Rule = Annotated[str | None, typer.Option(help="TopP, MinP, DynamicK or ExpertThreshold.")]
-Saving = Annotated[
-    float | None, typer.Option("--target-saving", help="Share of expert calls to save, e.g. 0.2.")
-]
-MeanK = Annotated[float | None, typer.Option("--target-mean-k", help="Experts per token, mean.")]
-Share = Annotated[
-    str,
-    typer.Option(
-        help="How layers share the target: uniform, measured (on the text) or profile (no text)."
-    ),
-]
-BudgetFolder = Annotated[
-    Path | None, typer.Option("--budget", help="Folder that moe-jax budget wrote.")
-]
-
-
-@contextlib.contextmanager
-def layer_bar(layers: int, what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Shows a bar on standard error and yields the function that moves it."""
-    columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=notes, transient=True) as bar:
-        task = bar.add_task(what, total=layers)
-        yield lambda done, total, word: bar.update(task, completed=done, total=total)
-
-
-def read_text(
-    opened: Any, text: Path | None, length: int, limit: int | None, *, part: str = "held_out"
-) -> Any:
-    """The tokens of a text, or of a part of the standard library where no text is given."""
-    from moe_jax.models.text import TextTokenizer, standard_library, tokenize_files
-
-    tokenizer = TextTokenizer(opened.folder, vocab_size=opened.config.vocab_size)
-    if text is not None:
-        return tokenize_files(text, tokenizer, length=length, limit=limit)
-    files = standard_library(part)
-    limit = 32_768 if limit is None else limit
-    return tokenize_files(files, tokenizer, length=length, limit=limit)
 
 
 @app.command()
@@ -214,49 +172,6 @@ def evaluate(
         show_rules(report)
 
 
-def show_rules(report: dict[str, Any]) -> None:
-    """Prints the rows of ``Comparison.report`` as a table, with tails and drift below it."""
-    table = Table(
-        "rule", "mean k", "saved", "bits/byte", "change (95 %)", "verdict", "expert FLOPs", "time"
-    )
-    base = report["rules"][0]
-    for row in report["rules"]:
-        change = verdict = "-"
-        if "relative" in row:
-            low, high = row["relative_low"], row["relative_high"]
-            change = f"{row['relative']:+.2%} ({low:+.2%} to {high:+.2%})"
-            verdict = row["verdict"]
-        used = row["expert_flops_used"] / base["expert_flops_used"]
-        executed = row["expert_flops_executed"] / base["expert_flops_executed"]
-        table.add_row(
-            row["rule"],
-            f"{row['mean_k']:.3f}",
-            f"{row['saving']:.1%}",
-            f"{row['bits_per_byte']:.4f}",
-            change,
-            verdict,
-            f"{used:.1%} used, {executed:.1%} executed",
-            f"{row['seconds']:.1f} s",
-        )
-    out.print(table)
-    for row in report["rules"][1:2]:
-        tails = row["tails"]
-        layers = ", ".join(f"{n}: {k:.2f}" for n, k in row["mean_k_per_layer"].items())
-        out.print(f"mean k by layer: {layers}", soft_wrap=True)
-        out.print(
-            f"worst 1 % of tokens: {tails['worst_1_percent_tokens_nats']:+.3f} nats each; worst file: "
-            f"{tails['worst_file']} ({tails['worst_file_relative']:+.2%})",
-            soft_wrap=True,
-        )
-    for row in report.get("drift", [])[1:2]:
-        word = "drifted" if row["drifted"] else "within 3 %"
-        out.print(
-            f"on the second text: mean k {row['mean_k']:.3f} ({row['mean_k_drift']:+.1%}, {word}), "
-            f"{row['bits_per_byte']:.4f} bits a byte ({row['relative_loss']:+.2%} against trained)"
-        )
-    out.print(f"Intervals: {report['interval']}.")
-
-
 @app.command()
 def budget(
     folder: Folder,
@@ -326,150 +241,6 @@ def budget(
         f"budget in {path}; next: moe-jax evaluate {folder} --budget {path} --controls",
         soft_wrap=True,
     )
-
-
-@app.command()
-def experts(
-    folder: Folder,
-    out_folder: Annotated[
-        Path, typer.Option("--out", help="Folder for index.html and experts.json.")
-    ],
-    text: Text = None,
-    budget: BudgetFolder = None,
-    shown: Annotated[
-        int, typer.Option(help="Tokens that the page shows one by one.", min=1)
-    ] = 1500,
-    length: Length = 512,
-    limit: Limit = None,
-    batch: Batch = 4,
-    dtype: Dtype = None,
-    work: Work = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show which expert fires where on your text: one HTML page, and its numbers as JSON."""
-    from moe_jax.models import HubFolder, load_budget
-    from moe_jax.models.experts_page import experts_page
-    from moe_jax.models.experts_report import experts_report
-    from moe_jax.models.text import TextTokenizer
-
-    with library_errors_exit_2():
-        opened = HubFolder(folder, dtype=dtype)
-        fitted = None if budget is None else load_budget(budget)
-        tokens = read_text(opened, text, length, limit)
-        tokenizer = TextTokenizer(folder, vocab_size=opened.config.vocab_size)
-        with layer_bar(opened.config.num_layers, "experts") as progress:
-            report = experts_report(
-                opened,
-                tokens,
-                tokenizer,
-                fitted,
-                shown=shown,
-                title=f"Experts by token: {folder.name}",
-                batch_size=batch,
-                progress=progress,
-                work=work,
-            )
-        rule = "as trained" if fitted is None else f"under {fitted.metadata['rule']}"
-        source = "the Python standard library" if text is None else text.name
-        note = f"{opened.config.model_type}, {rule}, on {source}: {tokens.files} files."
-        page = experts_page(report, out_folder / "index.html", note=note)
-        values = report.to_json()
-        with (out_folder / "experts.json").open("w") as file:
-            json.dump(values, file, allow_nan=False)
-    if as_json:
-        print_json({"page": str(page), **values})
-        return
-    table = Table("layer", "mean k", "most loaded", "least loaded", "unused")
-    for n, load, mean in zip(report.layers, report.load, report.mean_k, strict=True):
-        ratio = load / max(load.mean(), 1e-9)
-        table.add_row(
-            str(n),
-            f"{mean:.3f}",
-            f"{ratio.argmax()} ({ratio.max():.2f} x mean)",
-            f"{ratio.argmin()} ({ratio.min():.2f} x mean)",
-            str(int((load == 0).sum())),
-        )
-    out.print(table)
-    out.print(f"page in {page}", soft_wrap=True)
-
-
-@app.command()
-def prune(
-    folder: Folder,
-    out_folder: Annotated[Path, typer.Option("--out", help="Folder to write the model to.")],
-    keep: Annotated[float, typer.Option(help="Share of the experts to keep.")] = 0.5,
-    method: Annotated[str, typer.Option(help="reap, frequency or mean_weight.")] = "reap",
-    counts: Annotated[
-        str,
-        typer.Option(
-            help="uniform, or sensitivity: layers keep different numbers, which transformers cannot "
-            "open."
-        ),
-    ] = "uniform",
-    text: Text = None,
-    held_out_text: Annotated[
-        Path | None,
-        typer.Option(help="Text to measure the loss on; without it, the standard library's."),
-    ] = None,
-    length: Length = 512,
-    limit: Limit = None,
-    batch: Batch = 4,
-    work: Work = None,
-    as_json: AsJson = False,
-) -> None:
-    """Remove the experts that matter least on your text, and say what that costs on other text."""
-    from moe_jax.models import HubFolder, compare
-    from moe_jax.models.prune import (
-        expert_saliency,
-        experts_to_keep,
-        prune_block,
-        pruning_limits,
-        write_pruned,
-    )
-    from moe_jax.models.save import check_new
-
-    with library_errors_exit_2():
-        check_new(out_folder)
-        opened = HubFolder(folder)
-        least, groups = pruning_limits(opened)
-        tokens = read_text(opened, text, length, limit, part="calibration")
-        held_out = read_text(opened, held_out_text, length, limit)
-        layers = opened.config.num_layers
-        with layer_bar(layers, "saliency") as progress:
-            saliency = expert_saliency(
-                opened,
-                tokens.input_ids,
-                tokens.mask,
-                batch_size=batch,
-                progress=progress,
-                work=None if work is None else work / "saliency",
-            )
-        kept = experts_to_keep(
-            saliency, keep, method=method, counts=counts, least=least, groups=groups
-        )
-        path = write_pruned(opened, kept, out_folder)
-        with layer_bar(layers, "evaluate") as progress:
-            result = compare(
-                opened,
-                held_out,
-                changes={"pruned": lambda layer, block: prune_block(block, kept[layer])},
-                batch_size=batch,
-                progress=progress,
-                work=None if work is None else work / "evaluate",
-            )
-    report = result.report()
-    report |= {
-        "model": str(path),
-        "method": method,
-        "kept": {str(layer): rows.tolist() for layer, rows in kept.items()},
-    }
-    if as_json:
-        print_json(report)
-        return
-    numbers = ", ".join(f"{layer}: {len(rows)}" for layer, rows in kept.items())
-    out.print(f"experts kept by layer: {numbers}", soft_wrap=True)
-    show_rules(report)
-    out.print(f"model in {path}; next: moe-jax evaluate {path} --text DIR", soft_wrap=True)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from moe_jax.interop.model_config import ALIASES, NESTED, normal_name
 from moe_jax.models.architectures import BY_MODEL_TYPE, Architecture
 from moe_jax.models.config_keys import ConfigKeys, read_rope
 from moe_jax.models.decoder_config import DecoderConfig, LatentConfig, LayerConfig, RopeConfig
-from moe_jax.models.layer_patterns import FULL, SLIDING, one_a_layer
+from moe_jax.models.layer_patterns import FULL, SLIDING, no_window, one_a_layer
 
 # Keys of the experts' half of a config: ``moe_jax.interop`` reads them, or refuses what they say.
 _EXPERT_KEYS = frozenset(name for names in ALIASES.values() for name in names) | {
@@ -116,7 +116,9 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         keys.get("qk_head_dim")
         head_dim = latent.nope_dim + latent.rope_dim
     types = row.windows(keys, layers)
-    window = keys.get("sliding_window") if SLIDING in types else None
+    # Read where the family has windows at all: layer_types may leave all layers without one.
+    stated_window = None if row.windows is no_window else keys.get("sliding_window")
+    window = stated_window if SLIDING in types else None
     if SLIDING in types and (not isinstance(window, int) or window < 1):
         raise keys.error("sliding_window", "a positive whole number", window)
     interleaved = row.interleaved

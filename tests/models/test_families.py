@@ -86,3 +86,5 @@ def test_layers_have_the_windows_and_positions_that_transformers_gives_them():
     ]
     assert windows == [4, None, 4, None, None]
     assert [x.window for x in layers("mixtral", sliding_window=4)] == [4] * 5
+    whole = layers("gpt_oss", layer_types=["full_attention"] * 5, sliding_window=8)
+    assert [x.window for x in whole] == [None] * 5

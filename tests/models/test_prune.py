@@ -12,9 +12,8 @@ import pytest
 
 from moe_jax.interop.safetensors import SafetensorsFolder, write_safetensors
 from moe_jax.models import HubFolder, load_model
+from moe_jax.models.expert_saliency import Saliency, expert_saliency
 from moe_jax.models.prune import (
-    Saliency,
-    expert_saliency,
     experts_to_keep,
     prune_block,
     pruning_limits,
