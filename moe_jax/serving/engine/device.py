@@ -72,17 +72,17 @@ class Checking:
 
     def __init__(self, sent: Values, check: Callable[[], Checked]) -> None:
         self._check = check
-        self._made: Checked | None = None
+        self._checked: Checked | None = None
         self._error: Exception | None = None
         self.values = sent
 
     def make(self) -> None:
         """Makes the check unless it is made. Raises nothing: an error of the check, which runs while
         the device works, must not count as one of the device."""
-        if self._made is not None or self._error is not None:
+        if self._checked is not None or self._error is not None:
             return
         try:
-            self._made = checked = self._check()
+            self._checked = checked = self._check()
         except Exception as error:
             self._error = error
         else:
@@ -92,10 +92,10 @@ class Checking:
     def result(self) -> Checked:
         """Returns the outcome of the check. Raises what the check raised."""
         self.make()
-        if self._made is None:
+        if self._checked is None:
             assert self._error is not None
             raise self._error
-        return self._made
+        return self._checked
 
 
 class Device:
