@@ -21,15 +21,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml
-	$(PIP_INSTALL) -e '.[serve]' || $(call AGAIN,$(PIP_INSTALL) -e '.[serve]')
+	@echo "Installing moe_jax and its packages into $(VENV): one to a few minutes."
+	@$(PIP_INSTALL) -e '.[serve]' || $(call AGAIN,$(PIP_INSTALL) -e '.[serve]')
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
-	$(PIP_INSTALL) -e '.[dev]' || $(call AGAIN,$(PIP_INSTALL) -e '.[dev]')
+	@$(PIP_INSTALL) -e '.[dev]' || $(call AGAIN,$(PIP_INSTALL) -e '.[dev]')
 	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: $(BIN)/python pyproject.toml
-	$(PIP_INSTALL) -e '.[docs]' || $(call AGAIN,$(PIP_INSTALL) -e '.[docs]')
+	@$(PIP_INSTALL) -e '.[docs]' || $(call AGAIN,$(PIP_INSTALL) -e '.[docs]')
 	@touch $@
 
 demo: $(VENV)/.installed  ## train, calibrate, save, restore and evaluate on real text; figures in runs/demo

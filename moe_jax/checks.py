@@ -60,6 +60,8 @@ def check_array(
     names = axes.split()
     sizes = sizes or {}
     wanted = ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in names)
+    if hasattr(value, "unbox"):  # a parameter of Flax Linen with the names of its axes
+        fix = "Take it out of its box first: flax.linen.meta.unbox(variables)."
     message = f"{name}: expected {kind}[{wanted}], got {describe_array(value)}. {fix}"
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise TypeError(message)

@@ -30,7 +30,9 @@ Key = Annotated[
 AdminKey = Annotated[
     str | None,
     typer.Option(
-        "--admin-key", envvar="ROUTER_ADMIN_KEY", help="Admin key, if the service has one."
+        "--admin-key",
+        envvar=["ROUTER_ADMIN_KEY", "MOE_ADMIN_KEY"],
+        help="Admin key, if the service has one.",
     ),
 ]
 
@@ -184,6 +186,8 @@ def reload(
             answer = service.post_json("/admin/reload", asked)
         except Refused as error:
             notes.print(f"[red]refused:[/red] {plain(error)}", highlight=False, soft_wrap=True)
+            if "HTTP 401" in str(error):
+                notes.print("A reload needs the admin key: --admin-key KEY, or MOE_ADMIN_KEY.")
             raise typer.Exit(1) from None
     if as_json:
         print_json(answer)

@@ -327,6 +327,15 @@ TABLE: dict[str, tuple[type[Exception], Any, str]] = {
         lambda: moe_nnx.Router(RULE, D, rngs=0),
         "rngs: expected Rngs",
     ),
+    "linen: a rule that gets boxed parameters": (
+        TypeError,
+        lambda: RULE(
+            {"kernel": nn.Partitioned(jnp.ones((D, E)), names=("embed", "expert"))},
+            RULE.init_state(),
+            X,
+        ),
+        r"Partitioned.*flax\.linen\.meta\.unbox",
+    ),
     "linen: a router that is none": (
         TypeError,
         lambda: moe_linen.Router(FFN, D),
