@@ -74,4 +74,4 @@ docs: $(VENV)/.installed-docs  ## build the documentation site into build/site; 
 	$(BIN)/python -m website.check build/site
 
 clean:  ## remove environments, caches and runs
-	rm -rf .venv .venv-newer .venv-accelerator .jax_cache .pytest_cache .ruff_cache .hypothesis runs build dist *.egg-info
+	rm -rf .venv .venv-newer .venv-accelerator .venv-foreign .jax_cache .pytest_cache .ruff_cache .hypothesis runs build dist *.egg-info
