@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,15 @@ class BlockOptions:
     per_sequence: bool = False
 
 
+class BlockArguments(TypedDict, total=False):
+    """What a block takes beside x, for the overloads of its calls; see ``MoEBlock.apply``."""
+
+    key: Array | None
+    token_mask: Array | None
+    context: Context | None
+    implementation: str | tuple[str, ...] | None
+
+
 @pytree
 class MoEBlock:
     """A Mixture-of-Experts block: parameters, router state, and the functions that use them.
@@ -87,9 +96,19 @@ class MoEBlock:
     shared_fn: ExpertFn = static()
     options: BlockOptions = static()
 
-    def __call__(self, x: Array, **kwargs: Any) -> Any:
+    @overload
+    def __call__(
+        self, x: Array, *, return_aux: Literal[False] = False, **arguments: Unpack[BlockArguments]
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, x: Array, *, return_aux: Literal[True], **arguments: Unpack[BlockArguments]
+    ) -> tuple[Array, LayerAux]: ...
+
+    def __call__(self, x: Array, **arguments: Any) -> Array | tuple[Array, LayerAux]:
         """``y[..., D]`` for ``x[..., D]``; see ``apply`` for what else may be given."""
-        return self.apply(self.params, x, **kwargs)
+        return self.apply(self.params, x, **arguments)
 
     def route(
         self,
@@ -102,6 +121,26 @@ class MoEBlock:
         """The routing of x [..., D], its leading axes flattened to T tokens."""
         return self._route(self.params, x, key, token_mask, context)
 
+    @overload
+    def apply(
+        self,
+        params: dict[str, Params],
+        x: Array,
+        *,
+        return_aux: Literal[False] = False,
+        **arguments: Unpack[BlockArguments],
+    ) -> Array: ...
+
+    @overload
+    def apply(
+        self,
+        params: dict[str, Params],
+        x: Array,
+        *,
+        return_aux: Literal[True],
+        **arguments: Unpack[BlockArguments],
+    ) -> tuple[Array, LayerAux]: ...
+
     def apply(
         self,
         params: dict[str, Params],
@@ -112,7 +151,7 @@ class MoEBlock:
         context: Context | None = None,
         implementation: str | tuple[str, ...] | None = None,
         return_aux: bool = False,
-    ) -> Any:
+    ) -> Array | tuple[Array, LayerAux]:
         """The block with other parameters, e.g. to differentiate.
 
         Args:

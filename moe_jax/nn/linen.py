@@ -6,7 +6,7 @@ Parameters are in the collection ``params``, the router's state in ``router_stat
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 from flax import linen as nn
@@ -17,6 +17,7 @@ from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux, LayerOptions
 from moe_jax.nn import serialization as serialization  # registers router states with Flax
 from moe_jax.nn.setup import (
+    CallArguments,
     ExpertInit,
     LayerDefinition,
     logical_axes,
@@ -115,10 +116,12 @@ class _MoELayer(nn.Module, kw_only=True):
         super().__post_init__()
         self.spec()  # rejects a wrong value at construction, before the first call
 
+    @nn.nowrap  # a value, not a call that nn.tabulate should list
     def rule(self) -> Rule:
         """The routing rule."""
         raise NotImplementedError
 
+    @nn.nowrap
     def spec(self) -> LayerDefinition:
         """Returns the static description of the layer."""
         return LayerDefinition(
@@ -139,6 +142,16 @@ class _MoELayer(nn.Module, kw_only=True):
             mesh=self.mesh,
         )
 
+    @overload
+    def __call__(
+        self, x: Array, *, return_aux: Literal[False] = False, **arguments: Unpack[CallArguments]
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, x: Array, *, return_aux: Literal[True], **arguments: Unpack[CallArguments]
+    ) -> tuple[Array, LayerAux]: ...
+
     @nn.compact
     def __call__(
         self,
@@ -148,7 +161,7 @@ class _MoELayer(nn.Module, kw_only=True):
         token_mask: Array | None = None,
         context: Context | None = None,
         return_aux: bool = False,
-    ) -> Any:
+    ) -> Array | tuple[Array, LayerAux]:
         """y float[..., D] from x float[..., D]; with ``return_aux``, also the ``LayerAux``.
 
         Reads the router's state and never writes it: see ``update_router``.
@@ -191,6 +204,7 @@ class MoE(_MoELayer):
     router: Rule
     expert_fn: ExpertFn = FeedForward()
 
+    @nn.nowrap
     def rule(self) -> Rule:
         return self.router
 
@@ -215,6 +229,7 @@ class DynamicMoE(_MoELayer):
     scoring: Scoring = Scoring()
     balance_rate: float = 0.0
 
+    @nn.nowrap
     def rule(self) -> Rule:
         return DynamicK(
             num_experts=self.num_experts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,6 +12,7 @@ from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux, check_layer_params
 from moe_jax.nn import serialization as serialization  # registers router states with Flax
 from moe_jax.nn.setup import (
+    CallArguments,
     ExpertInit,
     LayerDefinition,
     layer_options,
@@ -189,6 +190,16 @@ class MoE(nnx.Module):
         names = ("router", "experts", "shared", "shared_gate")
         return {n: arrays(getattr(self, n)) for n in names if hasattr(self, n)}
 
+    @overload
+    def __call__(
+        self, x: Array, *, return_aux: Literal[False] = False, **arguments: Unpack[CallArguments]
+    ) -> Array: ...
+
+    @overload
+    def __call__(
+        self, x: Array, *, return_aux: Literal[True], **arguments: Unpack[CallArguments]
+    ) -> tuple[Array, LayerAux]: ...
+
     def __call__(
         self,
         x: Array,
@@ -197,7 +208,7 @@ class MoE(nnx.Module):
         token_mask: Array | None = None,
         context: Context | None = None,
         return_aux: bool = False,
-    ) -> Any:
+    ) -> Array | tuple[Array, LayerAux]:
         """y float[..., D] from x float[..., D]; with ``return_aux``, also the ``LayerAux``.
 
         Reads the router's state and never writes it: see ``update_router``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ from moe_jax.experts import ExpertFn, FeedForward, check_expert_fn
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer
 from moe_jax.parallel.sharding import layer_over, logical_axes
 from moe_jax.routers import Router
+from moe_jax.routing.difficulty import Context
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
 
 __all__ = [
+    "CallArguments",
     "ExpertInit",
     "LayerDefinition",
     "layer_options",
@@ -28,6 +30,14 @@ __all__ = [
 ]
 
 ExpertInit = Callable[[Array, int], Params]
+
+
+class CallArguments(TypedDict, total=False):
+    """What a layer takes beside x, for the overloads of ``__call__``; see ``moe_jax.moe_layer``."""
+
+    key: Array | None
+    token_mask: Array | None
+    context: Context | None
 
 
 def tokens_of(x: Array, arguments: dict[str, Any]) -> tuple[Array, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 
@@ -25,6 +25,7 @@ from moe_jax.types import (
 )
 
 BUDGETS = ("exact", "expected", "none")
+State = TypeVar("State")  # the state of a rule: what goes in comes out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,13 +189,13 @@ class Router(abc.ABC):
     def fit(
         self,
         params: Params,
-        state: Any,
+        state: State,
         x: Array,
         *,
         target_mean_k: float,
         token_mask: Array | None = None,
         context: Context | None = None,
-    ) -> Any:
+    ) -> State:
         """Calibrates the state so that tokens like x [T, D] use ``target_mean_k`` experts on average.
 
         Runs on the host, once. Provenance is recorded in ``state.fit``.

@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_jax.checks import check_instance
 from moe_jax.routers.arguments import check_classes, check_concrete, check_context, check_state
-from moe_jax.routers.base import Router, Traits
+from moe_jax.routers.base import Router, State, Traits
 from moe_jax.routers.fit import finish_fit, real_tokens
 from moe_jax.routing.balancing import loss_free_bias
 from moe_jax.routing.budget import check_target
@@ -262,13 +262,13 @@ class TokenChoice(Router, abc.ABC):
     def fit(
         self,
         params: Params,
-        state: Any,
+        state: State,
         x: Array,
         *,
         target_mean_k: float,
         token_mask: Array | None = None,
         context: Context | None = None,
-    ) -> Any:
+    ) -> State:
         if not self.calibrates():
             return super().fit(params, state, x, target_mean_k=target_mean_k)
         check_concrete("fit", params, state, x, token_mask, context)
