@@ -1,9 +1,13 @@
-"""The table of docs/composition.md is that of this tree."""
+"""The tables of docs/composition.md are those of this tree."""
+
+import pytest
 
 from tests import composition
 
+pytestmark = pytest.mark.compile_cheaply
 
-def test_the_document_holds_the_table_of_this_tree():
+
+def test_the_document_holds_the_tables_of_this_tree():
     assert composition.document() == composition.DOCUMENT.read_text(), (
         "run: python -m tests.composition --write"
     )
@@ -13,5 +17,10 @@ def test_a_refusal_is_a_cell_with_its_sentence():
     def refuse():
         raise ValueError("x: expected 1,\n got 2. Pass 1.")
 
+    def fail():
+        raise TypeError("JAX did not like this")
+
     assert composition.cell(refuse) == "x: expected 1, got 2. Pass 1."
     assert composition.cell(lambda: None) == "yes"
+    with pytest.raises(TypeError, match="JAX did not"):
+        composition.cell(fail)

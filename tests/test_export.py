@@ -108,6 +108,25 @@ def test_one_exported_layer_takes_every_batch_size():
         np.testing.assert_array_equal(aux.routing.expert_indices, wanted_aux.routing.expert_indices)
 
 
+def test_groups_take_a_symbolic_size_that_they_divide():
+    run = layer(TOP2, groups=2, capacity_factor=0.5)
+    (b,) = jax.export.symbolic_shape("b")
+    call = exported(lambda x: run(x)[0], jax.ShapeDtypeStruct((2 * b, D), jnp.float32))
+    x = jax.random.normal(jax.random.key(1), (6, D))
+    np.testing.assert_allclose(call(x), jax.jit(run)(x)[0], atol=1e-6)
+    with pytest.raises(ValueError, match=r"groups: .* divisor of T=b.*'2\*b'"):
+        exported(run, batch())
+
+
+def test_a_rule_that_looks_at_its_batch_takes_symbolic_sizes_on_both_sides_of_its_limit():
+    rule = moe_jax.Piggyback(num_experts=E, k=2, max_tokens=4)
+    params, state = rule.init(jax.random.key(0), D), rule.init_state()
+    call = exported(lambda x: rule(params, state, x).expert_indices, batch())
+    for size in (3, 9):
+        x = jax.random.normal(jax.random.key(size), (size, D))
+        np.testing.assert_array_equal(call(x), rule(params, state, x).expert_indices)
+
+
 def test_a_row_budget_asks_for_the_bound_that_it_needs():
     run = layer(TOP2, max_rows=64)
     with pytest.raises(ValueError, match=r"max_rows: .*symbolic_shape.*'b <= 64'"):

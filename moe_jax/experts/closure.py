@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from moe_jax.experts.feed_forward import ExpertFn, FeedForward
+from moe_jax.experts.implementation import varying_axes
 from moe_jax.types import Array, Params
 
 
@@ -45,6 +46,9 @@ def with_closed_over(expert_fn: ExpertFn, params: Params, x: Array) -> tuple[Exp
         ``expert_fn`` and ``params`` as they are, if the function closes over no traced array. Otherwise
         each of these arrays has become a parameter that all E experts share.
 
+    Raises:
+        ValueError: there is such an array, inside ``shard_map`` with ``check_vma``.
+
     Example:
         >>> def loss(scale):
         ...     fn, params = with_closed_over(
@@ -65,6 +69,15 @@ def with_closed_over(expert_fn: ExpertFn, params: Params, x: Array) -> tuple[Exp
     closed = [c for c in consts if isinstance(c, jax.core.Tracer)]
     if not closed:
         return expert_fn, params
+    axes = varying_axes((closed, params, x))
+    if axes:
+        # The function's own program converts such an array to one that varies where it meets x. As a
+        # parameter it varies already, and JAX has no conversion back.
+        raise ValueError(
+            "expert_fn: expected no traced array from outside, inside shard_map with check_vma=True, "
+            f"got {len(closed)}. Make it a parameter with a leading axis E, choose "
+            "implementation='dense' or 'capacity', or pass check_vma=False."
+        )
     experts = jax.tree.leaves(params)[0].shape[0]
     # A leading axis E like every parameter has. The transpose of the broadcast sums the experts'
     # gradients.

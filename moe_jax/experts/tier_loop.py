@@ -64,9 +64,9 @@ def layout_of(plan: DispatchPlan, sizes: TierSizes) -> Layout:
     count = -(-beyond // pieces[-1])
     streamed = jnp.asarray([c + _STREAM_ROWS * (c > 0) for c in sizes.bulk], jnp.int32)
     cost = plan.assignments.num_experts * streamed
-    cost += (piece_rows(pieces, beyond) + _COPY_ROWS * count).sum(axis=1)
+    cost += (piece_rows(pieces, beyond) + _COPY_ROWS * count).sum(axis=1, dtype=jnp.int32)
     tier = jnp.argmin(cost).astype(jnp.int32)  # ties go to the smaller bulk
-    return Layout(tier, bulk[tier], beyond[tier], jnp.cumsum(count[tier]))
+    return Layout(tier, bulk[tier], beyond[tier], jnp.cumsum(count[tier], dtype=jnp.int32))
 
 
 # --- rows ---------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def sort_bulk(plan: DispatchPlan, flat: Array, size: int, length: int) -> Array:
     row = jnp.arange(length, dtype=jnp.int32)
     n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
     position = plan.position[n]
-    inside = (row < plan.group_sizes.sum()) & (position < size)
+    inside = (row < plan.group_sizes.sum(dtype=jnp.int32)) & (position < size)
     source = jnp.where(inside, plan.assignments.expert_indices[n] * size + position, 0)
     return mask_rows(inside, flat[source])
 
@@ -250,7 +250,7 @@ def scan_pieces(
     a, sizes = plan.assignments, plan.group_sizes
     steps = min(plan.num_rows // size + a.num_experts, a.num_experts * -(-plan.max_group // size))
     pieces = -(-sizes // size)
-    ends = jnp.cumsum(pieces)
+    ends = jnp.cumsum(pieces, dtype=jnp.int32)
     slot = jnp.arange(size, dtype=jnp.int32)
 
     @jax.checkpoint
@@ -266,7 +266,7 @@ def scan_pieces(
     blocks = jax.lax.map(lambda i: step(params, x, i), jnp.arange(steps, dtype=jnp.int32))
     row = jnp.arange(length, dtype=jnp.int32)
     n = plan.order[jnp.minimum(row, plan.order.shape[0] - 1)]
-    inside = row < sizes.sum()
+    inside = row < sizes.sum(dtype=jnp.int32)
     expert, position = jnp.where(inside, a.expert_indices[n], 0), plan.position[n]
     piece = ends[expert] - pieces[expert] + position // size
     at = jnp.where(inside, piece * size + position % size, 0)

@@ -296,7 +296,7 @@ def slots_executed_with(plan: DispatchPlan, sizes: TierSizes) -> Array:
     """f32[]: the rows computed, padding included, as the loop and the switches choose them."""
     layout = layout_of(plan, sizes)
     rows = plan.assignments.num_experts * layout.base
-    rows += piece_rows(sizes.pieces, layout.beyond).sum()
+    rows += piece_rows(sizes.pieces, layout.beyond).sum(dtype=jnp.int32)
     return rows.astype(jnp.float32)
 
 

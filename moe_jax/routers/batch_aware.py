@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from moe_jax.checks import check_count, check_k
+from moe_jax.checks import check_count, check_k, holds
 from moe_jax.routers.token_choice import Slots
 from moe_jax.routers.whole_batch import MASK, WholeBatch
 from moe_jax.routing.selection import build_routing, compact
@@ -63,10 +63,15 @@ class BatchAware(WholeBatch, abc.ABC):
 
     def select(self, params, state, slots, x, context):
         real = slots.available & context[MASK][:, None]
-        if x.shape[0] > self.max_tokens:
+        fits = holds(lambda: x.shape[0] <= self.max_tokens)
+        if fits is False:
             keep = real
         else:
             keep = self.choose(slots, real)
+        if (
+            fits is None
+        ):  # a symbolic batch (``jax.export``): its size decides when the function runs
+            keep = jnp.where(jnp.asarray(x.shape[0]) <= self.max_tokens, keep, real)
         # A prefix of length k in each token's own order.
         keep = keep & (jnp.cumsum(keep, axis=-1) <= self.k)
         return keep, self.weights(slots, keep)

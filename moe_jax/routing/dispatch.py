@@ -335,7 +335,8 @@ def plan_in_groups(
     if tokens % groups or not slots:
         raise ValueError(
             f"groups: expected token choice and a divisor of T={tokens}, got groups={groups}, "
-            f"slots_per_token={slots}. Pad the batch, or use groups=1."
+            f"slots_per_token={slots}. Pad the batch, give jax.export a size such as '{groups}*b', or "
+            "use groups=1."
         )
     if groups == 1 or (capacity is None and max_rows is None):
         return plan_dispatch(assignments, capacity=capacity, max_rows=max_rows, priority=priority)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from moe_jax.experts import IMPLEMENTATIONS, FeedForward, derivatives, run_experts
 from tests.experts.test_tiered import draw, kept_weights, plan_of
@@ -12,6 +13,12 @@ pytestmark = pytest.mark.compile_cheaply
 
 E, D, F, T = 4, 4, 6, 12
 FFN = FeedForward(activation="gelu_tanh")
+# JAX differentiates capacity and dense by itself.
+COMPARED = tuple(name for name in IMPLEMENTATIONS if name not in ("capacity", "dense"))
+# What is compared with the oracle's values; docs/composition.md says so too. The derivatives of active
+# are those of tiered.
+FIRST = ("linearize", "jvp of grad", "vmap of grad")
+HIGHER = ("grad of jvp", "grad of grad", "vmap of jvp of grad", "grad of vmap")
 KEPT = np.random.default_rng(1).uniform(size=(T, 2)) < 0.8
 
 
@@ -71,11 +78,11 @@ def oracle():
     return jax.jit(derivatives_of, static_argnums=0)("dense", plan, at)
 
 
-# JAX differentiates capacity and dense by itself.
-@pytest.mark.parametrize("name", [n for n in IMPLEMENTATIONS if n not in ("capacity", "dense")])
+@pytest.mark.parametrize("name", COMPARED)
 def test_every_derivative_equals_the_oracles(name: str, oracle):
     plan, at = arguments()
     found = jax.jit(derivatives_of, static_argnums=0)(name, plan, at)
+    assert set(found) == {*FIRST, *(HIGHER if name != "active" else ())}
     for how, value in found.items():
         for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(oracle[how]), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4, err_msg=how)
@@ -148,3 +155,27 @@ def test_an_expert_function_may_use_traced_arrays_from_outside(name, transform):
         }[transform](jnp.float32(1.5))
 
     np.testing.assert_allclose(result(name), result("dense"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiered", "active"])
+def test_traced_arrays_from_outside_inside_shard_map(name: str):
+    """One device's gradient without check_vma; with it, a sentence that names what works."""
+    plan, (params, x, weights) = arguments()
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def of(scale, name, **options):
+        def run(scale, x, weights):
+            def expert(p, rows):
+                return jnp.tanh(rows @ p["up"]) @ p["down"] * scale
+
+            return run_experts(expert, params, x, plan, weights, implementation=name).y
+
+        if options:
+            split = (P(), P("data"), P("data"))
+            run = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=P("data"), **options)
+        return run(scale, x, weights).sum()
+
+    gradient = jax.grad(of)(jnp.float32(1.5), name, check_vma=False)
+    np.testing.assert_allclose(gradient, jax.grad(of)(jnp.float32(1.5), "dense"), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"expert_fn: .*check_vma=True.*leading axis E.*'dense'"):
+        jax.eval_shape(lambda s: of(s, name, check_vma=True), jnp.float32(1.5))
