@@ -82,3 +82,15 @@ def test_the_command_shows_rules_and_trains_one():
     assert row["last"] < row["first"]
     refused = CliRunner().invoke(app, ["rules", "--rule", "Nothing"])
     assert refused.exit_code == 2
+
+
+def test_the_smoke_training_leaves_out_rules_that_read_their_model():
+    command = ["rules", "--rule", "TokenTable", "--rule", "DepthRouter", "--smoke", "--json"]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.output
+    rows = json.loads(run.stdout)["rules"]
+    assert [row["outcome"] for row in rows] == ["skipped", "skipped"]
+    assert [row["reason"] for row in rows] == [
+        "reads token_ids of its model",
+        "reads router_states of its model",
+    ]
