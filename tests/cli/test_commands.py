@@ -153,25 +153,18 @@ def test_inspect_and_route_a_checkpoint(hidden, tmp_path):
     assert runner.invoke(app, ["inspect", str(tmp_path)]).exit_code == 2
 
 
-def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path, monkeypatch):
+def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path):
     """The commands of the README in a row, on a tiny model."""
     import jax
 
-    # train is imported before the patch below, which its own import must not see.
-    from moe_jax.lab import language_model
-    from moe_jax.lab import training as train
-
-    assert train.LMConfig is language_model.LMConfig
-
-    tiny = language_model.LMConfig(
-        num_layers=2, d_model=32, num_heads=2, num_experts=4, k=2, d_ff=16, length=32, batch_size=4
-    )
-    monkeypatch.setattr(language_model, "LMConfig", lambda: tiny)
+    sizes = {"num_layers": 2, "d_model": 32, "num_heads": 2, "num_experts": 4, "k": 2, "d_ff": 16}
+    tiny = tmp_path / "tiny.json"
+    tiny.write_text(json.dumps({**sizes, "length": 32, "batch_size": 4}))
     model, fitted = tmp_path / "model", tmp_path / "fitted"
-    result = runner.invoke(app, ["train", "--out", str(model), "--steps", "40", "--json"])
+    words = ["train", "--out", str(model), "--steps", "40", "--model", str(tiny), "--json"]
+    result = runner.invoke(app, words)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["steps"] == 40
-    monkeypatch.undo()
     taken = runner.invoke(app, ["train", "--out", str(model), "--steps", "3"])
     assert taken.exit_code == 2
     assert "--overwrite" in taken.stderr
