@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from moe_jax.models import attention
 from moe_jax.models.attention import attend
 from moe_jax.models.causal_lm import token_layout
 from moe_jax.models.decoder_config import DecoderConfig, LatentConfig, LayerConfig, RopeConfig
@@ -133,7 +134,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_attention_is_what_the_formulas_say(name):
+def test_attention_in_blocks_is_what_the_formulas_say(name, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", 2)  # three blocks, the last of one token
     of_model, of_layer = VARIANTS[name]
     layer = LayerConfig(experts=True, **of_layer)
     config = DecoderConfig(
