@@ -237,8 +237,10 @@ def budget(
         row = (str(n), str(fitted.trained_k[n]), f"{mean:.3f}", f"{reached[str(n)]:.3f}")
         table.add_row(*row)
     out.print(table)
+    # The price of a budget is read on text that did not fit it; the standard library has such a part.
+    on_text = "" if text is None else " --text HELD_OUT_TEXT"
     out.print(
-        f"budget in {path}; next: moe-jax evaluate {folder} --budget {path} --controls",
+        f"budget in {path}; next: moe-jax evaluate {folder}{on_text} --budget {path} --controls",
         soft_wrap=True,
     )
 
