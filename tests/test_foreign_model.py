@@ -43,8 +43,8 @@ def test_a_model_of_another_package_holds_a_budget_trains_and_comes_back(kind: s
     assert done.returncode == 0, done.stderr[-2000:]
     rows = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines()[1:])
     assert float(rows["k = 4, largest change of the logits"]) < 1e-5
-    for layer in range(2):  # to within one of 256 tokens
+    for layer in range(2):  # to within one of 256 tokens, printed to three places
         k = float(rows[f"layers/{layer}/mlp, experts per token"])
-        assert k == pytest.approx(2.5, abs=1.01 / 256)
+        assert k == pytest.approx(2.5, abs=1 / 256 + 5e-4)
     assert float(rows["loss after 2 steps"]) < float(rows["loss after 0 steps"])
     assert rows["restored model gives the same logits"] == "True"
