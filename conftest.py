@@ -18,12 +18,14 @@ from tests.parallel import measurement
 
 ROOT = Path(__file__).parent
 
-# Make golden files with torch and transformers, which are no dependencies; they are no tests.
+# No tests: scripts that make golden files with torch and transformers, which are no dependencies, and
+# a user's file that tests/test_types.py gives to pyright.
 collect_ignore = [
     "tests/goldens/generate_hf.py",
     "tests/goldens/generate_hub.py",
     "tests/goldens/generate_models.py",
     "tests/goldens/written_by_0_1/generate.py",
+    "tests/typing/user.py",
 ]
 
 

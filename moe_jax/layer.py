@@ -124,7 +124,7 @@ class LayerOptions:
             tokens, k = routing.expert_indices.shape
         else:
             tokens, k = routing.num_tokens, routing.num_experts
-        # With more groups than tokens ``plan_in_groups`` refuses, and says more.
+        # With more groups than tokens, ``plan_in_groups`` raises the more detailed error.
         return expert_capacity(
             jax.core.max_dim(1, tokens // self.groups), routing.num_experts, k, self.capacity_factor
         )
@@ -252,7 +252,8 @@ def moe_layer(
     lead, width = x.shape[:-1], x.shape[-1]
     flat = x.reshape(math.prod(lead), width)
     mask = flat_token_mask(token_mask, lead)
-    if mask is not None:  # whatever padding holds, NaN included, goes no further than here
+    if mask is not None:
+        # Zeros keep the values of padding, NaN included, from the router and the experts.
         flat = jnp.where(mask[:, None], flat, jnp.zeros((), flat.dtype))
     routing = router(params["router"], state, flat, key=key, token_mask=mask, context=context)
     y, stats = run_routing(
@@ -274,8 +275,8 @@ def explicit_mesh(tree: Any) -> AbstractMesh | None:
     """Returns the mesh with Explicit axes that the type of any array of a tree names, or None.
 
     ``jax.make_mesh`` makes such axes by default. Arrays on meshes with Auto axes, on no mesh, or inside
-    ``shard_map`` have no split in their type. Arrays that are whole on every device count too: an
-    operation of them and an array without a mesh is refused by JAX.
+    ``shard_map`` have no split in their type. Replicated arrays count too: JAX rejects an
+    operation on one of them and an array without a mesh.
     """
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(jax.typeof(leaf), "sharding", None)
@@ -297,9 +298,10 @@ def with_auto_axes(
 ) -> tuple[Array, LayerAux]:
     """Runs a layer on arrays whose split over ``mesh`` is part of their type (Explicit axes).
 
-    Counting tokens is a scatter over split tokens. With Explicit axes, JAX requires the split of the
-    result of every such operation. So the axes are Auto inside, where the compiler decides. Only the
-    results have a stated split: y is split like x, the routing like the tokens, statistics not at all.
+    Counting tokens is a scatter over split tokens. With Explicit axes, JAX requires a stated
+    sharding of the result of every such operation. So the axes are Auto inside, where the compiler
+    decides. Only the results have a stated split: y is split like x, the routing like the tokens,
+    statistics not at all.
     """
     spec = jax.typeof(x).sharding.spec if x.ndim else ()
     spec = P(*spec) if len(spec) == x.ndim else P(*[None] * x.ndim)
@@ -322,10 +324,13 @@ def with_auto_axes(
 
 
 def _mesh_context(mesh: AbstractMesh, tree: Any) -> Any:
-    """The mesh as context, unless the caller has set one: ``auto_axes`` needs it."""
+    """Returns a context manager that sets the mesh, or does nothing if the caller has set one.
+
+    ``auto_axes`` needs a mesh in the context.
+    """
     if not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
-    # Outside of jit the devices must be known too: those of any array that is no tracer.
+    # Outside of jit, a mesh with devices is needed. Take it from an array that is not a tracer.
     for leaf in jax.tree.leaves(tree):
         traced = isinstance(leaf, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
         sharding = None if traced else getattr(leaf, "sharding", None)
@@ -358,8 +363,8 @@ def run_routing(
         weight_on_input: combine weights multiply an expert's input instead of its output (Llama 4).
 
     Returns:
-        f32[T, D_out], the sum of weighted expert outputs, and statistics. What zero-computation
-        experts return comes on top: see ``add_residual``.
+        f32[T, D_out], the sum of weighted expert outputs, and statistics. The output of
+        zero-computation experts is not included: ``add_residual`` adds it.
 
     Raises:
         ValueError, TypeError: shapes disagree, the parameters are not those of ``expert_fn``, or
@@ -384,7 +389,7 @@ def run_routing(
         priority=options.priority,
     )
     weights = kept_weights(plan, renormalize=options.renormalize_kept)
-    # With weights on the input the experts see a token per slot; statistics stay those of ``plan``.
+    # With ``weight_on_input``, ``work`` has one token per slot. The statistics still use ``plan``.
     work = x, plan, weights
     if weight_on_input:
         work = _weighted_rows(*work)
@@ -398,7 +403,7 @@ def run_routing(
     )
     y = ran.y
     if weight_on_input:
-        # Each slot was a token of its own: the sum over a token's slots is left to do.
+        # Each slot ran as a separate token. Sum the slots of each original token.
         y = y.reshape(tokens, -1, y.shape[-1]).sum(axis=1)
     stats = routing_stats(
         routing,
@@ -431,7 +436,10 @@ def add_residual(y: Array, routing: Routing | ExpertChoice, x: Array) -> Array:
 def _weighted_rows(
     x: Array, plan: DispatchPlan, weights: Array
 ) -> tuple[Array, DispatchPlan, Array]:
-    """One token for every slot, its row scaled by the slot's weight; every kept weight is then 1."""
+    """Returns x, plan and weights with one token per slot.
+
+    Each row is scaled by its slot's weight, so each kept weight is 1.
+    """
     a = plan.assignments
     slots = a.slots_per_token
     if not slots:
@@ -452,7 +460,7 @@ def _weighted_rows(
 
 
 def _observed(observe: Callable[[Any], Array], routing: Any, groups: int) -> Array:
-    """What the rule observes, in each group by itself and averaged by tokens, as devices do it."""
+    """Returns the rule's observation: one per group, averaged by tokens, as devices do."""
     if groups == 1:
         return observe(routing)
     split = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), routing)

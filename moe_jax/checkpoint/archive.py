@@ -6,10 +6,10 @@ An export is a folder::
       export.json        format, versions, provenance, and SHA-256 of every other file
       checkpoint/        the checkpoint as it was: parameters, router states, thresholds
       config.json        what ``moe-jax serve --config`` and ``load_config`` read
-      thresholds.json    the fitted budgets in words, for people; ``checkpoint/`` is what counts
+      thresholds.json    a readable copy of the fitted budgets; ``checkpoint/`` is authoritative
       baseline.json      a performance baseline of ``moe-jax bench ... --json``, if one was given
 
-``restore`` verifies all of it and lays it down as one release of a folder of releases::
+``restore`` verifies all of it and copies it as one release into a folder of releases::
 
     RELEASES/
       1f0c…/checkpoint, config.json, …    one folder a release, named by its checksum
@@ -70,8 +70,8 @@ def export(
         baseline: a file that ``moe-jax bench ... --json`` wrote.
 
     Raises:
-        ArchiveError: ``path`` is taken, there is no configuration or it names a router that the
-            checkpoint has not, the baseline is no baseline, or the disk refuses.
+        ArchiveError: ``path`` is taken, there is no configuration, it names a router that is
+            not in the checkpoint, the baseline file is invalid, or writing fails.
         CheckpointError: the checkpoint is damaged.
 
     Example:
@@ -156,7 +156,7 @@ def _superseded(
         )
     try:
         return superseded(config, opened)
-    except ValueError:  # nothing that a service could serve; it is a backup all the same
+    except ValueError:  # it cannot be served, but it can be exported as a backup
         return {}
 
 
@@ -184,7 +184,7 @@ def restore(path: PathLike, releases: PathLike) -> dict[str, Any]:
         checkpoint's checksum, and which releases are current and previous now.
 
     Raises:
-        ArchiveError: as ``verify``, or the disk refuses. ``current`` is as it was then.
+        ArchiveError: as ``verify``, or writing fails; the message says which release is current.
     """
     source, root = Path(path).resolve(), Path(releases).resolve()
     manifest = verify(source)
@@ -194,10 +194,10 @@ def restore(path: PathLike, releases: PathLike) -> dict[str, Any]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         if folder.exists():
-            verify(folder)  # laid down before; it must still be whole
+            verify(folder)  # restored earlier; it must be intact still
         else:
             shutil.copytree(source, beside)
-            verify(beside)  # what was copied, and not only what it was copied from
+            verify(beside)  # copying can fail after the source was verified
             sync_folder(beside)
             os.rename(beside, folder)
         before = _pointed(root, "current")
@@ -209,7 +209,8 @@ def restore(path: PathLike, releases: PathLike) -> dict[str, Any]:
     except OSError as error:
         raise ArchiveError(
             f"{root}: expected to restore into it, got {type(error).__name__}: {error}. "
-            "The current release is as it was: check the space, the permissions and the path."
+            f"The current release is {_pointed(root, 'current')}. Check the space, the permissions "
+            "and the path."
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -229,7 +230,8 @@ def rollback(releases: PathLike) -> dict[str, Any]:
         As ``restore``.
 
     Raises:
-        ArchiveError: there is no previous release, or it is damaged. Nothing has changed then.
+        ArchiveError: there is no previous release, or it is damaged, and nothing has changed; or a
+            link could not be replaced, and the message says which release is current.
     """
     root = Path(releases).resolve()
     current, previous = _pointed(root, "current"), _pointed(root, "previous")
@@ -246,7 +248,7 @@ def rollback(releases: PathLike) -> dict[str, Any]:
     except OSError as error:
         raise ArchiveError(
             f"{root}: expected to change its links, got {type(error).__name__}: {error}. "
-            "Check the permissions."
+            f"The current release is {_pointed(root, 'current')}. Check the permissions."
         ) from error
     return {
         "release": previous,

@@ -9,8 +9,8 @@
 
 A loop whose trip count is known only at run time has a forward derivative but no reverse one. So a
 function also has a ``reference``: the same values in operations that JAX differentiates in both modes,
-at whatever cost. Only the reverse derivative of a derivative uses it (``grad`` of ``grad``, ``grad`` of
-``jvp``); ``grad``, ``jvp``, ``jvp`` of ``grad`` and ``jacfwd`` do not.
+regardless of cost. Only the reverse derivative of a derivative uses it (``grad`` of ``grad``,
+``grad`` of ``jvp``); ``grad``, ``jvp``, ``jvp`` of ``grad`` and ``jacfwd`` do not.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class DifferentiableFunction(Protocol):
 
     @property
     def backward(self) -> Callable[..., tuple[Any, ...]]:
-        """``(arguments, residuals, cotangents, in_place) -> cotangents``, None of integers."""
+        """``(arguments, residuals, cotangents, in_place) -> cotangents``, with None for integers."""
         ...
 
     @property
@@ -180,12 +180,11 @@ def _is_float(value: Any) -> bool:
 def _jvp_rule(
     primals: _Flat, tangents: _Flat, *, program: _Program, jaxpr: ClosedJaxpr
 ) -> tuple[list[Any], list[Any]]:
-    # Arguments that nobody differentiates, such as the integers of a plan, get no derivative
-    # traced.
+    # Arguments without a tangent, such as the integers of a plan, are skipped.
     moving = [not isinstance(t, ad.Zero) for t in tangents]
     count = len(jaxpr.out_avals)
     residuals: list[Any] = []
-    # A program that is itself a derivative keeps no residuals: it is linear in what moves.
+    # A program without a hand-written reverse keeps no residuals.
     if program.reverse is None:
         outputs = _call_p.bind(*primals, program=program, jaxpr=jaxpr)
     else:
@@ -205,7 +204,7 @@ def _jvp_rule(
             )
         ]
         parts.append([o for o, f in zip(_bind(program, mixed), floats, strict=True) if f])
-    # What is linear is done; the rest needs the derivative at this point.
+    # The linear arguments are done. The other moving arguments need the derivative at the primals.
     moving = [m and not lin for m, lin in zip(moving, linear, strict=True)]
     if any(moving):
         shapes = [jax.ShapeDtypeStruct(o.shape, o.dtype) for o in outputs]
@@ -289,7 +288,7 @@ def _transpose_rule(
     def by_reference(*arrays: Any) -> list[Any]:
         others, cts = arrays[: len(fixed)], arrays[len(fixed) :]
         axes = sorted(varying_axes(list(arrays)))
-        # A linear function has the same transpose at every point, so zeros are as good as any.
+        # A linear function has the same transpose at every point, so `jax.vjp` is taken at zeros.
         zeros = vary_over([jnp.zeros(s.shape, s.dtype) for s in shapes], axes)
         pull = jax.vjp(lambda *chosen: program.reference(*full(chosen, others)), *zeros)[1]
         return list(pull(list(cts)))

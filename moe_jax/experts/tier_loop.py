@@ -13,8 +13,8 @@ from moe_jax.experts.feed_forward import ExpertFn
 from moe_jax.experts.implementation import mask_rows, one_expert, to_bits
 from moe_jax.types import Array, DispatchPlan, Params
 
-# What touching one expert's weights costs, in rows of arithmetic: a piece copies the weights of its
-# expert, and the batched product streams the weights of all.
+# Cost of reading one expert's weights, in units of one row's computation: a piece copies the weights
+# of its expert, and the batched product streams the weights of all.
 _COPY_ROWS = 64
 _STREAM_ROWS = 12
 
@@ -208,7 +208,8 @@ def pad_rows(rows: Array, length: int) -> Array:
 def put_rows(total: Array, row: Array, live: Array, rows: Array) -> Array:
     """Writes the live rows at ``row`` and leaves the rows after them, which belong to other experts.
 
-    ``total`` may hold ``to_bits``: XLA for CPU would widen all of a 16-bit float carry at every piece.
+    ``total`` may hold ``to_bits``. Bits avoid a conversion: XLA for CPU converts a whole 16-bit float
+    carry to a wider type at every piece.
     """
     old = jax.lax.dynamic_slice_in_dim(total, row, rows.shape[0])
     new = jnp.where(live[:, None], to_bits(rows) if total.dtype != rows.dtype else rows, old)
@@ -244,8 +245,8 @@ def scan_pieces(
 ) -> Array:
     """[length, D_out], every kept assignment's expert output in sorted order, differentiable by JAX.
 
-    The pieces have one size and the loop as many steps as any load of these bounds needs, so both modes
-    differentiate it. A step keeps its number and computes the rest again.
+    The pieces have one size, and the number of steps is the static maximum for these bounds, so JAX
+    differentiates the loop in both modes. The backward pass recomputes each step from its index.
     """
     a, sizes = plan.assignments, plan.group_sizes
     steps = min(plan.num_rows // size + a.num_experts, a.num_experts * -(-plan.max_group // size))

@@ -15,12 +15,12 @@ token cost less time.
 
 The gradient is written by hand: differentiating through ``lax.switch`` would keep the residuals of
 every branch, and a loop with a dynamic trip count has no reverse derivative. The backward pass runs
-the hidden layers of the experts again instead of storing them. ``derivatives.call`` makes it one of the
-derivatives of every order and mode that JAX takes; see there for what each costs.
+the hidden layers of the experts again instead of storing them. ``derivatives.call`` uses this gradient
+and adds derivatives of any order in both modes; that module states what each costs.
 
-Both passes add the output of a piece to its tokens immediately. A buffer of T * K rows would be
-written, read and summed whatever k is: with it, a smaller dynamic k saved operations but much less
-time. Only a forward pass that a gradient follows keeps its rows, for the gradient of the combine
+Both passes add the output of a piece to its tokens immediately. A buffer of T * K rows costs
+the same memory traffic at every k. With such a buffer, a smaller dynamic k saved operations but much
+less time. Only a forward pass that a gradient follows keeps its rows, for the gradient of the combine
 weights.
 """
 
@@ -83,7 +83,7 @@ _SYMBOLIC_PIECES = (32, 64, 128, 256, 512)  # where the number of rows is symbol
 def bulk_sizes(plan: DispatchPlan, platform: str = "cpu") -> tuple[int, ...]:
     """Returns the static sizes C to choose from, ascending, at most ``plan.max_group``."""
     if jax.export.is_symbolic_dim(plan.num_rows):
-        return (0,)  # no mean load to take a share of
+        return (0,)  # the mean load is symbolic, so there is no bulk
     mean = plan.num_rows / plan.assignments.num_experts
     shares = _BULK_SHARES.get(platform, _BULK_SHARES[""])
     return tuple(sorted({min(plan.max_group, _round_up(s * mean, 16)) for s in shares}))
@@ -117,7 +117,7 @@ def sizes_for(plan: DispatchPlan, platform: str = "cpu") -> TierSizes:
 class _Collect(NamedTuple):
     """How the experts' outputs are collected into one array."""
 
-    start: Callable[[], Array]  # the array before any row
+    start: Callable[[], Array]  # returns the array before any output is added
     bulk: Callable[[int, Array], Array]  # (C, outputs [E*C, D_out]) -> the array after the bulk
     put: Callable[[Array, Array, Array, Rows, Array], Array]  # as in ``run_layout``
 
@@ -152,7 +152,7 @@ def _collected(
 def _outputs(
     expert_fn: ExpertFn, sizes: TierSizes, params: Params, x: Array, plan: DispatchPlan
 ) -> Array:
-    """Every kept assignment's expert output, [num_rows + B, D_out] in sorted order."""
+    """Returns the expert output of each kept assignment, [num_rows + B, D_out] in sorted order."""
     out, length = output_shape(expert_fn, params, x), plan.num_rows + sizes.pieces[-1]
     store = to_bits if sizes.in_place else lambda rows: rows
 

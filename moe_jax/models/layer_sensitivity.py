@@ -21,7 +21,7 @@ from moe_jax.models.streaming import (
 )
 from moe_jax.routers.twin import dynamic_twin, fit_twin
 
-MEASURED_TOKENS = 4096  # at most so many tokens measure a layer's sensitivity
+MEASURED_TOKENS = 4096  # batches are added until they hold this many tokens, or the text ends
 
 
 def output_changes(

@@ -41,7 +41,7 @@ class Budget:
     Attributes:
         routers: the rules. A layer that keeps its trained k has its trained rule.
         states: their fitted states, each with its provenance in ``fit``.
-        params: the routers' parameters, by which a block of another model is recognised.
+        params: the routers' parameters, compared to detect a block of another model.
         trained_k: experts per token as trained.
         target_mean_k: the mean k that each layer was fitted to.
         metadata: rule, targets and text, as JSON values.
@@ -90,7 +90,7 @@ def fit_budget(
     progress: Progress | None = None,
     work: str | Path | None = None,
 ) -> Budget:
-    """Fits a rule to a budget, layer by layer, on what reaches each layer under the fitted rules.
+    """Fits a rule to a budget layer by layer, on what each layer gets from the fitted layers before it.
 
     Args:
         model: see ``evaluate``. A folder is read once, twice where ``share`` is not "uniform".
@@ -216,7 +216,7 @@ def save_budget(
         budget: what to save.
         folder: the folder to make.
         model: a model folder whose experts are saved too, so that the service can compute outputs
-            and not routing alone. All layers are in memory at a time.
+            and not routing alone. All layers are in memory at once.
         overwrite: whether a checkpoint at ``folder`` is replaced.
 
     Raises:

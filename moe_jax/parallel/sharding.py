@@ -123,8 +123,8 @@ def _laid_out(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
         from jax.experimental import mesh_utils
 
         if slices == 1:
-            # Without the flag only splits along the axes of the torus are laid out: data=4, expert=64
-            # on 16 x 16 chips is refused.
+            # Without the flag, JAX splits along whole axes of the torus only and rejects data=4,
+            # expert=64 on 16 x 16 chips.
             return mesh_utils.create_device_mesh(
                 shape, devices=devices, allow_split_physical_axes=True
             )
@@ -163,7 +163,7 @@ def parallel_of(mesh: AnyMesh, rules: Rules = RULES, **options: Any) -> ExpertPa
         >>> parallel_of(mesh).expert_axes
         ('expert',)
     """
-    # A mesh with axes of other names would run everything on every device without a word.
+    # A mesh with axes of other names would silently replicate all computation.
     if mesh.size > 1 and not any(mesh_axes(name, mesh, rules) for name in rules):
         raise ValueError(
             f"mesh: expected an axis that the rules name, such as {', '.join(AXES)}, got "
@@ -213,7 +213,7 @@ def param_specs(tree: Any, mesh: AnyMesh, rules: Rules = RULES) -> Any:
 
     def spec(keys: Any, leaf: Any) -> PartitionSpec:
         parts = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
-        # NNX variables and Linen boxes add a step of their name to the path of the array.
+        # NNX variables and Linen boxes add an entry, `value` or `raw_value`, to the path of the array.
         parts = [part for part in parts if part not in ("value", "raw_value")]
         starts = [i for i, part in enumerate(parts) if part in ("experts", "shared", "router")]
         ndim = len(leaf.shape)
@@ -223,7 +223,7 @@ def param_specs(tree: Any, mesh: AnyMesh, rules: Rules = RULES) -> Any:
         # it.
         path = "/".join(parts[starts[-1] :])
         names = _NAMES.get(path, ())
-        # Axes beyond the known ones are those of stacked layers, and come first.
+        # Extra leading axes belong to stacked layers.
         lead = max(ndim - len(names), 0) if names else 0
         named = (*[None] * lead, *logical_axes(path, ndim - lead))
         axes = [mesh_axes(name, mesh, rules) if name else () for name in named]
@@ -348,7 +348,8 @@ def sharded_moe_layer(
     Tokens are split over the data and expert axes, each device routes its share, and rows travel to
     their experts and back: see ``moe_jax.experts.expert_parallel``. With ``capacity_factor``, each
     device drops among its share of the tokens alone. On one device,
-    ``moe_layer(..., groups=number of devices that split tokens)`` drops the same assignments.
+    ``moe_layer(..., options=LayerOptions(groups=n))``, with n the number of devices that split tokens,
+    drops the same assignments.
 
     Call it with global arrays. The returned routing covers all
     tokens, so losses over it are global. ``router.update`` with the returned statistics gives the
@@ -357,8 +358,8 @@ def sharded_moe_layer(
     Args:
         router, expert_fn, params, state, x, token_mask, context: as in ``moe_layer``, as global
             arrays. The leading axis of ``params["experts"]`` is E, rounded up to a multiple of the
-            number of devices that split experts; see ``pad_experts``. The number of tokens is free:
-            they are padded to a multiple.
+            number of devices that split experts; see ``pad_experts``. Any number
+            of tokens works: they are padded to a multiple of the devices that split them.
         mesh: None takes the mesh of ``jax.set_mesh``.
         parallel: None takes ``parallel_of(mesh)``.
         key: randomness of the gate's noise. Each device folds its index in, so the noise differs
@@ -459,8 +460,8 @@ class _ShardedLayer(NamedTuple):
     options: LayerOptions
 
 
-# Compiled as one program even where the caller does not use jit: JAX compiles each operation of a
-# `shard_map` by itself otherwise, which takes 40 s for this layer.
+# Always jitted: otherwise JAX compiles each operation of a `shard_map` by itself, which takes 40 s for
+# this layer.
 @functools.partial(jax.jit, static_argnums=0)
 def _run_sharded(
     static: _ShardedLayer, params: Any, state: Any, x: Array, key: Any, mask: Any, context: Any

@@ -1,4 +1,4 @@
-"""The frame of the rules in which a token chooses experts."""
+"""The base class of rules in which each token chooses its experts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TokenChoice(Router, abc.ABC):
 
     @property
     def traits(self) -> Traits:
-        """Those of a rule that looks at one token alone; a rule that does not states its own."""
+        """Returns the traits of a rule that routes each token independently; others override them."""
         fixed = self.min_k == self.max_k
         return Traits(
             causal=True,
@@ -125,12 +125,12 @@ class TokenChoice(Router, abc.ABC):
 
     @property
     def num_choices(self) -> int:
-        """How many slots are scored for a token: ``max_k``, unless some choices are no experts."""
+        """Slots scored for each token: ``max_k``, or more where some choices compute nothing."""
         return self.max_k
 
     @property
     def num_classes(self) -> int:
-        """Columns of ``logits``: E, and more for rules with classes that are not such experts."""
+        """Columns of ``logits``: E, and more for rules with choices that compute nothing."""
         return self.num_experts
 
     # --- the steps of the frame, in order
@@ -150,7 +150,7 @@ class TokenChoice(Router, abc.ABC):
     def selection_scores(
         self, params: Params, state: Any, logits: Array, scores: Array, context: Context
     ) -> Array:
-        """f32[T, E]: what experts are compared by, before exclusion and groups.
+        """f32[T, E]: the scores that rank experts, before exclusion and group limits.
 
         By default the scores plus ``state.expert_bias``, if the state has one.
         """
@@ -194,8 +194,9 @@ class TokenChoice(Router, abc.ABC):
 
     def exclude_and_limit(self, selection: Array) -> Array:
         """f32[T, E]: selection scores with -inf for disabled experts, limited to the best groups."""
-        # Before the groups, so that a disabled expert gives its group no worth; and after them, as
-        # group_fill="zero" would lift it above enabled experts with negative scores.
+        # Exclude first, so that a disabled expert adds nothing to the score of its group. Exclude
+        # again afterwards, because group_fill="zero" would rank it above enabled experts with
+        # negative scores.
         selection = self.gate.exclude(selection)
         if self.scoring.num_groups == 1:
             return selection
@@ -232,7 +233,7 @@ class TokenChoice(Router, abc.ABC):
         return dataclasses.replace(state, expert_bias=bias)
 
     def build(self, slots: Slots, keep: Array, weights: Array, token_mask: Array | None) -> Routing:
-        """The routing of what was selected."""
+        """Returns the ``Routing`` of the kept slots."""
         indices = slots.indices
         if not self.keeps_prefix:
             keep, indices, weights = compact(keep, indices, weights)

@@ -216,7 +216,7 @@ def sinkhorn_offsets(
     Example:
         >>> logits = jnp.log(jnp.array([[0.9, 0.1], [0.6, 0.4]]))
         >>> offsets = sinkhorn_offsets(logits, jnp.ones(2, bool), tolerance=1e-6, max_iterations=99)
-        >>> jax.nn.softmax(logits + offsets, axis=1).sum(axis=0).round(4).tolist()
+        >>> jax.nn.softmax(logits + offsets[None, :], axis=1).sum(axis=0).round(4).tolist()
         [1.0, 1.0]
     """
     real = token_mask & ~jnp.isnan(logits).any(axis=1)

@@ -1,4 +1,4 @@
-"""Plans a routing decision: which assignments are kept, and in which row each is computed."""
+"""Decides which assignments of a routing are kept, and in which row each is computed."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def to_assignments(routing: Routing | ExpertChoice) -> Assignments:
         )
     num_experts, capacity = routing.token_indices.shape
     tokens = routing.token_indices.reshape(-1)
-    # An empty slot holds the token index T. Below it points at token 0, so that gathers stay in
-    # bounds, and at expert E, which no count includes.
+    # An empty slot holds the token index T. It becomes token 0, so that gathers stay in bounds, and
+    # expert E, which `_count` ignores.
     valid = tokens < routing.num_tokens
     experts = jnp.arange(num_experts * capacity, dtype=jnp.int32) // capacity
     return Assignments(
@@ -248,7 +248,7 @@ def plan_dispatch(
         return kept & (_rank(ranked) < rows)
 
     if capacity is None and max_rows is not None:
-        # Most batches keep within the budget that was fitted for them. Ranking everything is a slow
+        # Most batches need at most `max_rows` rows. Ranking everything is a slow
         # sort, whose cost does not fall with k, so it runs only if something must be dropped.
         # `lax.cond` inside `shard_map` needs both branches to vary over the same mesh axes.
         # `cost > inf` is always False; it only ties this branch to the axes of `cost`.
@@ -357,7 +357,7 @@ def plan_in_groups(
         num_experts=experts,
         slots_per_token=slots,
     )
-    # Decide per group, then number the rows over the whole batch, in which the groups are computed.
+    # Decide per group, then number the rows over the whole batch, because all groups run together.
     kept = jax.vmap(kept_of)(split).reshape(-1)
     group_sizes = _count(assignments.expert_indices, kept, experts)
     order, position = _sort_by_expert(assignments.expert_indices, kept, group_sizes)

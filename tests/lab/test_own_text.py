@@ -97,7 +97,11 @@ def test_line_ends_and_names_of_windows_change_nothing(folder, monkeypatch):
         (lambda p: _write(p / "a.md", LINE).parent, "*.txt", r"text files that match '\*\.txt'"),
         (lambda p: _write(p / "a.md", LINE).parent, "/abs/*", "expected a pattern relative to"),
         (lambda p: _write(p / "a.md", LINE), "*.md", "expected it with --data of a folder"),
-        (lambda p: _write(p / "a.md", LINE), None, r"at least 65,536 bytes.*got 44 in 1 files"),
+        (
+            lambda p: _write(p / "a.md", LINE),
+            None,
+            r"at least 65,536 bytes.*got 44 bytes in 1 file",
+        ),
     ],
 )
 def test_text_that_cannot_be_used_is_refused_by_name(tmp_path, make, glob, says):

@@ -1,7 +1,7 @@
 """The engine: admission, cache, resilience and metrics around one snapshot.
 
 The order of a request: shape and size, cache, values, a place on the device, circuit breaker, bucket,
-compiled function, check of the output, answer. Limits and blocks come before all of it, by ``admit``.
+compiled function, check of the output, answer. Callers apply limits and blocks first, with ``admit``.
 Where the level rejects no values, they are checked while the device works (``engine.device``).
 """
 
@@ -36,7 +36,7 @@ _LOADING_SECONDS = 5.0
 
 
 class RouterEngine:
-    """The guide's production router: routes, watches itself, and protects itself.
+    """Routes hidden states behind a cache, limits, a circuit breaker and metrics.
 
     Built by ``RouterFactory``. Safe to use from many threads. ``with`` shuts it down.
 
@@ -181,12 +181,12 @@ class RouterEngine:
             return_router_logits: whether ``router_logits`` are among the arrays.
             client: who asks.
             request_id: for logs and the answer; None draws one.
-            timeout_seconds: deadline; None is the configured one. If it is None, no ``client`` is
-                named and recent work took far less than the deadline, the work is done on the
-                caller's thread, which saves a hand-over: should the device hang in that very call,
-                the caller waits past its deadline. State a deadline to be released at it.
+            timeout_seconds: deadline; None is the configured one. With None, no ``client`` and
+                recent work far below the deadline, the work runs on the caller's thread, which
+                saves a hand-over. If the device then hangs, the caller waits past the deadline.
+                Pass a value to be released on time.
             use_cache: whether a cached answer will do.
-            call: for a caller on a thread that somebody else waits for, such as an event loop. The
+            call: pass it where another thread, such as an event loop, waits for this one. The
                 work is then done on the caller's thread, which saves a hand-over, and whoever waits
                 calls ``call.leave()`` at the deadline.
 
@@ -341,8 +341,8 @@ class RouterEngine:
     def reload(self, checkpoint: str | None = None) -> dict[str, Any]:
         """Replaces the served checkpoint by another one between two requests.
 
-        The other one is loaded, compiled and tried on a canary batch first. If any of it fails, it is
-        refused and the old one goes on serving.
+        The other one is loaded, compiled and tried on a canary batch first. If any step
+        fails, the call raises and the old checkpoint stays in service.
 
         Args:
             checkpoint: the folder; None is the configured one, read again.
@@ -379,7 +379,7 @@ class RouterEngine:
 
         Returns:
             Whether all of it ended in time. If not, threads are still in native code, and a process
-            should end by ``os._exit``: the interpreter's own end may crash under them.
+            should end by ``os._exit``: normal exit of the interpreter may crash while they run.
         """
         lifecycle = self.parts.lifecycle
         if lifecycle.closed:
