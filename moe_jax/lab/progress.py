@@ -78,7 +78,9 @@ def _lines(
 ) -> Callable[[str], None]:
     """Returns a function that prints a line per tenth of the steps, with time spent and left."""
     first, started, last_note = done, clock(), ""
-    console.print(f"{description}: {total - done} steps", highlight=False, soft_wrap=True)
+    steps = total - done
+    noun = "step" if steps == 1 else "steps"
+    console.print(f"{description}: {steps} {noun}", highlight=False, soft_wrap=True)
 
     def advance(note: str) -> None:
         nonlocal done, last_note

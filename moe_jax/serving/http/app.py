@@ -212,8 +212,9 @@ async def reload(request: Request) -> Response:
 def _reload(engine: RouterEngine, name: str | None) -> dict[str, Any]:
     refusal = ServingError(
         "invalid_values",
-        "not reloaded, the old one serves on. The reason is in the service's log. A "
-        "checkpoint must be below MOE_RELOAD_FOLDER, or beside the configured one.",
+        "not reloaded: the old checkpoint stays in service. The reason is in the service's log: a "
+        "damaged or unfit checkpoint, or a folder that is neither below MOE_RELOAD_FOLDER nor beside "
+        "the configured one.",
     )
     folder = None
     if name is not None:

@@ -216,7 +216,7 @@ def test_reload_needs_the_admin_key(process):
     wrong = ["reload", process.url, "--admin-key", "operator", "--checkpoint", "/nowhere"]
     refused = runner.invoke(app, wrong)
     assert refused.exit_code == 1
-    assert "old one serves on" in " ".join(refused.stderr.split())
+    assert "old checkpoint stays in service" in " ".join(refused.stderr.split())
     done = runner.invoke(app, ["reload", process.url, "--admin-key", "operator", "--json"])
     assert done.exit_code == 0, done.output
     answer = json.loads(done.stdout)

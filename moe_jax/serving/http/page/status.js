@@ -237,7 +237,7 @@ async function turn() {
     $("state").className = "state bad"; text("state", "no answer");
     document.body.classList.add("stale");
   }
-  text("age", fresh ? `as of ${new Date(fresh).toLocaleTimeString()}` : "");
+  text("age", fresh ? `· as of ${new Date(fresh).toLocaleTimeString()}` : "");
   setTimeout(turn, PERIOD);
 }
 $("login").addEventListener("submit", (event) => {
