@@ -327,7 +327,7 @@ def send(
     if spec.parallel.exchange == "ragged":
         arrived = None
         if counts is not None:
-            # The counts go first, because the ragged exchange has to be told how much arrives.
+            # The counts go first, because the ragged exchange needs the number of rows that arrive.
             arrived = _swap(spec.parallel, counts)
             agreed = RowCounts(counts.sum(axis=1), arrived.sum(axis=1))
         assert agreed is not None

@@ -215,7 +215,7 @@ def compile_program(
     report = TargetProgram(
         target=target.name, what=what, gradient=gradient, implementation=implementation
     )
-    # Autotuning times kernels on the device, and there is none.
+    # Autotuning would time kernels on a device, which this machine does not have.
     options: dict[str, str | bool] | None = (
         {"xla_gpu_autotune_level": "0"} if target.platform == "cuda" else None
     )

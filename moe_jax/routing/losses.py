@@ -152,10 +152,10 @@ def _relative_costs(expert_cost: tuple[float, ...], experts: int) -> Array:
 def orthogonality_loss(kernel: Array, *, disabled: tuple[int, ...] = ()) -> Array:
     """f32[]: ``|W'W - 1|^2`` (Frobenius) over columns at unit length; 0 where they are orthogonal.
 
-    The router orthogonalisation of ERNIE 4.5 (Baidu 2025, technical report): experts that look for
-    different things are told apart. Add ``coefficient * orthogonality_loss(params["kernel"])`` to the
-    loss; with more experts than dimensions it cannot reach 0. ``TopAny`` has the same term without the
-    square in its ``regularization``.
+    The router orthogonalisation of ERNIE 4.5 (Baidu 2025, technical report): it keeps the
+    directions of different experts apart. Add ``coefficient * orthogonality_loss(params["kernel"])`` to
+    the loss; with more experts than dimensions it cannot reach 0. ``TopAny`` has the same term without
+    the square in its ``regularization``.
 
     Args:
         kernel: f32[D, E], the router's.

@@ -62,7 +62,7 @@ def states() -> np.ndarray:
 
 
 def routed(model, layer: int, x: np.ndarray):
-    """What the model itself decides: experts and weights by slot, -1 and 0 where there is none."""
+    """What the model itself decides: experts and weights by slot, -1 and 0 in empty slots."""
     block = model.blocks()[layer]
     tokens = jnp.asarray(x.reshape(-1, x.shape[-1]))
     routing = jax.jit(block.router)(block.params["router"], block.state, tokens)
