@@ -296,6 +296,11 @@ def fit_thresholds(
 
     Raises:
         ValueError: the target is out of reach.
+
+    Example:
+        >>> difficulty = np.linspace(0, 1, 101)
+        >>> fit_thresholds(difficulty, min_k=1, max_k=3, target_mean_k=2.0).round(3).tolist()
+        [0.25, 0.75]
     """
     check_target(target_mean_k, min_k=min_k, max_k=max_k)
     difficulty = np.asarray(difficulty)

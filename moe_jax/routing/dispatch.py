@@ -379,6 +379,22 @@ def kept_weights(plan: DispatchPlan, *, renormalize: bool = False) -> Array:
 
     With ``renormalize`` the kept weights of a token are scaled so that they add up to what its
     weights added up to before anything was dropped (token choice only).
+
+    Args:
+        plan: of one routing.
+        renormalize: whether the kept weights of a token take over the weights of its dropped ones.
+
+    Raises:
+        TypeError: not a plan.
+        ValueError: ``renormalize`` with expert choice.
+
+    Example:
+        >>> from moe_jax import TopK, to_assignments
+        >>> router = TopK(num_experts=2, k=2)
+        >>> routing = router({"kernel": jnp.zeros((4, 2))}, router.init_state(), jnp.ones((2, 4)))
+        >>> plan = plan_dispatch(to_assignments(routing), capacity=1)
+        >>> kept_weights(plan).tolist()
+        [0.5, 0.5, 0.0, 0.0]
     """
     check_instance("plan", plan, DispatchPlan, fix="Pass what plan_dispatch returned.")
     weights = jnp.where(plan.kept, plan.assignments.weights, 0.0)
