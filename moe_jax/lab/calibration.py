@@ -34,7 +34,7 @@ from moe_jax.lab.progress import track
 from moe_jax.layer import LayerOptions, add_residual, run_routing
 from moe_jax.routers import Elastic, RandomSkip, Router, TopK
 from moe_jax.routers.registry import load_rule
-from moe_jax.routers.twin import control_twin, dynamic_twin, fit_twin
+from moe_jax.routers.twin import control_twin, dynamic_twin, fit_twin, starting_state
 from moe_jax.routing.budget import check_target, mean_k_after
 from moe_jax.types import Array, Params, Routing, pytree
 
@@ -239,7 +239,8 @@ def fit_layers(
         model: the trained model.
         routers: a rule for each layer, with a budget to fit.
         blocks: calibration text.
-        target_mean_k: experts per token, one number for all layers or one for each.
+        target_mean_k: experts per token, one number for all layers or one for each. A rule without
+            a budget (the trained one) stays as it is.
 
     Returns:
         A fitted state for each layer, with its provenance.
@@ -249,40 +250,59 @@ def fit_layers(
     """
     config, params = model.config, model.params
     targets = np.broadcast_to(np.asarray(target_mean_k, float), len(routers)).tolist()
-    blocks = blocks.pad_to(min(BATCH, len(blocks)))
-    size = min(BATCH, len(blocks))
-    starts = range(0, len(blocks), size)
-    masks = [jnp.asarray(blocks.mask[i : i + size]) for i in starts]
-    hs = [embed_batch(params, jnp.asarray(blocks.inputs[i : i + size])) for i in starts]
+    hs, masks = embedded_batches(model, blocks)
     fitted = []
     for index, (router, target) in enumerate(zip(routers, targets, strict=True)):
         layer = layer_params(params, index)
         pairs = [attend(config, layer, h) for h in hs]
-        tokens = np.concatenate([np.asarray(x).reshape(-1, config.d_model) for _, x in pairs])
-        # Padding is left out here rather than masked: that also keeps it out of the fingerprint.
-        tokens = tokens[blocks.mask.reshape(-1)]
-        state = fit_twin(
-            router,
-            layer["moe"]["router"],
-            model.states[index],
-            jnp.asarray(tokens),
-            target_mean_k=target,
-        )
-        reached = float(state.fit.achieved_mean_k)
-        missed = abs(reached / target - 1) > MAX_CALIBRATION_ERROR
-        # A control decides by chance, so its mean is only near its target; it is reported as it is.
-        if missed and not isinstance(router, RandomSkip):
-            raise ValueError(
-                f"{type(router).__name__}: expected mean k {target:g} within "
-                f"{MAX_CALIBRATION_ERROR:.0%} on the calibration text of layer {index}, got "
-                f"{reached:.3f}. Use more calibration text or another target."
+        if router.calibrates():
+            state = fit_twin(
+                router,
+                layer["moe"]["router"],
+                model.states[index],
+                real_rows(pairs, masks),
+                target_mean_k=target,
             )
+            _check_reached(router, state, target, index)
+        else:
+            state = starting_state(router, model.states[index])
         fitted.append(state)
         hs = []
         for (h, x), mask in zip(pairs, masks, strict=True):
             routing = route(router, layer["moe"]["router"], state, x, mask)
             hs.append(mix(config, layer, routing, h, x)[0])
     return tuple(fitted)
+
+
+def embedded_batches(model: Model, blocks: TextBlocks) -> tuple[list[Array], list[Array]]:
+    """Returns text as batches of hidden states f32[B, S, D] before the first layer, and their masks."""
+    size = min(BATCH, len(blocks))
+    blocks = blocks.pad_to(size)
+    starts = range(0, len(blocks), size)
+    masks = [jnp.asarray(blocks.mask[i : i + size]) for i in starts]
+    inputs = [jnp.asarray(blocks.inputs[i : i + size]) for i in starts]
+    return [embed_batch(model.params, tokens) for tokens in inputs], masks
+
+
+def real_rows(pairs: Sequence[tuple[Array, Array]], masks: Sequence[Array]) -> Array:
+    """f32[T, D]: the inputs of a layer's experts from all batches, without padding.
+
+    Padding is left out rather than masked: that also keeps it out of a fit's fingerprint.
+    """
+    rows = [np.asarray(x)[np.asarray(mask)] for (_, x), mask in zip(pairs, masks, strict=True)]
+    return jnp.asarray(np.concatenate(rows))
+
+
+def _check_reached(router: Router, state: Any, target: float, layer: int) -> None:
+    reached = float(state.fit.achieved_mean_k)
+    missed = abs(reached / target - 1) > MAX_CALIBRATION_ERROR
+    # A control decides by chance, so its mean is only near its target; it is reported as it is.
+    if missed and not isinstance(router, RandomSkip):
+        raise ValueError(
+            f"{type(router).__name__}: expected mean k {target:g} within "
+            f"{MAX_CALIBRATION_ERROR:.0%} on the calibration text of layer {layer}, got "
+            f"{reached:.3f}. Use more calibration text or another target."
+        )
 
 
 def variant_name(rule: str, saving: float) -> str:

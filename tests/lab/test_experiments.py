@@ -6,12 +6,15 @@ import copy
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from scipy.stats import rankdata, spearmanr
 from typer.testing import CliRunner
 
 from moe_jax.cli import app
+from moe_jax.lab.calibration import calibration_blocks, find_rules
+from moe_jax.lab.data import DataError, load_corpus, part_of
 from moe_jax.lab.experiments.budget_table import interval
 from moe_jax.lab.experiments.declaration import declared, experiment_files, load
 from moe_jax.lab.experiments.difficulty_table import (
@@ -19,11 +22,16 @@ from moe_jax.lab.experiments.difficulty_table import (
     correlation_within,
     partial_correlation,
 )
+from moe_jax.lab.experiments.drift_texts import REFERENCE, drift_text
+from moe_jax.lab.experiments.layer_shares import STEPS, change_curves, shared_rule
 from moe_jax.lab.experiments.measures import MEASURES
 from moe_jax.lab.experiments.recipes import distil
 from moe_jax.lab.experiments.runner import run_experiment
 from moe_jax.lab.experiments.tables import page_of, write_page, write_results
-from moe_jax.lab.model_files import load_model
+from moe_jax.lab.language_model import init, init_states
+from moe_jax.lab.lm_config import LMConfig
+from moe_jax.lab.model_files import Model, load_model
+from moe_jax.routers import TopK
 
 ROOT = Path(__file__).parents[2]
 
@@ -257,3 +265,63 @@ def test_correlations_are_those_of_scipy_and_of_residuals():
     # Both follow the group and nothing else does.
     assert correlation(a, b) > 0.3
     assert abs(correlation_within(a, b, group)) < 0.15
+
+
+def test_a_drift_experiment_reads_texts_with_and_without_steering(tmp_path):
+    (tmp_path / "digits.txt").write_text("0123456789 " * 200, encoding="utf-8")
+    fields = {
+        "kind": "drift",
+        "recipes": {"fixed": {}},
+        "rules": ["top_p"],
+        "texts": ["code", str(tmp_path / "digits.txt")],
+        "controllers": {"top_p": {"kp": 0.5, "ki": 0.5}},
+        "fallback": {"band": 0.02, "decay": 0.0},
+        "held_out_tokens": 1024,
+    }
+    results = run_experiment(declared("tiny", changed(**fields)), tmp_path / "out", progress=False)
+    rows = {(row["variant"], Path(row["text"]).stem): row for row in results["rows"]}
+    variants = ("as fitted", "controller", "fallback", "controller and fallback")
+    assert list(rows) == [(variant, text) for variant in variants for text in ("code", "digits")]
+    fitted, steered, watched = (rows[name, "digits"] for name in variants[:3])
+    assert fitted["drift"] == pytest.approx(fitted["mean_k"] / (3 * 0.65) - 1)
+    assert fitted["worst_window"] >= abs(fitted["drift"]) - 1e-6
+    # Ten digits over and over are no code: the mean leaves its target, and the trained rule takes over.
+    assert abs(fitted["drift"]) > 0.05
+    assert fitted["fallback"] == 0.0
+    assert watched["fallback"] > 0.0
+    assert watched["mean_k"] > steered["mean_k"]
+
+
+def test_texts_of_a_drift_experiment_are_no_training_text():
+    corpus = load_corpus()
+    code, prose, reference = (drift_text(n, corpus) for n in ("code", "prose", "reference"))
+    trained = {file.path for file in corpus.train}
+    assert not trained & {file.path for file in code}
+    assert part_of(REFERENCE) == "held_out"
+    assert REFERENCE not in {file.path for file in code}
+    for files in (prose, reference):
+        text = b"".join(file.data.tobytes() for file in files)
+        assert len(text) > 24_576
+        # Sentences, not statements: many more full stops than assignments.
+        assert text.count(b". ") > 2 * text.count(b" = ")
+    with pytest.raises(DataError, match="expected code, prose, reference or the path"):
+        drift_text("gone", corpus)
+
+
+def test_layers_share_a_budget_by_what_their_outputs_change():
+    config = LMConfig(**{**TINY["model"], "num_layers": 2})
+    model = Model(
+        config=config,
+        params=init(config, jax.random.key(0)),
+        routers=(config.router(),) * 2,
+        states=init_states(config),
+    )
+    blocks = calibration_blocks(config, load_corpus(), tokens=512)
+    (rule,) = find_rules(["min_p"])
+    curves = change_curves(model, rule, blocks)
+    assert all(len(c) == STEPS and c == sorted(c) and c[0] == 0 < c[-1] for c in curves.values())
+    # A layer whose output hardly changes saves first; the other keeps its trained rule.
+    steep = {0: [0.0, 1.0, 2.0], 1: [0.0, 9.0, 18.0]}
+    routers, states = shared_rule(model, rule, steep, blocks, target_mean_k=2.5)
+    assert isinstance(routers[1], TopK)
+    assert float(states[0].fit.achieved_mean_k) == pytest.approx(2.0, abs=0.02)

@@ -11,11 +11,13 @@ import numpy as np
 from moe_jax.lab.calibration import find_rules, fit_layers
 from moe_jax.lab.data import TextBlocks
 from moe_jax.lab.experiments.declaration import Experiment, Recipe
+from moe_jax.lab.experiments.layer_shares import change_curves, shared_rule
 from moe_jax.lab.frontier import LMEvaluation, evaluate
 from moe_jax.lab.model_files import Model
 from moe_jax.routers import Elastic, Router
 
 AS_TRAINED = "as_trained"
+PER_LAYER = ":by_layer"
 
 
 def budget_rows(
@@ -28,6 +30,8 @@ def budget_rows(
     note: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Returns a row for the model as it was trained, and one for each rule and saving.
+
+    Rules of ``per_layer`` have further rows in which each layer has a mean k of its own.
 
     A row has ``rule``, ``label``, ``control``, ``saving`` (requested, against the reference's k; 0 for
     the model as trained), ``mean_k``, ``bits_per_byte``, ``mean_k_per_layer``, ``seconds``,
@@ -57,6 +61,20 @@ def budget_rows(
                 continue
             measured = evaluate(model, held_out, routers=routers, states=states)
             rows.append(_row(name, label, control, saving, measured))
+    for rule in find_rules(experiment.per_layer):
+        curves = change_curves(model, rule, calibration)
+        for saving in experiment.savings:
+            note(f"{recipe.name}: {rule.label}, a budget for each layer, -{saving:.0%}")
+            target = reference_k * (1.0 - saving)
+            name = f"{rule.name}{PER_LAYER}"
+            try:
+                routers, states = shared_rule(model, rule, curves, calibration, target)
+            except ValueError as error:
+                rows.append({"rule": name, "saving": saving, "skipped": str(error)})
+                continue
+            measured = evaluate(model, held_out, routers=routers, states=states)
+            label = f"{rule.label}, by layer"
+            rows.append(_row(name, label, rule.control, saving, measured))
     return rows
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import moe_jax
 from moe_jax.lab.lm_config import LMConfig
 
-KINDS = ("budgets", "decode", "difficulty", "cost")
+KINDS = ("budgets", "decode", "difficulty", "cost", "drift")
 FOLDER = "configs/experiments"
 PARTS = ("router", "norms")
 
@@ -47,12 +47,15 @@ class Experiment:
         name: of the file, without ``.json``.
         kind: ``budgets`` trains recipes and measures what each saving costs; ``decode`` measures rules
             that look at the whole batch of a decoding step; ``difficulty`` whether rules follow the
-            loss of a token; ``cost`` what savings become in operations and time.
+            loss of a token; ``cost`` what savings become in operations and time; ``drift`` what a
+            fitted budget does on other text, with and without what steers it.
         title, question: for the report.
         expectations: what was expected before the run; printed beside the outcome.
         recipes: by name, in the order in which they are run.
         reference: the recipe that others are compared with, at its full budget.
         rules: names of ``moe_jax.lab.calibration.RULES``, ``as_trained``, or ``module:Class``.
+        per_layer: those of the rules that are measured a second time with a budget for each layer, see
+            ``layer_shares``.
         savings: shares of the reference's experts per token.
         seeds: of parameters and batches.
         core: recipes that run with every seed before the others run at all; so a run that is stopped
@@ -60,6 +63,9 @@ class Experiment:
         models: another experiment whose trained models are used where recipes have the same name.
         calibration_tokens, held_out_tokens: bytes of text.
         batch_sizes, batch_rules: of ``decode``: tokens per decoding step; rules as JSON, by label.
+        texts: of ``drift``, in the order of the stream: names of ``drift_texts``, or paths.
+        controllers: of ``drift``: by rule, values of its fields under which ``update`` steers it.
+        fallback: of ``drift``: ``band`` and ``decay`` of ``moe_jax.interop.DriftMonitor``.
     """
 
     name: str
@@ -70,6 +76,7 @@ class Experiment:
     recipes: Mapping[str, Recipe]
     reference: str
     rules: tuple[str, ...] = ()
+    per_layer: tuple[str, ...] = ()
     savings: tuple[float, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     core: tuple[str, ...] = ()
@@ -78,6 +85,9 @@ class Experiment:
     held_out_tokens: int = 32_768
     batch_sizes: tuple[int, ...] = ()
     batch_rules: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    texts: tuple[str, ...] = ()
+    controllers: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    fallback: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def experiment_files() -> dict[str, Path]:
@@ -132,7 +142,8 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
                 f"recipe {recipe.name}: expected base to be one of {', '.join(recipes)}, got "
                 f"{recipe.base!r}."
             )
-    for label in ("expectations", "rules", "savings", "seeds", "core", "batch_sizes"):
+    sequences = ("expectations", "rules", "per_layer", "savings", "seeds", "core", "batch_sizes")
+    for label in (*sequences, "texts"):
         if label in fields:
             fields[label] = tuple(fields[label])
     experiment = Experiment(name=name, recipes=recipes, **{"expectations": (), **fields})
@@ -182,5 +193,9 @@ def fingerprint(experiment: Experiment, recipe: Recipe) -> str:
         dict(experiment.batch_rules),
         experiment.recipes[experiment.reference].config.k,
     ]
+    # Only what is declared counts, so that a new field leaves earlier results valid.
+    later = [experiment.per_layer, experiment.texts, experiment.controllers, experiment.fallback]
+    if any(later):
+        measured.append([list(x) if isinstance(x, tuple) else dict(x) for x in later])
     text = json.dumps([parts, measured], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -19,12 +19,14 @@ class Measures:
         keys: columns that name a row.
         values: columns that are averaged over seeds, with their headings.
         percent: whether the values are shares, printed in percent.
+        digits: of the percentages.
         note: what a reader must know of the columns.
     """
 
     keys: tuple[str, ...]
     values: Mapping[str, str]
     percent: bool = False
+    digits: int = 1
     note: str = ""
 
 
@@ -55,6 +57,21 @@ MEASURES: dict[str, Measures] = {
         "assigned with the router's, operations of the rows that were computed, and processor time of "
         "routing and experts (best of the repetitions, taken in turn).",
     ),
+    "drift": Measures(
+        keys=("rule", "variant", "text"),
+        values={
+            "drift": "drift of the mean k",
+            "worst_window": "worst window",
+            "fallback": "layers at full k",
+            "change": "bits per byte",
+        },
+        percent=True,
+        digits=2,
+        note="Rules are fitted on calibration files of code and then read the texts in this order, "
+        "in windows of 32 blocks. Drift is the distance of the mean k from its target; worst window "
+        "is the largest distance in any window of the text. Bits per byte are compared with the "
+        "model's trained rule on the same text. Rules without a controller have no row for it.",
+    ),
 }
 
 
@@ -84,14 +101,14 @@ def measured_table(kind: str, rows: Sequence[Row]) -> tuple[tuple[str, ...], lis
     body = []
     for row in rows:
         names = [f"{row[key]:.0%}" if key == "saving" else str(row[key]) for key in shape.keys]
-        cells = [_cell(row, name, percent=shape.percent) for name in shape.values]
+        cells = [_cell(row, name, shape) for name in shape.values]
         body.append((*names, str(row["seeds"]), f"{row['mean_k']:.2f}", *cells))
     return head, body
 
 
-def _cell(row: Row, name: str, *, percent: bool) -> str:
+def _cell(row: Row, name: str, shape: Measures) -> str:
     def number(value: float) -> str:
-        return f"{value:+.1%}" if percent else f"{value:+.3f}"
+        return f"{value:+.{shape.digits}%}" if shape.percent else f"{value:+.3f}"
 
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     # One seed has no interval; JSON holds its bounds as null.

@@ -21,6 +21,7 @@ from moe_jax.lab.experiments.cost_table import cost_rows
 from moe_jax.lab.experiments.declaration import Experiment, Recipe, fingerprint
 from moe_jax.lab.experiments.decode_table import decode_rows
 from moe_jax.lab.experiments.difficulty_table import difficulty_rows
+from moe_jax.lab.experiments.drift_table import drift_rows
 from moe_jax.lab.experiments.recipes import trained_model
 from moe_jax.lab.experiments.tables import write_results
 from moe_jax.lab.frontier import held_out_blocks
@@ -103,6 +104,10 @@ def run_unit(
         rows = decode_rows(experiment, model, note=advance_note, **blocks)
     elif experiment.kind == "difficulty":
         rows = difficulty_rows(experiment, model, note=advance_note, **blocks)
+    elif experiment.kind == "drift":
+        rows = drift_rows(
+            experiment, model, calibration=blocks["calibration"], corpus=corpus, note=advance_note
+        )
     elif experiment.kind == "cost":
         rows = cost_rows(experiment, model, note=advance_note, **blocks)
     else:

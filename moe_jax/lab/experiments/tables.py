@@ -159,11 +159,15 @@ def _write_csv(rows: Sequence[Row], path: Path) -> None:
 def _picture_rows(rows: Iterable[Row]) -> list[Row]:
     """Recipes as lines: each at the rule it serves, or under the blind mix."""
     lines = []
+    rows = [row for row in rows if row["saving"]]
+    several = len({row["recipe"] for row in rows}) > 1
     for row in rows:
-        if row["rule"] not in ("top_p", "drop_lowest") or row["relative_high"] == float("inf"):
+        if several and row["rule"] not in ("top_p", "drop_lowest"):
+            continue
+        if row["relative_high"] == float("inf"):
             continue
         control = row["rule"] == "drop_lowest"
-        if control and row["recipe"] != "fixed_4":
+        if several and control and row["recipe"] != "fixed_4":
             continue
         lines.append(
             {
