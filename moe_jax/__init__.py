@@ -7,11 +7,13 @@ Every routing rule produces one ``Routing``; every way of running experts consum
 from moe_jax.experts import FeedForward, explain_choice, run_experts
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer, moe_layer
 from moe_jax.routers import (
+    AdaK,
     BalancedAssignment,
     Cosine,
     DynamicK,
     Elastic,
     ExpertChoiceRouter,
+    ExpertRetrieval,
     ExpertThreshold,
     MinP,
     MixtureOfDepths,
@@ -24,6 +26,7 @@ from moe_jax.routers import (
     SeqTopK,
     SharedBudget,
     Sinkhorn,
+    SkipSecond,
     TopAny,
     TopK,
     TopP,
@@ -53,6 +56,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "AdaK",
     "Assignments",
     "BalancedAssignment",
     "Cosine",
@@ -61,6 +65,7 @@ __all__ = [
     "Elastic",
     "ExpertChoice",
     "ExpertChoiceRouter",
+    "ExpertRetrieval",
     "ExpertThreshold",
     "FeedForward",
     "Gate",
@@ -82,6 +87,7 @@ __all__ = [
     "SeqTopK",
     "SharedBudget",
     "Sinkhorn",
+    "SkipSecond",
     "TopAny",
     "TopK",
     "TopP",

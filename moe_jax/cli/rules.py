@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,10 @@ def rules(
     ] = False,
     steps: Annotated[int, typer.Option(min=2, help="Steps of each smoke training.")] = 60,
     seed: Seed = 0,
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", help="JSON that keeps the --smoke table; a stopped run continues."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show every routing rule: what it promises, its paper, and whose numbers it is compared with.
@@ -34,7 +39,11 @@ def rules(
         chosen = job.entries(rule)
         if smoke:
             rows = job.smoke(
-                chosen, steps=steps, seed=seed, note=lambda row: notes.print(_line(row))
+                chosen,
+                steps=steps,
+                seed=seed,
+                note=lambda row: notes.print(_line(row)),
+                file=file,
             )
         else:
             rows = job.table(chosen)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -94,6 +98,7 @@ def smoke(
     seed: int = 0,
     corpus: Corpus | None = None,
     note: Callable[[dict[str, Any]], None] = lambda row: None,
+    file: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Trains a tiny language model with each rule, and says whether its routing collapsed.
 
@@ -103,29 +108,74 @@ def smoke(
         seed: of parameters and batches.
         corpus: the text; None is the standard library's source.
         note: called with each row as it is measured.
+        file: JSON that keeps the table. Rows of it that were measured with the same rule, settings and
+            text are not measured again, and it is written after each row, so a run that was stopped
+            continues. Rows of rules that are not chosen stay.
 
     Returns:
-        For each rule ``rule``, ``outcome`` (``trains``, ``collapsed`` or ``skipped``), ``reason``, and
-        where it was trained ``first`` and ``last`` bits per byte, ``mean_k``, ``balance`` (the share of
-        experts that carry the load) and ``seconds``.
+        For each rule ``rule``, ``outcome`` (``trains``, ``collapsed`` or ``skipped``), ``reason``,
+        ``measured`` (a hash of the rule, the settings and the text), and where it was trained ``first``
+        and ``last`` bits per byte, ``mean_k`` and ``balance`` (the share of experts that carry the
+        load).
     """
     corpus = load_corpus() if corpus is None else corpus
+    kept = {} if file is None else _kept_rows(file)
+    settings = {"steps": steps, "seed": seed, "data": str(corpus.describe()["fingerprint"])}
     rows = []
     for entry in chosen:
-        rows.append(_smoke_one(entry, steps, seed, corpus))
-        note(rows[-1])
+        router = _smoke_rule(entry)
+        config = dataclasses.replace(SMOKE, rule=router, num_experts=router.num_experts)
+        text = json.dumps([config.to_json(), settings], sort_keys=True)
+        measured = hashlib.sha256(text.encode()).hexdigest()[:16]
+        row = kept.get(entry.name)
+        if row is None or row.get("measured") != measured:
+            row = {**_smoke_one(entry, config, steps, seed, corpus), "measured": measured}
+            kept[entry.name] = row
+            if file is not None:
+                _write_rows(file, kept, settings)
+        rows.append(row)
+        note(row)
     return rows
 
 
-def _smoke_one(entry: CatalogEntry, steps: int, seed: int, corpus: Corpus) -> dict[str, Any]:
+def _kept_rows(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return {row["rule"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rules"]}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: expected the JSON of an earlier table, got something else ({error}). Name "
+            "another file, or remove this one."
+        ) from None
+
+
+def _write_rows(file: Path, rows: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    table = {
+        "command": f"moe-jax rules --smoke --out {file.name}",
+        "settings": dict(settings),
+        "rules": [rows[name] for name in sorted(rows)],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".partial")
+    temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def _smoke_rule(entry: CatalogEntry) -> Router:
+    router: Router = entry.example
+    if router.num_experts != SMOKE.num_experts and entry.name != "ProductKeys":
+        router = example_rule(type(entry.example), num_experts=SMOKE.num_experts)
+    return router
+
+
+def _smoke_one(
+    entry: CatalogEntry, config: LMConfig, steps: int, seed: int, corpus: Corpus
+) -> dict[str, Any]:
     row: dict[str, Any] = {"rule": entry.name, "outcome": "skipped", "reason": ""}
     needs = entry.example.context_keys
     if entry.module.startswith("moe_jax.interop") and (needs is None or needs):
         return {**row, "reason": f"reads {', '.join(sorted(needs or ['context']))} of its model"}
-    router: Router = entry.example
-    if router.num_experts != SMOKE.num_experts and entry.name != "ProductKeys":
-        router = example_rule(type(entry.example), num_experts=SMOKE.num_experts)
-    config = dataclasses.replace(SMOKE, rule=router, num_experts=router.num_experts)
     batches = Batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=seed)
     state = init_training(config, steps, seed)
     seen: list[dict[str, Any]] = []
@@ -156,8 +206,8 @@ def _smoke_one(entry: CatalogEntry, steps: int, seed: int, corpus: Corpus) -> di
         "rule": entry.name,
         "outcome": "collapsed" if reasons else "trains",
         "reason": "; ".join(reasons),
-        "first": first,
-        "last": last,
-        "mean_k": mean_k,
-        "balance": balance,
+        "first": round(first, 4),
+        "last": round(last, 4),
+        "mean_k": round(mean_k, 4),
+        "balance": round(balance, 4),
     }

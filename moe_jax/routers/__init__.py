@@ -1,5 +1,6 @@
 """Routing rules. Each is a value in a separate file; a new rule is one file and one line below."""
 
+from moe_jax.routers.ada_k import AdaK
 from moe_jax.routers.balanced_assignment import BalancedAssignment
 from moe_jax.routers.base import Router, Traits, router_from_json
 from moe_jax.routers.catalog import catalog
@@ -7,6 +8,7 @@ from moe_jax.routers.cosine import Cosine
 from moe_jax.routers.dynamic_k import DynamicK
 from moe_jax.routers.elastic import Elastic, with_share
 from moe_jax.routers.expert_choice import ExpertChoiceRouter
+from moe_jax.routers.expert_retrieval import ExpertRetrieval
 from moe_jax.routers.expert_threshold import ExpertThreshold
 from moe_jax.routers.min_p import MinP
 from moe_jax.routers.mixture_of_depths import MixtureOfDepths
@@ -18,17 +20,20 @@ from moe_jax.routers.reroute import Reroute, expert_similarity, with_similarity
 from moe_jax.routers.seq_top_k import SeqTopK
 from moe_jax.routers.shared_budget import SharedBudget
 from moe_jax.routers.sinkhorn import Sinkhorn
+from moe_jax.routers.skip_second import SkipSecond
 from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routers.top_any import TopAny
 from moe_jax.routers.top_k import TopK
 from moe_jax.routers.top_p import TopP
 
 __all__ = [
+    "AdaK",
     "BalancedAssignment",
     "Cosine",
     "DynamicK",
     "Elastic",
     "ExpertChoiceRouter",
+    "ExpertRetrieval",
     "ExpertThreshold",
     "MinP",
     "MixtureOfDepths",
@@ -41,6 +46,7 @@ __all__ = [
     "SeqTopK",
     "SharedBudget",
     "Sinkhorn",
+    "SkipSecond",
     "TokenChoice",
     "TopAny",
     "TopK",

@@ -11,6 +11,7 @@ from moe_jax.routers.base import Router, Traits
 # Rule: (paper or origin, what its decisions are compared with in tests/goldens). "by hand" are small
 # cases written out in a test; "" is nothing beyond the contract.
 _SOURCES: dict[str, tuple[str, str]] = {
+    "AdaK": ("arXiv:2410.10456; PPO, arXiv:1707.06347", "by hand"),
     "BalancedAssignment": ("BASE layers, arXiv:2103.16716", "scipy's linear_sum_assignment"),
     "CapacityTopK": ("Switch, arXiv:2101.03961; NLLB, arXiv:2207.04672", "transformers; DeepSpeed"),
     "Cosine": ("XMoE, arXiv:2204.09179, as in Tutel", "the authors' formula, by hand"),
@@ -18,9 +19,10 @@ _SOURCES: dict[str, tuple[str, str]] = {
     "DynamicK": ("this library: k from a calibrated difficulty", "by hand"),
     "Elastic": ("EMoE, arXiv:2509.21892; M-MoE, arXiv:2509.26520", "by hand"),
     "ExpertChoiceRouter": ("arXiv:2202.09368", "by hand"),
+    "ExpertRetrieval": ("PEER, arXiv:2407.04153; arXiv:1907.05242", "the authors' search, by hand"),
     "ExpertThreshold": ("arXiv:2603.11535", "by hand"),
     "JointShared": ("Inkling (transformers)", "transformers"),
-    "MinP": ("llama.cpp issue 4470; NAEE, arXiv:2402.14800 for k=2", "by hand"),
+    "MinP": ("llama.cpp issue 4470", "by hand"),
     "MixtureOfDepths": ("arXiv:2404.02258", "by hand"),
     "MoEPlusPlus": ("MoE++, arXiv:2410.07348", "the authors' code"),
     "NullExperts": ("AdaMoE, arXiv:2406.13233", "by hand"),
@@ -33,6 +35,7 @@ _SOURCES: dict[str, tuple[str, str]] = {
     "SeqTopK": ("arXiv:2511.06494", "by hand"),
     "SharedBudget": ("XShare, arXiv:2602.07265", "by hand"),
     "Sinkhorn": ("S-BASE, arXiv:2202.01169", "Megatron-LM's iteration, by hand"),
+    "SkipSecond": ("NAEE, arXiv:2402.14800", "the authors' formula, by hand"),
     "SparseMixer": ("arXiv:2409.12136", "transformers"),
     "TokenTable": ("hash layers, arXiv:2106.04426, as in DeepSeek-V4", "transformers"),
     "TopAny": ("DynMoE, arXiv:2405.14297", "the authors' code"),

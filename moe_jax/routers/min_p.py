@@ -31,8 +31,7 @@ class MinP(TokenChoice):
     """Experts with ``p_e >= ratio * p_max``, between ``min_k`` and ``max_k`` of them.
 
     Min-p is a sampling method; llama.cpp issue 4470 requests it as a routing rule. With ``max_k=2``
-    and a fitted ratio it equals the dynamic skipping of NAEE: drop the second expert if
-    w2 < ratio * w1.
+    its choices are those of NAEE's dynamic skipping, which is ``SkipSecond``.
 
     Args:
         num_experts: E.

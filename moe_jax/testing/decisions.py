@@ -169,8 +169,14 @@ def permuting_tokens_permutes_the_answer(case: RouterCase) -> None:
 
 
 def relabelling_experts_relabels_the_answer(case: RouterCase) -> None:
-    """Experts have no identity beyond their parameters. Groups are relabelled as blocks."""
+    """Experts have no identity beyond their parameters. Groups are relabelled as blocks.
+
+    Experts that are pairs of keys (``key_counts``) are relabelled by their keys.
+    """
     experts = case.router.num_experts
+    if hasattr(case.router, "key_counts"):
+        _relabelling_keys_relabels_pairs(case)
+        return
     groups = getattr(getattr(case.router, "scoring", None), "num_groups", 1)
     rng = np.random.default_rng(0)
     blocks = np.arange(experts).reshape(groups, -1)[rng.permutation(groups)]
@@ -186,6 +192,21 @@ def relabelling_experts_relabels_the_answer(case: RouterCase) -> None:
     if fit is not None:
         state = dataclasses.replace(state, fit=fit)
     a, b = case(), case(params=jax.tree.map(relabel, case.params), state=state)
+    np.testing.assert_array_equal(np.asarray(a.expert_mask)[:, order], np.asarray(b.expert_mask))
+    np.testing.assert_allclose(expert_weights(a)[:, order], expert_weights(b), rtol=1e-5, atol=1e-6)
+
+
+def _relabelling_keys_relabels_pairs(case: RouterCase) -> None:
+    rule: Any = case.router
+    rng = np.random.default_rng(0)
+    first, second = (rng.permutation(n) for n in rule.key_counts)
+    order = (first[:, None] * len(second) + second[None, :]).ravel()
+    params = {
+        **case.params,
+        "keys_1": case.params["keys_1"][:, first],
+        "keys_2": case.params["keys_2"][:, second],
+    }
+    a, b = case(), case(params=params)
     np.testing.assert_array_equal(np.asarray(a.expert_mask)[:, order], np.asarray(b.expert_mask))
     np.testing.assert_allclose(expert_weights(a)[:, order], expert_weights(b), rtol=1e-5, atol=1e-6)
 

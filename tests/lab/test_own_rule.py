@@ -70,7 +70,7 @@ def test_every_rule_of_the_library_is_in_the_catalogue_with_its_source():
             assert entry.summary, name
 
 
-def test_the_command_shows_rules_and_trains_one():
+def test_the_command_shows_rules_and_trains_one(tmp_path):
     shown = CliRunner().invoke(app, ["rules", "--json"])
     assert shown.exit_code == 0, shown.output
     assert {"TopP", "ZeroExperts"} <= {row["rule"] for row in json.loads(shown.stdout)["rules"]}
@@ -80,6 +80,19 @@ def test_the_command_shows_rules_and_trains_one():
     [row] = json.loads(trained.stdout)["rules"]
     assert row["outcome"] == "trains"
     assert row["last"] < row["first"]
+    # A second table in a file goes on where the first stopped: the rule is not trained again.
+    file = tmp_path / "rules.json"
+    kept = {**row, "measured": row["measured"], "last": 0.5}
+    other = {"rule": "Another", "outcome": "trains"}
+    file.write_text(json.dumps({"rules": [other, kept]}), encoding="utf-8")
+    again = CliRunner().invoke(app, [*own, "--rule", "TokenTable", "--out", str(file)])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["rules"][0]["last"] == 0.5
+    table = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["rule"] for row in table["rules"]] == ["Another", "TokenTable", "TopK"]
+    assert table["settings"]["steps"] == 12
+    file.write_text("[]", encoding="utf-8")
+    assert CliRunner().invoke(app, [*own, "--out", str(file)]).exit_code == 2
     refused = CliRunner().invoke(app, ["rules", "--rule", "Nothing"])
     assert refused.exit_code == 2
 
