@@ -41,7 +41,7 @@ def experiment(
     with library_errors_exit_2():
         declared = load(name)
         if rule:
-            declared = dataclasses.replace(declared, rules=tuple(rule))
+            declared = dataclasses.replace(declared, rules=tuple(rule), per_layer=())
         if seeds is not None:
             declared = dataclasses.replace(
                 declared, seeds=tuple(int(seed) for seed in seeds.split(","))

@@ -49,7 +49,9 @@ def rules(
             rows = job.table(chosen)
     if as_json:
         print_json({"rules": rows})
-    elif not smoke:
+    elif smoke:
+        out.print(job.markdown(rows), markup=False, highlight=False, soft_wrap=True)
+    else:
         _show(rows)
     if any(row.get("outcome") == "collapsed" for row in rows):
         raise typer.Exit(1)

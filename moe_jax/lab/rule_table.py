@@ -138,6 +138,25 @@ def smoke(
     return rows
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the table of ``smoke`` in Markdown, as ``docs/results.md`` has it."""
+    lines = [
+        "| rule | outcome | bits a byte, first → last step | mean k | balance |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        outcome = f"{row['outcome']}: {row['reason']}" if row["reason"] else row["outcome"]
+        cells = ["", "", ""]
+        if "last" in row:
+            cells = [
+                f"{row['first']:.2f} → {row['last']:.2f}",
+                f"{row['mean_k']:.2f}",
+                f"{row['balance']:.2f}",
+            ]
+        lines.append(f"| {' | '.join([row['rule'], outcome, *cells])} |".replace("|  |", "| |"))
+    return "\n".join(lines) + "\n"
+
+
 def _kept_rows(file: Path) -> dict[str, dict[str, Any]]:
     try:
         return {row["rule"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rules"]}

@@ -1,6 +1,12 @@
 """Routing rules. Each is a value in a separate file; a new rule is one file and one line below."""
 
-from moe_jax.routers.ada_k import AdaK
+from moe_jax.routers.ada_k import AdaK, reward_advantages
+from moe_jax.routers.adaptive_experts import (
+    ExpertRecord,
+    adapt_experts,
+    empty_record,
+    record_experts,
+)
 from moe_jax.routers.balanced_assignment import BalancedAssignment
 from moe_jax.routers.base import Router, Traits, router_from_json
 from moe_jax.routers.catalog import catalog
@@ -33,6 +39,7 @@ __all__ = [
     "DynamicK",
     "Elastic",
     "ExpertChoiceRouter",
+    "ExpertRecord",
     "ExpertRetrieval",
     "ExpertThreshold",
     "MinP",
@@ -52,8 +59,12 @@ __all__ = [
     "TopK",
     "TopP",
     "Traits",
+    "adapt_experts",
     "catalog",
+    "empty_record",
     "expert_similarity",
+    "record_experts",
+    "reward_advantages",
     "router_from_json",
     "with_share",
     "with_similarity",

@@ -36,14 +36,15 @@ class AdaK(TokenChoice):
     The abstract says so. From memory of the paper, whose code is not published, are these: the
     allocator is one linear layer over the numbers of experts, actions are sampled in training and the
     likeliest is taken when serving, and the reward trades the loss of the language model against the
-    number of experts. There is no critic: ``advantages`` compares rewards with their mean.
+    number of experts. There is no critic: ``reward_advantages`` compares rewards with their mean.
 
     With a key the count is sampled; without one it is the likeliest. The choice of a count sends no
     gradient into the weights, so the allocator learns from ``policy_loss`` alone::
 
         routing = router(params, state, x, key=key)  # sampled
         counts = routing.num_experts_per_token
-        gain = advantages(nats, counts, price=0.01)  # nats of the model under these counts, f32[T]
+        # f32[T] nats: the model's loss under these counts
+        gain = reward_advantages(nats, counts, price=0.01)
         loss = router.policy_loss(params, state, x, counts, gain)
 
     Parameters: ``kernel`` f32[D, E], ``allocator`` f32[D, K], ``allocator_bias`` f32[K].
@@ -181,7 +182,7 @@ class AdaK(TokenChoice):
         return dataclasses.replace(state, tilt=jnp.asarray(tilt, jnp.float32))
 
 
-def advantages(nats: Array, counts: Array, *, price: float) -> Array:
+def reward_advantages(nats: Array, counts: Array, *, price: float) -> Array:
     """f32[T]: each token's reward ``-nats - price * counts`` less the mean, over the deviation.
 
     Args:
@@ -190,7 +191,7 @@ def advantages(nats: Array, counts: Array, *, price: float) -> Array:
         price: nats that an expert has to be worth.
 
     Example:
-        >>> advantages(jnp.array([1.0, 3.0]), jnp.array([1, 1]), price=0.1).tolist()
+        >>> reward_advantages(jnp.array([1.0, 3.0]), jnp.array([1, 1]), price=0.1).tolist()
         [1.0, -1.0]
     """
     reward = -nats.astype(jnp.float32) - price * counts.astype(jnp.float32)

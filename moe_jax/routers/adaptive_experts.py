@@ -28,7 +28,7 @@ def empty_record(num_experts: int, d_model: int) -> ExpertRecord:
     )
 
 
-def recorded(record: ExpertRecord, routing: Routing, x: Array) -> ExpertRecord:
+def record_experts(record: ExpertRecord, routing: Routing, x: Array) -> ExpertRecord:
     """Returns the record with one more batch; works under ``jit``.
 
     Records of devices or micro-batches add up: sum their fields.
@@ -80,7 +80,7 @@ def adapt_experts(router: TopAny, params: Params, record: ExpertRecord) -> tuple
         >>> params = {"kernel": jnp.array([[1.0, 0.0], [0.0, 0.1]]), "thresholds": jnp.full(2, 0.5)}
         >>> x = jnp.array([[1.0, 0.0], [-2.0, 0.0]])  # the second token is no expert's
         >>> routing = router(params, router.init_state(), x)
-        >>> record = recorded(empty_record(2, 2), routing, x)
+        >>> record = record_experts(empty_record(2, 2), routing, x)
         >>> router, params = adapt_experts(router, params, record)
         >>> params["kernel"].tolist(), router.gate.disabled_experts
         ([[1.0, -1.0], [0.0, 0.0]], ())
@@ -96,7 +96,7 @@ def adapt_experts(router: TopAny, params: Params, record: ExpertRecord) -> tuple
     length = float(np.linalg.norm(lost))
     if not used.any() and not length:
         raise ValueError(
-            "record: expected tokens of at least one step, got none. Pass what recorded returned."
+            "record: expected tokens of at least one step, got none. Pass what record_experts returned."
         )
     off = set(router.gate.disabled_experts) | {int(e) for e in np.flatnonzero(used == 0)}
     if length and off:

@@ -50,7 +50,7 @@ class TopAny(TokenChoice):
     ``regularization`` is the authors' loss on parameters, ``diversity * (|W'W - 1| + mean |w_e|)``,
     with columns of unit length in the first (Frobenius) norm, plus ``efficiency * mean gate``. Their
     load-balancing term is on gates; ``losses.load_balancing_loss`` reads the scores over their sum.
-    Experts are added and removed while training by ``routers.adaptive_experts.adapt_experts``. Left
+    Experts are added and removed while training by ``moe_jax.routers.adapt_experts``. Left
     out: a learned temperature (their Tutel release has one, their DeepSpeed release fixes it at 1) and
     columns that start orthogonal.
 

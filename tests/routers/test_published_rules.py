@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax import AdaK, ExpertRetrieval, Gate, SkipSecond, TopAny
-from moe_jax.routers.ada_k import advantages
-from moe_jax.routers.adaptive_experts import adapt_experts, empty_record, recorded
+from moe_jax.routers import adapt_experts, empty_record, record_experts, reward_advantages
 
 pytestmark = pytest.mark.compile_cheaply
 
@@ -94,7 +93,7 @@ def test_ada_k_learns_by_reward_which_tokens_need_experts():
     def step(params, key):
         counts = router(params, state, x, key=key).num_experts_per_token
         nats = jnp.where(hard, 3.0 - counts.astype(jnp.float32), 0.0)
-        gain = advantages(nats, counts, price=0.2)
+        gain = reward_advantages(nats, counts, price=0.2)
         grads = jax.grad(router.policy_loss)(params, state, x, counts, gain)
         return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
 
@@ -143,7 +142,7 @@ def test_experts_are_added_and_removed_as_dynmoe_does():
     params = {"kernel": jnp.asarray(w), "thresholds": jnp.array([0.4, 1.5, 0.4, 0.0])}
     state = router.init_state()
     record = empty_record(E, D)
-    step = jax.jit(lambda record, part: recorded(record, router(params, state, part), part))
+    step = jax.jit(lambda record, part: record_experts(record, router(params, state, part), part))
     for part in (x[:100], x[100:]):
         record = step(record, part)
     cosines = np.asarray(x) @ w / np.linalg.norm(w, axis=0)
