@@ -237,8 +237,10 @@ def sinkhorn_offsets(
     def going(carry: tuple[Array, Array, Array]) -> Array:
         return (carry[1] > tolerance) & (carry[2] < max_iterations)
 
-    start = jnp.zeros((logits.shape[1],), jnp.float32)
-    first = (start, jnp.asarray(jnp.inf, jnp.float32), jnp.zeros((), jnp.int32))
+    # A loop inside `shard_map` must start with values that vary over the same axes as those that it
+    # returns. `z > inf` is always False; it only ties the start to the axes of z.
+    start = (z > jnp.inf).any(axis=0).astype(jnp.float32)
+    first = (start, start.max() + jnp.inf, jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(going, step, first)[0]
 
 
@@ -296,9 +298,12 @@ def auction(values: Array, token_mask: Array, *, precision: float, max_rounds: i
     def going(carry: tuple[Array, Array, Array]) -> Array:
         return (real & (carry[0] == experts)).any() & (carry[2] < max_rounds)
 
+    # `real & ~real` is always False; it ties the start of the loop to the axes of the values, as in
+    # `sinkhorn_offsets`.
+    none = real & ~real
     start = (
-        jnp.full((tokens,), experts, jnp.int32),
-        jnp.zeros((tokens,), jnp.float32),
+        experts + none.astype(jnp.int32),
+        none.astype(jnp.float32),
         jnp.zeros((), jnp.int32),
     )
     return jax.lax.while_loop(going, one_round, start)[0]

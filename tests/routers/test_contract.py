@@ -630,7 +630,8 @@ def test_an_estimator_that_says_what_it_reads_is_held_to_it():
 
 def test_init_works_under_eval_shape(case: Case):
     values.init_works_under_eval_shape(case)
-    assert case.params["kernel"].shape == (D, E)
+    if not hasattr(case.router, "key_counts"):  # its kernel makes queries
+        assert case.params["kernel"].shape == (D, E)
 
 
 def test_json_round_trip(case: Case):
