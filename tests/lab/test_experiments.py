@@ -229,6 +229,20 @@ def test_rows_are_paired_by_seed_with_the_reference(tmp_path):
     assert alone["rows"] == []
 
 
+def test_rules_are_paired_with_the_blind_mix_at_the_same_saving(tmp_path):
+    units = [unit("fixed", seed, [2.0, bits]) for seed, bits in ((0, 2.2), (1, 2.4))]
+    for one, mixed in zip(units, (2.0, 2.0), strict=True):
+        one["rows"].append({**one["rows"][1], "rule": "drop_lowest", "bits_per_byte": mixed})
+    experiment = declared("tiny", changed(recipes={"fixed": {}}, seeds=[0, 1]))
+    results = write_results(experiment, units, tmp_path)
+    rows = {row["rule"]: row for row in results["rows"]}
+    assert rows["top_p"]["mix"] == pytest.approx(0.15)
+    assert rows["top_p"]["mix_high"] == pytest.approx(0.15 + 12.706 * 0.05, rel=1e-3)
+    assert "mix" not in rows["drop_lowest"]
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| x | +15.00 % (" in text.partition("Change against the mix of k and k-1")[2]
+
+
 def test_a_difficulty_experiment_correlates_k_with_losses(tmp_path):
     fields = {"kind": "difficulty", "recipes": {"fixed": {}}, "rules": ["top_p", "drop_lowest"]}
     experiment = declared("tiny", changed(**fields))

@@ -14,6 +14,8 @@ from moe_jax.lab.experiments.measures import MEASURES, measured_summary, measure
 
 Row = dict[str, Any]
 
+MIX = "drop_lowest"  # the control that drops what weighs least, by chance
+
 
 def write_results(
     experiment: Experiment, units: Sequence[Mapping[str, Any]], folder: Path
@@ -62,7 +64,8 @@ def summary(experiment: Experiment, units: Sequence[Mapping[str, Any]]) -> list[
     """Returns a row for each recipe, rule and saving: means over seeds and their intervals.
 
     ``relative`` compares with the reference recipe of the same seed at its full budget, ``own`` with
-    the same model at its full budget; both are paired by seed and text.
+    the same model at its full budget, and ``mix`` with the same model under the mix of k and k-1 at the
+    same saving; all are paired by seed and text.
     """
     if experiment.kind == "decode":
         return _decode_summary(units)
@@ -77,6 +80,12 @@ def summary(experiment: Experiment, units: Sequence[Mapping[str, Any]]) -> list[
             if "skipped" not in row and unit["seed"] in full:
                 key = (unit["recipe"], row["rule"], row["saving"])
                 groups.setdefault(key, []).append((row, unit["rows"][0], unit))
+    mixes = {
+        (unit["recipe"], unit["seed"], row["saving"]): row["bits_per_byte"]
+        for unit in units
+        for row in unit["rows"]
+        if row["rule"] == MIX and "skipped" not in row
+    }
     reference = [u["training"]["cost"] for u in units if u["recipe"] == experiment.reference]
     rows = []
     for (recipe, rule, saving), members in groups.items():
@@ -87,8 +96,15 @@ def summary(experiment: Experiment, units: Sequence[Mapping[str, Any]]) -> list[
             [row["bits_per_byte"] / base["bits_per_byte"] - 1 for row, base, _ in members]
         )
         count = len(members)
+        against = [
+            row["bits_per_byte"] / mixes[recipe, u["seed"], saving] - 1
+            for row, _, u in members
+            if (recipe, u["seed"], saving) in mixes
+        ]
+        mix = interval(against) if len(against) == count and rule != MIX else None
         rows.append(
             {
+                **({} if mix is None else _bounds("mix", mix)),
                 "recipe": recipe,
                 "rule": rule,
                 "label": members[0][0]["label"],
@@ -111,6 +127,10 @@ def summary(experiment: Experiment, units: Sequence[Mapping[str, Any]]) -> list[
             }
         )
     return rows
+
+
+def _bounds(name: str, bounds: Interval) -> Row:
+    return {name: bounds.mean, f"{name}_low": bounds.low, f"{name}_high": bounds.high}
 
 
 def _decode_summary(units: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -150,8 +170,10 @@ def _finite(value: Any) -> Any:
 
 
 def _write_csv(rows: Sequence[Row], path: Path) -> None:
+    # The control and the trained rule have no comparison with the control.
+    columns = dict.fromkeys(name for row in rows for name in row) or {"recipe": None}
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ["recipe"])
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -162,11 +184,11 @@ def _picture_rows(rows: Iterable[Row]) -> list[Row]:
     rows = [row for row in rows if row["saving"]]
     several = len({row["recipe"] for row in rows}) > 1
     for row in rows:
-        if several and row["rule"] not in ("top_p", "drop_lowest"):
+        if several and row["rule"] not in ("top_p", MIX):
             continue
         if row["relative_high"] == float("inf"):
             continue
-        control = row["rule"] == "drop_lowest"
+        control = row["rule"] == MIX
         if several and control and row["recipe"] != "fixed_4":
             continue
         lines.append(
@@ -322,6 +344,8 @@ def _budget_tables(results: Mapping[str, Any], rows: Sequence[Row]) -> list[str]
                 (recipe, label, *("–" if row is None else _interval(row).text for row in row_cells))
             )
         lines += _grid(("recipe", "rule", *(f"−{s:.0%} experts" for s in savings)), body)
+        if len({recipe for recipe, _ in pairs}) == 1:
+            lines += _against_mix(pairs, cells, savings)
         finite = [r["detectable"] for r in rows if r["saving"] and r["seeds"] > 1]
         if finite:
             finite.sort()
@@ -331,6 +355,25 @@ def _budget_tables(results: Mapping[str, Any], rows: Sequence[Row]) -> list[str]
                 f"{finite[len(finite) // 2]:.2%} in the median cell, {finite[-1]:.2%} in the widest.",
             ]
     return lines
+
+
+def _against_mix(
+    pairs: Iterable[tuple[str, str]],
+    cells: Mapping[tuple[str, str, float], Row],
+    savings: Sequence[float],
+) -> list[str]:
+    body = []
+    for recipe, rule in pairs:
+        row_cells = [cells.get((recipe, rule, saving), {}) for saving in savings]
+        if any("mix" in row for row in row_cells):
+            label = next(row["label"] for row in row_cells if row)
+            texts = [_interval(row, "mix").text if "mix" in row else "–" for row in row_cells]
+            body.append((label, *texts))
+    head = ("rule", *(f"−{s:.0%} experts" for s in savings))
+    note = (
+        "Change against the mix of k and k-1 at the same saving, paired by seed; below 0 is better."
+    )
+    return ["", note, "", *_grid(head, body)] if body else []
 
 
 def _decode_table(results: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
