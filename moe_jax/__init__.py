@@ -34,11 +34,12 @@ from moe_jax.routers import (
     router_from_json,
     with_share,
 )
-from moe_jax.routing.budget import fit_thresholds, row_budget
+from moe_jax.routing.budget import fit_thresholds
 from moe_jax.routing.dispatch import expert_capacity, kept_weights, plan_dispatch, to_assignments
 from moe_jax.routing.elasticity import Schedule, distillation_loss
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.losses import LossWeights, aux_loss
+from moe_jax.routing.row_budget import row_budget
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.stats import flops_report, routing_stats
 from moe_jax.types import Assignments, DispatchPlan, ExpertChoice, Routing, RoutingStats, pytree

@@ -221,6 +221,45 @@ def check_at_least_0(name: str, value: Any) -> None:
         )
 
 
+def check_range(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    fix: str,
+) -> None:
+    """Raises TypeError unless ``value`` is a number, ValueError unless it is within its bounds.
+
+    Args:
+        name: what the caller calls the value.
+        value: the number.
+        above, below: bounds that the value must not reach; None is no such bound.
+        least, most: bounds that the value may reach.
+        fix: one sentence that tells the caller what to do.
+
+    Example:
+        >>> check_range("threshold", 0, above=0, most=1, fix="0.5 is usual.")
+        Traceback (most recent call last):
+            ...
+        ValueError: threshold: expected 0 < threshold <= 1, got 0. 0.5 is usual.
+    """
+    check_number(name, value)
+    low, high = above if least is None else least, below if most is None else most
+    inside = (
+        (above is None or value > above)
+        and (least is None or value >= least)
+        and (most is None or value <= most)
+        and (below is None or value < below)
+    )
+    if not inside:
+        left = "" if low is None else f"{low} {'<' if least is None else '<='} "
+        right = "" if high is None else f" {'<' if most is None else '<='} {high}"
+        raise ValueError(f"{name}: expected {left}{name}{right}, got {value}. {fix}")
+
+
 def check_share(name: str, value: Any, *, fix: str) -> None:
     """Raises TypeError unless ``value`` is a number, ValueError unless it lies in [0, 1].
 
@@ -230,9 +269,7 @@ def check_share(name: str, value: Any, *, fix: str) -> None:
             ...
         ValueError: p: expected 0 <= p <= 1, got 1.5. 0.4 is usual.
     """
-    check_number(name, value)
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected 0 <= {name} <= 1, got {value}. {fix}")
+    check_range(name, value, least=0, most=1, fix=fix)
 
 
 def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:

@@ -505,17 +505,17 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "no state": (
         TypeError,
         lambda: route(state=None),
-        "state: expected a TopKState.*got a NoneType",
+        "state: expected a BiasState.*got a NoneType",
     ),
     "parameters as the state": (
         TypeError,
         lambda: route(state=ROUTER.init(jax.random.key(0), D)),
-        "TopKState.*got a dict",
+        "BiasState.*got a dict",
     ),
     "state of another rule": (
         TypeError,
         lambda: route(state=TopP(num_experts=E).init_state()),
-        "TopKState.*got a TopPState",
+        "BiasState.*got a TopPState",
     ),
     "state of other experts": (
         ValueError,
@@ -532,7 +532,7 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "update of another rule's state": (
         TypeError,
         lambda: TopP(num_experts=E).update(ROUTER.init_state(), routing_stats(routing(), plan())),
-        "expected a TopPState.*got a TopKState",
+        "expected a TopPState.*got a BiasState",
     ),
     "observe with another rule's state": (
         TypeError,

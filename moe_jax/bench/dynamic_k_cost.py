@@ -13,8 +13,8 @@ from moe_jax.bench.layer_cost import experts_step, with_gradients
 from moe_jax.bench.measure import interleave
 from moe_jax.bench.workload import random_array, sample_routing
 from moe_jax.experts import FeedForward, choose
-from moe_jax.routing.budget import row_budget
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
+from moe_jax.routing.row_budget import row_budget
 
 
 def bench_dynamic(

@@ -8,7 +8,7 @@ from moe_jax.routers.adaptive_experts import (
     record_experts,
 )
 from moe_jax.routers.balanced_assignment import BalancedAssignment
-from moe_jax.routers.base import Router, Traits, router_from_json
+from moe_jax.routers.base import BiasState, NoState, Router, Traits, router_from_json
 from moe_jax.routers.catalog import catalog
 from moe_jax.routers.cosine import Cosine
 from moe_jax.routers.dynamic_k import DynamicK
@@ -22,7 +22,7 @@ from moe_jax.routers.piggyback import Piggyback
 from moe_jax.routers.random_second import RandomSecond
 from moe_jax.routers.random_skip import RandomSkip
 from moe_jax.routers.relu import ReLURouter
-from moe_jax.routers.reroute import Reroute, expert_similarity, with_similarity
+from moe_jax.routers.reroute import Reroute, with_similarity
 from moe_jax.routers.seq_top_k import SeqTopK
 from moe_jax.routers.shared_budget import SharedBudget
 from moe_jax.routers.sinkhorn import Sinkhorn
@@ -31,10 +31,12 @@ from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routers.top_any import TopAny
 from moe_jax.routers.top_k import TopK
 from moe_jax.routers.top_p import TopP
+from moe_jax.routing.similarity import expert_similarity
 
 __all__ = [
     "AdaK",
     "BalancedAssignment",
+    "BiasState",
     "Cosine",
     "DynamicK",
     "Elastic",
@@ -44,6 +46,7 @@ __all__ = [
     "ExpertThreshold",
     "MinP",
     "MixtureOfDepths",
+    "NoState",
     "Piggyback",
     "RandomSecond",
     "RandomSkip",

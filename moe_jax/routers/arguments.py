@@ -20,7 +20,7 @@ def check_state(router: Any, state: Any) -> None:
     """Refuses a state that is not of this router's class and sizes.
 
     Raises:
-        TypeError: the state of another rule, or not a state.
+        TypeError: a state of another class, or not a state.
         ValueError: a state of this rule for other sizes: another number of experts, or another k.
     """
     kind, structure, shapes = _expected_state(router)
@@ -137,6 +137,12 @@ def check_uses_an_expert(min_k: int, why: str) -> None:
     """Raises ValueError if ``min_k`` is 0, for a rule that always uses an expert."""
     if min_k < 1:
         raise ValueError(f"min_k: expected at least 1, got {min_k}. {why}")
+
+
+def check_ungrouped(scoring: Any, why: str) -> None:
+    """Raises ValueError if ``scoring`` limits tokens to groups, for a rule without groups."""
+    if scoring.num_groups != 1:
+        raise ValueError(f"num_groups: expected 1, got {scoring.num_groups}. {why}")
 
 
 def check_concrete(name: str, *trees: Any) -> None:

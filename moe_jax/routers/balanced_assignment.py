@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_count, check_number
-from moe_jax.routers.base import Traits
-from moe_jax.routers.whole_batch import MASK, WholeBatch
+from moe_jax.checks import check_count, check_range
+from moe_jax.routers.arguments import check_ungrouped
+from moe_jax.routers.base import NoState
+from moe_jax.routers.contracts import FixedK, WholeBatch
 from moe_jax.routing.balancing import auction
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, pytree
-
-
-@pytree
-class BalancedAssignmentState:
-    """An empty state: the rule learns nothing without gradients."""
+from moe_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BalancedAssignment(WholeBatch):
+class BalancedAssignment(FixedK, WholeBatch):
     """The linear assignment of BASE layers (Lewis et al. 2021, arXiv:2103.16716).
 
     No expert takes more than ``ceil(T / E)`` tokens, and the sum of the logits of what is assigned is
@@ -54,50 +51,22 @@ class BalancedAssignment(WholeBatch):
     gate: Gate = Gate()
     scoring: Scoring = Scoring(score="sigmoid")
 
+    k: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("precision", self.precision)
+        check_ungrouped(self.scoring, "Balance is over all experts.")
         check_count("max_rounds", self.max_rounds, fix="2000 is usual.")
-        if not 0 < self.precision < 1:
-            raise ValueError(
-                f"precision: expected 0 < precision < 1, got {self.precision}. It is a share of the "
-                "range of the logits; 0.01 is usual."
-            )
-        if self.scoring.num_groups != 1:
-            raise ValueError(
-                f"num_groups: expected 1, got {self.scoring.num_groups}. Balance is over all experts."
-            )
+        share = "It is a share of the range of the logits; 0.01 is usual."
+        check_range("precision", self.precision, above=0, below=1, fix=share)
 
-    @property
-    def k(self) -> int:
-        """1."""
-        return 1
+    def init_state(self) -> NoState:
+        return NoState()
 
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """1."""
-        return 1
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """1."""
-        return 1
-
-    @property
-    def traits(self) -> Traits:
-        return dataclasses.replace(super().traits, budget="exact")
-
-    def init_state(self) -> BalancedAssignmentState:
-        return BalancedAssignmentState()
-
-    def selection_scores(self, params, state, logits, scores, context) -> Array:
+    def selection_scores(self, params, state, logits, scores, context, *, token_mask=None) -> Array:
         values = self.gate.exclude(jax.lax.stop_gradient(logits))
-        expert = auction(
-            values, context[MASK], precision=self.precision, max_rounds=self.max_rounds
-        )
+        real = jnp.ones(logits.shape[:1], bool) if token_mask is None else token_mask
+        expert = auction(values, real, precision=self.precision, max_rounds=self.max_rounds)
         # The assigned expert comes first; a token without one, such as a NaN, takes its best.
         experts = jnp.arange(self.num_experts, dtype=jnp.int32)
         return jnp.where(expert[:, None] == experts[None, :], jnp.inf, values)
-
-    def select(self, params, state, slots, x, context):
-        return slots.available, self.weights(slots, slots.available)

@@ -10,22 +10,30 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_instance, check_k
 from moe_jax.routers import registry
-from moe_jax.routers.arguments import (
-    check_arguments_of,
-)
+from moe_jax.routers.arguments import check_arguments_of
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.losses import Axes
-from moe_jax.types import (
-    Array,
-    ExpertChoice,
-    Params,
-    Routing,
-    RoutingStats,
-)
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
 
 BUDGETS = ("exact", "expected", "none")
 State = TypeVar("State")  # the state of a rule: what goes in comes out
+
+
+@pytree
+class NoState:
+    """The state of a rule that learns nothing without gradients."""
+
+
+@pytree
+class BiasState:
+    """The state of a rule that learns a selection bias and nothing else.
+
+    The bias means the same in every such rule, so the state of a trained ``TopK`` also serves
+    ``Piggyback`` or ``SharedBudget``.
+    """
+
+    expert_bias: Array  # f32[E], added for selection only; interop rules have one for each class
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +157,7 @@ class Router(abc.ABC):
             context: what difficulty estimators may need beyond x, see ``difficulty.CONTEXT_KEYS``.
 
         Raises:
-            TypeError: the state of another rule; a key that is not one JAX key; a wrong dtype.
+            TypeError: a state of another class; a key that is not one JAX key; a wrong dtype.
             ValueError: a state, parameters or tokens of other sizes; an unknown key in ``context``.
         """
 
@@ -181,7 +189,7 @@ class Router(abc.ABC):
         """The state after a training batch with these statistics. By default the same state.
 
         Raises:
-            TypeError: ``stats`` is not ``RoutingStats``, or the state is another rule's.
+            TypeError: ``stats`` is not ``RoutingStats``, or the state is of another class.
             ValueError: the state or the statistics are of another number of experts.
         """
         return state

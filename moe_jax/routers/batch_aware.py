@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from moe_jax.checks import check_count, check_k, holds
+from moe_jax.checks import check_count, holds
+from moe_jax.routers.contracts import FixedK, WholeBatch
 from moe_jax.routers.token_choice import Slots
-from moe_jax.routers.whole_batch import MASK, WholeBatch
 from moe_jax.routing.selection import build_routing, compact
 from moe_jax.types import Array, Routing
 
 
-class BatchAware(WholeBatch, abc.ABC):
+class BatchAware(FixedK, WholeBatch, abc.ABC):
     """Fixed k, but a decoding step's tokens agree on which experts to load.
 
     A decoding step costs the weights of the distinct experts of its batch. So a token may give up a
@@ -25,28 +25,16 @@ class BatchAware(WholeBatch, abc.ABC):
     chooses are used.
     """
 
-    k: int
     max_tokens: int
 
     keeps_prefix: ClassVar[bool] = False
+    # The best expert of a token always stays.
+    min_k: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
         super().__post_init__()
-        self.check_within_reach(self.k)
-        check_count(
-            "max_tokens", self.max_tokens, fix="It is the largest batch of a decoding step."
-        )
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """``k``."""
-        return self.k
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Always 1: the best expert of a token always stays."""
-        return 1
+        largest = "It is the largest batch of a decoding step."
+        check_count("max_tokens", self.max_tokens, fix=largest)
 
     @property
     def num_choices(self) -> int:
@@ -62,21 +50,16 @@ class BatchAware(WholeBatch, abc.ABC):
         """
 
     def select(self, params, state, slots, x, context):
-        real = slots.available & context[MASK][:, None]
+        real = slots.available & slots.token_mask[:, None]
         fits = holds(lambda: x.shape[0] <= self.max_tokens)
-        if fits is False:
-            keep = real
-        else:
-            keep = self.choose(slots, real)
-        if (
-            fits is None
-        ):  # a symbolic batch (``jax.export``): its size decides when the function runs
+        keep = real if fits is False else self.choose(slots, real)
+        if fits is None:  # a symbolic batch (``jax.export``): its size is known at run time only
             keep = jnp.where(jnp.asarray(x.shape[0]) <= self.max_tokens, keep, real)
         # A prefix of length k in each token's own order.
         keep = keep & (jnp.cumsum(keep, axis=-1) <= self.k)
         return keep, self.weights(slots, keep)
 
-    def build(self, slots: Slots, keep: Array, weights: Array, token_mask: Array | None) -> Routing:
+    def build(self, slots: Slots, keep: Array, weights: Array) -> Routing:
         keep, indices, weights = compact(keep, slots.indices, weights)
         return build_routing(
             logits=slots.logits,
@@ -84,7 +67,7 @@ class BatchAware(WholeBatch, abc.ABC):
             indices=indices[:, : self.k],
             weights=weights[:, : self.k],
             keep=keep[:, : self.k],
-            token_mask=token_mask,
+            token_mask=slots.token_mask,
         )
 
 

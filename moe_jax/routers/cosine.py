@@ -8,27 +8,20 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_array, check_count, check_number
+from moe_jax.checks import check_array, check_count, check_range
 from moe_jax.routers.arguments import check_params
-from moe_jax.routers.token_choice import TokenChoice
+from moe_jax.routers.contracts import FixedK
 from moe_jax.routing.gate import Gate, zero_padding
 from moe_jax.routing.numerics import unit_vectors
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, Params, RoutingStats, pytree
+from moe_jax.types import Array, Params
 
 # The learned factor on the cosines stays below this, as in Tutel, or one expert would take all mass.
 _MOST_SCALE = 100.0
 
 
-@pytree
-class CosineState:
-    """The balancing bias."""
-
-    expert_bias: Array  # f32[E], added for selection only
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cosine(TokenChoice):
+class Cosine(FixedK):
     """Top-k of ``exp(temperature) * cos(x @ projection, e)`` with an embedding e of each expert.
 
     XMoE (Chi et al. 2022, arXiv:2204.09179): tokens are projected to few dimensions and compared by
@@ -67,29 +60,16 @@ class Cosine(TokenChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_within_reach(self.k)
         check_count("projection_size", self.projection_size, fix="256 is usual.")
-        check_number("initial_temperature", self.initial_temperature)
-        if not self.initial_temperature >= 1 / _MOST_SCALE:
-            raise ValueError(
-                f"initial_temperature: expected at least {1 / _MOST_SCALE}, got "
-                f"{self.initial_temperature}. Cosines are divided by it; 0.5 is usual."
-            )
+        usual = "Cosines are divided by it; 0.5 is usual."
+        check_range(
+            "initial_temperature", self.initial_temperature, least=1 / _MOST_SCALE, fix=usual
+        )
         if self.gate.use_bias or self.gate.input_norm_eps is not None:
             raise ValueError(
                 f"gate: expected neither use_bias nor input_norm_eps, got {self.gate!r}. Tokens are "
                 "brought to unit length, and a bias would not be a cosine."
             )
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """k."""
-        return self.k
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """k."""
-        return self.k
 
     def init(self, key: Array, d_model: int) -> Params:
         key, projection_key = jax.random.split(key)
@@ -101,9 +81,6 @@ class Cosine(TokenChoice):
             "projection_bias": jnp.zeros((size,), jnp.float32),
             "temperature": jnp.asarray(-math.log(self.initial_temperature), jnp.float32),
         }
-
-    def init_state(self) -> CosineState:
-        return CosineState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
 
     def logits(self, params, x: Array, *, key=None, token_mask=None, context=None) -> Array:
         """f32[T, E]: scaled cosines."""
@@ -122,9 +99,3 @@ class Cosine(TokenChoice):
         scale = jnp.exp(jnp.minimum(params["temperature"], math.log(_MOST_SCALE)))
         kernel = scale * unit_vectors(params["kernel"].astype(jnp.float32), axis=0)
         return self.gate({"kernel": kernel}, unit_vectors(low, axis=1), key=key)
-
-    def select(self, params, state: CosineState, slots, x, context):
-        return slots.available, self.weights(slots, slots.available)
-
-    def update(self, state: CosineState, stats: RoutingStats) -> CosineState:
-        return self.balanced(state, stats, rate=self.balance_rate)

@@ -7,7 +7,6 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_at_least_0
 from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.difficulty import (
@@ -20,7 +19,7 @@ from moe_jax.routing.difficulty import (
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import first_k
-from moe_jax.types import Array, Params, RoutingStats, pytree
+from moe_jax.types import Array, Params, pytree
 
 
 @pytree
@@ -73,7 +72,6 @@ class DynamicK(TokenChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least_0("balance_rate", self.balance_rate)
         resolve_estimator(self.difficulty)
 
     @property
@@ -96,12 +94,7 @@ class DynamicK(TokenChoice):
         return keep, self.weights(slots, keep)
 
     def difficulty_of(
-        self,
-        params: Params,
-        state: DynamicKState,
-        x: Array,
-        *,
-        context: Context | None = None,
+        self, params: Params, state: DynamicKState, x: Array, *, context: Context | None = None
     ) -> Array:
         """f32[T] in [0, 1]: calibrated difficulty of tokens x [T, D]."""
         raw = self._raw(x, self.gate(params, x), context)
@@ -109,9 +102,6 @@ class DynamicK(TokenChoice):
 
     def _raw(self, x: Array, logits: Array, context: Context | None) -> Array:
         return raw_difficulty(self.difficulty, x, {**(context or {}), "router_logits": logits})
-
-    def update(self, state: DynamicKState, stats: RoutingStats) -> DynamicKState:
-        return self.balanced(state, stats, rate=self.balance_rate)
 
     def calibrate(self, params, state: DynamicKState, slots, x, context, *, real, target_mean_k):
         raw = np.asarray(self._raw(x, slots.logits, context))[real]

@@ -9,17 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_at_least_0, check_choice, check_flag, check_k, check_share
+from moe_jax.checks import check_choice, check_flag, check_share
 from moe_jax.routers.arguments import check_uses_an_expert
-from moe_jax.routers.min_p import fit_min_p
-from moe_jax.routers.token_choice import TokenChoice
+from moe_jax.routers.contracts import FixedK
 from moe_jax.routing import budget
-from moe_jax.routing.chance import fit_mixed_counts, mixed_counts, token_chance
-from moe_jax.routing.difficulty import Context
+from moe_jax.routing.chance import fit_mixed_counts, mixed_counts
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import clip_counts, first_k, min_p_keep
-from moe_jax.types import Array, Params, Routing, RoutingStats, pytree
+from moe_jax.types import Array, pytree
 
 DRAWS = ("k", "min_p")
 
@@ -35,7 +33,7 @@ class ElasticState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Elastic(TokenChoice):
+class Elastic(FixedK):
     """Fixed k for some tokens and a drawn budget for the others, so that any budget works later.
 
     In training, ``state.share`` of the tokens draw their budget: with ``draw="k"`` a number of experts,
@@ -80,22 +78,14 @@ class Elastic(TokenChoice):
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
 
-    context_keys: ClassVar[frozenset[str] | None] = frozenset({"draw"})
+    num_draws: ClassVar[int] = 3  # whether the token draws, what it draws, its share of the level
 
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
         super().__post_init__()
-        self.check_within_reach(self.k)
         check_choice("draw", self.draw, DRAWS)
         check_flag("rescale", self.rescale)
         check_share("share", self.share, fix="1 draws for all.")
-        check_at_least_0("balance_rate", self.balance_rate)
         check_uses_an_expert(self.min_k, "A token always uses its best expert.")
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """K: most experts that a token uses."""
-        return self.k
 
     def init_state(self) -> ElasticState:
         return ElasticState(
@@ -105,32 +95,14 @@ class Elastic(TokenChoice):
             fit=budget.unfitted(self.k),
         )
 
-    def __call__(
-        self,
-        params: Params,
-        state: ElasticState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        if key is not None and "draw" not in (context or {}):
-            key, draw_key = jax.random.split(key)
-            draws = jax.random.uniform(draw_key, (x.shape[0], 3), jnp.float32)
-            context = {**(context or {}), "draw": draws}
-        return super().__call__(params, state, x, key=key, token_mask=token_mask, context=context)
-
     def select(self, params, state: ElasticState, slots, x, context):
-        chance = context["draw"] if "draw" in context else token_chance(slots.logits, 3)
-        draws = chance[:, 0] < state.share
+        draws = slots.draws[:, 0] < state.share
         if self.draw == "k":
-            drawn = self.min_k + jnp.floor(chance[:, 1] * (self.k - self.min_k + 1)).astype(
-                jnp.int32
-            )
-            keep = first_k(jnp.where(draws, drawn, mixed_counts(chance[:, 2], state.level)), self.k)
+            above = jnp.floor(slots.draws[:, 1] * (self.k - self.min_k + 1)).astype(jnp.int32)
+            level = mixed_counts(slots.draws[:, 2], state.level)
+            keep = first_k(jnp.where(draws, self.min_k + above, level), self.k)
         else:
-            ratio = jnp.where(draws, chance[:, 1], state.level)
+            ratio = jnp.where(draws, slots.draws[:, 1], state.level)
             keep = min_p_keep(slots.slot_probs, ratio[:, None])
         keep = clip_counts(keep, min_k=self.min_k)
         weights = self.weights(slots, keep)
@@ -143,18 +115,12 @@ class Elastic(TokenChoice):
             weights = weights * jnp.where(usable, whole / jnp.where(usable, kept, 1.0), 1.0)
         return keep, weights
 
-    def calibrate(
-        self, params, state: ElasticState, slots, x, context, *, real, target_mean_k
-    ) -> ElasticState:
+    def calibrate(self, params, state: ElasticState, slots, x, context, *, real, target_mean_k):
         if self.draw == "k":
-            chance = np.asarray(token_chance(slots.logits, 3))[real, 2]
-            level = fit_mixed_counts(chance, target_mean_k)
+            level = fit_mixed_counts(np.asarray(slots.draws)[real, 2], target_mean_k)
         else:
-            level = fit_min_p(np.asarray(slots.slot_probs)[real], self.min_k, target_mean_k)
+            level = budget.fit_min_p(np.asarray(slots.slot_probs)[real], self.min_k, target_mean_k)
         return dataclasses.replace(state, share=jnp.zeros((), jnp.float32), level=level)
-
-    def update(self, state: ElasticState, stats: RoutingStats) -> ElasticState:
-        return self.balanced(state, stats, rate=self.balance_rate)
 
 
 def with_share(states: Any, share: float | Array) -> Any:

@@ -7,24 +7,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_instance, check_number
-from moe_jax.routers.arguments import check_classes
-from moe_jax.routers.base import Router, Traits
-from moe_jax.routing.difficulty import Context
-from moe_jax.routing.dispatch import expert_capacity
+from moe_jax.checks import check_instance, check_range
+from moe_jax.routers.contracts import ExpertsChoose
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import choose_tokens
-from moe_jax.types import Array, ExpertChoice, Params, pytree
-
-
-@pytree
-class ExpertChoiceState:
-    """An empty state: the rule learns nothing without gradients."""
+from moe_jax.types import ExpertChoice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(ExpertsChoose):
     """Each expert takes its ``mean_k * T / E`` best tokens (Zhou et al. 2022, arXiv:2202.09368).
 
     A token is taken by anything from 0 to E experts. The whole batch decides, so the rule is neither
@@ -51,12 +42,8 @@ class ExpertChoiceRouter(Router):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_instance("scoring", self.scoring, Scoring, fix="Write Scoring(score='sigmoid').")
-        check_number("mean_k", self.mean_k)
-        if not 0 < self.mean_k <= self.num_experts:
-            raise ValueError(
-                f"mean_k: expected 0 < mean_k <= num_experts={self.num_experts}, "
-                f"got {self.mean_k}. It is the mean number of experts per token."
-            )
+        mean = "It is the mean number of experts per token."
+        check_range("mean_k", self.mean_k, above=0, most=self.num_experts, fix=mean)
         if self.scoring.num_groups != 1 or self.scoring.renormalizes:
             raise ValueError(
                 "scoring: expected no groups and no renormalisation, got "
@@ -64,43 +51,11 @@ class ExpertChoiceRouter(Router):
                 "have no common sum."
             )
 
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """E: every expert may take a token."""
-        return self.num_experts
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """0: a token may be taken by no expert."""
-        return 0
-
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            causal=False, batch_invariant=False, may_leave_token_empty=True, budget="exact"
-        )
-
-    def init_state(self) -> ExpertChoiceState:
-        return ExpertChoiceState()
-
     def __call__(
-        self,
-        params: Params,
-        state: ExpertChoiceState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
+        self, params, state, x, *, key=None, token_mask=None, context=None
     ) -> ExpertChoice:
-        logits = self.gate(params, x, key=key, token_mask=token_mask)
-        check_classes(logits, self.num_experts)
+        logits = self.logits(params, x, key=key, token_mask=token_mask)
         scores = self.scoring.scores(logits)
+        probs = self.scoring.probs(logits, scores)
         weights = jax.nn.sigmoid(scores) if self.scoring.post == "sigmoid" else scores
-        return choose_tokens(
-            logits=logits,
-            probs=self.scoring.probs(logits, scores),
-            scores=self.gate.exclude(weights * jnp.float32(self.scoring.scale)),
-            capacity=expert_capacity(x.shape[0], self.num_experts, self.mean_k, 1.0),
-            token_mask=token_mask,
-        )
+        return self.take(logits, probs, weights * jnp.float32(self.scoring.scale), token_mask)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_number
+from moe_jax.checks import check_range
 from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import ema_quantile
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import clip_counts
-from moe_jax.types import Array, ExpertChoice, Routing, RoutingStats, pytree
+from moe_jax.types import Array, RoutingStats, pytree
 
 
 @pytree
@@ -71,15 +71,9 @@ class ExpertThreshold(TokenChoice):
                 "or MinP, which keep the groups."
             )
         super().__post_init__()
-        check_number("target_k", self.target_k)
-        check_number("decay", self.decay)
-        if not 0 < self.target_k <= self.num_experts:
-            raise ValueError(
-                f"target_k: expected 0 < target_k <= num_experts={self.num_experts}, "
-                f"got {self.target_k}. It is the mean number of experts per token."
-            )
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay: expected 0 <= decay < 1, got {self.decay}. 0.99 is usual.")
+        mean = "It is the mean number of experts per token."
+        check_range("target_k", self.target_k, above=0, most=self.num_experts, fix=mean)
+        check_range("decay", self.decay, least=0, below=1, fix="0.99 is usual.")
 
     def init_state(self) -> ExpertThresholdState:
         # 0.5 is the sigmoid score of logit 0; for a softmax the even share plays that part.
@@ -89,14 +83,14 @@ class ExpertThreshold(TokenChoice):
             fit=budget.unfitted(self.max_k),
         )
 
-    def selection_scores(self, params, state: ExpertThresholdState, logits, scores, context):
+    def selection_scores(self, params, state: ExpertThresholdState, logits, scores, context, **_):
         return scores - jax.lax.stop_gradient(state.cutoffs)[None, :]
 
     def select(self, params, state: ExpertThresholdState, slots, x, context):
         keep = clip_counts(slots.selection > 0, min_k=self.min_k)
         return keep, self.weights(slots, keep)
 
-    def observe(self, state: ExpertThresholdState, routing: Routing | ExpertChoice) -> Array:
+    def observe(self, state: ExpertThresholdState, routing) -> Array:
         scores = jax.lax.stop_gradient(self.scoring.scores(routing.router_logits))
         rate = self.target_k / self.num_experts
         return budget.per_expert_quantiles(scores, routing.token_mask, rate)
@@ -109,14 +103,7 @@ class ExpertThreshold(TokenChoice):
         self, params, state: ExpertThresholdState, slots, x, context, *, real, target_mean_k
     ):
         scores = np.asarray(self.scoring.scores(slots.logits))[real]
-
-        def cutoffs(rate: float) -> np.ndarray:
-            return np.quantile(scores, 1.0 - rate, axis=0).astype(np.float32)
-
-        def mean_k(rate: float) -> float:
-            counts = (scores > cutoffs(rate)[None, :]).sum(axis=1)
-            return float(np.clip(counts, self.min_k, self.max_k).mean())
-
-        # min_k and max_k clip the counts, so the rate that reaches the target is not target / E.
-        rate = budget.bisect(mean_k, target_mean_k, low=0.0, high=1.0, steps=30)
-        return dataclasses.replace(state, cutoffs=jnp.asarray(cutoffs(rate)))
+        cutoffs = budget.fit_expert_cutoffs(
+            scores, min_k=self.min_k, max_k=self.max_k, target_mean_k=target_mean_k
+        )
+        return dataclasses.replace(state, cutoffs=jnp.asarray(cutoffs))

@@ -73,14 +73,5 @@ class MinP(TokenChoice):
         return keep, self.weights(slots, keep)
 
     def calibrate(self, params, state: MinPState, slots, x, context, *, real, target_mean_k):
-        ratio = fit_min_p(np.asarray(slots.slot_probs)[real], self.min_k, target_mean_k)
+        ratio = budget.fit_min_p(np.asarray(slots.slot_probs)[real], self.min_k, target_mean_k)
         return dataclasses.replace(state, ratio=ratio)
-
-
-def fit_min_p(probs: np.ndarray, min_k: int, target_mean_k: float) -> Array:
-    """Returns the ratio f32[] at which tokens with slot probabilities f32[T, K] hit the target."""
-    # A token keeps a prefix of its slots, up to the first slot below the ratio. So the share that
-    # decides about a slot is the smallest share up to it.
-    shares = np.minimum.accumulate(probs / probs[:, :1], axis=1)[:, min_k:]
-    cut = budget.fit_cut(-shares, (target_mean_k - min_k) * len(shares))
-    return jnp.asarray(-cut, jnp.float32)

@@ -7,25 +7,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_at_least_0, check_flag, check_number
-from moe_jax.routers.arguments import check_classes
-from moe_jax.routers.base import Router, Traits
-from moe_jax.routing.difficulty import Context
-from moe_jax.routing.dispatch import expert_capacity
+from moe_jax.checks import check_at_least_0, check_flag, check_range
+from moe_jax.routers.base import Traits
+from moe_jax.routers.contracts import ExpertsChoose
 from moe_jax.routing.gate import Gate
-from moe_jax.routing.losses import Axes, mean_over_tokens
+from moe_jax.routing.losses import mean_over_tokens
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import build_routing, choose_tokens, top_slots
-from moe_jax.types import Array, ExpertChoice, Params, Routing, pytree
-
-
-@pytree
-class MixtureOfDepthsState:
-    """An empty state: the rule learns nothing without gradients."""
+from moe_jax.routing.selection import build_routing, top_slots
+from moe_jax.types import Array, ExpertChoice, Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtureOfDepths(Router):
+class MixtureOfDepths(ExpertsChoose):
     """A block takes ``capacity * T`` tokens (Raposo et al. 2024, arXiv:2404.02258).
 
     With one expert, the block itself, this is Mixture-of-Depths; put the layer into a residual branch,
@@ -63,79 +56,40 @@ class MixtureOfDepths(Router):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("capacity", self.capacity)
+        share = "It is the share of the tokens that an expert takes; 0.125 is usual."
+        check_range("capacity", self.capacity, above=0, most=1, fix=share)
         check_at_least_0("predictor", self.predictor)
         check_flag("causal", self.causal)
-        if not 0 < self.capacity <= 1:
-            raise ValueError(
-                f"capacity: expected 0 < capacity <= 1, got {self.capacity}. It is the share of the "
-                "tokens that an expert takes; 0.125 is usual."
-            )
 
     @property
-    def mean_k(self) -> float:
+    def mean_k(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Experts per token on average, of the form that is not causal."""
         return self.capacity * self.num_experts
 
     @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """E: every expert may take a token."""
-        return self.num_experts
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """0: a token may be taken by no expert."""
-        return 0
-
-    @property
     def traits(self) -> Traits:
-        return Traits(
-            causal=self.causal,
-            batch_invariant=self.causal,
-            may_leave_token_empty=True,
-            budget="none" if self.causal else "exact",
-        )
-
-    def init_state(self) -> MixtureOfDepthsState:
-        return MixtureOfDepthsState()
+        if not self.causal:
+            return super().traits
+        return Traits(causal=True, batch_invariant=True, may_leave_token_empty=True, budget="none")
 
     def __call__(
-        self,
-        params: Params,
-        state: MixtureOfDepthsState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
+        self, params, state, x, *, key=None, token_mask=None, context=None
     ) -> Routing | ExpertChoice:
-        logits = self.gate(params, x, key=key, token_mask=token_mask)
-        check_classes(logits, self.num_experts)
-        probs, scores = Scoring().probs(logits, Scoring().scores(logits)), self.gate.exclude(logits)
+        logits = self.logits(params, x, key=key, token_mask=token_mask)
+        probs = Scoring().probs(logits, Scoring().scores(logits))
         if not self.causal:
-            capacity = expert_capacity(x.shape[0], self.num_experts, self.mean_k, 1.0)
-            return choose_tokens(
-                logits=logits, probs=probs, scores=scores, capacity=capacity, token_mask=token_mask
-            )
-        indices, best = top_slots(scores, self.num_experts)
-        weights = jnp.take_along_axis(logits, indices, axis=1)
+            return self.take(logits, probs, logits, token_mask)
+        indices, best = top_slots(self.gate.exclude(logits), self.num_experts)
         return build_routing(
             logits=logits,
             probs=probs,
             indices=indices,
-            weights=weights,
+            weights=jnp.take_along_axis(logits, indices, axis=1),
             keep=best > 0,
             token_mask=token_mask,
         )
 
-    def regularization(
-        self,
-        params: Params,
-        state: MixtureOfDepthsState,
-        routing: Routing | ExpertChoice,
-        *,
-        axis_name: Axes = None,
-    ) -> Array:
+    def regularization(self, params, state, routing, *, axis_name=None) -> Array:
         """f32[]: the predictor's cross-entropy times ``predictor``; 0 for the causal form."""
         if self.causal or not self.predictor:
             return jnp.zeros((), jnp.float32)

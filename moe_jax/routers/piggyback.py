@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-
-from moe_jax.checks import check_count
+from moe_jax.checks import check_count, check_range
 from moe_jax.routers.batch_aware import BatchAware, first_ranks, loaded_by
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, pytree
-
-
-@pytree
-class PiggybackState:
-    """The selection bias, which balancing adjusts."""
-
-    expert_bias: Array  # f32[E], added for selection only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,13 +47,9 @@ class Piggyback(BatchAware):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("keep_k", self.keep_k, fix="A token always keeps its best expert.")
-        if self.keep_k > self.k:
-            raise ValueError(f"keep_k: expected at most k={self.k}, got {self.keep_k}.")
+        check_range("keep_k", self.keep_k, most=self.k, fix="A token fills up to k experts.")
         if self.reach is not None:
             check_count("reach", self.reach, least=self.k, fix="None looks at all experts.")
-
-    def init_state(self) -> PiggybackState:
-        return PiggybackState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
 
     def choose(self, slots, real):
         kept = first_ranks(real.shape, self.keep_k) & real

@@ -5,24 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_number
+from moe_jax.checks import check_range
 from moe_jax.routers.token_choice import TokenChoice
-from moe_jax.routing.chance import token_chance
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import first_k
-from moe_jax.types import Array, Params, Routing, pytree
-
-
-@pytree
-class RandomSecondState:
-    """The selection bias, which balancing adjusts."""
-
-    expert_bias: Array  # f32[E], added for selection only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,48 +41,17 @@ class RandomSecond(TokenChoice):
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
 
-    context_keys: ClassVar[frozenset[str] | None] = frozenset({"draw"})
+    # Always the best expert, and a second one that chance may skip.
+    min_k: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    max_k: ClassVar[int] = 2  # pyright: ignore[reportIncompatibleVariableOverride]
+    num_draws: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("threshold", self.threshold)
-        if not 0 < self.threshold <= 1:
-            raise ValueError(
-                f"threshold: expected 0 < threshold <= 1, got {self.threshold}. GShard has 0.5."
-            )
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Always 1: the best expert is always used."""
-        return 1
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Always 2: the best expert and the one that chance may skip."""
-        return 2
-
-    def init_state(self) -> RandomSecondState:
-        return RandomSecondState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
-
-    def __call__(
-        self,
-        params: Params,
-        state: RandomSecondState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
-    ) -> Routing:
-        if key is not None:
-            key, draw_key = jax.random.split(key)
-            draw = jax.random.uniform(draw_key, (x.shape[0],), jnp.float32)
-            context = {"draw": draw, **(context or {})}
-        return super().__call__(params, state, x, key=key, token_mask=token_mask, context=context)
+        check_range("threshold", self.threshold, above=0, most=1, fix="GShard has 0.5.")
 
     def select(self, params, state, slots, x, context):
-        chance = context["draw"] if "draw" in context else token_chance(slots.logits, 1)[:, 0]
         best, second = slots.slot_probs[:, 0], slots.slot_probs[:, 1]
         share = second / jnp.maximum(best + second, 1e-30)
-        keep = first_k(1 + (share > self.threshold * chance).astype(jnp.int32), 2)
+        keep = first_k(1 + (share > self.threshold * slots.draws[:, 0]).astype(jnp.int32), 2)
         return keep, self.weights(slots, keep)

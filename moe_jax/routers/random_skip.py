@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_choice, check_k, check_number
-from moe_jax.routers.token_choice import TokenChoice
+from moe_jax.checks import check_choice, check_range
+from moe_jax.routers.contracts import FixedK
 from moe_jax.routing import budget
 from moe_jax.routing.chance import fit_mixed_counts, mixed_counts, token_chance
 from moe_jax.routing.gate import Gate
@@ -27,7 +28,7 @@ class RandomSkipState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RandomSkip(TokenChoice):
+class RandomSkip(FixedK):
     """Fixed k with experts dropped by chance, to the same mean as a rule under test.
 
     ``drop="lowest"`` is the static mix: a random share of the tokens uses one expert fewer, and loses
@@ -58,27 +59,14 @@ class RandomSkip(TokenChoice):
     gate: Gate = Gate()
     scoring: Scoring = Scoring()
 
+    # A token keeps its best expert.
+    min_k: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __post_init__(self) -> None:
-        check_k(num_experts=self.num_experts, min_k=self.k, max_k=self.k)
         super().__post_init__()
-        self.check_within_reach(self.k)
         check_choice("drop", self.drop, ("lowest", "random"))
-        check_number("mean_k", self.mean_k)
-        if not 1 <= self.mean_k <= self.k:
-            raise ValueError(
-                f"mean_k: expected 1 <= mean_k <= k={self.k}, got {self.mean_k}. "
-                "A control drops some of the k experts, never all."
-            )
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """K: most experts that a token uses."""
-        return self.k
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """1: a token keeps its best expert."""
-        return 1
+        drops = f"A control drops some of the k={self.k} experts, never all."
+        check_range("mean_k", self.mean_k, least=1, most=self.k, fix=drops)
 
     def init_state(self) -> RandomSkipState:
         return RandomSkipState(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_number
+from moe_jax.checks import check_finite, check_range
 from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.balancing import multiplicative_controller
 from moe_jax.routing.gate import Gate
-from moe_jax.routing.losses import Axes, relu_l1_loss
+from moe_jax.routing.losses import relu_l1_loss
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
+from moe_jax.types import Array, RoutingStats, pytree
 
 
 @pytree
@@ -85,6 +86,9 @@ class ReLURouter(TokenChoice):
     gate: Gate = Gate()
     scoring: Scoring = Scoring(score="relu")
 
+    # Every logit of a token may be negative.
+    min_k: ClassVar[int] = 0  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __post_init__(self) -> None:
         if (
             self.scoring.score != "relu"
@@ -96,28 +100,15 @@ class ReLURouter(TokenChoice):
                 f"{self.scoring}. Use Scoring(score='relu'), with a scale if need be."
             )
         super().__post_init__()
-        for name in ("target_k", "step", "l1_coefficient", "max_l1_coefficient"):
-            check_number(name, getattr(self, name))
-        if not 0 < self.target_k < self.max_k:
-            raise ValueError(
-                f"target_k: expected 0 < target_k < max_k={self.max_k}, got {self.target_k}. It is "
-                "the mean number of experts per token."
-            )
-        if not self.step > 1 or not self.l1_coefficient > 0:
-            raise ValueError(
-                f"step, l1_coefficient: expected step > 1 and l1_coefficient > 0, got {self.step}, "
-                f"{self.l1_coefficient}. The authors use 1.2 and 1e-8."
-            )
-        if not self.l1_coefficient <= self.max_l1_coefficient < float("inf"):
-            raise ValueError(
-                "max_l1_coefficient: expected a finite number of at least l1_coefficient="
-                f"{self.l1_coefficient}, got {self.max_l1_coefficient}. 10 is usual."
-            )
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """0: every logit of a token may be negative."""
-        return 0
+        mean = f"It is the mean number of experts per token, of max_k={self.max_k}."
+        check_range("target_k", self.target_k, above=0, below=self.max_k, fix=mean)
+        check_range("step", self.step, above=1, fix="The authors use 1.2.")
+        check_range("l1_coefficient", self.l1_coefficient, above=0, fix="The authors use 1e-8.")
+        check_finite("max_l1_coefficient", self.max_l1_coefficient)
+        first = "It bounds l1_coefficient from above; 10 is usual."
+        check_range(
+            "max_l1_coefficient", self.max_l1_coefficient, least=self.l1_coefficient, fix=first
+        )
 
     def init_state(self) -> ReLUState:
         return ReLUState(
@@ -133,14 +124,7 @@ class ReLURouter(TokenChoice):
         keep = slots.scores > jax.lax.stop_gradient(state.cutoff)
         return keep, self.weights(slots, keep)
 
-    def regularization(
-        self,
-        params: Params,
-        state: ReLUState,
-        routing: Routing | ExpertChoice,
-        *,
-        axis_name: Axes = None,
-    ) -> Array:
+    def regularization(self, params, state: ReLUState, routing, *, axis_name=None) -> Array:
         loss = relu_l1_loss(routing, target_k=self.target_k, axis_name=axis_name)
         return jax.lax.stop_gradient(state.l1_coefficient) * loss
 

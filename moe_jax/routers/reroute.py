@@ -6,10 +6,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from moe_jax.checks import check_array, check_count, check_number
+from moe_jax.checks import check_array, check_count, check_number, check_range
 from moe_jax.routers.batch_aware import BatchAware, first_ranks, loaded_by
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.similarity import substitutes
 from moe_jax.types import Array, pytree
 
 
@@ -60,9 +61,8 @@ class Reroute(BatchAware):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("keep_k", self.keep_k, fix="A token always keeps its best expert.")
+        check_range("keep_k", self.keep_k, most=self.k, fix="Primary experts are among the k best.")
         check_number("min_similarity", self.min_similarity)
-        if self.keep_k > self.k:
-            raise ValueError(f"keep_k: expected at most k={self.k}, got {self.keep_k}.")
 
     def init_state(self) -> RerouteState:
         return RerouteState(
@@ -78,11 +78,7 @@ class Reroute(BatchAware):
         if x.shape[0] > self.max_tokens:
             return keep, weights
         primary = loaded_by(slots, keep & first_ranks(keep.shape, self.keep_k))
-        # For each expert the most similar primary one; itself where it is primary or none is close.
-        close = jnp.where(primary[None, :], state.similarity, -jnp.inf)
-        stays = primary | (close.max(axis=-1) < self.min_similarity)
-        indices = jnp.arange(self.num_experts, dtype=jnp.int32)
-        target = jnp.where(stays, indices, jnp.argmax(close, axis=-1).astype(jnp.int32))
+        target = substitutes(state.similarity, primary, least=self.min_similarity)
         # By rank: the slot that a token's expert moves to, found through its place in the ranking.
         place = jnp.argsort(slots.indices, axis=-1)
         moved = jnp.take_along_axis(place, target[slots.indices], axis=-1)
@@ -91,26 +87,6 @@ class Reroute(BatchAware):
         merged = nothing.at[rows, moved].add(jnp.where(keep, weights, 0.0))
         used = jnp.zeros_like(keep).at[rows, moved].max(keep)
         return used, merged
-
-
-def expert_similarity(outputs: Array) -> Array:
-    """f32[E, E]: mean cosine between the outputs of two experts on the same tokens.
-
-    Args:
-        outputs: float[E, T, D], every expert's output on T calibration tokens.
-
-    Raises:
-        TypeError, ValueError: not an array of three axes.
-
-    Example:
-        >>> round(float(expert_similarity(jnp.ones((2, 3, 4)))[0, 1]), 5)
-        1.0
-    """
-    check_array("outputs", outputs, "E T D", fix="Run every expert on the same tokens.")
-    wide = outputs.astype(jnp.float32)
-    size = jnp.sqrt(jnp.square(wide).sum(axis=-1, keepdims=True))
-    unit = wide / jnp.maximum(size, 1e-20)
-    return jnp.einsum("atd,btd->ab", unit, unit) / outputs.shape[1]
 
 
 def with_similarity(state: RerouteState, similarity: Array) -> RerouteState:

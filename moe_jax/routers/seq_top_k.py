@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from moe_jax.checks import check_count, check_flag
 from moe_jax.routers.base import Traits
-from moe_jax.routers.whole_batch import MASK, WholeBatch
+from moe_jax.routers.contracts import WholeBatch
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.routing.selection import clip_counts
-from moe_jax.types import Array, pytree
-
-
-@pytree
-class SeqTopKState:
-    """The selection bias."""
-
-    expert_bias: Array  # f32[E], added for selection only
+from moe_jax.routing.selection import clip_counts, ranks_so_far, sequence_ranks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,10 +77,7 @@ class SeqTopK(WholeBatch):
             budget="exact" if exact else "none",
         )
 
-    def init_state(self) -> SeqTopKState:
-        return SeqTopKState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
-
-    def select(self, params, state: SeqTopKState, slots, x, context):
+    def select(self, params, state, slots, x, context):
         tokens = x.shape[0]
         length = tokens if self.sequence_length is None else self.sequence_length
         if tokens % length:
@@ -97,34 +85,15 @@ class SeqTopK(WholeBatch):
                 f"sequence_length: expected a divisor of T={tokens}, got {length}. Pass the padded "
                 "length of one sequence."
             )
-        usable = slots.available & context[MASK][:, None]
+        usable = slots.available & slots.token_mask[:, None]
         scores = jnp.where(usable, slots.selection, -jnp.inf).reshape(-1, length, self.max_k)
-        real = context[MASK].reshape(-1, length)
-        rank, budget = (_ranks_so_far if self.online else _ranks)(scores), real.cumsum(axis=1)
-        if not self.online:
+        real = slots.token_mask.reshape(-1, length)
+        budget = real.cumsum(axis=1)  # i32[S, L]: tokens so far, each of which brings k experts
+        if self.online:
+            rank = ranks_so_far(scores)
+        else:
+            rank = sequence_ranks(scores)
             budget = jnp.broadcast_to(budget[:, -1:], budget.shape)
         keep = (rank < self.k * budget[:, :, None]).reshape(tokens, self.max_k) & usable
         keep = clip_counts(keep, min_k=self.min_k)
         return keep, self.weights(slots, keep)
-
-
-def _ranks(scores: Array) -> Array:
-    """i32[S, L, K]: place of each score among its sequence's, best first; ties by position."""
-    flat = scores.reshape(scores.shape[0], -1)
-    order = jnp.argsort(-flat, axis=1, stable=True)
-    return jnp.argsort(order, axis=1).astype(jnp.int32).reshape(scores.shape)
-
-
-def _ranks_so_far(scores: Array) -> Array:
-    """i32[S, L, K]: place of each score among those of its token and the tokens before it."""
-    length, slots = scores.shape[1:]
-    position = jnp.arange(length, dtype=jnp.int32)
-
-    def of_token(t: Array) -> Array:
-        own = scores[:, t]  # f32[S, K], best first
-        earlier = (position < t)[None, :, None, None]
-        # At a tie the earlier token keeps its place.
-        ahead = (scores[:, :, :, None] >= own[:, None, None, :]) & earlier
-        return ahead.sum(axis=(1, 2), dtype=jnp.int32) + jnp.arange(slots, dtype=jnp.int32)[None, :]
-
-    return jnp.moveaxis(jax.lax.map(of_token, position), 0, 1)

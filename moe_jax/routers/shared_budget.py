@@ -10,14 +10,6 @@ from moe_jax.checks import check_count
 from moe_jax.routers.batch_aware import BatchAware, first_ranks, loaded_by
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, pytree
-
-
-@pytree
-class SharedBudgetState:
-    """The selection bias, which balancing adjusts."""
-
-    expert_bias: Array  # f32[E], added for selection only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +47,6 @@ class SharedBudget(BatchAware):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("max_distinct", self.max_distinct, fix="It counts experts of the whole batch.")
-
-    def init_state(self) -> SharedBudgetState:
-        return SharedBudgetState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
 
     def choose(self, slots, real):
         wanted = first_ranks(real.shape, self.k) & real

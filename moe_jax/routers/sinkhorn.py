@@ -5,23 +5,20 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
-from moe_jax.checks import check_count, check_number
-from moe_jax.routers.base import Traits
-from moe_jax.routers.whole_batch import MASK, WholeBatch
+from moe_jax.checks import check_count, check_range
+from moe_jax.routers.arguments import check_ungrouped
+from moe_jax.routers.base import NoState
+from moe_jax.routers.contracts import FixedK, WholeBatch
 from moe_jax.routing.balancing import sinkhorn_offsets
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, pytree
-
-
-@pytree
-class SinkhornState:
-    """An empty state: the rule learns nothing without gradients."""
+from moe_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sinkhorn(WholeBatch):
+class Sinkhorn(FixedK, WholeBatch):
     """Top-k of the transport plan that gives every expert the same mass of the batch.
 
     S-BASE (Clark et al. 2022, arXiv:2202.01169, appendix B.2.1): Sinkhorn's iteration normalises
@@ -59,42 +56,20 @@ class Sinkhorn(WholeBatch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_within_reach(self.k)
-        check_number("tolerance", self.tolerance)
+        check_ungrouped(self.scoring, "Balance is over all experts.")
+        check_range("tolerance", self.tolerance, above=0, fix="1e-4 is usual.")
         check_count("max_iterations", self.max_iterations, fix="100 is usual.")
-        if not self.tolerance > 0:
-            raise ValueError(f"tolerance: expected a positive number, got {self.tolerance}.")
-        if self.scoring.num_groups != 1:
-            raise ValueError(
-                f"num_groups: expected 1, got {self.scoring.num_groups}. Balance is over all experts."
-            )
 
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """k."""
-        return self.k
+    def init_state(self) -> NoState:
+        return NoState()
 
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """k."""
-        return self.k
-
-    @property
-    def traits(self) -> Traits:
-        return dataclasses.replace(super().traits, budget="exact")
-
-    def init_state(self) -> SinkhornState:
-        return SinkhornState()
-
-    def selection_scores(self, params, state: SinkhornState, logits, scores, context) -> Array:
+    def selection_scores(self, params, state, logits, scores, context, *, token_mask=None) -> Array:
         logits = jax.lax.stop_gradient(logits)
+        real = jnp.ones(logits.shape[:1], bool) if token_mask is None else token_mask
         offsets = sinkhorn_offsets(
             self.gate.exclude(logits),
-            context[MASK],
+            real,
             tolerance=self.tolerance,
             max_iterations=self.max_iterations,
         )
         return logits + offsets[None, :]
-
-    def select(self, params, state: SinkhornState, slots, x, context):
-        return slots.available, self.weights(slots, slots.available)

@@ -6,15 +6,17 @@ import abc
 import dataclasses
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_instance
+from moe_jax.checks import check_at_least_0, check_instance
 from moe_jax.routers.arguments import check_classes, check_concrete, check_context, check_state
-from moe_jax.routers.base import Router, State, Traits
+from moe_jax.routers.base import BiasState, Router, State, Traits
 from moe_jax.routers.fit import finish_fit, real_tokens
 from moe_jax.routing.balancing import loss_free_bias
 from moe_jax.routing.budget import check_target
+from moe_jax.routing.chance import token_chance
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import build_routing, compact, top_slots
@@ -32,18 +34,53 @@ class Slots:
     scores: Array  # f32[T, K]: scores at the slots, which weights are made of
     slot_probs: Array  # f32[T, K]: probs at the slots
     available: Array  # bool[T, K]: False where no expert was left, so the slot holds a disabled one
+    token_mask: Array  # bool[T]: False for padding
+    draws: Array | None = None  # f32[T, num_draws] in [0, 1), for rules with ``num_draws``
+
+
+def gather_slots(
+    indices: Array,
+    selection: Array,
+    *,
+    logits: Array,
+    probs: Array,
+    scores: Array,
+    token_mask: Array | None,
+) -> Slots:
+    """Returns the slots of the experts ``indices`` i32[T, K] with selection scores f32[T, K].
+
+    ``logits``, ``probs`` and ``scores`` are f32[T, E]. A selection score of -inf marks a slot for which
+    no expert was left.
+    """
+    if token_mask is None:
+        token_mask = jnp.ones((logits.shape[0],), bool)
+    return Slots(
+        logits=logits,
+        probs=probs,
+        indices=indices,
+        selection=selection,
+        scores=jnp.take_along_axis(scores, indices, axis=-1),
+        slot_probs=jnp.take_along_axis(probs, indices, axis=-1),
+        available=selection > -jnp.inf,
+        token_mask=token_mask,
+    )
 
 
 class TokenChoice(Router, abc.ABC):
     """The frame of rules in which a token chooses experts: score, exclude, select, build.
 
-    A rule gives ``init_state``, ``select`` and, if it learns, ``calibrate``, ``observe``, ``update``.
-    ``__call__`` and ``fit`` are the same for all. A few rules replace the steps before ``select``
-    (``logits``, ``selection_scores``, ``probs``) or the step after it (``build``). Disabled experts are
-    excluded between these steps, for every rule alike.
+    A rule gives ``select``, ``init_state`` if its state is more than a selection bias, and
+    ``calibrate``, ``observe``, ``update`` if it learns. ``__call__`` and ``fit`` are the same for all.
+    A few rules replace the steps before ``select`` (``logits``, ``selection_scores``, ``probs``) or the
+    step after it (``build``). Disabled experts are excluded between these steps, for every rule alike.
     """
 
     scoring: Scoring
+
+    keeps_prefix: ClassVar[bool] = True  # False: kept slots are moved to the front
+    num_draws: ClassVar[int] = 0  # random numbers that the rule needs for each token
+    # Step of the loss-free bias controller that `update` runs, for a rule with this field; 0 is off.
+    balance_rate: float = 0.0
 
     def __post_init__(self) -> None:
         check_instance(
@@ -51,6 +88,7 @@ class TokenChoice(Router, abc.ABC):
         )
         super().__post_init__()
         self.check_within_reach(self.min_k)
+        check_at_least_0("balance_rate", self.balance_rate)
 
     @property
     def traits(self) -> Traits:
@@ -121,7 +159,13 @@ class TokenChoice(Router, abc.ABC):
         """
         raise NotImplementedError
 
-    keeps_prefix: ClassVar[bool] = True  # False: kept slots are moved to the front
+    def init_state(self) -> Any:
+        """Returns ``BiasState`` without a bias; a rule with a larger state overrides this."""
+        return BiasState(expert_bias=jnp.zeros((self.num_classes,), jnp.float32))
+
+    def update(self, state: Any, stats: RoutingStats) -> Any:
+        """Moves ``expert_bias`` by ``balance_rate``, against the load."""
+        return self.balanced(state, stats)
 
     @property
     def num_choices(self) -> int:
@@ -148,11 +192,19 @@ class TokenChoice(Router, abc.ABC):
         return self.gate(params, x, key=key, token_mask=token_mask)
 
     def selection_scores(
-        self, params: Params, state: Any, logits: Array, scores: Array, context: Context
+        self,
+        params: Params,
+        state: Any,
+        logits: Array,
+        scores: Array,
+        context: Context,
+        *,
+        token_mask: Array | None = None,
     ) -> Array:
         """f32[T, E]: the scores that rank experts, before exclusion and group limits.
 
-        By default the scores plus ``state.expert_bias``, if the state has one.
+        By default the scores plus ``state.expert_bias``, if the state has one. ``token_mask`` bool[T]
+        is for rules in which tokens compete: padding must not take part.
         """
         bias = getattr(state, "expert_bias", None)
         if bias is None:
@@ -175,22 +227,29 @@ class TokenChoice(Router, abc.ABC):
     ) -> Slots:
         """Scores x float[T, D] and sorts the ``max_k`` best experts of each token that are enabled."""
         context = context or {}
+        draw_key = None
+        if self.num_draws and key is not None:
+            key, draw_key = jax.random.split(key)
         logits = self.logits(params, x, key=key, token_mask=token_mask, context=context)
         check_classes(logits, self.num_classes)
         scores = self.scoring.scores(logits)
         probs = self.probs(logits, scores)
-        selection = self.selection_scores(params, state, logits, scores, context)
-        selection = self.exclude_and_limit(selection)
-        indices, best = top_slots(selection, self.num_choices)
-        return Slots(
-            logits=logits,
-            probs=probs,
-            indices=indices,
-            selection=best,
-            scores=jnp.take_along_axis(scores, indices, axis=-1),
-            slot_probs=jnp.take_along_axis(probs, indices, axis=-1),
-            available=best > -jnp.inf,
+        selection = self.selection_scores(
+            params, state, logits, scores, context, token_mask=token_mask
         )
+        indices, best = top_slots(self.exclude_and_limit(selection), self.num_choices)
+        slots = gather_slots(
+            indices, best, logits=logits, probs=probs, scores=scores, token_mask=token_mask
+        )
+        if not self.num_draws:
+            return slots
+        return dataclasses.replace(slots, draws=self._draws(logits, draw_key))
+
+    def _draws(self, logits: Array, key: Array | None) -> Array:
+        """f32[T, num_draws] in [0, 1): from the key, or a hash of each token's own logits."""
+        if key is None:
+            return token_chance(logits, self.num_draws)
+        return jax.random.uniform(key, (logits.shape[0], self.num_draws), jnp.float32)
 
     def exclude_and_limit(self, selection: Array) -> Array:
         """f32[T, E]: selection scores with -inf for disabled experts, limited to the best groups."""
@@ -205,7 +264,9 @@ class TokenChoice(Router, abc.ABC):
     def weights(self, slots: Slots, keep: Array, *, min_k: int | None = None) -> Array:
         """f32[T, K]: combine weights of the slots in ``keep`` bool[T, K], as ``scoring`` says.
 
-        ``min_k`` only decides whether renormalised weights warn in training; None is the rule's.
+        ``min_k`` is the fewest experts that a token may use; None is the rule's. It changes no weight.
+        Below 2, a ``scoring`` that renormalises warns while gradients are taken, because the weight of
+        a token's only expert is then always 1 and teaches the router nothing.
         """
         logits = None
         if self.scoring.reads_slot_logits:
@@ -217,22 +278,22 @@ class TokenChoice(Router, abc.ABC):
             slot_logits=logits,
         )
 
-    def balanced(self, state: Any, stats: RoutingStats, *, rate: float) -> Any:
+    def balanced(self, state: Any, stats: RoutingStats) -> Any:
         """Returns the state with ``expert_bias`` moved by ``loss_free_bias``; for a rule's ``update``.
 
-        A rate of 0 changes nothing.
+        A ``balance_rate`` of 0 changes nothing.
         """
-        if not rate:
+        if not self.balance_rate:
             return state
         bias = loss_free_bias(
             state.expert_bias,
             stats.tokens_per_expert,
-            rate=rate,
+            rate=self.balance_rate,
             disabled=self.gate.disabled_experts,
         )
         return dataclasses.replace(state, expert_bias=bias)
 
-    def build(self, slots: Slots, keep: Array, weights: Array, token_mask: Array | None) -> Routing:
+    def build(self, slots: Slots, keep: Array, weights: Array) -> Routing:
         """Returns the ``Routing`` of the kept slots."""
         indices = slots.indices
         if not self.keeps_prefix:
@@ -243,7 +304,7 @@ class TokenChoice(Router, abc.ABC):
             indices=indices,
             weights=weights,
             keep=keep,
-            token_mask=token_mask,
+            token_mask=slots.token_mask,
         )
 
     def __call__(
@@ -258,7 +319,7 @@ class TokenChoice(Router, abc.ABC):
     ) -> Routing:
         slots = self.score(params, state, x, key=key, token_mask=token_mask, context=context)
         keep, weights = self.select(params, state, slots, x, context or {})
-        return self.build(slots, keep & slots.available, weights, token_mask)
+        return self.build(slots, keep & slots.available, weights)
 
     def fit(
         self,

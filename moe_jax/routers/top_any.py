@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_array, check_at_least_0, check_number
+from moe_jax.checks import check_array, check_at_least_0, check_range
 from moe_jax.routers.arguments import check_params
 from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
 from moe_jax.routing.gate import Gate, zero_padding
-from moe_jax.routing.losses import Axes, mean_over_tokens, orthogonality_loss
+from moe_jax.routing.losses import mean_over_tokens, orthogonality_loss
 from moe_jax.routing.numerics import safe_sqrt, unit_vectors
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import clip_counts
-from moe_jax.types import Array, ExpertChoice, Params, Routing, pytree
+from moe_jax.types import Array, Params, pytree
 
 
 @pytree
@@ -82,13 +82,8 @@ class TopAny(TokenChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.min_k > 1:
-            raise ValueError(
-                f"min_k: expected 0 or 1, got {self.min_k}. Top-any falls back on one expert."
-            )
-        check_number("scale", self.scale)
-        if not 0 < self.scale <= 100:
-            raise ValueError(f"scale: expected 0 < scale <= 100, got {self.scale}. 1 is usual.")
+        check_range("min_k", self.min_k, most=1, fix="Top-any falls back on one expert.")
+        check_range("scale", self.scale, above=0, most=100, fix="1 is usual.")
         check_at_least_0("diversity", self.diversity)
         check_at_least_0("efficiency", self.efficiency)
 
@@ -107,7 +102,7 @@ class TopAny(TokenChoice):
         kernel = self.scale * unit_vectors(params["kernel"].astype(jnp.float32), axis=0)
         return self.gate({**params, "kernel": kernel}, x, key=key, token_mask=token_mask)
 
-    def selection_scores(self, params, state: TopAnyState, logits, scores, context) -> Array:
+    def selection_scores(self, params, state: TopAnyState, logits, scores, context, **_) -> Array:
         # Those that pass come first, best score first; after them the fallback's order.
         return jnp.where(self._margins(params, state, scores) > 0, scores, scores - 2.0)
 
@@ -122,14 +117,7 @@ class TopAny(TokenChoice):
         count = jnp.maximum(keep.sum(axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
         return keep, gates / count
 
-    def regularization(
-        self,
-        params: Params,
-        state: TopAnyState,
-        routing: Routing | ExpertChoice,
-        *,
-        axis_name: Axes = None,
-    ) -> Array:
+    def regularization(self, params, state: TopAnyState, routing, *, axis_name=None) -> Array:
         kernel = params["kernel"].astype(jnp.float32)
         similar = orthogonality_loss(kernel, disabled=self.gate.disabled_experts)
         lengths = safe_sqrt(jnp.square(kernel).sum(axis=0))

@@ -7,9 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_at_least_0, check_choice, check_flag
+from moe_jax.checks import check_choice, check_flag, check_range
 from moe_jax.routers.arguments import check_params
-from moe_jax.routers.token_choice import TokenChoice
+from moe_jax.routers.base import BiasState
+from moe_jax.routers.contracts import FixedK
 from moe_jax.routing.balancing import (
     balancing_bias,
     histogram_bias,
@@ -18,20 +19,13 @@ from moe_jax.routing.balancing import (
 )
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats, pytree
+from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
 
 BALANCES = ("sign", "quantile", "histogram")
 
 
-@pytree
-class TopKState:
-    """The balancing bias."""
-
-    expert_bias: Array  # f32[E], added for selection only
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopK(TokenChoice):
+class TopK(FixedK):
     """Top-k routing (Shazeer et al. 2017, arXiv:1701.06538) with every published variation.
 
     Softmax or sigmoid scores, softmax before or after selection, renormalised or not, expert
@@ -71,14 +65,10 @@ class TopK(TokenChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_within_reach(self.k)
         check_flag("use_expert_scale", self.use_expert_scale)
         check_choice("balance", self.balance, BALANCES)
-        check_at_least_0("balance_rate", self.balance_rate)
-        if self.balance != "sign":
-            self._check_quantile()
-
-    def _check_quantile(self) -> None:
+        if self.balance == "sign":
+            return
         off, groups = self.gate.disabled_experts, self.scoring.num_groups
         if self.k == self.num_experts or off or groups != 1:
             raise ValueError(
@@ -86,17 +76,8 @@ class TopK(TokenChoice):
                 f"k={self.k} of {self.num_experts}, disabled_experts={off}, num_groups={groups}. It "
                 "would give every expert the same load; use balance='sign'."
             )
-        if not 0 < self.balance_rate <= 1:
-            raise ValueError(
-                f"balance_rate: expected 0 < balance_rate <= 1 with balance={self.balance!r}, got "
-                f"{self.balance_rate}. 1.0 is usual and goes all the way to the batch's quantiles; at "
-                "0 nothing is balanced."
-            )
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """k."""
-        return self.k
+        usual = f"1.0 is usual with balance={self.balance!r}: all the way to the batch's quantiles."
+        check_range("balance_rate", self.balance_rate, above=0, most=1, fix=usual)
 
     @property
     def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -113,18 +94,17 @@ class TopK(TokenChoice):
             params["expert_scale"] = jnp.ones((self.num_experts,), jnp.float32)
         return params
 
-    def init_state(self) -> TopKState:
-        return TopKState(expert_bias=jnp.zeros((self.num_experts,), jnp.float32))
+    def init_state(self) -> BiasState:
+        return super().init_state()
 
-    def select(self, params, state: TopKState, slots, x, context):
-        keep = jnp.ones(slots.indices.shape, bool)
-        weights = self.weights(slots, keep)
+    def select(self, params, state, slots, x, context):
+        keep, weights = super().select(params, state, slots, x, context)
         if self.use_expert_scale:
             check_params(params, "kernel", "expert_scale")
             weights = weights * params["expert_scale"].astype(jnp.float32)[slots.indices]
         return keep, weights
 
-    def observe(self, state: TopKState, routing: Routing | ExpertChoice) -> Array:
+    def observe(self, state: BiasState, routing: Routing | ExpertChoice) -> Array:
         if self.balance == "sign":
             return super().observe(state, routing)
         logits = jax.lax.stop_gradient(routing.router_logits)
@@ -132,7 +112,7 @@ class TopK(TokenChoice):
         observed = balancing_bias if self.balance == "quantile" else margin_histogram
         return observed(scores, state.expert_bias, routing.token_mask, k=self.k)
 
-    def update(self, state: TopKState, stats: RoutingStats) -> TopKState:
+    def update(self, state: BiasState, stats: RoutingStats) -> BiasState:
         if self.balance == "quantile":
             bias = quantile_bias(state.expert_bias, stats.observed, rate=self.balance_rate)
             return dataclasses.replace(state, expert_bias=bias)
@@ -147,4 +127,4 @@ class TopK(TokenChoice):
                 state.expert_bias, stats.observed, k=self.k, rate=self.balance_rate
             )
             return dataclasses.replace(state, expert_bias=bias)
-        return self.balanced(state, stats, rate=self.balance_rate)
+        return self.balanced(state, stats)

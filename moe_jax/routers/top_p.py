@@ -105,10 +105,7 @@ class TopP(TokenChoice):
         return dataclasses.replace(state, p=p, integral=integral)
 
     def calibrate(self, params, state: TopPState, slots, x, context, *, real, target_mean_k):
-        probs = np.asarray(slots.slot_probs)[real]
-        before = np.asarray(jnp.cumsum(probs, axis=-1) - probs)[:, self.min_k :]
-        cut = budget.fit_cut(before, (target_mean_k - self.min_k) * len(before))
-        p = jnp.asarray(cut, jnp.float32)
+        p = budget.fit_top_p(np.asarray(slots.slot_probs)[real], self.min_k, target_mean_k)
         return dataclasses.replace(
             state, p=p, anchor=jnp.copy(p), integral=jnp.zeros((), jnp.float32)
         )

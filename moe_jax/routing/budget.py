@@ -7,14 +7,12 @@ the service without ever retracing. Fitting runs on the host, once, on calibrati
 from __future__ import annotations
 
 import hashlib
-import math
-import statistics
 from importlib import metadata
 
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_at_least_0, check_count, check_finite, check_number
+from moe_jax.checks import check_finite, check_number
 from moe_jax.types import Array, pytree
 
 NUM_KNOTS = 257  # quantile knots of the raw-score map: 1 KB, resolution 0.4 %
@@ -109,95 +107,6 @@ def _version() -> list[int]:
     except metadata.PackageNotFoundError:  # run from a source tree that was never installed
         return [0, 0, 0]
     return [int("".join(c for c in part if c.isdigit()) or 0) for part in text.split(".")[:3]]
-
-
-def row_budget(
-    histogram: np.ndarray,
-    *,
-    num_tokens: int,
-    overflow_probability: float = 1e-3,
-    design_effect: float = 1.0,
-) -> int:
-    """Returns R for ``plan_dispatch(max_rows=R)``: the number of rows that a batch exceeds with
-    probability at most ``overflow_probability``.
-
-    A batch of T tokens with this histogram of experts per token asks for ``T * mean`` rows with
-    variance ``T * var * design_effect``; R is the normal quantile above which a batch falls with
-    ``overflow_probability``. What overflows is dropped by priority and counted in
-    ``stats.dropped_fraction``; a token's first expert never is.
-
-    Args:
-        histogram: [K + 1], share of tokens that use 0..K experts, e.g. ``state.fit.histogram``.
-        num_tokens: T of the batches to come.
-        overflow_probability: share of batches that may overflow.
-        design_effect: how much more the total varies than for independent tokens. Neighbouring
-            tokens are alike, so text has more than 1: measure it with ``batch_design_effect``.
-
-    Returns:
-        R, between T and T * K.
-
-    Raises:
-        ValueError: a histogram that does not sum to 1, or a probability outside (0, 1).
-
-    Example:
-        >>> row_budget(np.array([0.0, 0.7, 0.3]), num_tokens=8192)
-        10778
-    """
-    try:
-        shares = np.asarray(histogram, np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"histogram: expected shares of tokens that use 0..K experts, got {histogram!r}. Use the "
-            "histogram of a fitted state."
-        ) from None
-    valid = shares.ndim == 1 and shares.size >= 2 and (shares >= 0).all()
-    if not valid or not abs(shares.sum() - 1.0) <= 1e-3:
-        raise ValueError(
-            "histogram: expected shares of tokens that use 0..K experts, at least 0 and summing to "
-            f"1, got shape {list(shares.shape)} with sum {shares.sum():g}. Use the histogram of a "
-            "fitted state."
-        )
-    check_count("num_tokens", num_tokens, fix="It is the number of tokens of a batch.")
-    check_at_least_0("design_effect", design_effect)
-    check_number("overflow_probability", overflow_probability)
-    if not 0 < overflow_probability < 1:
-        raise ValueError(
-            f"overflow_probability: expected a number in (0, 1), got {overflow_probability}. "
-            "1e-3 lets one batch in a thousand drop something."
-        )
-    k = np.arange(shares.size)
-    mean = float((k * shares).sum())
-    variance = float((np.square(k - mean) * shares).sum()) * design_effect
-    quantile = statistics.NormalDist().inv_cdf(1.0 - overflow_probability)
-    # The sum over many tokens is close to normal (central limit theorem).
-    rows = num_tokens * mean + quantile * math.sqrt(num_tokens * variance)
-    # Rounding of the sums above must not add a row: 100 tokens of mean 1.1 are 110.00000000000001.
-    rows = math.ceil(rows * (1.0 - 1e-12))
-    return int(min(max(rows, num_tokens), num_tokens * (shares.size - 1)))
-
-
-def batch_design_effect(counts: np.ndarray, *, num_tokens: int) -> float:
-    """How much more the rows of real batches vary than those of independent tokens; at least 1.
-
-    Args:
-        counts: i32[M], experts per token in the order of the text, M at least two batches.
-        num_tokens: T, consecutive tokens in one batch.
-
-    Raises:
-        ValueError: fewer than two whole batches.
-    """
-    check_count("num_tokens", num_tokens, fix="It is the number of tokens of a batch.")
-    batches = np.asarray(counts, np.float64)[: len(counts) // num_tokens * num_tokens]
-    if batches.size < 2 * num_tokens:
-        raise ValueError(
-            f"counts: expected at least two batches of {num_tokens} tokens, got {len(counts)} "
-            "counts. Give more calibration text."
-        )
-    independent = batches.var() * num_tokens
-    # Consecutive tokens make up a batch, as in use. Shuffled tokens would hide that neighbours are
-    # alike.
-    measured = batches.reshape(-1, num_tokens).sum(axis=1).var(ddof=1)
-    return max(1.0, float(measured / independent)) if independent > 0 else 1.0
 
 
 # --- difficulty to k ------------------------------------------------------------------------
@@ -433,6 +342,41 @@ def fit_cut(values: np.ndarray, keep: float) -> float:
     # Halfway between two values, so that rounding to float32 moves neither to the other side.
     rank = int(np.clip(round(keep), 1, ordered.size - 1))
     return float(0.5 * (ordered[rank - 1] + ordered[rank]))
+
+
+def fit_min_p(probs: np.ndarray, min_k: int, target_mean_k: float) -> Array:
+    """Returns the ratio f32[] at which tokens with slot probabilities f32[T, K] hit the target."""
+    # A token keeps a prefix of its slots, up to the first slot below the ratio. So the share that
+    # decides about a slot is the smallest share up to it.
+    shares = np.minimum.accumulate(probs / probs[:, :1], axis=1)[:, min_k:]
+    cut = fit_cut(-shares, (target_mean_k - min_k) * len(shares))
+    return jnp.asarray(-cut, jnp.float32)
+
+
+def fit_top_p(probs: np.ndarray, min_k: int, target_mean_k: float) -> Array:
+    """Returns the p f32[] at which tokens with slot probabilities f32[T, K] hit the target."""
+    # A slot is used while the sum of what comes before it is at most p; see ``top_p_keep``. Summed by
+    # JAX, in the order of the rule's own sum, so that no value lies on the other side of p.
+    before = np.asarray(jnp.cumsum(probs, axis=-1) - probs)[:, min_k:]
+    return jnp.asarray(fit_cut(before, (target_mean_k - min_k) * len(before)), jnp.float32)
+
+
+def fit_expert_cutoffs(
+    scores: np.ndarray, *, min_k: int, max_k: int, target_mean_k: float
+) -> np.ndarray:
+    """Returns f32[E]: the same quantile of each expert's scores f32[T, E], at which the mean k of the
+    tokens above their experts' cutoffs hits the target.
+    """
+
+    def cutoffs(rate: float) -> np.ndarray:
+        return np.quantile(scores, 1.0 - rate, axis=0).astype(np.float32)
+
+    def mean_k(rate: float) -> float:
+        counts = (scores > cutoffs(rate)[None, :]).sum(axis=1)
+        return float(np.clip(counts, min_k, max_k).mean())
+
+    # min_k and max_k clip the counts, so the rate that reaches the target is not target / E.
+    return cutoffs(bisect(mean_k, target_mean_k, low=0.0, high=1.0, steps=30))
 
 
 def per_expert_quantiles(scores: Array, token_mask: Array, rate: float) -> Array:

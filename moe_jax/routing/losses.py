@@ -259,3 +259,25 @@ def aux_loss(
     for name, value in terms.items():
         total = total + getattr(weights, name) * value
     return total, terms
+
+
+def class_balancing_loss(
+    probs: Array, chosen: Array, *, cost: Array, token_mask: Array, axis_name: Axes = None
+) -> Array:
+    """f32[]: ``sum_i cost_i f_i P_i`` over C classes of experts (MoE++, arXiv:2410.07348).
+
+    Args:
+        probs: f32[T, C]; ``P_i`` is their mean over real tokens.
+        chosen: bool[T, C]; ``f_i`` is the share of real tokens that choose class i.
+        cost: f32[C], the paper's eta.
+        token_mask: bool[T], False for padding.
+        axis_name: as in ``load_balancing_loss``.
+    """
+
+    def total(values: Array) -> Array:
+        values = jnp.where(token_mask[:, None], values, 0.0).sum(axis=0)
+        return values if axis_name is None else jax.lax.psum(values, axis_name)
+
+    tokens = jnp.maximum(total(jnp.ones((probs.shape[0], 1), jnp.float32))[0], 1.0)
+    load = total(chosen.astype(jnp.float32)) / tokens
+    return (cost * load * total(probs) / tokens).sum()

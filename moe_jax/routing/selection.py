@@ -153,3 +153,61 @@ def choose_tokens(
         token_mask=token_mask,
         num_tokens=tokens,
     )
+
+
+def sequence_ranks(scores: Array) -> Array:
+    """i32[S, L, K]: place of each score among its sequence's, best first; ties by position."""
+    flat = scores.reshape(scores.shape[0], -1)
+    order = jnp.argsort(-flat, axis=1, stable=True)
+    return jnp.argsort(order, axis=1).astype(jnp.int32).reshape(scores.shape)
+
+
+def ranks_so_far(scores: Array) -> Array:
+    """i32[S, L, K]: place of each score among those of its token and the tokens before it."""
+    length, slots = scores.shape[1:]
+    position = jnp.arange(length, dtype=jnp.int32)
+
+    def of_token(t: Array) -> Array:
+        own = scores[:, t]  # f32[S, K], best first
+        earlier = (position < t)[None, :, None, None]
+        # At a tie the earlier token keeps its place.
+        ahead = (scores[:, :, :, None] >= own[:, None, None, :]) & earlier
+        return ahead.sum(axis=(1, 2), dtype=jnp.int32) + jnp.arange(slots, dtype=jnp.int32)[None, :]
+
+    return jnp.moveaxis(jax.lax.map(of_token, position), 0, 1)
+
+
+def served_before(
+    indices: Array, asked: Array, *, num_experts: int, length: int, order_by: Array | None = None
+) -> Array:
+    """i32[T, K]: how many choices an expert serves before this one, within one sequence.
+
+    First choices are served before second ones, and tokens in their order.
+
+    Args:
+        indices: i32[T, K], the experts that each token chooses, best first.
+        asked: bool[T, K]: False for choices that take no place.
+        num_experts: E.
+        length: tokens of a sequence, a divisor of T; each sequence is counted by itself.
+        order_by: f32[T], smallest first: the order of tokens instead of their position.
+
+    Example:
+        >>> both = jnp.array([[0, 1], [1, 0]])
+        >>> served_before(both, both >= 0, num_experts=2, length=2).tolist()
+        [[0, 1], [0, 1]]
+    """
+    tokens, k = indices.shape
+    experts = jnp.arange(num_experts, dtype=jnp.int32)
+    hits = (indices[:, :, None] == experts[None, None, :]) & asked[:, :, None]
+    hits = hits.astype(jnp.int32)
+    order = None if order_by is None else jnp.argsort(order_by, stable=True)
+    if order is not None:
+        hits = hits[order]
+    hits = hits.reshape(tokens // length, length, k, num_experts)
+    before = jnp.cumsum(hits, axis=1) - hits
+    # Every first choice of the sequence, later tokens' too, comes before any second choice.
+    earlier_slots = jnp.cumsum(hits.sum(axis=1), axis=1) - hits.sum(axis=1)
+    before = (before + earlier_slots[:, None]).reshape(tokens, k, num_experts)
+    if order is not None:
+        before = before[jnp.argsort(order)]
+    return jnp.take_along_axis(before, indices[:, :, None], axis=-1)[:, :, 0]

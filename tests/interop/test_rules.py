@@ -17,7 +17,6 @@ from moe_jax.interop.rules import (
     DepthRouter,
     JointShared,
     MoEPlusPlus,
-    NoState,
     NullExperts,
     ProductKeys,
     SparseMixer,
@@ -25,11 +24,11 @@ from moe_jax.interop.rules import (
     TokenTable,
     ZeroExperts,
 )
-from moe_jax.interop.rules.sparse_mixer import sparse_mix
 from moe_jax.layer import moe_layer
-from moe_jax.routers import Router, router_from_json
+from moe_jax.routers import NoState, Router, router_from_json
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.sparse_mix import sparse_mix
 from moe_jax.types import Routing
 
 pytestmark = pytest.mark.compile_cheaply

@@ -23,7 +23,6 @@ from moe_jax import (
 )
 from moe_jax.routing import budget as module
 from moe_jax.routing.budget import (
-    batch_design_effect,
     bisect,
     calibrated_difficulty,
     difficulty_to_k,
@@ -33,7 +32,6 @@ from moe_jax.routing.budget import (
     fit_thresholds,
     raw_to_k,
     rounding_thresholds,
-    row_budget,
 )
 
 pytestmark = pytest.mark.compile_cheaply
@@ -291,26 +289,6 @@ def test_a_new_fit_does_not_retrace(name):
     )
     assert route._cache_size() == before
     assert jax.tree.structure(other) == jax.tree.structure(router.init_state())
-
-
-# --- row budgets ----------------------------------------------------------------------------
-
-
-def test_row_budget_holds_with_the_stated_chance():
-    histogram = np.array([0.0, 0.5, 0.3, 0.2])
-    rows = row_budget(histogram, num_tokens=256, overflow_probability=0.05)
-    draws = np.random.default_rng(0).choice(4, p=histogram, size=(4000, 256)).sum(axis=1)
-    assert 0.02 < (draws > rows).mean() < 0.08
-    assert row_budget(np.array([0.0, 1.0]), num_tokens=9) == 9
-    assert row_budget(histogram, num_tokens=2, overflow_probability=1e-9) == 6, "never above T * K"
-
-
-def test_batch_design_effect_sees_that_neighbours_are_alike():
-    rng = np.random.default_rng(0)
-    lone = rng.integers(1, 4, 64 * 200)
-    alike = np.repeat(rng.integers(1, 4, 4 * 200), 16)
-    assert batch_design_effect(lone, num_tokens=64) < 1.5
-    assert 10 < batch_design_effect(alike, num_tokens=64) < 24
 
 
 def test_the_module_imports_no_clock_and_no_environment():

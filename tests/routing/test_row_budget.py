@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from moe_jax.bench.workload import sample_routing
-from moe_jax.routing.budget import batch_design_effect, row_budget
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
+from moe_jax.routing.row_budget import batch_design_effect, row_budget
 
 pytestmark = pytest.mark.compile_cheaply
 
@@ -53,11 +53,22 @@ def test_overflow_is_counted_and_spares_every_first_expert():
 def test_a_budget_lies_between_one_and_k_rows_a_token():
     assert row_budget(np.array([0.5, 0.5, 0.0]), num_tokens=64) == 64
     assert row_budget(np.array([0.0, 0.0, 1.0]), num_tokens=64) == 128
+    assert row_budget(np.array([0.0, 1.0]), num_tokens=9) == 9
+    few = row_budget(np.array([0.0, 0.5, 0.3, 0.2]), num_tokens=2, overflow_probability=1e-9)
+    assert few == 6, "never above T * K"
+
+
+def test_the_design_effect_sees_that_neighbours_are_alike():
+    rng = np.random.default_rng(0)
+    lone = rng.integers(1, 4, 64 * 200)
+    alike = np.repeat(rng.integers(1, 4, 4 * 200), 16)
+    assert batch_design_effect(lone, num_tokens=64) < 1.5
+    assert 10 < batch_design_effect(alike, num_tokens=64) < 24
 
 
 @pytest.mark.parametrize(
     ("histogram", "probability", "said"),
-    [([0.5, 0.2], 0.01, "summing to 1"), ([0.0, 1.0], 0.0, r"in \(0, 1\)")],
+    [([0.5, 0.2], 0.01, "summing to 1"), ([0.0, 1.0], 0.0, "0 < overflow_probability < 1")],
 )
 def test_bad_input_is_refused(histogram, probability, said):
     with pytest.raises(ValueError, match=said):

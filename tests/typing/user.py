@@ -14,8 +14,8 @@ import moe_jax
 from moe_jax.interop import MoEBlock, RetrofitReport, make_dynamic
 from moe_jax.nn import linen as moe_linen
 from moe_jax.nn.nnx import DynamicMoE, MoE
+from moe_jax.routers import BiasState
 from moe_jax.routers.dynamic_k import DynamicKState
-from moe_jax.routers.top_k import TopKState
 
 router = moe_jax.DynamicK(num_experts=8, min_k=1, max_k=3)
 expert_fn = moe_jax.FeedForward(activation="silu", gated=True)
@@ -26,7 +26,7 @@ x = jnp.ones((4, 16))
 state = router.init_state()
 assert_type(state, DynamicKState)
 assert_type(state.thresholds, jax.Array)
-assert_type(moe_jax.TopK(num_experts=8, k=2).init_state(), TopKState)
+assert_type(moe_jax.TopK(num_experts=8, k=2).init_state(), BiasState)
 assert_type(router.fit(params["router"], state, x, target_mean_k=2.0), DynamicKState)
 
 # The pure functions.

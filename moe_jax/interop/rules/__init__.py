@@ -5,9 +5,7 @@ JSON file has one. What a rule needs beyond x comes in ``context``, by the names
 """
 
 from moe_jax.interop.rules.capacity_top_k import CapacityTopK
-from moe_jax.interop.rules.common import NoState
 from moe_jax.interop.rules.depth_router import DepthRouter
-from moe_jax.interop.rules.free_classes import BiasState
 from moe_jax.interop.rules.joint_shared import JointShared
 from moe_jax.interop.rules.null_experts import NullExperts
 from moe_jax.interop.rules.plus_plus import MoEPlusPlus
@@ -17,12 +15,10 @@ from moe_jax.interop.rules.token_table import TableState, TokenTable
 from moe_jax.interop.rules.zero_experts import ZeroExperts
 
 __all__ = [
-    "BiasState",
     "CapacityTopK",
     "DepthRouter",
     "JointShared",
     "MoEPlusPlus",
-    "NoState",
     "NullExperts",
     "ProductKeys",
     "SparseMixer",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
-import jax.numpy as jnp
-
-from moe_jax.interop.rules.common import NoState, PublishedRule
-from moe_jax.routers.base import Traits
+from moe_jax.checks import check_count
+from moe_jax.interop.rules.common import PublishedRule
+from moe_jax.routers.base import NoState, Traits
 from moe_jax.routers.token_choice import Slots
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
+from moe_jax.routing.selection import served_before
 from moe_jax.types import Array, Routing
 
 
@@ -55,20 +56,18 @@ class CapacityTopK(PublishedRule):
     scoring: Scoring = Scoring()
 
     keeps_prefix = False
+    # An expert may be full for every choice of a token.
+    min_k: ClassVar[int] = 0  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.capacity is not None and self.capacity < 1:
-            raise ValueError(f"capacity: expected at least 1 or None, got {self.capacity}.")
+        if self.capacity is not None:
+            check_count("capacity", self.capacity, fix="None is no bound.")
         if self.prioritize and self.sequence_length is not None:
             raise ValueError(
                 "prioritize: expected sequence_length=None, since tokens are ranked over the whole "
                 f"batch, got {self.sequence_length}."
             )
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return 0
 
     @property
     def traits(self) -> Traits:
@@ -84,11 +83,11 @@ class CapacityTopK(PublishedRule):
         """All slots; ``build`` drops, as it knows the padding, which takes no capacity."""
         return slots.available, slots.scores
 
-    def build(self, slots: Slots, keep: Array, weights: Array, token_mask) -> Routing:
-        asked = keep if token_mask is None else keep & token_mask[:, None]
+    def build(self, slots: Slots, keep: Array, weights: Array) -> Routing:
+        asked = keep & slots.token_mask[:, None]
         kept = asked & (self._position(slots, asked) < self._bound(keep.shape[0]))
         weights = self.weights(slots, kept if self.norm_after else asked)
-        return super().build(slots, kept, weights, token_mask)
+        return super().build(slots, kept, weights)
 
     def _bound(self, tokens: int) -> int:
         if self.capacity_fraction is not None:
@@ -97,25 +96,14 @@ class CapacityTopK(PublishedRule):
 
     def _position(self, slots: Slots, asked: Array) -> Array:
         """i32[T, K]: how many were served before, by the same expert in the same sequence."""
-        tokens, k = slots.indices.shape
+        tokens = asked.shape[0]
         length = tokens if self.sequence_length is None else self.sequence_length
         if tokens % length:
             raise ValueError(
                 f"x: expected a multiple of sequence_length={length} tokens, got {tokens}. "
                 "Pass whole sequences, flattened."
             )
-        experts = jnp.arange(self.num_experts, dtype=jnp.int32)
-        hits = (slots.indices[:, :, None] == experts[None, None, :]) & asked[:, :, None]
-        hits = hits.astype(jnp.int32)
-        best = self.scoring.scores(slots.logits).max(axis=-1)
-        order = jnp.argsort(-best, stable=True) if self.prioritize else None
-        if order is not None:
-            hits = hits[order]
-        hits = hits.reshape(tokens // length, length, k, self.num_experts)
-        before = jnp.cumsum(hits, axis=1) - hits
-        # Every first choice of the sequence, later tokens' too, comes before any second choice.
-        earlier_slots = jnp.cumsum(hits.sum(axis=1), axis=1) - hits.sum(axis=1)
-        before = (before + earlier_slots[:, None]).reshape(tokens, k, self.num_experts)
-        if order is not None:
-            before = before[jnp.argsort(order)]
-        return jnp.take_along_axis(before, slots.indices[:, :, None], axis=-1)[:, :, 0]
+        first = -self.scoring.scores(slots.logits).max(axis=-1) if self.prioritize else None
+        return served_before(
+            slots.indices, asked, num_experts=self.num_experts, length=length, order_by=first
+        )

@@ -6,12 +6,7 @@ import abc
 
 from moe_jax.checks import check_k
 from moe_jax.routers.token_choice import Slots, TokenChoice
-from moe_jax.types import Array, pytree
-
-
-@pytree
-class NoState:
-    """The state of a rule that learns nothing without gradients."""
+from moe_jax.types import Array
 
 
 class PublishedRule(TokenChoice, abc.ABC):
@@ -46,6 +41,9 @@ class PublishedRule(TokenChoice, abc.ABC):
     @property
     def num_choices(self) -> int:
         return self.k
+
+    def select(self, params, state, slots, x, context):
+        return slots.available, self.weights(slots, slots.available)
 
     def weights(self, slots: Slots, keep: Array, *, min_k: int | None = None) -> Array:
         # min_k=2: where a published rule renormalises the weight of a token's only expert, that is

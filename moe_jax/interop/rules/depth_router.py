@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_array
 from moe_jax.interop.expert_functions import rms_norm
-from moe_jax.interop.rules.free_classes import BiasState, FreeClasses
+from moe_jax.interop.rules.free_classes import FreeClasses
+from moe_jax.routers.base import BiasState
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate, zero_padding
 from moe_jax.routing.scoring import Scoring

@@ -8,15 +8,9 @@ import dataclasses
 import jax.numpy as jnp
 
 from moe_jax.interop.rules.common import PublishedRule
+from moe_jax.routers.arguments import check_ungrouped
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, Routing, pytree
-
-
-@pytree
-class BiasState:
-    """What balancing has learned."""
-
-    expert_bias: Array  # f32[E] or f32[E + Z], added for selection only
+from moe_jax.types import Array, Params, Routing
 
 
 class FreeClasses(PublishedRule, abc.ABC):
@@ -31,21 +25,20 @@ class FreeClasses(PublishedRule, abc.ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scoring.num_groups != 1:
-            raise ValueError(
-                f"num_groups: expected 1, since classes without an expert are in no group, got "
-                f"{self.scoring.num_groups}. Leave num_groups out."
-            )
+        check_ungrouped(self.scoring, "Classes without an expert are in no group.")
+
+    def init(self, key: Array, d_model: int) -> Params:
+        return self.gate.init(key, d_model=d_model, num_experts=self.num_classes)
 
     def select(self, params, state, slots, x, context):
         return slots.indices < self.num_experts, self.weights(slots, slots.available)
 
-    def build(self, slots, keep, weights, token_mask) -> Routing:
+    def build(self, slots, keep, weights) -> Routing:
         probs = slots.probs[:, : self.num_experts]
         probs = probs / jnp.maximum(probs.sum(axis=-1, keepdims=True), 1e-30)
         logits = slots.logits[:, : self.num_experts]
         slots = dataclasses.replace(slots, logits=logits, probs=probs)
-        routing = super().build(slots, keep, weights, token_mask)
+        routing = super().build(slots, keep, weights)
         # Kept slots come first, and no token keeps more than E of its k choices.
         return dataclasses.replace(
             routing,

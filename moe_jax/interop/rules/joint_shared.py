@@ -8,8 +8,9 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from moe_jax.checks import check_count
 from moe_jax.interop.rules.common import PublishedRule
-from moe_jax.interop.rules.free_classes import BiasState
+from moe_jax.routers.base import BiasState
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, Params, Routing
@@ -51,11 +52,8 @@ class JointShared(PublishedRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_shared < 1:
-            raise ValueError(
-                f"num_shared: expected at least 1, got {self.num_shared}. Without shared experts use "
-                "TopK with sigmoid scores."
-            )
+        without = "Without shared experts use TopK with sigmoid scores."
+        check_count("num_shared", self.num_shared, fix=without)
 
     @property
     def num_classes(self) -> int:
@@ -71,7 +69,7 @@ class JointShared(PublishedRule):
     # Logits, scores and selection have E + S columns until ``build``: the shared experts' logits are
     # needed for the weights, and at -inf none of them is selected.
 
-    def selection_scores(self, params, state: BiasState, logits, scores, context) -> Array:
+    def selection_scores(self, params, state: BiasState, logits, scores, context, **_) -> Array:
         routed = scores[:, : self.num_experts] + state.expert_bias[None, :]
         return jnp.pad(routed, ((0, 0), (0, self.num_shared)), constant_values=-jnp.inf)
 
@@ -81,9 +79,9 @@ class JointShared(PublishedRule):
     def select(self, params, state, slots, x, context):
         return slots.available, self._joint(params, slots.logits, slots.indices)[:, : self.k]
 
-    def build(self, slots, keep, weights, token_mask) -> Routing:
+    def build(self, slots, keep, weights) -> Routing:
         slots = dataclasses.replace(slots, logits=slots.logits[:, : self.num_experts])
-        return super().build(slots, keep, weights, token_mask)
+        return super().build(slots, keep, weights)
 
     def shared_weights(self, params: Params, x: Array, routing: Routing) -> Array:
         """f32[T, S]: weights of the shared experts for x [T, D], given its routing; 0 for padding."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-
-from moe_jax.interop.rules.free_classes import BiasState, FreeClasses
+from moe_jax.interop.rules.free_classes import FreeClasses
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +43,6 @@ class NullExperts(FreeClasses):
     @property
     def num_free(self) -> int:
         return self.num_null_experts
-
-    def init(self, key: Array, d_model: int) -> Params:
-        return self.gate.init(key, d_model=d_model, num_experts=self.num_classes)
-
-    def init_state(self) -> BiasState:
-        return BiasState(expert_bias=jnp.zeros((self.num_classes,), jnp.float32))
 
     def select(self, params, state, slots, x, context):
         keep = slots.indices < self.num_experts

@@ -9,12 +9,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_number
-from moe_jax.interop.rules.common import NoState
+from moe_jax.checks import check_range
 from moe_jax.interop.rules.free_classes import FreeClasses
+from moe_jax.routers.base import NoState
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
-from moe_jax.routing.losses import Axes
+from moe_jax.routing.losses import Axes, class_balancing_loss
 from moe_jax.routing.numerics import exact
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, Params, Routing
@@ -75,12 +75,8 @@ class MoEPlusPlus(FreeClasses):
                 "num_constant, num_copy, num_zero: expected at least 0, got "
                 f"{self.num_constant}, {self.num_copy}, {self.num_zero}. 0 is none of that kind."
             )
-        check_number("free_share", self.free_share)
-        if not self.free_share > 0:
-            raise ValueError(
-                f"free_share: expected a positive number, got {self.free_share}. The authors use 0.75; "
-                "1 counts all classes alike."
-            )
+        alike = "The authors use 0.75; 1 counts all classes alike."
+        check_range("free_share", self.free_share, above=0, fix=alike)
         super().__post_init__()
 
     @property
@@ -132,7 +128,7 @@ class MoEPlusPlus(FreeClasses):
     ) -> Routing:
         slots = self.score(params, state, x, key=key, token_mask=token_mask, context=context)
         keep, weights = self.select(params, state, slots, x, context or {})
-        routing = self.build(slots, keep & slots.available, weights, token_mask)
+        routing = self.build(slots, keep & slots.available, weights)
         constant, residual = self._free_weights(slots.indices, weights)
         residual = residual + (constant * self._mix(params, x, token_mask)[:, :, 0]).sum(axis=1)
         residual = jnp.where(routing.token_mask, residual, 0.0)
@@ -170,18 +166,15 @@ class MoEPlusPlus(FreeClasses):
         is 1 for experts that compute and ``free_share`` for free ones. The paper's coefficient is 0.01.
         """
         slots = self.score(params, NoState(), x, token_mask=token_mask, context=context)
-        real = jnp.ones((x.shape[0],), bool) if token_mask is None else token_mask
         classes = jnp.arange(self.num_classes, dtype=jnp.int32)
         chosen = (slots.indices[:, :, None] == classes[None, None, :]) & slots.available[:, :, None]
-        cost = jnp.where(classes < self.num_experts, 1.0, jnp.float32(self.free_share))
-
-        def total(values: Array) -> Array:
-            values = jnp.where(real[:, None], values, 0.0).sum(axis=0)
-            return values if axis_name is None else jax.lax.psum(values, axis_name)
-
-        tokens = jnp.maximum(total(jnp.ones((x.shape[0], 1), jnp.float32))[0], 1.0)
-        load = total(chosen.any(axis=1).astype(jnp.float32)) / tokens
-        return (cost * load * total(slots.probs) / tokens).sum()
+        return class_balancing_loss(
+            slots.probs,
+            chosen.any(axis=1),
+            cost=jnp.where(classes < self.num_experts, 1.0, jnp.float32(self.free_share)),
+            token_mask=slots.token_mask,
+            axis_name=axis_name,
+        )
 
     def capacities(self, tokens: int, *, factor: float = 1.1) -> tuple[int, int]:
         """Rows that one expert that computes, and one free expert, may take of ``tokens``.

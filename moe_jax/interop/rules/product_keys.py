@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from moe_jax.interop.rules.common import NoState, PublishedRule
-from moe_jax.routers.base import Traits
+from moe_jax.interop.rules.common import PublishedRule
+from moe_jax.routers.base import NoState, Traits
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, Params
@@ -74,9 +74,6 @@ class ProductKeys(PublishedRule):
         logits = (first[:, :, None] + second[:, None, :]).reshape(x.shape[0], self.num_experts)
         # As from a gate over experts: -inf would give NaN in the gradients of some losses.
         return jnp.maximum(self.gate.exclude(logits), jnp.finfo(jnp.float32).min)
-
-    def select(self, params, state, slots, x, context):
-        return slots.available, self.weights(slots, slots.available)
 
     @property
     def _gate_of_keys(self) -> Gate:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_array
 from moe_jax.interop.rules.common import PublishedRule
-from moe_jax.routers.token_choice import Slots
+from moe_jax.routers.token_choice import Slots, gather_slots
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Array, pytree
@@ -88,15 +88,6 @@ class TokenTable(PublishedRule):
         best = jnp.argsort(-jax.lax.stop_gradient(selection), axis=-1, stable=True)
         indices = jnp.take_along_axis(indices, best, axis=-1)
         selection = jnp.take_along_axis(selection, best, axis=-1)
-        return Slots(
-            logits=logits,
-            probs=probs,
-            indices=indices,
-            selection=selection,
-            scores=jnp.take_along_axis(scores, indices, axis=-1),
-            slot_probs=jnp.take_along_axis(probs, indices, axis=-1),
-            available=selection != -jnp.inf,
+        return gather_slots(
+            indices, selection, logits=logits, probs=probs, scores=scores, token_mask=token_mask
         )
-
-    def select(self, params, state, slots, x, context):
-        return slots.available, self.weights(slots, slots.available)

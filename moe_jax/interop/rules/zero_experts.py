@@ -6,10 +6,10 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from moe_jax.interop.rules.free_classes import BiasState, FreeClasses
+from moe_jax.interop.rules.free_classes import FreeClasses
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, Params, Routing
+from moe_jax.types import Routing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,14 +44,8 @@ class ZeroExperts(FreeClasses):
     def num_free(self) -> int:
         return self.num_zero_experts
 
-    def init(self, key: Array, d_model: int) -> Params:
-        return self.gate.init(key, d_model=d_model, num_experts=self.num_classes)
-
-    def init_state(self) -> BiasState:
-        return BiasState(expert_bias=jnp.zeros((self.num_classes,), jnp.float32))
-
-    def build(self, slots, keep, weights, token_mask) -> Routing:
-        routing = super().build(slots, keep, weights, token_mask)
+    def build(self, slots, keep, weights) -> Routing:
+        routing = super().build(slots, keep, weights)
         zero = slots.available & (slots.indices >= self.num_experts)
         residual = jnp.where(zero & routing.token_mask[:, None], weights, 0.0).sum(axis=-1)
         return dataclasses.replace(routing, residual_weight=residual)
