@@ -32,13 +32,13 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
     import moe_jax
     from moe_jax.parallel.collectives import collectives_of
     from moe_jax.parallel.planning import exchange_cost
+    from moe_jax.parallel.sharded_layer import sharded_moe_layer
     from moe_jax.parallel.sharding import (
         jit_sharded,
         make_mesh,
         parallel_of,
         param_specs,
         shard,
-        sharded_moe_layer,
         token_spec,
     )
 

@@ -38,7 +38,8 @@ from moe_jax.experts import (
 )
 from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.experts.expert_parallel import bias_once, run_parallel
-from moe_jax.routers import ExpertChoiceRouter, Router
+from moe_jax.routers import Router
+from moe_jax.routers.contracts import ExpertsChoose
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.dispatch import (
     PRIORITIES,
@@ -224,7 +225,7 @@ def moe_layer(
         parallel: inside your own ``shard_map``: the axes over which tokens and experts are split.
             x is then this device's share, ``params["experts"]`` this device's experts, and the
             statistics are those of the whole batch.
-            ``moe_jax.parallel.sharding.sharded_moe_layer`` does it from outside.
+            ``moe_jax.parallel.sharded_layer.sharded_moe_layer`` does it from outside.
 
     Returns:
         y float[..., D_out] in the dtype of x, and ``LayerAux``. Sums are taken in float32.
@@ -307,8 +308,8 @@ def with_auto_axes(
     spec = P(*spec) if len(spec) == x.ndim else P(*[None] * x.ndim)
     # Flattened tokens are split like the first leading axis, if that is the only one.
     rows = P(spec[0]) if x.ndim > 1 and not any(spec[1:-1]) else P()
-    if isinstance(router, ExpertChoiceRouter):
-        rows = P()  # its arrays lead with experts
+    if isinstance(router, ExpertsChoose) and not router.traits.causal:
+        rows = P()  # the arrays of an ExpertChoice lead with experts
     explicit = tuple(
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)

@@ -26,7 +26,8 @@ import numpy as np
 from moe_jax.lab.data import VOCAB_SIZE
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer
-from moe_jax.parallel.sharding import Mesh, layer_over
+from moe_jax.parallel.sharded_layer import layer_over
+from moe_jax.parallel.sharding import Mesh
 from moe_jax.routers import Router, with_share
 from moe_jax.routing.elasticity import distillation_loss
 from moe_jax.routing.losses import aux_loss

@@ -130,7 +130,7 @@ class MoE(nnx.Module):
         params: arrays to hold instead, as ``moe_layer`` takes them.
         state: the router's state to hold; None is a new one.
         mesh: spreads tokens and experts over its devices, see
-            ``moe_jax.parallel.sharding.sharded_moe_layer``.
+            ``moe_jax.parallel.sharded_layer.sharded_moe_layer``.
         **options: the fields of ``moe_jax.LayerOptions``: capacity_factor, max_rows, priority,
             renormalize_kept, implementation, groups.
 

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from moe_jax.checks import check_count, check_hidden_states, check_instance, flat_token_mask
 from moe_jax.experts import ExpertFn, FeedForward, check_expert_fn
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer
-from moe_jax.parallel.sharding import layer_over, logical_axes
+from moe_jax.parallel.sharded_layer import layer_over
+from moe_jax.parallel.sharding import logical_axes
 from moe_jax.routers import Router
 from moe_jax.routing.difficulty import Context
 from moe_jax.types import Array, ExpertChoice, Params, Routing, RoutingStats
@@ -87,7 +88,7 @@ class LayerDefinition:
             your own.
         options: capacity, row budget, implementation.
         mesh: the devices that tokens and experts are spread over, see
-            ``moe_jax.parallel.sharding.sharded_moe_layer``; None is one device.
+            ``moe_jax.parallel.sharded_layer.sharded_moe_layer``; None is one device.
     """
 
     router: Router

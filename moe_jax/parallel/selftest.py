@@ -18,12 +18,12 @@ import numpy as np
 from moe_jax.experts import IMPLEMENTATIONS, FeedForward, run_experts
 from moe_jax.layer import LayerOptions, init_moe_layer, moe_layer
 from moe_jax.parallel.collectives import collectives_of
+from moe_jax.parallel.sharded_layer import sharded_moe_layer
 from moe_jax.parallel.sharding import (
     P,
     jit_sharded,
     make_mesh,
     param_specs,
-    sharded_moe_layer,
     token_spec,
 )
 from moe_jax.routers import DynamicK, Router, TopK

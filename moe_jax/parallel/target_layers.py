@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from moe_jax.experts import IMPLEMENTATIONS, FeedForward, choose, run_experts
 from moe_jax.layer import LayerOptions, init_moe_layer
+from moe_jax.parallel.sharded_layer import sharded_moe_layer
 from moe_jax.parallel.sharding import (
     param_specs,
-    sharded_moe_layer,
     shardings,
     token_spec,
 )

@@ -16,7 +16,8 @@ from moe_jax import FeedForward, LayerOptions, init_moe_layer, moe_layer
 from moe_jax.experts import IMPLEMENTATIONS, check_params, run_experts
 from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.interop.expert_functions import GatedExpert
-from moe_jax.parallel.sharding import make_mesh, sharded_moe_layer
+from moe_jax.parallel.sharded_layer import sharded_moe_layer
+from moe_jax.parallel.sharding import make_mesh
 from moe_jax.types import Params
 from tests.experts.test_contract import PLANS, D, F
 

@@ -22,7 +22,8 @@ from moe_jax.nn import linen as moe_linen
 from moe_jax.nn import nnx as moe_nnx
 from moe_jax.nn.patching import fit_model, patch_model_with_dynamic_routing
 from moe_jax.nn.profiler import FLOPProfiler
-from moe_jax.parallel.sharding import make_mesh, pad_experts, parallel_of, sharded_moe_layer
+from moe_jax.parallel.sharded_layer import sharded_moe_layer
+from moe_jax.parallel.sharding import make_mesh, pad_experts, parallel_of
 
 pytestmark = pytest.mark.compile_cheaply
 

@@ -19,7 +19,7 @@ from flax import nnx
 import moe_jax
 from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.nn.nnx import MoE
-from moe_jax.parallel import sharding
+from moe_jax.parallel import sharded_layer, sharding
 from moe_jax.parallel.collectives import collectives_of
 from moe_jax.parallel.sharding import P
 from moe_jax.routing.losses import LossWeights, aux_loss
@@ -104,7 +104,7 @@ def sharded(router, params, mesh, parallel=None, tokens=T, **options):
     if more:
         experts = jax.device_get(sharding.pad_experts(experts, devices))
     padded = {**params, "experts": experts}
-    layer = functools.partial(sharding.sharded_moe_layer, mesh=mesh, parallel=parallel)
+    layer = functools.partial(sharded_layer.sharded_moe_layer, mesh=mesh, parallel=parallel)
     found = jax.jit(functools.partial(everything, layer, router, **options))(
         sharding.shard(padded, mesh), x, mask
     )
@@ -256,7 +256,7 @@ def accumulated(router, params, wanted):
     """Gradients of two halves of the batch, summed, against the same on one device."""
     x, mask = batch()
     mesh = sharding.make_mesh(data=2, expert=4)
-    layer = functools.partial(sharding.sharded_moe_layer, mesh=mesh)
+    layer = functools.partial(sharded_layer.sharded_moe_layer, mesh=mesh)
     halves = [(x[: T // 2], mask[: T // 2]), (x[T // 2 :], mask[T // 2 :])]
 
     def total(layer, params):
@@ -332,7 +332,7 @@ def own_shard_map(router, params):
             sharding.shard(params, mesh), x, mask
         )
         y, _ = jax.jit(
-            lambda p, x: sharding.sharded_moe_layer(
+            lambda p, x: sharded_layer.sharded_moe_layer(
                 router, FFN, p, router.init_state(), x, token_mask=mask, options=DENSE
             )
         )(sharding.shard(params, mesh), x)
@@ -378,7 +378,7 @@ def noise():
     x = jnp.ones((T, D))
     run = jax.jit(
         lambda p, x, key: (
-            sharding.sharded_moe_layer(
+            sharded_layer.sharded_moe_layer(
                 router, FFN, p, router.init_state(), x, mesh=mesh, key=key, options=DENSE
             )[1].routing.router_logits
         )
@@ -400,7 +400,7 @@ def compiled(mesh, factor, *, gradient, tokens=512, width=D, d_ff=F, experts=16,
     parallel = sharding.parallel_of(mesh, **options)
 
     def forward(params, x):
-        return sharding.sharded_moe_layer(
+        return sharded_layer.sharded_moe_layer(
             router,
             FFN,
             params,

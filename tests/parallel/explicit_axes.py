@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import moe_jax
 from moe_jax.experts import IMPLEMENTATIONS
 from moe_jax.nn.nnx import DynamicMoE
-from moe_jax.parallel import sharding
+from moe_jax.parallel import sharded_layer, sharding
 
 D, F, E = 8, 12, 4
 FFN = moe_jax.FeedForward(activation="silu", gated=True)
@@ -58,12 +58,14 @@ def main() -> None:
         "top-k": moe_jax.TopK(num_experts=E, k=2),
         "dynamic k": moe_jax.DynamicK(num_experts=E, min_k=1, max_k=3),
         "expert choice": moe_jax.ExpertChoiceRouter(num_experts=E),
+        "mixture of depths": moe_jax.MixtureOfDepths(num_experts=E, capacity=0.5),
     }
     cases = [("top-k", name, None) for name in IMPLEMENTATIONS if name != "capacity"]
     cases += [
         ("top-k", "capacity", 1.0),
         ("dynamic k", "dense", None),
         ("expert choice", "dense", None),
+        ("mixture of depths", "dense", None),
     ]
     measured = {}
     for rule, name, factor in cases:
@@ -95,7 +97,7 @@ def main() -> None:
         ("sharded, set_mesh", jax.set_mesh(both), None),
         ("sharded, mesh=", contextlib.nullcontext(), both),
     ):
-        layer = functools.partial(sharding.sharded_moe_layer, mesh=given)
+        layer = functools.partial(sharded_layer.sharded_moe_layer, mesh=given)
         with context:
             found = jax.jit(functools.partial(step, layer, router, dense))(
                 params,
@@ -106,7 +108,7 @@ def main() -> None:
 
     # Second derivatives through the exchange, and a call without jit: seconds, once 40 s.
     mesh = sharding.make_mesh(data=2, expert=2)
-    layer = functools.partial(sharding.sharded_moe_layer, mesh=mesh)
+    layer = functools.partial(sharded_layer.sharded_moe_layer, mesh=mesh)
     start = time.monotonic()
     y, _ = layer(router, FFN, params, router.init_state(), x, token_mask=mask)
     measured["sharded, eager"] = difference(y, wanted[0][1][0])
