@@ -16,9 +16,8 @@ read. Each state of a connection has a deadline here:
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import (
@@ -29,6 +28,13 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.request_body import Disconnected
+from moe_jax.serving.http.request_head import (
+    HeadError,
+    check_head,
+    check_version,
+    head_without_upgrade,
+    path_of_target,
+)
 from moe_jax.serving.http.strict_json import malformed
 
 HEAD_SECONDS = 10.0
@@ -56,14 +62,6 @@ MIN_RATE = 128 * 1024
 # An answer is handed to the transport in pieces, so that no more than one waits there unaccounted.
 _PIECE = 128 * 1024
 _PARSED_AT_ONCE = 4 * 1024
-
-_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-# Connection-specific fields of an upgrade, which go when it is ignored (RFC 9113, 3.1).
-_UPGRADE_FIELDS = frozenset({b"upgrade", b"http2-settings"})
-
-
-class _Refused(Exception):
-    """Stops the parser. The refusal has been sent."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -221,37 +219,19 @@ class BoundedProtocol(HttpToolsProtocol):
                 )
 
     def _check_head(self) -> None:
-        """Refuses a head that HTTP/1.1 forbids and the parser accepts, or that is too large."""
+        """Refuses a head that is too large, or that HTTP/1.1 forbids and the parser accepts."""
         version, method = self.parser.get_http_version(), self.parser.get_method()
-        if version not in ("1.0", "1.1"):
-            self._stop_with(505, "malformed", "expected HTTP/1.1")
-        if self._head_bytes > HEAD_BYTES or len(self.headers) > HEAD_LINES:
-            self._stop_with(431, "too_large", "the headers are too large")
-        hosts = [value for name, value in self.headers if name == b"host"]
-        if len(hosts) > 1 or (version == "1.1" and not hosts):
-            self._stop_with(400, "malformed", "expected one Host header")
-        if hosts and not _HOST.fullmatch(hosts[0].strip()):
-            self._stop_with(400, "malformed", "expected a host and port in the Host header")
-        codings = b",".join(v for name, v in self.headers if name == b"transfer-encoding").lower()
-        words = [word.strip() for word in codings.split(b",")] if codings else []
-        if words.count(b"chunked") > 1 or (words and version == "1.0"):
-            self._stop_with(400, "malformed", "expected Transfer-Encoding: chunked, once")
-        if words and words != [b"chunked"]:
-            # The body would be read as if it were not encoded (RFC 9112, 6.1).
-            self._stop_with(501, "malformed", "expected Transfer-Encoding: chunked")
-        if method == b"CONNECT":
-            self._stop_with(405, "method_not_allowed", "this service is no proxy")
-        if version == "1.0":  # RFC 9110, 10.1.1: such a client cannot read a 100 answer
-            self.expect_100_continue = False
-        if self.url == b"*" and method == b"OPTIONS":
-            self.url = b"/"
-        elif not self.url.startswith(b"/"):
-            # An absolute-form target without a path means "/" (RFC 9112, 3.2).
-            parsed = httptools.parse_url(self.url)
-            if parsed.host is None:
-                self._stop_with(400, "malformed", "expected a path as the target")
-            query = b"?" + parsed.query if parsed.query else b""
-            self.url = (parsed.path or b"/") + query
+        try:
+            check_version(version)
+            if self._head_bytes > HEAD_BYTES or len(self.headers) > HEAD_LINES:
+                raise HeadError(431, "too_large", "the headers are too large")
+            check_head(version, method, self.headers)
+            if version == "1.0":  # RFC 9110, 10.1.1: such a client cannot read a 100 answer
+                self.expect_100_continue = False
+            self.url = path_of_target(method, self.url)
+        except HeadError as refusal:
+            self._refuse(refusal.status, refusal.code, refusal.text)
+            raise  # stops the parser; `_parse` sees that the refusal has been sent
 
     def _restart_without_upgrade(self) -> None:
         """Reads a request that offers an upgrade as if it did not (RFC 9110, 7.8).
@@ -260,17 +240,10 @@ class BoundedProtocol(HttpToolsProtocol):
         ``curl --http2`` offer ``h2c`` with their first request and send its body as usual.
         """
         self._ignores_upgrade = False
-        lines = [b"%s %s HTTP/1.1" % (self.parser.get_method(), self.url)]
-        for name, value in self.headers:
-            if name in _UPGRADE_FIELDS:
-                continue
-            if name == b"connection":
-                words = [word.strip() for word in value.split(b",")]
-                value = b", ".join(w for w in words if w.lower() not in _UPGRADE_FIELDS)
-            lines.append(name + b": " + value)
+        head = head_without_upgrade(self.parser.get_method(), self.url, self.headers)
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+        self.parser.feed_data(head)
 
     # --- answers
 
@@ -380,10 +353,6 @@ class BoundedProtocol(HttpToolsProtocol):
             # The application waits for the body, and answers as it answers other faults.
             self._stopped, self._broken_cycle, cycle.keep_alive = True, cycle, False
             cycle.message_event.set()
-
-    def _stop_with(self, status: int, code: str, text: str) -> NoReturn:
-        self._refuse(status, code, text)
-        raise _Refused
 
     def _refuse(self, status: int, code: str, text: str) -> None:
         """Answers a request that does not reach the application, and ends the connection."""
