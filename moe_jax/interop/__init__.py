@@ -3,7 +3,8 @@
 Nothing here imports torch, transformers or safetensors; checkpoints are read from memory-mapped files.
 """
 
-from moe_jax.interop.blocks import MoEBlock, moe_block_from_hf
+from moe_jax.interop.block_builder import moe_block_from_hf
+from moe_jax.interop.blocks import MoEBlock
 from moe_jax.interop.families import router_from_hf, supported_model_types
 from moe_jax.interop.hub import load_hf_block
 from moe_jax.interop.retrofit import (

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.checks import check_count
-from moe_jax.interop.blocks import MoEBlock, moe_block_from_hf
+from moe_jax.interop.block_builder import moe_block_from_hf
+from moe_jax.interop.blocks import MoEBlock
 from moe_jax.interop.families import Family, read
 from moe_jax.interop.model_config import ALIASES, NESTED
 from moe_jax.interop.names import canonical
