@@ -55,7 +55,44 @@ def arrays(held: Any) -> Params:
     return held.get_value()
 
 
-class Router(nnx.Module):
+class _Routed(nnx.Module):
+    """What ``Router`` and ``MoE`` do with their rule besides calling it."""
+
+    router: Any  # the rule's parameters
+    router_state: RouterState
+
+    def _routing_rule(self) -> Rule:
+        raise NotImplementedError
+
+    def regularization(
+        self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
+    ) -> Array:
+        """f32[]: the term that the rule's paper adds to the training loss, for this layer's parameters.
+
+        Call it inside the function that is differentiated. ``ReLURouter`` and ``TopAny`` need the term;
+        it is 0 for most rules.
+        """
+        state = self.router_state.get_value()
+        return self._routing_rule().regularization(
+            arrays(self.router), state, routing_of(aux), axis_name=axis_name
+        )
+
+    def update_router(self, aux: LayerAux | RoutingStats) -> None:
+        """Writes the router's state after a training batch. No other method calls it."""
+        state = self.router_state.get_value()
+        self.router_state.set_value(self._routing_rule().update(state, stats_of(aux)))
+
+    def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
+        """Calibrates the router on x float[..., D], outside of ``jit``; see ``moe_jax.Router.fit``."""
+        x, kwargs = tokens_of(x, kwargs)
+        params, state = arrays(self.router), self.router_state.get_value()
+        rule = self._routing_rule()
+        self.router_state.set_value(
+            rule.fit(params, state, x, target_mean_k=target_mean_k, **kwargs)
+        )
+
+
+class Router(_Routed):
     """A routing rule with its parameters and state.
 
     Args:
@@ -92,31 +129,11 @@ class Router(nnx.Module):
             arrays(self.router), state, x, key=key, token_mask=token_mask, context=context
         )
 
-    def regularization(
-        self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
-    ) -> Array:
-        """f32[]: what the rule's authors add to the training loss (``ReLURouter`` and ``TopAny`` need
-        it; 0 for most rules). Part of the loss: call it inside the function that is differentiated."""
-        state = self.router_state.get_value()
-        return self.rule.regularization(
-            arrays(self.router), state, routing_of(aux), axis_name=axis_name
-        )
-
-    def update_router(self, aux: LayerAux | RoutingStats) -> None:
-        """Writes the state after a training batch, of which ``aux`` is or holds the statistics. Never
-        called by itself."""
-        state = self.router_state.get_value()
-        self.router_state.set_value(self.rule.update(state, stats_of(aux)))
-
-    def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
-        """Calibrates the state on x float[..., D]; see ``moe_jax.Router.fit``. Outside of jit."""
-        x, kwargs = tokens_of(x, kwargs)
-        state = self.router_state.get_value()
-        fitted = self.rule.fit(arrays(self.router), state, x, target_mean_k=target_mean_k, **kwargs)
-        self.router_state.set_value(fitted)
+    def _routing_rule(self) -> Rule:
+        return self.rule
 
 
-class MoE(nnx.Module):
+class MoE(_Routed):
     """A Mixture-of-Experts layer.
 
     Args:
@@ -223,27 +240,8 @@ class MoE(nnx.Module):
         )
         return (y, aux) if return_aux else y
 
-    def regularization(
-        self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
-    ) -> Array:
-        """f32[]: what the rule's authors add to the training loss (``ReLURouter`` and ``TopAny`` need
-        it; 0 for most rules). Part of the loss: call it inside the function that is differentiated."""
-        state = self.router_state.get_value()
-        return self.spec.router.regularization(
-            arrays(self.router), state, routing_of(aux), axis_name=axis_name
-        )
-
-    def update_router(self, aux: LayerAux | RoutingStats) -> None:
-        """Writes the router's state after a training batch. Never called by itself."""
-        state = self.router_state.get_value()
-        self.router_state.set_value(self.spec.router.update(state, stats_of(aux)))
-
-    def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
-        """Calibrates the router on x float[..., D]; see ``moe_jax.Router.fit``. Outside of jit."""
-        x, kwargs = tokens_of(x, kwargs)
-        params, state = arrays(self.router), self.router_state.get_value()
-        fitted = self.spec.router.fit(params, state, x, target_mean_k=target_mean_k, **kwargs)
-        self.router_state.set_value(fitted)
+    def _routing_rule(self) -> Rule:
+        return self.spec.router
 
 
 class DynamicMoE(MoE):
