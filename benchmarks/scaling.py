@@ -51,7 +51,7 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
     shapes = jax.eval_shape(init, jax.random.key(0))
     specs, rows = param_specs(shapes, mesh), token_spec(mesh)
     x = jax.ShapeDtypeStruct((devices * TOKENS, D), jnp.float32)
-    found = []
+    results = []
     for name, factor, shares in CASES:
         options = {} if shares is None else {"send_shares": shares}
         parallel = parallel_of(mesh, **options)
@@ -116,8 +116,8 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
                 seconds.append(time.perf_counter() - start)
             entry["seconds"] = statistics.median(seconds)
             entry["seconds_middle_half"] = statistics.quantiles(seconds, n=4)[::2]
-        found.append(entry)
-    return found
+        results.append(entry)
+    return results
 
 
 def main() -> None:
@@ -152,12 +152,12 @@ def main() -> None:
         rows += json.loads(done.stdout)
         for row in rows[-len(CASES) :]:
             print(row, file=sys.stderr)
-    told = {
+    report = {
         "layer": {"d_model": D, "d_ff": F, "k": K, "experts": "2 a device", "tokens": TOKENS},
         "cores": os.cpu_count(),
         "rows": rows,
     }
-    text = json.dumps(told, indent=1) + "\n"
+    text = json.dumps(report, indent=1) + "\n"
     if options.out:
         options.out.write_text(text)
     else:

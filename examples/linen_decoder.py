@@ -104,9 +104,9 @@ class Decoder(nn.Module):
             "norm": self.param("norm", nn.initializers.ones, (c.d_model,)),
         }
         layers = _stacked(MoELayer, c.num_moe_layers, "layers")(c, name="layers")
-        h, found = layers(pure.embed(ends, tokens), jnp.ones(tokens.shape, bool))
+        h, stacked = layers(pure.embed(ends, tokens), jnp.ones(tokens.shape, bool))
         reports, seen = zip(
-            *(pure.layer_of(found, i) for i in range(c.num_moe_layers)), strict=True
+            *(pure.layer_of(stacked, i) for i in range(c.num_moe_layers)), strict=True
         )
         return Output(logits=pure.unembed(ends, h), layers=reports, router_inputs=seen)
 

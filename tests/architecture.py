@@ -113,16 +113,16 @@ def modules() -> dict[str, str]:
 
 def imports(source: str) -> list[str]:
     """Every imported name, dotted, wherever in the file it is; type-only imports included."""
-    found = []
+    names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             # `from moe_jax import layer` imports a module, `from moe_jax.layer import LayerAux` a name.
             deeper = node.module in ("moe_jax", "moe_jax.serving")
-            found += [f"{node.module}.{a.name}" if deeper else node.module for a in node.names]
-    return sorted({name for name in found if name})
+            names += [f"{node.module}.{a.name}" if deeper else node.module for a in node.names]
+    return sorted({name for name in names if name})
 
 
 def reads_environment(source: str) -> bool:
@@ -138,43 +138,43 @@ def reads_environment(source: str) -> bool:
 
 def violations(sources: dict[str, str]) -> list[str]:
     """One sentence for each import that the table forbids, for each cycle, each read of os.environ."""
-    found = []
+    sentences = []
     edges: dict[str, set[str]] = {}
     for name, source in sources.items():
         here = room_of(name)
         if here in FRONT_DOORS:
             continue
         if here not in FLOOR_OF:
-            found.append(f"{name}: is on no floor; add it to FLOORS in tests/architecture.py")
+            sentences.append(f"{name}: is on no floor; add it to FLOORS in tests/architecture.py")
             continue
         if here != "config" and reads_environment(source):
-            found.append(f"{name}: reads os.environ, which config alone may")
+            sentences.append(f"{name}: reads os.environ, which config alone may")
         for target in imports(source):
             top = target.split(".")[0]
             if top == "__future__":
                 continue
             if top != "moe_jax":
                 if top in NEVER_LIBRARIES.get(here, set()):
-                    found.append(f"{name}: {here} must never import {top}")
+                    sentences.append(f"{name}: {here} must never import {top}")
                 elif here in LIBRARIES and top not in LIBRARIES[here] | sys.stdlib_module_names:
-                    found.append(f"{name}: {here} may not import {top}")
+                    sentences.append(f"{name}: {here} may not import {top}")
                 continue
             there = room_of(target.removeprefix("moe_jax").removeprefix("."))
             if there == here:
                 continue
             if there not in FLOOR_OF:  # a public name from the front door
                 if here in _MATHS | _PARTS:
-                    found.append(f"{name}: {here} may not import {target}")
+                    sentences.append(f"{name}: {here} may not import {target}")
                 continue
             edges.setdefault(here, set()).add(there)
             if there in NEVER_ROOMS.get(here, set()):
-                found.append(f"{name}: {here} must never import {target}")
+                sentences.append(f"{name}: {here} must never import {target}")
             elif FLOOR_OF[there] >= FLOOR_OF[here]:
-                found.append(
+                sentences.append(
                     f"{name}: floor {FLOOR_OF[here]} may not import {target}, "
                     f"floor {FLOOR_OF[there]}"
                 )
-    return found + [f"cycle: {' <-> '.join(rooms)}" for rooms in knots(edges)]
+    return sentences + [f"cycle: {' <-> '.join(rooms)}" for rooms in knots(edges)]
 
 
 def table() -> str:
@@ -223,8 +223,8 @@ BEGIN, END = "<!-- python -m tests.architecture --write -->", "<!-- end of the t
 def with_table(text: str) -> str:
     """A document with the table between its two marks brought up to date."""
     before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
+    _, mark, after = rest.partition(END)
+    if not mark:
         raise ValueError(f"expected the marks {BEGIN} and {END} in the document, found none")
     return f"{before}{BEGIN}\n{table()}{END}{after}"
 

@@ -164,12 +164,12 @@ def commands(path: Path) -> list[list[str]]:
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
     lines += re.findall(r"`([^`]*moe-jax [^`]*)`", text)
     lines = [part for line in lines for part in re.split(r"&&|;|\||>", line)]
-    found = []
+    results = []
     for line in lines:
         words = shlex.split(line.replace("…", ""), comments=True)
         if "moe-jax" in words:
-            found.append(words[words.index("moe-jax") + 1 :])
-    return [words for words in found if words]
+            results.append(words[words.index("moe-jax") + 1 :])
+    return [words for words in results if words]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())

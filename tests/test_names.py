@@ -29,14 +29,14 @@ SYNONYMS = {"ffn"}  # expert_fn
 
 def names(tree: ast.AST) -> set[str]:
     """The arguments, keywords, variables and attributes of a module."""
-    found = set()
+    results = set()
     for node in ast.walk(tree):
         match node:
             case ast.arg(arg=name) | ast.Name(id=name) | ast.Attribute(attr=name):
-                found.add(name)
+                results.add(name)
             case ast.keyword(arg=str(name)):
-                found.add(name)
-    return found
+                results.add(name)
+    return results
 
 
 def test_names_of_the_guide_and_synonyms_are_used_at_the_edge_only():

@@ -67,10 +67,10 @@ def test_a_notebook_is_what_its_text_says_without_outputs(path: Path):
 )
 def test_no_machine_paths(path: Path):
     text = path.read_text(encoding="utf-8")
-    found = re.findall(
+    matches = re.findall(
         r"(?<![\w.])/(?:home|root|Users|tmp|work|mnt|opt|var)/\S*|\b[A-Z]:\\\\", text
     )
-    assert not found
+    assert not matches
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -38,11 +38,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def _paths(nav: list) -> set[str]:
-    found = set()
+    results = set()
     for entry in nav:
         for value in entry.values() if isinstance(entry, dict) else [entry]:
-            found |= _paths(value) if isinstance(value, list) else {value}
-    return found
+            results |= _paths(value) if isinstance(value, list) else {value}
+    return results
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

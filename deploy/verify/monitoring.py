@@ -169,11 +169,11 @@ def check_names(port: int, report: Report) -> None:
     live = set(re.findall(r"^([a-z_:]+?)(?:\{| )", text, re.M))
     families = set(re.findall(r"^# TYPE (\S+)", text, re.M))
     for who, asked in promql.used_by().items():
-        known = live | families if who == "documents" else live
+        names = live | families if who == "documents" else live
         report.hold(
-            asked and asked <= known,
+            asked and asked <= names,
             f"names of {who} are in the live /metrics",
-            f"{len(asked)} names" if asked <= known else f"missing {sorted(asked - known)}",
+            f"{len(asked)} names" if asked <= names else f"missing {sorted(asked - names)}",
         )
 
 

@@ -170,8 +170,8 @@ def test_a_table_in_80_columns_cuts_no_name_and_no_figure(capsys):
     ]
     rows = [dict(zip(columns, row, strict=True)) for row in values]
     print_rows(Console(width=80), "bench layer", columns, rows)
-    told, *lines = capsys.readouterr().out.splitlines()
-    assert told == "bench layer: dtype bf16, rounds 10"
+    printed, *lines = capsys.readouterr().out.splitlines()
+    assert printed == "bench layer: dtype bf16, rounds 10"
     assert not any("…" in line for line in lines)
     assert max(len(line) for line in lines) <= 80
     assert any("1.234" in line and "1057" in line and "0.2969" in line for line in lines)

@@ -91,11 +91,11 @@ def test_a_restored_release_routes_bit_for_bit_the_same_in_a_clean_process(made,
         check=True,
         capture_output=True,
     )
-    with np.load(tmp_path / "after.npz") as found:
-        assert set(found) == set(wanted)
+    with np.load(tmp_path / "after.npz") as stored:
+        assert set(stored) == set(wanted)
         for name, array in wanted.items():
-            assert found[name].dtype == array.dtype, name
-            assert found[name].tobytes() == array.tobytes(), name
+            assert stored[name].dtype == array.dtype, name
+            assert stored[name].tobytes() == array.tobytes(), name
 
 
 def test_an_export_holds_configuration_thresholds_provenance_and_baseline(made):
@@ -191,8 +191,8 @@ def test_an_export_is_never_replaced_and_takes_the_sizes_of_its_router(made, tmp
 
 
 def test_a_configuration_that_the_checkpoint_contradicts_is_kept_and_told(made, tmp_path):
-    told = {"router_config": {"input_dim": D, "num_experts": 8, "max_experts": 2}}
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    settings = {"router_config": {"input_dim": D, "num_experts": 8, "max_experts": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     words = ["export", str(made / "checkpoint-0"), "--config", str(tmp_path / "config.json")]
     result = runner.invoke(app, [*words, "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
@@ -208,8 +208,8 @@ def test_a_configuration_that_the_checkpoint_contradicts_is_kept_and_told(made, 
 
 
 def test_a_configuration_that_names_another_router_is_refused(made, tmp_path):
-    told = {"serving": {"checkpoint_router": "layer_7"}}
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    settings = {"serving": {"checkpoint_router": "layer_7"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
     words = ["export", str(made / "checkpoint-0"), "--config", str(tmp_path / "config.json")]
     result = runner.invoke(app, [*words, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2

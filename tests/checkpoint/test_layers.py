@@ -94,13 +94,13 @@ def test_a_router_without_a_spec_is_found_by_its_name_or_refused(tmp_path):
         ({"model": {"block": {"moe": layer}}}, ("model", "block", "moe", "router")),
     ):
         assert locate_layers({"block": ROUTER}, params, {}) == {"block": LayerSpec(router=keys)}
-    told = {"experts": {"activation": "silu", "gated": True}}
+    settings = {"experts": {"activation": "silu", "gated": True}}
     spec = LayerSpec(router=("block", "router"), layer=("block",), experts=GATED)
-    assert locate_layers({"block": ROUTER}, {"block": layer}, told) == {"block": spec}
+    assert locate_layers({"block": ROUTER}, {"block": layer}, settings) == {"block": spec}
     # Metadata are free: there "experts" may mean anything, and a restore must not fail on it.
     for other in (["a"], {"count": 4}, {"activation": "nonsense"}):
-        found = locate_layers({"block": ROUTER}, {"block": layer}, {"experts": other})
-        assert found["block"].experts is None
+        actual = locate_layers({"block": ROUTER}, {"block": layer}, {"experts": other})
+        assert actual["block"].experts is None
     path = save(tmp_path / "c", described({"other": layer}, {}))
     with pytest.raises(ValueError, match=r"expected parameters of router 'block'.*LayerSpec"):
         open_checkpoint(path).layer()

@@ -99,14 +99,14 @@ def copied(pristine, tmp_path) -> Path:
 
 
 def test_everything_comes_back_bit_for_bit(pristine):  # R13
-    saved, found = example(), restore(pristine)
-    assert same(found.params, saved.params)
-    assert same(found.states, saved.states)
-    assert found.routers == saved.routers
-    assert found.config == saved.config
-    assert found.metadata == saved.metadata
-    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves((found.params, found.states)))
-    router, state = found.routers["layer_0"], found.states["layer_0"]
+    saved, actual = example(), restore(pristine)
+    assert same(actual.params, saved.params)
+    assert same(actual.states, saved.states)
+    assert actual.routers == saved.routers
+    assert actual.config == saved.config
+    assert actual.metadata == saved.metadata
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves((actual.params, actual.states)))
+    router, state = actual.routers["layer_0"], actual.states["layer_0"]
     assert type(state) is type(router.init_state())
     assert jax.eval_shape(lambda: state) == jax.eval_shape(router.init_state)
 
@@ -131,16 +131,16 @@ def test_every_dtype_and_container(tmp_path):
         "lists": [np.ones(1, np.float32), (np.zeros(2, np.float32),), [], (), {}, None],
         "a.b/c é": {"": np.ones(1, np.float32)},
     }
-    found = restore(save(tmp_path / "c", Checkpoint(params=params))).params
-    assert same(found, params)
-    assert {x.weak_type for x in jax.tree.leaves(found)} == {False}
+    actual = restore(save(tmp_path / "c", Checkpoint(params=params))).params
+    assert same(actual, params)
+    assert {x.weak_type for x in jax.tree.leaves(actual)} == {False}
 
 
 @pytest.mark.parametrize("params", [None, {}, [], np.ones(3, np.float32), (np.ones((), np.int32),)])
 def test_small_trees(tmp_path, params):
-    found = restore(save(tmp_path / "c", Checkpoint(params=params)))
-    assert same(found.params, params)
-    assert (found.routers, found.states, found.config, found.metadata) == ({}, {}, None, {})
+    actual = restore(save(tmp_path / "c", Checkpoint(params=params)))
+    assert same(actual.params, params)
+    assert (actual.routers, actual.states, actual.config, actual.metadata) == ({}, {}, None, {})
 
 
 def test_states_of_several_rules_keep_their_types(tmp_path):
@@ -154,10 +154,10 @@ def test_states_of_several_rules_keep_their_types(tmp_path):
         "h": TopAny(num_experts=4, min_k=0),
     }
     states = {name: router.init_state() for name, router in routers.items()}
-    found = restore(save(tmp_path / "c", Checkpoint(routers=routers, states=states)))
-    assert same(found.states, states)
-    assert found.routers == routers
-    assert [type(found.states[n]) for n in routers] == [type(states[n]) for n in routers]
+    actual = restore(save(tmp_path / "c", Checkpoint(routers=routers, states=states)))
+    assert same(actual.states, states)
+    assert actual.routers == routers
+    assert [type(actual.states[n]) for n in routers] == [type(states[n]) for n in routers]
 
 
 ROUTE = """
@@ -204,8 +204,10 @@ def test_orbax_alone_can_read_the_arrays(pristine):
     name, kernel = "layer_0/router/kernel", example().params["layer_0"]["router"]["kernel"]
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as orbax:
         target = {name: jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)}
-        found = orbax.restore(pristine / "arrays" / "params", args=ocp.args.StandardRestore(target))
-    assert bits(found[name]) == bits(kernel)
+        actual = orbax.restore(
+            pristine / "arrays" / "params", args=ocp.args.StandardRestore(target)
+        )
+    assert bits(actual[name]) == bits(kernel)
 
 
 def test_inside_a_running_event_loop(tmp_path):
@@ -232,8 +234,8 @@ def test_no_array_comes_back_twice(tmp_path):
             extra={"optimizer": twice},
         ),
     )
-    found = restore(path, expected=Checkpoint(extra={"optimizer": twice}))
-    trees = (found.params, found.states, found.extra)
+    actual = restore(path, expected=Checkpoint(extra={"optimizer": twice}))
+    trees = (actual.params, actual.states, actual.extra)
     assert len({id(leaf) for leaf in jax.tree.leaves(trees)}) == len(jax.tree.leaves(trees))
     step = jax.jit(lambda t: jax.tree.map(lambda v: v + 1, t), donate_argnums=0)
     jax.block_until_ready(step(trees))
@@ -244,20 +246,20 @@ def test_no_array_comes_back_twice(tmp_path):
 
 def test_metadata_without_arrays(copied):  # B01
     shutil.rmtree(copied / "arrays")
-    saved, told = example(), load_metadata(copied)
+    saved, report = example(), load_metadata(copied)
     router = saved.routers["layer_0"]
-    assert told["format"] == FORMAT
-    assert told["metadata"] == saved.metadata
-    assert told["config"] == PRESETS["high_accuracy"].to_json()
-    assert told["routers"] == {
+    assert report["format"] == FORMAT
+    assert report["metadata"] == saved.metadata
+    assert report["config"] == PRESETS["high_accuracy"].to_json()
+    assert report["routers"] == {
         "layer_0": {"router": router.to_json(), "fingerprint": router.fingerprint()}
     }
-    assert told["arrays"]["params"] == {"layer_0/router/kernel": "float32[16, 8]"}
-    assert told["arrays"]["states"]["layer_0/thresholds"] == "float32[3]"
-    assert told["versions"]["jax"] == jax.__version__
-    assert len(told["checksum"]) == 64
-    assert told["num_bytes"] > 0
-    json.dumps(told)
+    assert report["arrays"]["params"] == {"layer_0/router/kernel": "float32[16, 8]"}
+    assert report["arrays"]["states"]["layer_0/thresholds"] == "float32[3]"
+    assert report["versions"]["jax"] == jax.__version__
+    assert len(report["checksum"]) == 64
+    assert report["num_bytes"] > 0
+    json.dumps(report)
     assert "missing" in refused(restore, copied)
 
 
@@ -269,24 +271,24 @@ def test_extras_come_on_request_in_their_own_containers(tmp_path):
     )
     assert restore(path).extra == {}
     shapes = jax.eval_shape(lambda: optimizer)
-    found = restore(path, expected=Checkpoint(extra={"optimizer": shapes}))
-    assert set(found.extra) == {"optimizer"}
-    assert same(found.extra["optimizer"], optimizer)
-    assert isinstance(found.extra["optimizer"][0], Momentum)
+    actual = restore(path, expected=Checkpoint(extra={"optimizer": shapes}))
+    assert set(actual.extra) == {"optimizer"}
+    assert same(actual.extra["optimizer"], optimizer)
+    assert isinstance(actual.extra["optimizer"][0], Momentum)
 
-    told = refused(restore, path, expected=Checkpoint(extra={"optimiser": shapes}))
-    assert "ema, optimizer" in told
+    message = refused(restore, path, expected=Checkpoint(extra={"optimiser": shapes}))
+    assert "ema, optimizer" in message
     wrong = (Momentum(jnp.int32(0), {"w": jnp.ones((2,), jnp.float32)}), None)
-    told = refused(restore, path, expected=Checkpoint(extra={"optimizer": wrong}))
-    assert "0/moments/w: bfloat16[2] instead of float32[2]" in told
+    message = refused(restore, path, expected=Checkpoint(extra={"optimizer": wrong}))
+    assert "0/moments/w: bfloat16[2] instead of float32[2]" in message
 
 
 def test_params_in_other_containers_need_an_example(tmp_path):
     params = {"inner": Momentum(jnp.int32(1), [jnp.ones(2)])}
     path = save(tmp_path / "c", Checkpoint(params=params))
-    told = refused(restore, path)
-    assert "Momentum" in told
-    assert "expected=Checkpoint(params=" in told
+    message = refused(restore, path)
+    assert "Momentum" in message
+    assert "expected=Checkpoint(params=" in message
     shapes = jax.eval_shape(lambda: params)
     assert same(restore(path, expected=Checkpoint(params=shapes)).params, params)
 
@@ -295,10 +297,10 @@ def test_expectations_are_checked(pristine):
     saved = example()
     assert same(restore(pristine, expected=saved).params, saved.params)
     wider = {"layer_0": {"router": {"kernel": jax.ShapeDtypeStruct((32, 8), jnp.float32)}}}
-    told = refused(restore, pristine, expected=Checkpoint(params=wider))
-    assert "layer_0/router/kernel: float32[16, 8] instead of float32[32, 8]" in told
-    told = refused(restore, pristine, expected=Checkpoint(params={"other": jnp.ones(1)}))
-    assert "other: nothing instead of float32[1]" in told
+    message = refused(restore, pristine, expected=Checkpoint(params=wider))
+    assert "layer_0/router/kernel: float32[16, 8] instead of float32[32, 8]" in message
+    message = refused(restore, pristine, expected=Checkpoint(params={"other": jnp.ones(1)}))
+    assert "other: nothing instead of float32[1]" in message
     for routers in (
         {"layer_0": DynamicK(num_experts=8, min_k=1, max_k=3)},
         {"layer_1": saved.routers["layer_0"]},
@@ -352,10 +354,10 @@ def test_the_manifest_is_sealed_everywhere(copied):
 def test_damage_is_told_by_name(copied):
     data = max(every_file(copied / "arrays"), key=lambda file: file.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1] + b"\x55")
-    told = refused(restore, copied)
-    assert str(data) in told
-    assert "SHA-256" in told
-    assert "backup" in told
+    message = refused(restore, copied)
+    assert str(data) in message
+    assert "SHA-256" in message
+    assert "backup" in message
 
 
 def test_a_file_that_nobody_wrote_is_refused(copied):
@@ -388,10 +390,10 @@ def reseal(folder: Path, **changes: Any) -> None:
 def test_a_newer_format_says_what_to_do(copied):
     reseal(copied, format=FORMAT + 1, library_version="9.9")
     for call in (restore, load_metadata):
-        told = refused(call, copied)
-        assert f"got format {FORMAT + 1}" in told
-        assert "9.9" in told
-        assert "Upgrade" in told
+        message = refused(call, copied)
+        assert f"got format {FORMAT + 1}" in message
+        assert "9.9" in message
+        assert "Upgrade" in message
 
 
 def test_a_rule_that_is_unknown_or_reads_differently(copied):
@@ -423,10 +425,10 @@ def test_replaced_while_it_is_read(copied, pristine, monkeypatch):
     read = reader.read_arrays
 
     def and_then_replaced(folder, item, *rest):
-        found = read(folder, item, *rest)
+        actual = read(folder, item, *rest)
         if item == "params":
             save(copied, dataclasses.replace(example(), metadata={"step": 4}), overwrite=True)
-        return found
+        return actual
 
     monkeypatch.setattr(reader, "read_arrays", and_then_replaced)
     assert "replaced while it was read" in refused(restore, copied)
@@ -470,8 +472,8 @@ def test_a_save_that_fails_at_any_step_changes_nothing(tmp_path, monkeypatch, st
 
     with monkeypatch.context() as patch:
         patch.setattr(sealed, step, full)
-        told = refused(save, path, Checkpoint(params=jnp.zeros(1)), overwrite=overwrite)
-    assert "No space left" in told
+        message = refused(save, path, Checkpoint(params=jnp.zeros(1)), overwrite=overwrite)
+    assert "No space left" in message
     assert [entry.name for entry in tmp_path.iterdir()] == (["c"] if overwrite else [])
     if overwrite:
         assert float(restore(path).params[0]) == 1
@@ -509,13 +511,13 @@ def test_the_second_rename_of_an_overwrite_fails_or_never_comes(tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", second_fails)
-        told = refused(save, path, Checkpoint(params=jnp.zeros(1)), overwrite=True)
-    assert "Input/output error" in told
+        message = refused(save, path, Checkpoint(params=jnp.zeros(1)), overwrite=True)
+    assert "Input/output error" in message
     assert float(restore(path).params[0]) == 1, "the old one was put back"
 
     rename(path, tmp_path / ".c.replaced-0")  # as a power cut between the two leaves it
-    told = refused(restore, path)
-    assert f"rename {tmp_path / '.c.replaced-0'} to it" in told
+    message = refused(restore, path)
+    assert f"rename {tmp_path / '.c.replaced-0'} to it" in message
 
 
 def test_an_asynchronous_save_keeps_the_values_of_the_call(tmp_path):
@@ -525,9 +527,9 @@ def test_an_asynchronous_save_keeps_the_values_of_the_call(tmp_path):
     device.delete()
     assert handle.wait(timeout=60) == (tmp_path / "c").resolve()
     assert handle.done()
-    found = restore(tmp_path / "c").params
-    assert found["host"].tolist() == [1] * 4
-    assert found["device"].tolist() == [2] * 4
+    actual = restore(tmp_path / "c").params
+    assert actual["host"].tolist() == [1] * 4
+    assert actual["device"].tolist() == [2] * 4
 
 
 def test_an_asynchronous_save_tells_its_failure(tmp_path, monkeypatch):
@@ -602,7 +604,7 @@ STATE = ROUTER.init_state()
     ],
 )
 def test_what_cannot_be_saved_is_refused_before_the_disk_is_touched(tmp_path, given, parts):
-    told = refused(save, tmp_path / "c", Checkpoint(**given))
+    message = refused(save, tmp_path / "c", Checkpoint(**given))
     for part in parts:
-        assert part in told, told
+        assert part in message, message
     assert list(tmp_path.iterdir()) == []

@@ -135,8 +135,8 @@ def test_inspect_and_route_a_checkpoint(hidden, tmp_path):
     folder = tmp_path / "saved"
     save(folder, Checkpoint(params=params, routers={"layer": router}, states={"layer": state}))
 
-    told = json.loads(runner.invoke(app, ["inspect", str(folder), "--json"]).stdout)
-    assert told["routers"]["layer"]["fit"]["achieved_mean_k"] == pytest.approx(1.5, rel=0.01)
+    summary = json.loads(runner.invoke(app, ["inspect", str(folder), "--json"]).stdout)
+    assert summary["routers"]["layer"]["fit"]["achieved_mean_k"] == pytest.approx(1.5, rel=0.01)
     assert "1.500" in runner.invoke(app, ["inspect", str(folder)]).stdout
     result = runner.invoke(app, ["route", str(hidden), "--checkpoint", str(folder), "--json"])
     report = json.loads(result.stdout)
@@ -147,9 +147,9 @@ def test_inspect_and_route_a_checkpoint(hidden, tmp_path):
     narrow = _save(tmp_path / "narrow.npy", np.ones((3, 8), np.float32))
     result = runner.invoke(app, ["route", str(narrow), "--checkpoint", str(folder)])
     assert result.exit_code == 2
-    told = " ".join(result.stderr.split())
-    assert f"{narrow}: expected hidden states of width 16, as the router of {folder}" in told
-    assert "got [3, 8]" in told
+    summary = " ".join(result.stderr.split())
+    assert f"{narrow}: expected hidden states of width 16, as the router of {folder}" in summary
+    assert "got [3, 8]" in summary
     assert runner.invoke(app, ["inspect", str(tmp_path)]).exit_code == 2
 
 
@@ -174,14 +174,14 @@ def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path):
     assert runner.invoke(app, words).exit_code == 2  # no target
     result = runner.invoke(app, [*words, "--target-saving", "0.2", "--json"])
     assert result.exit_code == 0, result.output
-    told = json.loads(runner.invoke(app, ["inspect", str(fitted), "--json"]).stdout)
-    assert len(told["routers"]) == 4
+    summary = json.loads(runner.invoke(app, ["inspect", str(fitted), "--json"]).stdout)
+    assert len(summary["routers"]) == 4
     shown = runner.invoke(app, ["inspect", str(fitted)]).stdout
     assert "layer_0-1" in shown
     assert "trained/layer_0-1" in shown
     assert "trained/layer_1" not in shown
     assert "trained/layer_1" in runner.invoke(app, ["inspect", str(fitted), "--layers"]).stdout
-    reached = told["routers"]["layer_1"]["fit"]["achieved_mean_k"]
+    reached = summary["routers"]["layer_1"]["fit"]["achieved_mean_k"]
     assert reached == pytest.approx(1.6, rel=0.01)
     hidden = np.asarray(jax.random.normal(jax.random.key(0), (50, 32)))
     np.save(tmp_path / "h.npy", hidden)

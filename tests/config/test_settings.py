@@ -461,10 +461,10 @@ def test_a_file_with_a_number_of_thousands_of_digits_is_refused_in_a_sentence(tm
 )
 def test_a_bad_file_is_refused_by_name(tmp_path, data, parts):  # C21
     file = write(tmp_path, data)
-    told = problem(load_config, file, env={})
+    message = problem(load_config, file, env={})
     for part in [*parts, str(file)]:
-        assert part in told, told
-    assert len(told) < 600 + len(str(file)) * 2
+        assert part in message, message
+    assert len(message) < 600 + len(str(file)) * 2
 
 
 def test_a_file_that_is_not_there_or_not_text(tmp_path):
@@ -483,15 +483,15 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
     ],
 )
 def test_an_unknown_variable_is_refused_with_the_nearest_one(variable, near):
-    told = problem(load_config, env={variable: "1"})
-    assert told.startswith(f"{variable}: ")
-    assert told.endswith(f"Did you mean {near}?")
+    message = problem(load_config, env={variable: "1"})
+    assert message.startswith(f"{variable}: ")
+    assert message.endswith(f"Did you mean {near}?")
 
 
 def test_no_far_fetched_guess_at_an_unknown_variable():
-    told = problem(load_config, env={"MOE_FOO": "1"})
-    assert "Did you mean" not in told
-    assert "Unset it. Known: " in told
+    message = problem(load_config, env={"MOE_FOO": "1"})
+    assert "Did you mean" not in message
+    assert "Unset it. Known: " in message
 
 
 @pytest.mark.parametrize("name", ["api_keys", "admin_key", "redis_url"])
@@ -502,9 +502,9 @@ def test_a_secret_is_in_no_json_no_repr_no_hash_and_no_file(tmp_path, name):
     for text in (json.dumps(config.to_json()), repr(config), repr(config.serving)):
         assert "hunter2" not in text
     assert config.config_hash == Config().config_hash
-    told = problem(load_config, write(tmp_path, {"serving": {name: value}}), env={})
-    assert f"Set MOE_{name.upper()}" in told
-    assert "hunter2" not in told
+    message = problem(load_config, write(tmp_path, {"serving": {name: value}}), env={})
+    assert f"Set MOE_{name.upper()}" in message
+    assert "hunter2" not in message
     assert "hunter2" not in problem(load_config, env={"MOE_" + name.upper(): value + "\x00x"})
 
 
@@ -519,9 +519,9 @@ def test_a_secret_is_in_no_json_no_repr_no_hash_and_no_file(tmp_path, name):
     ],
 )
 def test_bad_lists_and_choices_of_the_service(variable, text, part):
-    told = problem(load_config, env={variable: text})
-    assert told.startswith(variable)
-    assert part in told
+    message = problem(load_config, env={variable: text})
+    assert message.startswith(variable)
+    assert part in message
 
 
 def test_lists_of_the_service_are_read():
@@ -542,16 +542,16 @@ def test_an_unknown_argument_is_refused():
 
 def test_values_that_contradict_each_other_name_their_origins(tmp_path):
     file = write(tmp_path, {"router_config": {"max_experts": 6}})
-    told = problem(load_config, file, {"MOE_NUM_EXPERTS": "5"}, min_experts=2)
-    assert "min_experts=2 (argument min_experts)" in told
-    assert f"max_experts=6 (router_config.max_experts in {file})" in told
-    assert "num_experts=5 (MOE_NUM_EXPERTS)" in told
+    message = problem(load_config, file, {"MOE_NUM_EXPERTS": "5"}, min_experts=2)
+    assert "min_experts=2 (argument min_experts)" in message
+    assert f"max_experts=6 (router_config.max_experts in {file})" in message
+    assert "num_experts=5 (MOE_NUM_EXPERTS)" in message
 
 
 def test_all_problems_are_told_at_once(tmp_path):
     file = write(tmp_path, {"security": {"max_batch_size": 0}, "perfomance": {}})
-    told = problem(load_config, file, {"MOE_X": "1", "MOE_LOG_LEVEL": "x"}, nope=1).splitlines()
-    starts = [line.split(":")[0].split(" in ")[0] for line in told]
+    message = problem(load_config, file, {"MOE_X": "1", "MOE_LOG_LEVEL": "x"}, nope=1).splitlines()
+    starts = [line.split(":")[0].split(" in ")[0] for line in message]
     assert sorted(starts) == sorted(
         ["perfomance", "MOE_X", "argument nope", "security.max_batch_size", "MOE_LOG_LEVEL"]
     )

@@ -63,12 +63,12 @@ def test_what_is_copied_exists_and_is_sent_to_the_builder(name):
 
 def locked(name: str) -> dict[str, tuple[str, int]]:
     """Package -> version and number of digests."""
-    found = {}
+    results = {}
     for entry in re.split(r"\n(?=\S)", (DOCKER / name).read_text().strip()):
         match = re.match(r"([a-z0-9.-]+)==(\S+)", entry)
         assert match, entry
-        found[match[1]] = (match[2], entry.count("--hash=sha256:"))
-    return found
+        results[match[1]] = (match[2], entry.count("--hash=sha256:"))
+    return results
 
 
 @pytest.mark.parametrize("name", ["requirements.lock", "requirements-gpu.lock"])
@@ -130,10 +130,10 @@ def test_the_entry_point_sets_threads_and_copies_the_warmed_cache(tmp_path, requ
         text=True,
         check=True,
     )
-    told = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    report = dict(line.split("=", 1) for line in done.stdout.splitlines())
     for variable in ("PJRT_NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        assert int(told[variable]) >= 1
-        assert threads is None or told[variable] == threads
+        assert int(report[variable]) >= 1
+        assert threads is None or report[variable] == threads
     assert (tmp_path / "cache" / "entry").read_text() == "compiled"
 
 

@@ -48,8 +48,8 @@ def rendered(folder: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(done.stdout))
 
 
-def kind(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    [one] = [d for d in found if d["kind"] == name]
+def kind(objects: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    [one] = [d for d in objects if d["kind"] == name]
     return one
 
 
@@ -83,14 +83,14 @@ def test_kustomize_renders_what_the_schema_takes(folder):
 
 
 def test_the_guides_names_and_ports():
-    found = documents(KUBERNETES / "deployment.yaml")
-    service = kind(found, "Service")
+    objects = documents(KUBERNETES / "deployment.yaml")
+    service = kind(objects, "Service")
     assert service["metadata"]["name"] == f"{APP}-service"
     [port] = service["spec"]["ports"]
     ports = {p["name"]: p["containerPort"] for p in container()["ports"]}
     assert (port["port"], ports[port["targetPort"]]) == (80, 8000)
     assert service["spec"]["sessionAffinity"] == "ClientIP"
-    labels = kind(found, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    labels = kind(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert labels["app"] == APP
     assert service["spec"]["selector"].items() <= labels.items()
 
@@ -199,19 +199,19 @@ def test_the_service_monitor_selects_the_service():
 @needs_kubectl
 @pytest.mark.parametrize("colour", ["blue", "green"])
 def test_a_colour_is_whole_apart_and_without_the_service(colour):
-    found = rendered(COLOURS / colour)
-    names = {d["kind"]: d["metadata"]["name"] for d in found}
+    objects = rendered(COLOURS / colour)
+    names = {d["kind"]: d["metadata"]["name"] for d in objects}
     assert "Service" not in names
     assert all(name.endswith(f"-{colour}") for name in names.values())
-    deployment = kind(found, "Deployment")["spec"]
+    deployment = kind(objects, "Deployment")["spec"]
     assert deployment["selector"]["matchLabels"] == {"app": APP, "color": colour}
     pod = deployment["template"]["spec"]
     assert pod["volumes"][0]["configMap"]["name"] == names["ConfigMap"]
     assert pod["serviceAccountName"] == names["ServiceAccount"]
-    target = kind(found, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]["name"]
+    target = kind(objects, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]["name"]
     assert target == names["Deployment"]
     for other in ("PodDisruptionBudget", "NetworkPolicy"):
-        spec = kind(found, other)["spec"]
+        spec = kind(objects, other)["spec"]
         selector = spec.get("selector") or spec["podSelector"]
         assert selector["matchLabels"]["color"] == colour
 

@@ -43,7 +43,7 @@ def test_caches_are_the_guides(name, enabled, size):
 
 def test_every_knob_of_the_manual_is_a_setting():
     text = (CONFIGS.parent / "docs" / "operations.md").read_text()
-    known = {f"MOE_{name.upper()}" for name in SETTINGS}
+    names = {f"MOE_{name.upper()}" for name in SETTINGS}
     named = set(re.findall(r"\bMOE_[A-Z_]+\b", text))
     assert len(named) > 20
-    assert named <= known, sorted(named - known)
+    assert named <= names, sorted(named - names)

@@ -81,9 +81,9 @@ def oracle():
 @pytest.mark.parametrize("name", COMPARED)
 def test_every_derivative_equals_the_oracles(name: str, oracle):
     plan, at = arguments()
-    found = jax.jit(derivatives_of, static_argnums=0)(name, plan, at)
-    assert set(found) == {*FIRST, *(HIGHER if name != "active" else ())}
-    for how, value in found.items():
+    actual = jax.jit(derivatives_of, static_argnums=0)(name, plan, at)
+    assert set(actual) == {*FIRST, *(HIGHER if name != "active" else ())}
+    for how, value in actual.items():
         for a, b in zip(jax.tree.leaves(value), jax.tree.leaves(oracle[how]), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5, rtol=2e-4, err_msg=how)
 

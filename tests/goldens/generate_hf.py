@@ -362,9 +362,9 @@ def make_config(module: str, name: str, settings: dict):
     cls = getattr(
         importlib.import_module(f"transformers.models.{module}.configuration_{module}"), name
     )
-    known = set(cls().to_dict()) | set(cls.attribute_map or {})
-    given = {k: v for k, v in (SIZES | COUNTS | RULE | SHARED).items() if k in known}
-    given |= {k: v for k, v in settings.items() if k in known or k not in GROUPS | THREE}
+    names = set(cls().to_dict()) | set(cls.attribute_map or {})
+    given = {k: v for k, v in (SIZES | COUNTS | RULE | SHARED).items() if k in names}
+    given |= {k: v for k, v in settings.items() if k in names or k not in GROUPS | THREE}
     # Aliases would be set twice; keep the names that to_dict writes.
     given = {k: v for k, v in given.items() if k not in (cls.attribute_map or {})}
     given |= {
@@ -427,8 +427,8 @@ def generate(name: str, seed: int) -> dict[str, np.ndarray] | None:
     record: dict[str, torch.Tensor] = {}
 
     def hook(_module, args, kwargs):
-        found = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.Tensor)]
-        for a in found:
+        tensors = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, torch.Tensor)]
+        for a in tensors:
             key = "topk_weight" if a.is_floating_point() else "topk_index"
             record.setdefault(key, a.detach().clone())
 

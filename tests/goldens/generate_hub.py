@@ -103,21 +103,21 @@ def randomize(model, generator) -> None:
 
 def record(model, tokens) -> dict[str, torch.Tensor]:
     """What goes in and out of every MoE block in one forward pass."""
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     hooks = []
     for i, layer in enumerate(model.model.layers):
         if not hasattr(layer.mlp, "experts"):
             continue
 
         def block(_, args, output, i=i):
-            found[f"{i}/x"] = args[0].detach()
-            found[f"{i}/y"] = (output[0] if isinstance(output, tuple) else output).detach()
+            tensors[f"{i}/x"] = args[0].detach()
+            tensors[f"{i}/y"] = (output[0] if isinstance(output, tuple) else output).detach()
 
         def experts(_, args, kwargs, i=i):
             for a in (*args[1:], *kwargs.values()):
                 if isinstance(a, torch.Tensor):
                     key = "topk_weight" if a.is_floating_point() else "topk_index"
-                    found[f"{i}/{key}"] = a.detach()
+                    tensors[f"{i}/{key}"] = a.detach()
 
         hooks.append(layer.mlp.register_forward_hook(block))
         hooks.append(layer.mlp.experts.register_forward_pre_hook(experts, with_kwargs=True))
@@ -125,13 +125,13 @@ def record(model, tokens) -> dict[str, torch.Tensor]:
         model(tokens)
     for hook in hooks:
         hook.remove()
-    return found
+    return tensors
 
 
-def tied(model, found: dict[str, torch.Tensor], generator) -> bool:
+def tied(model, tensors: dict[str, torch.Tensor], generator) -> bool:
     """Whether a small change of a block's input changes which experts it uses."""
     for i, layer in enumerate(model.model.layers):
-        if f"{i}/x" not in found:
+        if f"{i}/x" not in tensors:
             continue
         for _ in range(3):
             seen: list[torch.Tensor] = []
@@ -144,11 +144,11 @@ def tied(model, found: dict[str, torch.Tensor], generator) -> bool:
                 )
 
             hook = layer.mlp.experts.register_forward_pre_hook(experts, with_kwargs=True)
-            x = found[f"{i}/x"]
+            x = tensors[f"{i}/x"]
             with torch.no_grad():
                 layer.mlp(x + 1e-4 * torch.randn(x.shape, generator=generator))
             hook.remove()
-            was = found[f"{i}/topk_index"].sort(-1).values
+            was = tensors[f"{i}/topk_index"].sort(-1).values
             if not torch.equal(was, seen[0].sort(-1).values):
                 return True
     return False
@@ -168,8 +168,8 @@ def generate(name: str, folder: Path, seed: int) -> bool:
     for key, tensor in again.state_dict().items():  # what was saved is what is read
         assert torch.equal(tensor, model.state_dict()[key].float()), key
     tokens = torch.randint(2, COMMON["vocab_size"], (2, 10), generator=generator)
-    found = record(again, tokens)
-    if tied(again, found, generator):
+    tensors = record(again, tokens)
+    if tied(again, tensors, generator):
         return False
     meta = {
         "arch": config.model_type,
@@ -178,7 +178,7 @@ def generate(name: str, folder: Path, seed: int) -> bool:
         "transformers": transformers.__version__,
         "torch": torch.__version__,
     }
-    arrays = {key: tensor.numpy() for key, tensor in found.items()}
+    arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
     np.savez_compressed(folder / "blocks.npz", meta=np.array(json.dumps(meta)), **arrays)
     return True
 

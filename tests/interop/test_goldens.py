@@ -41,25 +41,25 @@ def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, An
 
 
 def context_of(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array] | None:
-    found = {k[8:]: jnp.asarray(v) for k, v in arrays.items() if k.startswith("context/")}
-    return found or None
+    context = {k[8:]: jnp.asarray(v) for k, v in arrays.items() if k.startswith("context/")}
+    return context or None
 
 
 # One compiled function for all: families that are the same computation share its cache entry. The
 # numbers are tiny, so compiling well would cost more than it saves.
-def known_options(**options: Any) -> dict[str, Any]:
+def accepted_options(**options: Any) -> dict[str, Any]:
     """Those that this version of JAX has; it refuses the others."""
-    known = {}
+    accepted = {}
     for name, value in options.items():
         try:
             jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
         except jax.errors.JaxRuntimeError:
             continue
-        known[name] = value
-    return known
+        accepted[name] = value
+    return accepted
 
 
-QUICK = known_options(
+QUICK = accepted_options(
     xla_backend_optimization_level=0,
     xla_llvm_disable_expensive_passes=True,
     xla_cpu_use_fusion_emitters=False,

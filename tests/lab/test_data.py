@@ -49,9 +49,9 @@ def test_tests_and_installed_packages_are_left_out(corpus):
 
 
 def test_description_names_the_text(corpus):
-    told = corpus.describe()
-    assert told == load_corpus().describe()
-    assert set(PARTS) <= set(told)
+    report = corpus.describe()
+    assert report == load_corpus().describe()
+    assert set(PARTS) <= set(report)
 
 
 def test_a_library_without_source_is_refused_with_advice(tmp_path, monkeypatch):

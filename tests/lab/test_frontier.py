@@ -71,11 +71,11 @@ def test_the_trained_rule_costs_exactly_nothing(model, held_out):
 
 def test_evaluation_equals_the_forward_pass(model, held_out):
     blocks = held_out.take(8)
-    found = frontier.evaluate(model, blocks)
+    actual = frontier.evaluate(model, blocks)
     forward = jax.jit(model_of.forward, static_argnums=0)
     out = forward(TINY, model.params, model.states, blocks.inputs, mask=blocks.mask)
     nats = np.asarray(model_of.nats(out.logits, blocks.targets))[blocks.mask].sum()
-    assert found.nats_per_file.sum() == pytest.approx(nats, rel=1e-5)
+    assert actual.nats_per_file.sum() == pytest.approx(nats, rel=1e-5)
 
 
 @pytest.mark.parametrize("rule", calibration.RULES)
@@ -83,25 +83,25 @@ def test_a_fitted_rule_reaches_its_budget_layer_by_layer(model, fitting_text, ru
     target = 2.8
     routers = (calibration.RULES[rule].build(TINY, target),) * 2
     states = calibration.fit_layers(model, routers, fitting_text, target)
-    found = frontier.evaluate(model, fitting_text, routers=routers, states=states)
+    actual = frontier.evaluate(model, fitting_text, routers=routers, states=states)
     # A control decides by chance, and bytes in equal context share their lot.
     near = 0.03 if calibration.RULES[rule].control else 0.01
-    for layer, mean in enumerate(found.mean_k_per_layer):
+    for layer, mean in enumerate(actual.mean_k_per_layer):
         assert mean == pytest.approx(target, rel=near)
         fit = states[layer].fit
         assert float(fit.achieved_mean_k) == pytest.approx(mean, abs=2e-3)
         assert int(fit.token_count) == fitting_text.num_tokens
-    assert found.histogram.sum(axis=1) == pytest.approx(1.0)
-    assert found.counts.max() <= TINY.k
+    assert actual.histogram.sum(axis=1) == pytest.approx(1.0)
+    assert actual.counts.max() <= TINY.k
 
 
 @pytest.mark.parametrize("rule", ["dynamic_k_entropy", "dynamic_k_margin", "top_p", "min_p"])
 def test_on_real_activations_every_k_is_in_use(model, fitting_text, held_out, rule):
     routers = (calibration.RULES[rule].build(TINY, 2.8),) * 2
     states = calibration.fit_layers(model, routers, fitting_text, 2.8)
-    found = frontier.evaluate(model, held_out, routers=routers, states=states)
-    assert (found.histogram[:, 0] == 0).all()
-    used = (found.histogram[:, 1:] > 0).sum(axis=1)
+    actual = frontier.evaluate(model, held_out, routers=routers, states=states)
+    assert (actual.histogram[:, 0] == 0).all()
+    used = (actual.histogram[:, 1:] > 0).sum(axis=1)
     # Thresholds on calibrated difficulty promise every k; a cut on probabilities only that k varies.
     assert (used >= (TINY.k if rule.startswith("dynamic_k") else 2)).all()
 
@@ -116,7 +116,7 @@ def test_the_trained_selection_bias_is_carried_over(model, fitting_text):
 
 
 def test_calibrate_saves_rules_with_their_provenance(tmp_path, source, corpus):
-    path, told = calibration.calibrate(
+    path, report = calibration.calibrate(
         source,
         tmp_path / "c",
         ["TopP", "dynamic_k_margin"],
@@ -125,11 +125,11 @@ def test_calibrate_saves_rules_with_their_provenance(tmp_path, source, corpus):
         progress=False,
         corpus=corpus,
     )
-    assert told["rules"] == ["top_p", "dynamic_k_margin"]
-    assert told["target_mean_k"] == 3.0
+    assert report["rules"] == ["top_p", "dynamic_k_margin"]
+    assert report["target_mean_k"] == 3.0
     one = model_files.load_model(path)
     fit = one.states[1].fit.describe()
-    assert fit == told["fits"]["top_p"][1]
+    assert fit == report["fits"]["top_p"][1]
     assert fit["achieved_mean_k"] == pytest.approx(3.0, rel=0.01)
     assert model_files.load_model(path, "trained").routers == (TINY.router(),) * 2
     assert model_files.load_model(path, "dynamic_k_margin").routers[0].difficulty == "router_margin"

@@ -77,9 +77,9 @@ def test_restored_is_what_was_trained(trained, corpus, monkeypatch, tmp_path):
     assert summary["step"] == 3
     expected = Checkpoint(params=params, extra=jax.device_get(extra))
     optimizer = restore(path, expected=expected).extra
-    wanted, found = (params, states, extra), (model.params, model.states, optimizer)
-    assert jax.tree.structure(wanted) == jax.tree.structure(found)
-    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+    wanted, actual = (params, states, extra), (model.params, model.states, optimizer)
+    assert jax.tree.structure(wanted) == jax.tree.structure(actual)
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(actual), strict=True):
         np.testing.assert_array_equal(a, b)
     started = model_of.init(TINY, jax.random.key(0))
     assert any(
@@ -90,13 +90,13 @@ def test_restored_is_what_was_trained(trained, corpus, monkeypatch, tmp_path):
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, trained, corpus):
     half, _ = lm.train(TINY, tmp_path / "half", STEPS, 0, False, until=12, corpus=corpus)
-    path, told = lm.train(TINY, tmp_path / "rest", STEPS, 0, False, resume=half, corpus=corpus)
+    path, report = lm.train(TINY, tmp_path / "rest", STEPS, 0, False, resume=half, corpus=corpus)
     one, two = model_files.load_model(trained[0]), model_files.load_model(path)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         assert (a == b).all()
     for a, b in zip(jax.tree.leaves(one.states), jax.tree.leaves(two.states), strict=True):
         assert (a == b).all()
-    assert told["step"] == STEPS
+    assert report["step"] == STEPS
     with pytest.raises(ValueError, match=r"resume: expected a checkpoint of the same run.*seed=0"):
         lm.train(TINY, tmp_path / "no", STEPS, 1, False, resume=half, corpus=corpus)
 
@@ -149,10 +149,10 @@ def test_variants_share_the_parameters(tmp_path, trained):
     rule = DynamicK(num_experts=8, min_k=1, max_k=2)
     variant = ((rule,) * 2, (rule.init_state(),) * 2)
     path = model_files.save_model(tmp_path / "both", model, variants={"dynamic": variant})
-    found = model_files.load_variants(path)
-    assert list(found) == ["", "dynamic"]
-    assert found["dynamic"].routers == (rule, rule)
-    assert found["dynamic"].params is found[""].params
+    actual = model_files.load_variants(path)
+    assert list(actual) == ["", "dynamic"]
+    assert actual["dynamic"].routers == (rule, rule)
+    assert actual["dynamic"].params is actual[""].params
     with pytest.raises(ValueError, match="variant: expected one of dynamic, got 'other'"):
         model_files.load_model(path, "other")
 

@@ -118,17 +118,17 @@ def test_layers_share_a_target_where_it_changes_least(share):
 
 def test_a_comparison_is_the_evaluation_of_each_rule_and_controls_save_as_much(budget):
     held_out, other = text(1), text(2, high=24)
-    found = compare(OLMOE, held_out, budget, controls=True, other_text=other, batch_size=4)
+    actual = compare(OLMOE, held_out, budget, controls=True, other_text=other, batch_size=4)
     plain = evaluate(OLMOE, held_out.input_ids, held_out.mask, batch_size=4)
     ruled = evaluate(
         OLMOE, held_out.input_ids, held_out.mask, change_block=budget.block, batch_size=4
     )
-    assert found.evaluations["trained"].loss == pytest.approx(plain.loss, abs=1e-6)
-    assert found.evaluations["budget"].loss == pytest.approx(ruled.loss, abs=1e-6)
-    assert found.evaluations["budget"].experts_per_token == ruled.experts_per_token
+    assert actual.evaluations["trained"].loss == pytest.approx(plain.loss, abs=1e-6)
+    assert actual.evaluations["budget"].loss == pytest.approx(ruled.loss, abs=1e-6)
+    assert actual.evaluations["budget"].experts_per_token == ruled.experts_per_token
     apart = evaluate(OLMOE, other.input_ids, other.mask, batch_size=4)
-    assert found.other["trained"].loss == pytest.approx(apart.loss, abs=1e-6)
-    report = found.report()
+    assert actual.other["trained"].loss == pytest.approx(apart.loss, abs=1e-6)
+    report = actual.report()
     rows = {row["rule"]: row for row in report["rules"]}
     assert set(rows) == {"trained", "budget", "mix of k and k-1", "random drop"}
     assert "sequences" in report["interval"]
@@ -144,7 +144,7 @@ def test_a_comparison_is_the_evaluation_of_each_rule_and_controls_save_as_much(b
     assert rows["budget"]["relative"] == pytest.approx(ruled.loss / plain.loss - 1, abs=1e-6)
     drift = {row["rule"]: row for row in report["drift"]}
     assert drift["trained"]["mean_k_drift"] == 0
-    assert drift["budget"]["mean_k"] == found.other["budget"].mean_k
+    assert drift["budget"]["mean_k"] == actual.other["budget"].mean_k
 
 
 def test_wrong_requests_are_named(budget):

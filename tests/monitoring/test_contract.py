@@ -16,20 +16,20 @@ TARGET_LABELS = {"job", "instance", "namespace", "pod"}
 
 def samples() -> dict[str, str]:
     """Every sample name that Prometheus sees -> the metric that it belongs to."""
-    found = {}
+    results = {}
     for metric in CONTRACT:
         endings = ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",)
-        found |= {metric.name + ending: metric.name for ending in endings}
-    return found
+        results |= {metric.name + ending: metric.name for ending in endings}
+    return results
 
 
 @pytest.mark.parametrize("who", list(promql.used_by()))
 def test_names_are_the_contracts(who):
     asked = promql.used_by()[who]
     # A document may speak of a histogram by its name.
-    known = set(samples()) | PROCESS | (set(METRICS) if who == "documents" else set())
+    names = set(samples()) | PROCESS | (set(METRICS) if who == "documents" else set())
     assert asked, who
-    assert asked <= known, sorted(asked - known)
+    assert asked <= names, sorted(asked - names)
 
 
 def test_the_document_has_every_metric_as_the_code_says_it():
@@ -40,9 +40,9 @@ def test_the_document_has_every_metric_as_the_code_says_it():
 
 
 def expressions() -> list[str]:
-    found = [query for _, query in promql.panel_queries()]
-    found += [rule["expr"] for rule in promql.alerts().values()]
-    return found + list(promql.recordings().values())
+    queries = [query for _, query in promql.panel_queries()]
+    queries += [rule["expr"] for rule in promql.alerts().values()]
+    return queries + list(promql.recordings().values())
 
 
 @pytest.mark.parametrize("expression", expressions())
@@ -53,9 +53,9 @@ def test_labels_and_their_values_are_the_contracts(expression):
             if label in TARGET_LABELS or "$" in value:
                 continue
             assert label in metric.labels, f"{name} has no label {label}"
-            known = metric.values or (tuple(CODES) if label == "code" else ())
+            names = metric.values or (tuple(CODES) if label == "code" else ())
             wanted = value.split("|") if "~" in operator else [value]
-            assert not known or set(wanted) <= set(known), f"{name}{{{label}}}: {value}"
+            assert not names or set(wanted) <= set(names), f"{name}{{{label}}}: {value}"
 
 
 def test_every_exported_metric_is_on_the_dashboard():

@@ -15,9 +15,9 @@ def test_import_asks_for_the_data_source_and_provisioning_finds_one():
     [given] = DASHBOARD["__inputs"]
     assert (given["name"], given["pluginId"]) == ("DS_PROMETHEUS", "prometheus")
     sources = {
-        json.dumps(found["datasource"], sort_keys=True)
+        json.dumps(part["datasource"], sort_keys=True)
         for panel in PANELS
-        for found in (panel, *panel["targets"])
+        for part in (panel, *panel["targets"])
     }
     assert sources == {'{"type": "prometheus", "uid": "${DS_PROMETHEUS}"}'}
     # A provisioned dashboard is not asked for its inputs: there the variable of the same name answers.

@@ -152,12 +152,12 @@ def test_every_alert_has_a_runbook():
 
 
 def test_the_guides_five_alerts_with_its_thresholds():
-    found = {name: rule["expr"] for name, rule in promql.alerts().items()}
-    assert "> 0.05" in found["MoeHighErrorRate"]
-    assert "p95_5m > 0.5" in found["MoeHighLatency"]
-    assert "moe_load_balance_score < 0.5" in found["MoePoorLoadBalance"]
-    assert "process_resident_memory_bytes" in found["MoeMemorySpike"]
-    assert 'moe_circuit_state{state="open"} == 1' in found["MoeCircuitOpen"]
+    expressions = {name: rule["expr"] for name, rule in promql.alerts().items()}
+    assert "> 0.05" in expressions["MoeHighErrorRate"]
+    assert "p95_5m > 0.5" in expressions["MoeHighLatency"]
+    assert "moe_load_balance_score < 0.5" in expressions["MoePoorLoadBalance"]
+    assert "process_resident_memory_bytes" in expressions["MoeMemorySpike"]
+    assert 'moe_circuit_state{state="open"} == 1' in expressions["MoeCircuitOpen"]
 
 
 def test_shorter_windows_are_valid_rules_with_the_same_thresholds(tmp_path):

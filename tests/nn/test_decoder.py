@@ -179,10 +179,10 @@ def test_experts_have_a_decay_of_their_own_and_norms_have_none(start):
 
 def test_what_works_on_an_nnx_model_works_on_the_decoder(start):
     decoder, _ = _module(start)
-    told = patch_model_with_dynamic_routing(
+    report = patch_model_with_dynamic_routing(
         decoder, 0.25, 0.5, calibration=TOKENS[:, 0, :-1], target_mean_k=1.5
     )
-    assert list(told) == ["layers/1/moe"]
+    assert list(report) == ["layers/1/moe"]
     assert all(isinstance(rule, DynamicK) for rule in decoder.routers())
     out = decoder(TOKENS[:, 0, :-1])
     for aux in out.layers:

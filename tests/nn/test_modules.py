@@ -350,7 +350,7 @@ def test_every_module_takes_what_a_layer_reports_or_its_statistics():
     _, aux = layer(X, return_aux=True)
     want = rule.update(layer.router_state.get_value(), aux.stats)
     for module in (layer, router):
-        for told in (aux, aux.stats):
+        for reported in (aux, aux.stats):
             module.router_state.set_value(rule.init_state())
-            module.update_router(told)
+            module.update_router(reported)
             _equal(module.router_state.get_value(), want)

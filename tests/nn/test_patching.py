@@ -37,12 +37,12 @@ def x():
 def test_every_layer_reaches_its_budget_on_its_own_inputs(x):
     model = Model(nnx.Rngs(0))
     kernel = np.asarray(model.first.params()["experts"]["up"])
-    told = patch_model_with_dynamic_routing(model, calibration=x, target_mean_k=2.2)
-    assert list(told) == ["first", "second"]
-    for layer in told.values():
+    report = patch_model_with_dynamic_routing(model, calibration=x, target_mean_k=2.2)
+    assert list(report) == ["first", "second"]
+    for layer in report.values():
         assert (layer["trained_k"], layer["min_k"], layer["max_k"]) == (4, 1, 4)
         assert layer["fit"]["achieved_mean_k"] == pytest.approx(2.2, rel=0.01)
-    assert told["first"]["fit"]["data_fingerprint"] != told["second"]["fit"]["data_fingerprint"]
+    assert report["first"]["fit"]["data_fingerprint"] != report["second"]["fit"]["data_fingerprint"]
     _, aux = model.first(x, return_aux=True)
     assert float(aux.stats.mean_experts_per_token) == pytest.approx(2.2, rel=0.01)
     np.testing.assert_array_equal(model.first.params()["experts"]["up"], kernel)
@@ -83,8 +83,8 @@ def test_never_above_the_trained_k_unless_elastic():
     model = Model(nnx.Rngs(0))
     assert patch_model_with_dynamic_routing(model, 0.25, 1.0)["first"]["max_k"] == 4
     model = Model(nnx.Rngs(0))
-    told = patch_model_with_dynamic_routing(model, 0.25, 1.0, elastic=True)
-    assert (told["first"]["min_k"], told["first"]["max_k"]) == (2, 8)
+    report = patch_model_with_dynamic_routing(model, 0.25, 1.0, elastic=True)
+    assert (report["first"]["min_k"], report["first"]["max_k"]) == (2, 8)
 
 
 def test_a_model_that_cannot_be_patched_is_left_alone(x):
@@ -116,12 +116,12 @@ class Born(nnx.Module):
 
 def test_a_model_born_dynamic_is_fitted_layer_by_layer(x):
     model = Born(nnx.Rngs(0))
-    told = fit_model(model, x, target_mean_k=1.8)
-    assert list(told) == ["first", "last"]
+    report = fit_model(model, x, target_mean_k=1.8)
+    assert list(report) == ["first", "last"]
     h = x
     for name in ("first", "fixed", "last"):
         y, aux = getattr(model, name)(h, return_aux=True)
-        if name in told:  # on what reaches it once the layers before it are fitted
+        if name in report:  # on what reaches it once the layers before it are fitted
             assert float(aux.stats.mean_experts_per_token) == pytest.approx(1.8, rel=0.01)
         h = h + y
 

@@ -105,13 +105,13 @@ def sharded(router, params, mesh, parallel=None, tokens=T, **options):
         experts = jax.device_get(sharding.pad_experts(experts, devices))
     padded = {**params, "experts": experts}
     layer = functools.partial(sharded_layer.sharded_moe_layer, mesh=mesh, parallel=parallel)
-    found = jax.jit(functools.partial(everything, layer, router, **options))(
+    actual = jax.jit(functools.partial(everything, layer, router, **options))(
         sharding.shard(padded, mesh), x, mask
     )
-    found = jax.device_get(found)
-    grads, dx = found["gradient"]
+    actual = jax.device_get(actual)
+    grads, dx = actual["gradient"]
     real = sharding.unpad_experts(grads["experts"], router.num_experts)
-    return {**found, "gradient": ({**grads, "experts": real}, dx)}
+    return {**actual, "gradient": ({**grads, "experts": real}, dx)}
 
 
 def alone(router, params, tokens=T, **options):
@@ -120,7 +120,7 @@ def alone(router, params, tokens=T, **options):
     return jax.device_get(run(params, x, mask))
 
 
-def differences(found, wanted):
+def differences(actual, wanted):
     def most(a, b):
         """The largest difference, in parts of the largest entry if that is below 1."""
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
@@ -128,11 +128,11 @@ def differences(found, wanted):
         scale = min(1.0, max(float(np.abs(b).max()), 1e-2))
         return float(np.abs(a - b).max()) / scale
 
-    told = {
-        name: max(jax.tree.leaves(jax.tree.map(most, found[name], wanted[name])))
+    report = {
+        name: max(jax.tree.leaves(jax.tree.map(most, actual[name], wanted[name])))
         for name in ("output", "loss", "losses", "gradient", "update")
     }
-    one, two = found["stats"], wanted["stats"]
+    one, two = actual["stats"], wanted["stats"]
     names = [
         "token_count",
         "tokens_per_expert",
@@ -144,10 +144,10 @@ def differences(found, wanted):
         "router_entropy",
         "observed",
     ]
-    told["stats"] = max(most(getattr(one, n), getattr(two, n)) for n in names)
-    told["dropped"] = float(one.dropped_fraction)
-    told["empty"] = float(one.empty_fraction)
-    return told
+    report["stats"] = max(most(getattr(one, n), getattr(two, n)) for n in names)
+    report["dropped"] = float(one.dropped_fraction)
+    report["empty"] = float(one.empty_fraction)
+    return report
 
 
 # (rule, dropless or dropping, mesh, E): every pair of the three, by turns. E=6 is padded.
@@ -212,8 +212,8 @@ def the_rest():
     yield "two levels against one", differences(levels[True], levels[False])
 
     odd = alone(router, params, tokens=61, implementation="dense")
-    found = run(router, params, sharding.make_mesh(data=2, expert=4), tokens=61)
-    yield "61 tokens", differences(found, odd)
+    actual = run(router, params, sharding.make_mesh(data=2, expert=4), tokens=61)
+    yield "61 tokens", differences(actual, odd)
 
     # Every token to two experts of one device: four times the load that the one size holds.
     skewed = {**params, "router": {"kernel": np.zeros((D, 8), np.float32)}}
@@ -226,8 +226,8 @@ def the_rest():
     for factor in (None, 0.75):
         parallel = sharding.parallel_of(mesh, exchange="ragged")
         one = alone(router, params, capacity_factor=factor, groups=8, implementation="dense")
-        found = run(router, params, mesh, parallel, capacity_factor=factor)
-        yield f"ragged, factor {factor}", differences(found, one)
+        actual = run(router, params, mesh, parallel, capacity_factor=factor)
+        yield f"ragged, factor {factor}", differences(actual, one)
     jax.lax.ragged_all_to_all = original
 
     yield "accumulated", accumulated(router, params, wanted)
@@ -266,10 +266,10 @@ def accumulated(router, params, wanted):
             )
             return jnp.square(y).sum() / T + aux_loss(aux.routing, LOSSES)[0], aux.stats
 
-        found = [jax.value_and_grad(part, has_aux=True)(params, *half) for half in halves]
-        loss = sum(value for (value, _), _ in found)
-        grads = jax.tree.map(lambda *g: sum(g), *[g for _, g in found])
-        stats = merge_stats([stats for (_, stats), _ in found])
+        actual = [jax.value_and_grad(part, has_aux=True)(params, *half) for half in halves]
+        loss = sum(value for (value, _), _ in actual)
+        grads = jax.tree.map(lambda *g: sum(g), *[g for _, g in actual])
+        stats = merge_stats([stats for (_, stats), _ in actual])
         return loss, grads, router.update(router.init_state(), stats), stats
 
     many = jax.jit(functools.partial(total, layer))(sharding.shard(params, mesh))
@@ -328,7 +328,7 @@ def own_shard_map(router, params):
         return jnp.square(y).mean() + loss, (y, loss, router.update(router.init_state(), aux.stats))
 
     with jax.set_mesh(mesh):
-        found = jax.jit(jax.value_and_grad(step, has_aux=True))(
+        actual = jax.jit(jax.value_and_grad(step, has_aux=True))(
             sharding.shard(params, mesh), x, mask
         )
         y, _ = jax.jit(
@@ -338,7 +338,7 @@ def own_shard_map(router, params):
         )(sharding.shard(params, mesh), x)
     wanted = jax.jit(jax.value_and_grad(reference, has_aux=True))(params, x, mask)
     diff = jax.tree.map(
-        lambda a, b: float(np.abs(np.asarray(a, np.float32) - np.asarray(b)).max()), found, wanted
+        lambda a, b: float(np.abs(np.asarray(a, np.float32) - np.asarray(b)).max()), actual, wanted
     )
     return {
         "difference": max(jax.tree.leaves(diff)),
@@ -349,7 +349,7 @@ def own_shard_map(router, params):
 def flax_module():
     router, x = RULES["dynamic k"](8), batch()[0]
     mesh = sharding.make_mesh(data=2, expert=4)
-    told = []
+    rows = []
     for options in ({}, {"mesh": mesh}):
         layer = MoE(
             router,
@@ -365,10 +365,10 @@ def flax_module():
             y, aux = layer(x, return_aux=True)
             return jnp.square(y).mean(), (y, aux.stats.tokens_per_expert)
 
-        found = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(layer, x)
-        told.append(jax.device_get([*jax.tree.leaves(nnx.to_pure_dict(found[1])), found[0]]))
-    most = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), *told)
-    return {"difference": max(jax.tree.leaves(most)), "arrays": len(told[0])}
+        actual = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(layer, x)
+        rows.append(jax.device_get([*jax.tree.leaves(nnx.to_pure_dict(actual[1])), actual[0]]))
+    most = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), *rows)
+    return {"difference": max(jax.tree.leaves(most)), "arrays": len(rows[0])}
 
 
 def noise():

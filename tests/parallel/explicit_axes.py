@@ -27,11 +27,11 @@ D, F, E = 8, 12, 4
 FFN = moe_jax.FeedForward(activation="silu", gated=True)
 
 
-def difference(found, wanted):
+def difference(actual, wanted):
     def one(a, b):
         return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max())
 
-    return max(jax.tree.leaves(jax.tree.map(one, jax.device_get(found), jax.device_get(wanted))))
+    return max(jax.tree.leaves(jax.tree.map(one, jax.device_get(actual), jax.device_get(wanted))))
 
 
 def step(layer, router, options, params, x, mask):
@@ -73,10 +73,10 @@ def main() -> None:
         params = moe_jax.init_moe_layer(router, FFN, jax.random.key(0), d_model=D, d_ff=F)
         options = moe_jax.LayerOptions(implementation=name, capacity_factor=factor)
         run = jax.jit(functools.partial(step, moe_jax.moe_layer, router, options))
-        wanted, found = run(params, x, mask), run(params, split(x), split(mask))
-        y = found[0][1][0]
+        wanted, actual = run(params, x, mask), run(params, split(x), split(mask))
+        y = actual[0][1][0]
         assert jax.typeof(y).sharding.spec == P("data", None, None), jax.typeof(y)
-        measured[f"{rule}, {name}"] = difference(found, wanted)
+        measured[f"{rule}, {name}"] = difference(actual, wanted)
 
     router, dense = rules["top-k"], moe_jax.LayerOptions(implementation="dense")
     params = moe_jax.init_moe_layer(router, FFN, jax.random.key(0), d_model=D, d_ff=F)
@@ -85,8 +85,8 @@ def main() -> None:
     with jax.set_mesh(mesh):
         measured["set_mesh"] = difference(jax.jit(run)(params, split(x), split(mask)), wanted)
     whole = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
-    found = jax.jit(run)(jax.tree.map(whole, params), whole(x), whole(mask))
-    measured["whole on every device"] = difference(found, wanted)
+    actual = jax.jit(run)(jax.tree.map(whole, params), whole(x), whole(mask))
+    measured["whole on every device"] = difference(actual, wanted)
     y, _ = moe_jax.moe_layer(
         router, FFN, params, router.init_state(), split(x), token_mask=split(mask), options=dense
     )
@@ -99,12 +99,12 @@ def main() -> None:
     ):
         layer = functools.partial(sharded_layer.sharded_moe_layer, mesh=given)
         with context:
-            found = jax.jit(functools.partial(step, layer, router, dense))(
+            actual = jax.jit(functools.partial(step, layer, router, dense))(
                 params,
                 jax.device_put(x, NamedSharding(both, P("data"))),
                 jax.device_put(mask, NamedSharding(both, P("data"))),
             )
-        measured[label] = difference(found, wanted)
+        measured[label] = difference(actual, wanted)
 
     # Second derivatives through the exchange, and a call without jit: seconds, once 40 s.
     mesh = sharding.make_mesh(data=2, expert=2)

@@ -37,13 +37,13 @@ def test_the_matrix_has_every_pair_of_rule_mesh_and_dropping():
 
 @pytest.mark.parametrize("case", MATRIX)
 def test_eight_devices_give_one_devices_answer(measured, case):
-    told = measured[case]
+    values = measured[case]
     for what in ("output", "loss", "losses", "gradient", "update", "stats"):
-        assert told[what] <= TOLERANCE, (what, told)
-    assert (told["dropped"] > 0) == ("dropping" in case)
-    assert told["moved"] > 1e-4, "the controller stood still, so its equality says nothing"
+        assert values[what] <= TOLERANCE, (what, values)
+    assert (values["dropped"] > 0) == ("dropping" in case)
+    assert values["moved"] > 1e-4, "the controller stood still, so its equality says nothing"
     if "null" in case:
-        assert told["empty"] > 0, "no token went without expert, so the case is not what it says"
+        assert values["empty"] > 0, "no token went without expert, so the case is not what it says"
 
 
 @pytest.mark.parametrize(
@@ -58,21 +58,21 @@ def test_eight_devices_give_one_devices_answer(measured, case):
     ],
 )
 def test_other_layouts_give_one_devices_answer(measured, case):
-    told = measured[case]
+    values = measured[case]
     for what in ("output", "loss", "losses", "gradient", "update", "stats"):
-        assert told[what] <= TOLERANCE, (what, told)
+        assert values[what] <= TOLERANCE, (what, values)
 
 
 def test_two_levels_move_the_same_rows_as_one(measured):
-    told = measured["two levels against one"]
-    assert told["output"] == 0.0
-    assert told["gradient"] == 0.0
+    values = measured["two levels against one"]
+    assert values["output"] == 0.0
+    assert values["gradient"] == 0.0
 
 
 def test_accumulated_gradients_and_statistics_are_those_of_one_device(measured):
-    told = measured["accumulated"]
-    assert told["halves"] <= TOLERANCE
-    assert told["whole"] <= TOLERANCE
+    values = measured["accumulated"]
+    assert values["halves"] <= TOLERANCE
+    assert values["whole"] <= TOLERANCE
 
 
 def test_a_users_own_shard_map_has_global_losses_and_one_devices_gradient(measured):
@@ -105,8 +105,8 @@ def test_two_all_to_alls_forward_four_with_backward(measured, case, forward, bot
     two = measured[f"program: {case}, forward and backward"]
     assert one["sends"]["all-to-all"][0] == forward
     assert two["sends"]["all-to-all"][0] == both
-    for told in (one, two):
-        assert set(told["sends"]) <= {"all-to-all", "all-reduce"}
+    for values in (one, two):
+        assert set(values["sends"]) <= {"all-to-all", "all-reduce"}
     if case == "dropping":  # one size: not even the text has more
         assert one["in the text"] == 2
         assert two["in the text"] == 4

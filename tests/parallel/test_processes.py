@@ -127,11 +127,11 @@ def test_two_processes_train_as_one_and_a_killed_run_resumes(command):
 
     first, second = pair(command, "two", second=KILLED)
     second.communicate(timeout=240)
-    out, told = first.communicate(timeout=240)
+    out, printed = first.communicate(timeout=240)
     assert second.returncode == -signal.SIGKILL
-    assert first.returncode == EXIT_CODE, (first.returncode, told[-3000:])
-    assert "process 0 of 2: stopped, since process 1 is gone" in told
-    assert "Start all again with --resume" in told
+    assert first.returncode == EXIT_CODE, (first.returncode, printed[-3000:])
+    assert "process 0 of 2: stopped, since process 1 is gone" in printed
+    assert "Start all again with --resume" in printed
     assert out == ""
     done = lm.checkpoint.load_metadata(command.folder / "two")["metadata"]["training"]["step"]
     assert done in (5, 10), "the one at which it was killed, or the one before"

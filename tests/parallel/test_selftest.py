@@ -26,9 +26,9 @@ def test_the_exit_code_says_whether_all_hold(monkeypatch, checks, code):
     assert table.exit_code == code
     result = CliRunner().invoke(app, ["verify", "--json"])
     assert result.exit_code == code
-    told = json.loads(result.stdout)
-    assert told["ok"] == (code == 0)
-    assert [row["name"] for row in told["checks"]] == [check.name for check in checks]
+    report = json.loads(result.stdout)
+    assert report["ok"] == (code == 0)
+    assert [row["name"] for row in report["checks"]] == [check.name for check in checks]
 
 
 def test_a_wrong_answer_is_noticed(monkeypatch):

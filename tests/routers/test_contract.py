@@ -231,8 +231,8 @@ def build(router: Router) -> Case:
     if "expert_scale" in params:
         params["expert_scale"] = jnp.linspace(0.5, 2.0, E)
     if isinstance(router, DynamicK):  # as fit does; unfitted scores need not lie in [0, 1]
-        known = {**context_for(case.x), "router_logits": router.gate(params, case.x)}
-        raw = raw_difficulty(router.difficulty, case.x, known)
+        context = {**context_for(case.x), "router_logits": router.gate(params, case.x)}
+        raw = raw_difficulty(router.difficulty, case.x, context)
         state = dataclasses.replace(state, knots=fit_knots(np.asarray(raw)))
     if isinstance(router, Reroute):
         close = expert_similarity(jax.random.normal(jax.random.key(5), (E, 4, D)))

@@ -238,15 +238,15 @@ def test_padding_takes_no_part_in_a_fit():
 @pytest.mark.parametrize("name", list(RULES))
 def test_provenance_says_what_was_fitted_on_what(name):
     router, params, state = fitted(name, 2.0)
-    told = state.fit.describe()
-    assert told["fitted"] is True
-    assert told["token_count"] == TOKENS
-    assert told["target_mean_k"] == 2.0
+    report = state.fit.describe()
+    assert report["fitted"] is True
+    assert report["token_count"] == TOKENS
+    assert report["target_mean_k"] == 2.0
     counts = np.asarray(route(router, params, state, draw(1)))
     want = np.bincount(counts, minlength=router.max_k + 1) / TOKENS
-    np.testing.assert_allclose(told["histogram"], want, atol=1e-6)
-    assert len(told["histogram"]) == router.max_k + 1
-    assert len(told["data_fingerprint"]) == len(told["router_fingerprint"]) == 32
+    np.testing.assert_allclose(report["histogram"], want, atol=1e-6)
+    assert len(report["histogram"]) == router.max_k + 1
+    assert len(report["data_fingerprint"]) == len(report["router_fingerprint"]) == 32
     assert router.init_state().fit.describe()["fitted"] is False
 
 
@@ -255,8 +255,8 @@ def test_fingerprints_follow_the_data_and_the_router():
 
     def refit(router=router, params=params, x=None):
         x = draw(1) if x is None else x
-        told = router.fit(params, router.init_state(), x, target_mean_k=2.0).fit.describe()
-        return told["data_fingerprint"], told["router_fingerprint"]
+        report = router.fit(params, router.init_state(), x, target_mean_k=2.0).fit.describe()
+        return report["data_fingerprint"], report["router_fingerprint"]
 
     data, rule = refit()
     assert (data, rule) == refit(), "the same twice"

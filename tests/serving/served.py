@@ -49,8 +49,8 @@ class Served:
         try:
             connection.request(method, path, body, headers)
             response = connection.getresponse()
-            told = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, told, response.read()
+            received = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, received, response.read()
         finally:
             connection.close()
 

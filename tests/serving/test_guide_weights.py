@@ -12,10 +12,10 @@ from moe_jax.serving.engine import RouterEngine, make_logger
 def test_an_engine_inside_a_program_leaves_standard_output_to_it(capsys):
     make_logger("INFO", "development").info("ready")
     make_logger("INFO", "production", stream="stdout").info("served")
-    told = capsys.readouterr()
-    assert '"event": "ready"' in told.err
-    assert '"event": "served"' in told.out
-    assert "ready" not in told.out
+    printed = capsys.readouterr()
+    assert '"event": "ready"' in printed.err
+    assert '"event": "served"' in printed.out
+    assert "ready" not in printed.out
 
 
 @pytest.fixture(scope="module")

@@ -241,9 +241,9 @@ def test_replayed_traffic_is_fetched_ahead(clock):
     for round_ in range(2):
         memory.clear()
         for digest in sequence:
-            found = digest in memory
-            hits += found
-            if found:
+            is_cached = digest in memory
+            hits += is_cached
+            if is_cached:
                 prefetcher.found(digest)
             prefetcher.asked("client", digest)
             prefetcher.settle()

@@ -249,8 +249,8 @@ def test_without_a_checkpoint_both_models_are_served_and_experts_change_no_decis
         ["router"],
     )
     assert both.infer("moe", states()).arrays["output"].shape == states().shape
-    for name, found in alone.infer("router", states()).arrays.items():
-        np.testing.assert_array_equal(found, both.infer("router", states()).arrays[name])
+    for name, actual in alone.infer("router", states()).arrays.items():
+        np.testing.assert_array_equal(actual, both.infer("router", states()).arrays[name])
 
 
 def test_the_model_moe_answers_the_layers_output(make_engine, states):  # R17
@@ -444,9 +444,9 @@ def test_the_bundle_holds_no_secret_and_no_tensor(make_engine, states, log):  # 
     engine.infer("router", x, client=client)
     refusal(lambda: engine.identify(api_key="hunter9", peer="192.0.2.1"), "unauthorized")
     text = json.dumps(engine.diagnostics(), allow_nan=False)
-    for told in (text, log.text(), engine.metrics_text().decode(), repr(engine.access.keys)):
-        assert "hunter" not in told
-        assert "12345." not in told
+    for output in (text, log.text(), engine.metrics_text().decode(), repr(engine.access.keys)):
+        assert "hunter" not in output
+        assert "12345." not in output
     assert '"api_keys": true' in text
     assert client.id.startswith("key-")
 
@@ -458,9 +458,9 @@ def test_logs_are_json_lines_at_the_level_asked_for(capsys, states):  # T01
             input_dim=16, buckets="16,64", log_level=level, serve_moe="off"
         ) as engine:
             engine.route(states(), request_id="my-request")
-        told = capsys.readouterr()
-        assert told.out == "", "standard output is the program's own"
-        seen[level] = [json.loads(line) for line in told.err.splitlines()]
+        printed = capsys.readouterr()
+        assert printed.out == "", "standard output is the program's own"
+        seen[level] = [json.loads(line) for line in printed.err.splitlines()]
     assert seen["ERROR"] == []
     assert {line["environment"] for lines in seen.values() for line in lines} == {"development"}
     assert {"untrained_weights", "engine_ready"} <= {line["event"] for line in seen["INFO"]}
@@ -595,8 +595,8 @@ def test_many_threads_get_their_own_answers(make_engine, states):
 
     def work(seed: int) -> None:
         for _ in range(20):
-            found = engine.route(states(seed=seed))
-            if (found["expert_indices"] != wanted[seed]["expert_indices"]).any():
+            actual = engine.route(states(seed=seed))
+            if (actual["expert_indices"] != wanted[seed]["expert_indices"]).any():
                 wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(n % 6,)) for n in range(12)]

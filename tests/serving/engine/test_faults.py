@@ -59,8 +59,8 @@ def held(release, begins=lambda: None):
 
 
 def not_finite(run, *order):
-    found = run(*order)
-    return {**found, "expert_weights": found["expert_weights"] * np.float32(np.nan)}
+    actual = run(*order)
+    return {**actual, "expert_weights": actual["expert_weights"] * np.float32(np.nan)}
 
 
 @pytest.mark.parametrize("fault", [broken, out_of_memory, not_finite])

@@ -40,12 +40,12 @@ def always_checked(engine, states) -> object:
 
 
 def nonfinite(engine, states) -> object:
-    found = []
-    code = outcome(lambda: found.append(engine.infer("router", with_value(states, np.nan))))
+    results = []
+    code = outcome(lambda: results.append(engine.infer("router", with_value(states, np.nan))))
     if code != "ok":
         return code
-    info = found[0].info
-    used = int(found[0].arrays["num_experts_per_token"][1, 2])
+    info = results[0].info
+    used = int(results[0].arrays["num_experts_per_token"][1, 2])
     return info["nonfinite_tokens"], info["sanitized"], used > 0
 
 
@@ -139,8 +139,8 @@ def weights_shape(engine, states):
 
 
 def ks(engine, states):
-    found = engine.route(states(4, 16))["num_experts_per_token"]
-    return int(found.min()), int(found.max())
+    actual = engine.route(states(4, 16))["num_experts_per_token"]
+    return int(actual.min()), int(actual.max())
 
 
 def rule(engine, states):

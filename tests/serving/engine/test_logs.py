@@ -43,8 +43,8 @@ def test_a_line_that_cannot_be_written_is_counted_and_raises_nothing(make, monke
     lines = stream_of(logger)
     assert lines is not None
     assert (lines.dropped, bool(lines.failure)) == (600, True)
-    told = capsys.readouterr().err
-    assert told.count("moe_log_lines_dropped_total") == 1, "said once, not for each line"
+    printed = capsys.readouterr().err
+    assert printed.count("moe_log_lines_dropped_total") == 1, "said once, not for each line"
     monkeypatch.undo()
     if stream is not None:
         stream.close()  # nothing is left in its buffer, whose flush would fail

@@ -21,9 +21,9 @@ def watched(make_engine, monkeypatch):
         def watching(snapshot, model, values, logits, meanwhile):
             events.append("run")
             routed.append(values)
-            found = run(snapshot, model, values, logits, meanwhile)
+            actual = run(snapshot, model, values, logits, meanwhile)
             events.append("ran")
-            return found
+            return actual
 
         def checking(*args):
             events.append("check")
@@ -67,15 +67,15 @@ def test_what_the_check_puts_in_place_is_what_is_answered(watched, states, nonfi
     if nonfinite == "mask":
         mask = np.ones(x.shape[:2], bool)
         mask[0, 1] = False
-    found = engine.infer(model, x)
+    actual = engine.infer(model, x)
     assert events == ["run", "check", "ran", "run", "ran"]
     assert np.isnan(routed[0][0][1]).all()
     assert np.isfinite(routed[1][0]).all()
-    assert found.info["sanitized"]
-    assert found.info["nonfinite_tokens"] == 1
+    assert actual.info["sanitized"]
+    assert actual.info["nonfinite_tokens"] == 1
     wanted = engine.infer(model, clean, token_mask=mask)
     for name, array in wanted.arrays.items():
-        assert (found.arrays[name] == array).all(), name
+        assert (actual.arrays[name] == array).all(), name
     assert engine.breaker.state == "closed"
 
 

@@ -115,9 +115,9 @@ def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_pa
         make_engine(checkpoint=plain, serve_moe="on")
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("is_described", [True, False])
 def test_experts_of_ones_own_are_served_where_metadata_say_what_they_are(
-    make_engine, tmp_path, log, told
+    make_engine, tmp_path, log, is_described
 ):
     router, experts = moe_jax.TopK(num_experts=8, k=2), moe_jax.FeedForward()
     layer = moe_jax.init_moe_layer(router, experts, jax.random.key(0), d_model=16, d_ff=24)
@@ -125,12 +125,12 @@ def test_experts_of_ones_own_are_served_where_metadata_say_what_they_are(
         params={"mine": layer},
         routers={"mine": router},
         states={"mine": router.init_state()},
-        metadata={"experts": {"activation": "gelu_tanh", "gated": False}} if told else {},
+        metadata={"experts": {"activation": "gelu_tanh", "gated": False}} if is_described else {},
     )
     path = str(checkpoint.save(tmp_path / "mine", saved))
     engine = make_engine(checkpoint=path, serve_moe="auto", buckets="16")
-    assert ("moe" in engine.snapshot.models) is told
-    assert ("moe_not_served" in log.events()) is not told
+    assert ("moe" in engine.snapshot.models) is is_described
+    assert ("moe_not_served" in log.events()) is not is_described
 
 
 def test_seeded_experts_do_not_stand_in_the_way_of_a_checkpoint_without_any(make_engine, tmp_path):
@@ -147,18 +147,18 @@ def test_a_reload_swaps_between_requests(make_engine, states, tmp_path, log):
     x = states()
     old = engine.route(x)
     compiled = compile_counter().count
-    told = engine.reload(two)
-    assert told["previous"] == old["production_info"]["model_version"]
-    assert told["version"] == engine.snapshot.version == fresh.snapshot.version
+    outcome = engine.reload(two)
+    assert outcome["previous"] == old["production_info"]["model_version"]
+    assert outcome["version"] == engine.snapshot.version == fresh.snapshot.version
     assert "reloaded" in log.events()
     new = engine.route(x)
     assert not new["production_info"]["cached"], "the cache knows old from new"
     assert (new["expert_indices"] == fresh.route(x)["expert_indices"]).all()
     assert (new["expert_indices"] != old["expert_indices"]).any()
     assert engine.lookup("router", old["production_info"]["digest"]) is None
-    assert f'params="{told["version"]}"' in engine.metrics_text().decode()
-    assert told["previous"] not in engine.metrics_text().decode()
-    assert engine.reload()["version"] == told["previous"], "None is the configured one"
+    assert f'params="{outcome["version"]}"' in engine.metrics_text().decode()
+    assert outcome["previous"] not in engine.metrics_text().decode()
+    assert engine.reload()["version"] == outcome["previous"], "None is the configured one"
     assert compile_counter().count - compiled <= 1, "an equal rule is not compiled anew"
 
 
@@ -205,14 +205,14 @@ def test_a_bad_checkpoint_is_refused_and_the_old_one_goes_on(make_engine, states
     engine.route(x)
     damaged = write(tmp_path / "damaged", seed=2)
     corrupt(damaged)
-    for path, told in (
+    for path, reason in (
         (str(tmp_path / "none"), "expected a checkpoint"),
         (damaged, "damaged or changed"),
         (write(tmp_path / "wide", seed=3, width=24), "width"),
         (write(tmp_path / "many", seed=3, experts=12), "num_experts"),
         (write(tmp_path / "nan", seed=3, spoil=True), "not finite"),
     ):
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=reason):
             engine.reload(path)
         assert engine.snapshot.version == version
         assert engine.route(x)["production_info"]["cached"], "not even the cache was touched"
@@ -285,8 +285,8 @@ def test_unsound_weights_are_never_ready_and_say_why(make_engine, states, tmp_pa
     assert (caught.value.code, caught.value.status) == ("warming", 503)
     assert "device" not in caught.value.message
     assert engine.breaker.state == "closed"
-    told = engine.reload(write(tmp_path / "good", seed=1))
-    assert told["previous"] is None
+    outcome = engine.reload(write(tmp_path / "good", seed=1))
+    assert outcome["previous"] is None
     assert engine.readiness() == (True, []), "a good checkpoint ends it"
     assert engine.route(states())["expert_indices"].shape == (2, 5, 4)
     assert engine.health_check()["status"] == "healthy"

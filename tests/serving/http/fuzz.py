@@ -148,10 +148,10 @@ _TOKENS = [
 
 def _holders(value: Any) -> list[Any]:
     """Every object and array inside, itself included."""
-    found = [value] if isinstance(value, dict | list) else []
-    for item in value.values() if isinstance(value, dict) else (found and value) or ():
-        found += _holders(item)
-    return found
+    containers = [value] if isinstance(value, dict | list) else []
+    for item in value.values() if isinstance(value, dict) else (containers and value) or ():
+        containers += _holders(item)
+    return containers
 
 
 def spoil(rng: random.Random) -> tuple[Request, int]:
@@ -239,8 +239,8 @@ async def run(app: Any, count: int, seed: int) -> dict[int, int]:
         status, body = await ask(app, request, pieces)
         assert status < 500, (i, status, request, body[:500])
         if status >= 400 and request[0] != "HEAD":
-            told = json.loads(body)
-            assert set(told) == {"error", "code"}, told
+            answer = json.loads(body)
+            assert set(answer) == {"error", "code"}, answer
             assert len(body) < 2000
         seen[status] = seen.get(status, 0) + 1
     return seen

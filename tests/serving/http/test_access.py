@@ -61,8 +61,8 @@ def test_strict_asks_for_keys(strict, method, path, headers, status):
 
 
 def test_strict_is_terse(strict):
-    status, told = asked(strict, "POST", INFER, b"{}", x_api_key="alice")
-    assert (status, told) == (400, {"error": "malformed request", "code": "malformed"})
+    status, answer = asked(strict, "POST", INFER, b"{}", x_api_key="alice")
+    assert (status, answer) == (400, {"error": "malformed request", "code": "malformed"})
     assert asked(strict, "GET", "/health")[1].keys() == {"status"}
     assert "configuration" in asked(strict, "GET", "/health", authorization="Bearer root")[1]
 
@@ -115,10 +115,10 @@ def test_a_fault_of_ours_is_a_500_that_says_nothing_of_it(monkeypatch):
             raise RuntimeError("secret detail")
 
         monkeypatch.setattr(engine, "infer", broken)
-        status, told = asked(app, "POST", INFER, BODY)
+        status, answer = asked(app, "POST", INFER, BODY)
         app.transport.close()
-    assert (status, told["code"]) == (500, "internal")
-    assert "secret" not in told["error"]
+    assert (status, answer["code"]) == (500, "internal")
+    assert "secret" not in answer["error"]
 
 
 def test_more_requests_than_may_wait_are_told_to_come_back(monkeypatch):
@@ -184,11 +184,11 @@ def test_tokens_are_limited_once_the_size_is_known():
 
 def test_nobody_is_a_new_client_by_claiming_another_address():
     with served(small_engine(security_level="standard", rate_limit_requests=2)) as service:
-        found = [
+        statuses = [
             service.request("POST", INFER, BODY, {"X-Forwarded-For": f"192.0.2.{i}"})[0]
             for i in range(4)
         ]
-    assert found == [200, 200, 429, 429]
+    assert statuses == [200, 200, 429, 429]
 
 
 @pytest.mark.parametrize("header", [None, "x_forwarded_for", "forwarded", "via", "origin"])
@@ -279,8 +279,8 @@ def test_without_a_reload_folder_only_checkpoints_beside_the_configured_one_may_
         with small_engine(admin_key="root", serve_moe="auto", **settings) as engine:
             app = create_app(engine)
             body = b'{"checkpoint": "latest"}'
-            found = asked(app, "POST", "/admin/reload", body, authorization="Bearer root")
-            assert found[0] == status, found
+            actual = asked(app, "POST", "/admin/reload", body, authorization="Bearer root")
+            assert actual[0] == status, actual
             app.transport.close()
 
 
@@ -446,8 +446,8 @@ def test_while_it_warms_up_probes_are_answered_and_requests_told_to_come_back(mo
         assert asked(app, "GET", "/metrics")[0] == 200
         assert asked(app, "GET", "/ready") == (503, {"ready": False, "reasons": ["warming"]})
         assert asked(app, "GET", "/v2/models/router")[0] == 503
-        status, told = asked(app, "POST", INFER, BODY)
-        assert (status, told["code"]) == (503, "warming")
+        status, answer = asked(app, "POST", INFER, BODY)
+        assert (status, answer["code"]) == (503, "warming")
         loading.set()
         deadline = time.monotonic() + 60
         while engine.load_error is None:

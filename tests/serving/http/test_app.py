@@ -25,8 +25,8 @@ BODY = json.dumps({"inputs": [tensor(np.ones((1, 2, WIDTH), np.float32))]}).enco
 
 @pytest.fixture(scope="module")
 def service():
-    with served(small_engine(admin_key="operator")) as found:
-        yield found
+    with served(small_engine(admin_key="operator")) as started:
+        yield started
 
 
 @pytest.mark.parametrize(
@@ -63,8 +63,8 @@ def service():
 )
 def test_every_path_and_method_has_its_status(service, method, path, status):
     body = BODY if method == "POST" else None
-    found, headers, data = service.request(method, path, body)
-    assert found == status
+    got_status, headers, data = service.request(method, path, body)
+    assert got_status == status
     assert re.fullmatch("[0-9a-f]{32}", headers["x-request-id"])
     assert headers["x-content-type-options"] == "nosniff"
     if status >= 400:
@@ -98,10 +98,10 @@ def test_health_and_readiness_say_what_they_know(service):
     ],
 )
 def test_headers_decide_how_a_body_is_read(service, headers, status):
-    found, told, _ = service.request("POST", INFER, BODY, headers)
-    assert found == status
+    got_status, answer, _ = service.request("POST", INFER, BODY, headers)
+    assert got_status == status
     if status == 415:
-        assert told["accept-encoding"] == "gzip, deflate"
+        assert answer["accept-encoding"] == "gzip, deflate"
 
 
 def test_a_header_that_comes_twice_is_refused(service):
@@ -164,11 +164,11 @@ def test_logs_carry_request_and_trace_ids_and_neither_keys_nor_tensors(service, 
         while not any(line["event"] == "request" for line in lines):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-    line = next(found for found in lines if found["event"] == "request")
+    line = next(entry for entry in lines if entry["event"] == "request")
     assert (line["request_id"], line["trace_id"], line["parent_id"]) == ("seen", trace, parent)
     assert (line["method"], line["path"], line["code"]) == ("POST", INFER, "ok")
-    assert all(found["request_id"] == "seen" for found in lines)
-    assert {"answered", "request"} <= {found["event"] for found in lines}  # engine and transport
+    assert all(entry["request_id"] == "seen" for entry in lines)
+    assert {"answered", "request"} <= {entry["event"] for entry in lines}  # engine and transport
     assert "sesame" not in str(lines)
     assert "1.0, 1.0" not in str(lines)
 
@@ -283,16 +283,16 @@ def test_what_is_no_http_gets_an_answer(service):
 def test_the_openapi_document_lists_the_routes_and_no_others(service):
     pages = {"/", "/status.css", "/status.js"}
     routes = {(r.path, m) for r in ROUTES for m in r.methods or () if m != "HEAD"}
-    told = document(1)
+    api = document(1)
     listed = {
         (path, method.upper())
-        for path, item in told["paths"].items()
+        for path, item in api["paths"].items()
         for method in item
         if method in ("get", "post", "put", "delete", "patch")
     }
     assert listed == {(path, method) for path, method in routes if path not in pages}
-    assert service.json("GET", "/openapi.json")[1]["paths"].keys() == told["paths"].keys()
-    assert told["components"]["schemas"]["Error"]["properties"]["code"]["enum"] == list(CODES)
+    assert service.json("GET", "/openapi.json")[1]["paths"].keys() == api["paths"].keys()
+    assert api["components"]["schemas"]["Error"]["properties"]["code"]["enum"] == list(CODES)
 
 
 def test_the_status_page_is_ours_alone(service):

@@ -99,8 +99,8 @@ def test_deadlines_pass_in_order_and_cancelled_ones_never():
 
 @pytest.fixture(scope="module")
 def service():
-    with served(small_engine()) as found:
-        yield found
+    with served(small_engine()) as started:
+        yield started
 
 
 def test_bytes_are_taken_before_they_are_read(service):

@@ -19,22 +19,22 @@ OUTPUTS = ("expert_indices", "expert_weights", "num_experts_per_token", "complex
 
 @pytest.fixture(scope="module")
 def service():
-    with served(small_engine()) as found:
-        yield found
+    with served(small_engine()) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def client(service):
-    with triton_http.InferenceServerClient(service.address, concurrency=8) as found:
-        yield found
+    with triton_http.InferenceServerClient(service.address, concurrency=8) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def grpc_client(service):
     server = GrpcServer(service.server.transport, "127.0.0.1", 0)
     server.start()
-    with triton_grpc.InferenceServerClient(f"127.0.0.1:{server.port}") as found:
-        yield found
+    with triton_grpc.InferenceServerClient(f"127.0.0.1:{server.port}") as started:
+        yield started
     server.stop(1.0).wait()
 
 
@@ -50,12 +50,12 @@ def expected(service, x):
 
 def given(kind, x, binary=True):
     datatype = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}[str(x.dtype)]
-    found = kind.InferInput("hidden_states", list(x.shape), datatype)
+    tensor = kind.InferInput("hidden_states", list(x.shape), datatype)
     if kind is triton_http:
-        found.set_data_from_numpy(x, binary_data=binary)
+        tensor.set_data_from_numpy(x, binary_data=binary)
     else:
-        found.set_data_from_numpy(x)
-    return [found]
+        tensor.set_data_from_numpy(x)
+    return [tensor]
 
 
 @pytest.mark.parametrize("packed", [None, "gzip", "deflate"])
@@ -80,9 +80,9 @@ def test_tritonclient_binary_and_json_in_and_out(
     )
     assert result.get_response()["id"] == "mine"
     for name, array in expected.items():
-        found = result.as_numpy(name)
-        assert (found.dtype, found.shape) == (array.dtype, array.shape)
-        np.testing.assert_array_equal(found, array)
+        actual = result.as_numpy(name)
+        assert (actual.dtype, actual.shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(actual, array)
 
 
 def test_without_named_outputs_the_router_gives_its_decisions(client, x, expected):
@@ -99,16 +99,16 @@ def test_16_bit_floats_come_as_binary_data(client, grpc_client, service, x, dtyp
     small = x.astype(dtype)
     wanted = service.engine.infer("router", small).arrays["expert_indices"]
     for kind, asked in ((triton_http, client), (triton_grpc, grpc_client)):
-        found = asked.infer("router", given(kind, small)).as_numpy("expert_indices")
-        np.testing.assert_array_equal(found, wanted)
+        actual = asked.infer("router", given(kind, small)).as_numpy("expert_indices")
+        np.testing.assert_array_equal(actual, wanted)
 
 
 def test_the_layer_itself(client, grpc_client, service, x):
     wanted = service.engine.infer("moe", x).arrays["output"]
     assert wanted.shape == x.shape
     for kind, asked in ((triton_http, client), (triton_grpc, grpc_client)):
-        found = asked.infer("moe", given(kind, x)).as_numpy("output")
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        actual = asked.infer("moe", given(kind, x)).as_numpy("output")
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_token_mask_leaves_tokens_out(client, x):
@@ -137,10 +137,10 @@ def test_asynchronous_requests_answer_their_own_question(client, x):
 
 
 def test_health_and_metadata(client, grpc_client):
-    for found in (client, grpc_client):
-        assert found.is_server_live()
-        assert found.is_server_ready()
-        assert found.is_model_ready("router")
+    for each in (client, grpc_client):
+        assert each.is_server_live()
+        assert each.is_server_ready()
+        assert each.is_model_ready("router")
     server = client.get_server_metadata()
     assert server["name"] == "moe_jax"
     assert "binary_tensor_data" in server["extensions"]
@@ -167,9 +167,9 @@ def test_a_version_may_be_named(client, grpc_client, x):
             assert asked.is_model_ready("router", version)
             result = asked.infer("router", given(kind, x), model_version=version)
             assert result.as_numpy("expert_indices") is not None
-            told = result.get_response()
-            told = told["model_version"] if kind is triton_http else told.model_version
-            assert told == served
+            response = result.get_response()
+            response = response["model_version"] if kind is triton_http else response.model_version
+            assert response == served
         with pytest.raises(InferenceServerException, match="version"):
             asked.infer("router", given(kind, x), model_version="999")
 
@@ -202,8 +202,8 @@ def test_grpc_takes_typed_contents_and_echoes_the_id(service, grpc_client, x, ex
     sent.contents.fp32_contents.extend(x.reshape(-1).tolist())
     answer = grpc_client._client_stub.ModelInfer(request)
     assert answer.id == "mine"
-    found = np.frombuffer(answer.raw_output_contents[0], np.int32).reshape(2, 3, -1)
-    np.testing.assert_array_equal(found, expected["expert_indices"])
+    actual = np.frombuffer(answer.raw_output_contents[0], np.int32).reshape(2, 3, -1)
+    np.testing.assert_array_equal(actual, expected["expert_indices"])
 
 
 def spoilt(change):
@@ -241,8 +241,8 @@ def test_grpc_refuses_what_http_refuses(grpc_client, change, said):
         grpc_client._client_stub.ModelInfer(spoilt(change))
     assert said in caught.value.details()
     assert caught.value.code().name in ("INVALID_ARGUMENT", "NOT_FOUND")
-    told = dict(caught.value.trailing_metadata())
-    assert told["moe-code"] in ("malformed", "not_found")
+    trailers = dict(caught.value.trailing_metadata())
+    assert trailers["moe-code"] in ("malformed", "not_found")
 
 
 def test_ours_and_tritonclients_messages_live_in_one_process():
@@ -273,9 +273,9 @@ def test_a_digest_brings_the_answer_back_without_the_tensor(service, client, x):
     length = int(headers["inference-header-content-length"])
     assert json.loads(body[:length])["parameters"]["cached"] is True
     status, answer = service.json("GET", path + "?binary=false")
-    found = np.array(answer["outputs"][0]["data"]).reshape(answer["outputs"][0]["shape"])
+    actual = np.array(answer["outputs"][0]["data"]).reshape(answer["outputs"][0]["shape"])
     wanted = service.engine.infer("router", x).arrays["expert_indices"]
-    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(actual, wanted)
     assert service.json("GET", "/v2/models/router/routes/" + "0" * 32)[0] == 404
     assert service.json("GET", "/v2/models/router/routes/ab")[0] == 400
 

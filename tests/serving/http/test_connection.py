@@ -19,8 +19,8 @@ GET = b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def service():
-    with served(small_engine(admin_key="operator")) as found:
-        yield found
+    with served(small_engine(admin_key="operator")) as started:
+        yield started
 
 
 class Connection:
@@ -73,12 +73,12 @@ def statuses(service, data: bytes) -> tuple[list[int], bool]:
     with Connection(service) as connection:
         connection.send(data)
         connection.send(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n")
-        found = []
+        results = []
         while (answer := connection.answer()) is not None:
-            found.append(answer[0])
+            results.append(answer[0])
             if answer[1].get("content-type") is None:  # the answer to the second request
-                return found[:-1], True
-        return found, False
+                return results[:-1], True
+        return results, False
 
 
 # --- framing ------------------------------------------------------------------------------------
@@ -180,8 +180,8 @@ def test_what_http_forbids_is_refused_and_the_connection_ends(service, data, sta
         connection.send(data)
         answer = connection.answer()
         assert answer is not None, "closed without an answer"
-        found, headers, body = answer
-        assert found == status, body
+        got_status, headers, body = answer
+        assert got_status == status, body
         assert headers["connection"] == "close"
         assert set(json.loads(body)) == {"error", "code"}
         now = sum(exporter.value("moe_errors_total", code) for code in CODES)

@@ -37,10 +37,10 @@ def serve():
             clock, log = Clock(), Log()
             config = load_config(env={}, **{**SMALL, "enable_caching": False, **settings})
             engine = RouterEngine(config, clock=clock, logger=log, host_fallback=host_fallback)
-            found = stack.enter_context(served(engine))
-            found.clock, found.log = clock, log
-            found.run = engine.device.run
-            return found
+            started = stack.enter_context(served(engine))
+            started.clock, started.log = clock, log
+            started.run = engine.device.run
+            return started
 
         yield start
 
@@ -60,8 +60,8 @@ def out_of_memory(run, *order):
 
 
 def not_finite(run, *order):
-    found = run(*order)
-    return {**found, "expert_weights": found["expert_weights"] * np.float32(np.nan)}
+    actual = run(*order)
+    return {**actual, "expert_weights": actual["expert_weights"] * np.float32(np.nan)}
 
 
 def states(seed=0, batch=1, sequence=2):
@@ -76,9 +76,9 @@ def ask(service, x=None, *, client=None, **parameters):
     """Status, the word of the refusal or "ok", Retry-After, and the answer."""
     headers = {} if client is None else {"X-Forwarded-For": client}
     data = body(states() if x is None else x, **parameters)
-    status, told, answer = service.request("POST", INFER, data, headers)
+    status, reply, answer = service.request("POST", INFER, data, headers)
     answer = json.loads(answer)
-    return status, answer.get("code", "ok"), told.get("retry-after"), answer
+    return status, answer.get("code", "ok"), reply.get("retry-after"), answer
 
 
 def outcome(*args, **options):
@@ -89,16 +89,16 @@ OK = (200, "ok", None)
 
 
 def ready(service):
-    status, told = service.json("GET", "/ready")
-    assert (status == 200) == told["ready"]
+    status, answer = service.json("GET", "/ready")
+    assert (status == 200) == answer["ready"]
     assert service.request("GET", "/v2/health/ready")[0] == status
-    return status, told["reasons"]
+    return status, answer["reasons"]
 
 
 def health(service):
-    status, told = service.json("GET", "/health")
+    status, answer = service.json("GET", "/health")
     assert status == 200
-    return told
+    return answer
 
 
 def sample(service, name):
@@ -132,9 +132,9 @@ def test_a_failing_device_is_503_until_a_probe_finds_it_well(serve, fault):
     assert ready(service) == (503, ["circuit_open"])
     assert service.request("GET", "/ready")[1]["retry-after"] == "1"
     assert service.request("GET", "/v2/health/live")[0] == 200, "a restart would not help"
-    told = health(service)
-    assert told["status"] == "degraded"
-    assert told["components"]["circuit_breaker"]["state"] == "open"
+    health_report = health(service)
+    assert health_report["status"] == "degraded"
+    assert health_report["components"]["circuit_breaker"]["state"] == "open"
     assert sample(service, 'moe_circuit_state{state="open"}') == 1
     assert sample(service, 'moe_errors_total{code="device_error"}') == 20
     assert sample(service, 'moe_requests_total{outcome="unavailable"}') == 22
@@ -172,9 +172,9 @@ def test_fallbacks_are_flagged_in_the_answer_and_in_metrics(serve):
         spoil(service, broken)
         status, _, _, answer = ask(service)
         assert status == 200
-        told = answer["parameters"]
-        assert (told["fallback_used"], told["fallback"]) == (True, kind)
-        assert told["degraded"] == (kind == "static_top_k")
+        parameters = answer["parameters"]
+        assert (parameters["fallback_used"], parameters["fallback"]) == (True, kind)
+        assert parameters["degraded"] == (kind == "static_top_k")
         assert sample(service, f'moe_fallback_total{{kind="{kind}"}}') == 1
 
 
@@ -275,8 +275,8 @@ def test_a_stuck_device_fails_liveness_and_only_that_restarts(serve):
     [job] = service.engine.bulkhead._running
     job.started -= WATCHDOG_SECONDS
     assert service.request("GET", "/v2/health/live")[0] == 503
-    status, told = service.json("GET", "/health")
-    assert (status, told["status"]) == (503, "unhealthy")
+    status, answer = service.json("GET", "/health")
+    assert (status, answer["status"]) == (503, "unhealthy")
     release.set()
     until(lambda: service.request("GET", "/v2/health/live")[0] == 200)
 
@@ -391,10 +391,10 @@ def test_redis_killed_and_back_under_two_replicas(serve, tmp_path, monkeypatch):
         counts = []
         for service in replicas:
             taken = 0
-            while (found := ask(service, states(next(new), 4, 16), client=client))[0] == 200:
+            while (actual := ask(service, states(next(new), 4, 16), client=client))[0] == 200:
                 taken += 1
-            assert found[:2] == (429, "rate_limited")
-            assert int(found[2]) >= 1
+            assert actual[:2] == (429, "rate_limited")
+            assert int(actual[2]) >= 1
             counts.append(taken)
         return counts
 
@@ -411,10 +411,10 @@ def test_redis_killed_and_back_under_two_replicas(serve, tmp_path, monkeypatch):
             assert ready(service) == (200, [])
         assert admitted("192.0.2.4") == [10, 10], "limits go on, each for itself"
         for service in replicas:
-            told = health(service)
-            assert told["status"] == "degraded"
-            assert told["components"]["cache"]["status"] == "redis_lost"
-            assert told["components"]["rate_limiter"]["status"] == "redis_lost"
+            health_report = health(service)
+            assert health_report["status"] == "degraded"
+            assert health_report["components"]["cache"]["status"] == "redis_lost"
+            assert health_report["components"]["rate_limiter"]["status"] == "redis_lost"
             assert service.log.events().count("redis_lost") == 2, "once for each use of it"
 
         redis.start()
@@ -439,12 +439,12 @@ def test_a_corrupt_checkpoint_is_refused_and_the_old_one_serves_on(serve, tmp_pa
     array.write_bytes(damaged)
     service = serve(admin_key="operator", serve_moe="off", reload_folder=str(tmp_path))
     admin = {"Authorization": "Bearer operator"}
-    status, told = service.json("POST", "/admin/reload", {"checkpoint": good}, **admin)
+    status, answer = service.json("POST", "/admin/reload", {"checkpoint": good}, **admin)
     assert status == 200
-    version = told["version"]
-    status, told = service.json("POST", "/admin/reload", {"checkpoint": bad}, **admin)
-    assert (status, told["code"]) == (422, "invalid_values")
-    assert "old checkpoint stays in service" in told["error"]
+    version = answer["version"]
+    status, answer = service.json("POST", "/admin/reload", {"checkpoint": bad}, **admin)
+    assert (status, answer["code"]) == (422, "invalid_values")
+    assert "old checkpoint stays in service" in answer["error"]
     assert ask(service)[3]["model_version"] == version
     assert ready(service) == (200, [])
     assert health(service)["components"]["router"]["version"] == version

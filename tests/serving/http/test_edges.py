@@ -23,8 +23,8 @@ from tests.serving.served import served, small_engine
 
 @pytest.fixture(scope="module")
 def service():
-    with served(small_engine()) as found:
-        yield found
+    with served(small_engine()) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,9 @@ def sent(service, ask):
 def refused(service, ask):
     status, headers, body = sent(service, ask)
     assert 400 <= status < 500, body
-    told = json.loads(body)
-    assert set(told) == {"error", "code"}
-    assert len(told["error"]) < 400  # a message is no echo of the request
+    answer = json.loads(body)
+    assert set(answer) == {"error", "code"}
+    assert len(answer["error"]) < 400  # a message is no echo of the request
     assert int(headers["content-length"]) == len(body)
     return status
 
@@ -98,9 +98,9 @@ def test_a_chunked_body_is_a_body(
     headers = ask.headers | {"Transfer-Encoding": "chunked"}
     connection.request("POST", INFER, pieces, headers, encode_chunked=True)
     response = connection.getresponse()
-    told = json.loads(response.read())
+    answer = json.loads(response.read())
     connection.close()
-    assert response.status == 200, told
+    assert response.status == 200, answer
 
 
 def test_a_client_that_asks_before_it_sends_is_told_to_go_on(

@@ -57,8 +57,8 @@ def until_answers(port: int, path: str, status: int) -> bytes:
     deadline = time.monotonic() + PATIENCE
     while True:
         with contextlib.suppress(ConnectionError):
-            found, data = asked(port, "GET", path)
-            if found == status:
+            got_status, data = asked(port, "GET", path)
+            if got_status == status:
                 return data
         assert time.monotonic() < deadline
         time.sleep(0.05)

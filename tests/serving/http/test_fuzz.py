@@ -21,9 +21,9 @@ SEED = 20_261_125
 @pytest.fixture(scope="module")
 def app():
     with small_engine(admin_key="operator") as engine:
-        found = create_app(engine)
-        yield found
-        found.transport.close()
+        started = create_app(engine)
+        yield started
+        started.transport.close()
 
 
 @pytest.mark.parametrize("turn", range(4))
@@ -55,18 +55,18 @@ def test_memory_stays_flat(app):
     assert after - before < 150_000
 
 
-def cases_of(told):
+def cases_of(api):
     """A few requests for every operation of an OpenAPI document, as schemathesis makes them."""
-    found = []
-    for operation in schemathesis.openapi.from_dict(told).get_all_operations():
+    results = []
+    for operation in schemathesis.openapi.from_dict(api).get_all_operations():
 
         @hypothesis.settings(max_examples=6, suppress_health_check=list(HealthCheck))
         @hypothesis.given(case=operation.ok().as_strategy())
         def collect(case):
-            found.append(case)
+            results.append(case)
 
         collect()
-    return found
+    return results
 
 
 def request_of(case):
@@ -83,14 +83,14 @@ def request_of(case):
 
 
 def test_answers_have_the_statuses_that_the_openapi_document_lists(app):
-    told = document(app.transport.body_limit)
+    api = document(app.transport.body_limit)
     seen: set[int] = set()
 
     async def everything():
-        for case in cases_of(told):
+        for case in cases_of(api):
             request = request_of(case)
             status, _ = await ask(app, request)
-            listed = told["paths"][case.path][case.method.lower()]["responses"]
+            listed = api["paths"][case.path][case.method.lower()]["responses"]
             assert str(status) in listed, (request, status)
             assert status < 500
             seen.add(status)

@@ -71,14 +71,18 @@ def test_keys_and_limits(call):
     assert refused(call, "ModelInfer", request(), key="mallory")[0] == "UNAUTHENTICATED"
     for _ in range(3):
         assert len(call("ModelInfer", request(), key="alice").raw_output_contents) == 4
-    code, told, text = refused(call, "ModelInfer", request(), key="alice")
-    assert (code, told["moe-code"], text) == (
+    code, trailers, text = refused(call, "ModelInfer", request(), key="alice")
+    assert (code, trailers["moe-code"], text) == (
         "RESOURCE_EXHAUSTED",
         "rate_limited",
         "too many requests",
     )
-    assert int(told["retry-after"]) >= 1
+    assert int(trailers["retry-after"]) >= 1
     # The limit is checked before the message is parsed; another client's garbage is.
     assert refused(call, "ModelInfer", None, key="alice", raw=b"\xff")[0] == "RESOURCE_EXHAUSTED"
-    code, told, text = refused(call, "ModelInfer", None, key="bob", raw=b"\xff")
-    assert (code, told["moe-code"], text) == ("INVALID_ARGUMENT", "malformed", "malformed request")
+    code, trailers, text = refused(call, "ModelInfer", None, key="bob", raw=b"\xff")
+    assert (code, trailers["moe-code"], text) == (
+        "INVALID_ARGUMENT",
+        "malformed",
+        "malformed request",
+    )

@@ -51,8 +51,8 @@ def service(fitted, tmp_path_factory):
     engine = small_engine(
         checkpoint=str(folder / "export" / "checkpoint"), serve_moe="auto", buckets="8,32"
     )
-    with served(engine) as found:
-        yield found
+    with served(engine) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,15 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    with served(small_engine()) as found:
-        found.idle_page = browse(found, tmp_path_factory.mktemp("idle"), "--dump-dom").stdout
+    with served(small_engine()) as started:
+        started.idle_page = browse(started, tmp_path_factory.mktemp("idle"), "--dump-dom").stdout
         rng = np.random.default_rng(0)
         for _ in range(20):
             x = rng.standard_normal((1, 8, WIDTH), dtype=np.float32)
             body = json.dumps({"inputs": [tensor(x)]}).encode()
-            assert found.request("POST", "/v2/models/router/infer", body)[0] == 200
-        found.request("POST", "/v2/models/router/infer", b"{}")
-        yield found
+            assert started.request("POST", "/v2/models/router/infer", body)[0] == 200
+        started.request("POST", "/v2/models/router/infer", b"{}")
+        yield started
 
 
 def browse(service, tmp_path, *options, path="/"):

@@ -85,18 +85,18 @@ class Process:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         with contextlib.closing(connection):
             connection.request("POST", INFER, BODY, {"Content-Type": "application/json"})
-            found = json.loads(connection.getresponse().read())
-        return {name: found[name] for name in ("model_version", "outputs")}
+            actual = json.loads(connection.getresponse().read())
+        return {name: actual[name] for name in ("model_version", "outputs")}
 
     def event(self, name: str) -> dict:
         """The next log line of this event."""
         deadline = time.monotonic() + PATIENCE
         while True:
             line = self.lines.get(timeout=max(0.01, deadline - time.monotonic()))
-            found = json.loads(line)  # every line is JSON
-            self.seen.append(found)
-            if found["event"] == name:
-                return found
+            entry = json.loads(line)  # every line is JSON
+            self.seen.append(entry)
+            if entry["event"] == name:
+                return entry
 
     def get(self, path: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
@@ -116,13 +116,13 @@ def until(true, every: float = 0.01) -> None:
 
 @pytest.fixture(scope="module")
 def process():
-    found = Process()
-    yield found
-    if found.popen.poll() is None:
-        found.popen.kill()
-    found.popen.wait(PATIENCE)
-    assert found.popen.stdout is not None
-    found.popen.stdout.close()
+    started = Process()
+    yield started
+    if started.popen.poll() is None:
+        started.popen.kill()
+    started.popen.wait(PATIENCE)
+    assert started.popen.stdout is not None
+    started.popen.stdout.close()
 
 
 def test_smoke_says_yes(process):
@@ -239,8 +239,8 @@ def test_grpc_serves_the_same(process):
     given = triton.InferInput("hidden_states", list(X.shape), "FP32")
     given.set_data_from_numpy(X)
     with triton.InferenceServerClient(f"127.0.0.1:{process.grpc_port}") as client:
-        found = client.infer("router", [given], client_timeout=PATIENCE)
-    assert found.as_numpy("expert_indices").shape == (2, 4, 4)
+        actual = client.infer("router", [given], client_timeout=PATIENCE)
+    assert actual.as_numpy("expert_indices").shape == (2, 4, 4)
 
 
 def test_a_thousand_clients_at_once_are_answered_or_told_to_come_back(process):
@@ -348,9 +348,9 @@ def test_sigterm_under_load_loses_no_request(process):
     process.popen.send_signal(signal.SIGTERM)
     process.event("draining")
     # Not ready, and still answering: this is the time in which load balancers notice.
-    status, told = process.get("/ready")
+    status, answer = process.get("/ready")
     assert status == 503
-    assert json.loads(told)["reasons"] == ["draining"]
+    assert json.loads(answer)["reasons"] == ["draining"]
     for worker in workers:
         worker.more(3)
     leave.set()

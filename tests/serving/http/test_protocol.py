@@ -243,19 +243,19 @@ def test_binary_data_is_a_view_on_the_body(dtype):
     x = np.array([1, 2.5, -3, 4], dtype)
     name = {4: "FP32", 2: "BF16" if dtype is ml_dtypes.bfloat16 else "FP16"}[x.itemsize]
     tensor = RAW | {"datatype": name, "parameters": {"binary_data_size": x.nbytes}}
-    found = decode({"inputs": [tensor]}, x.tobytes()).inputs["hidden_states"]
-    assert found.dtype == x.dtype
-    np.testing.assert_array_equal(found.reshape(-1), x)
-    assert found.base is not None
-    assert not found.flags.writeable
+    actual = decode({"inputs": [tensor]}, x.tobytes()).inputs["hidden_states"]
+    assert actual.dtype == x.dtype
+    np.testing.assert_array_equal(actual.reshape(-1), x)
+    assert actual.base is not None
+    assert not actual.flags.writeable
 
 
 def test_two_binary_inputs_follow_each_other_in_order():
     mask = MASK | {"parameters": {"binary_data_size": 2}}
     x = np.arange(4, dtype=np.float32)
-    found = decode({"inputs": [mask, RAW]}, b"\x01\x00" + x.tobytes()).inputs
-    assert found["token_mask"].tolist() == [[True, False]]
-    np.testing.assert_array_equal(found["hidden_states"].reshape(-1), x)
+    actual = decode({"inputs": [mask, RAW]}, b"\x01\x00" + x.tobytes()).inputs
+    assert actual["token_mask"].tolist() == [[True, False]]
+    np.testing.assert_array_equal(actual["hidden_states"].reshape(-1), x)
 
 
 def test_what_tritonclient_may_send_comes_through():
@@ -301,9 +301,9 @@ def test_answers_hold_every_datatype(binary):
     for dtype, name in [("i4", "INT32"), ("f4", "FP32"), ("?", "BOOL"), ("i8", "INT64")]:
         array = np.array([[0, 1], [1, 0]], dtype)
         head, rest = answered(array, binary, id="x")
-        told = head["outputs"][0]
-        assert (head["id"], told["datatype"], told["shape"]) == ("x", name, [2, 2])
-        data = np.frombuffer(rest, dtype) if binary else np.array(told["data"], dtype)
+        first_output = head["outputs"][0]
+        assert (head["id"], first_output["datatype"], first_output["shape"]) == ("x", name, [2, 2])
+        data = np.frombuffer(rest, dtype) if binary else np.array(first_output["data"], dtype)
         np.testing.assert_array_equal(data.reshape(2, 2), array)
 
 

@@ -117,8 +117,8 @@ def service():
             trusted_proxies="127.0.0.1",
             rate_limit_requests=3,
         )
-    ) as found:
-        yield found
+    ) as started:
+        yield started
 
 
 @pytest.fixture(scope="module", params=PROXIES)
@@ -201,8 +201,8 @@ def test_reload_through_a_proxy_needs_the_key(service, proxy):
 
 @pytest.fixture(scope="module")
 def plain():
-    with served(small_engine()) as found:
-        yield found
+    with served(small_engine()) as started:
+        yield started
 
 
 @pytest.mark.parametrize(
