@@ -160,6 +160,8 @@ def make_dynamic(
         block, trained = fold_expert_scale(block)
     router = dynamic_twin(trained, rule, target_mean_k=target, max_k=most, difficulty=difficulty)
     twin = _with_rule(block, router, fit_x, target)
+    # Two controls of the same mean, which do not look at the token: the change of the rule's output
+    # means something only beside theirs.
     low = _control(block, trained, "lowest", fit_x, target)
     random = _control(block, trained, "random", fit_x, target)
     y = block(test_x)
@@ -225,6 +227,7 @@ def make_model_dynamic(
         )
     k = ks[0]
     target = target_of(next(iter(rules.values())).k, target_mean_k, target_saving)
+    # Without the ends: k changes nothing, and a mean of 1 is no budget that a fit accepts.
     grid = np.linspace(k, 1.0, steps + 1)[1:-1]
     curves: dict[str, list[float]] = {}
     for name, block in blocks.items():
@@ -234,6 +237,8 @@ def make_model_dynamic(
             ].output_change
             for m in grid
         ]
+        # Squares, because independent changes of several blocks add up so. A fit may happen to change
+        # less at a lower budget; sharing by the cheapest step needs curves that do not fall.
         curves[name] = [0.0, *(c * c for c in np.maximum.accumulate(changes))]
     means = shared_budget(curves, k=k, target_mean_k=target)
     dynamic: dict[str, MoEBlock] = {}
@@ -316,6 +321,7 @@ class DriftMonitor:
         """Takes a batch's mean, for instance ``stats.mean_experts_per_token``; False once tripped."""
         value = float(mean_experts_per_token)
         self.mean_k = self._decay * self.mean_k + (1.0 - self._decay) * value
+        # "Not inside" instead of "outside", so that NaN trips it too.
         if not abs(self.mean_k / self.target_mean_k - 1.0) <= self._band:
             self.tripped = True
         return not self.tripped
@@ -399,6 +405,8 @@ def _split(x: Array, held_out: Array | None) -> tuple[Array, Array]:
             f"calibration_x: expected at least 10 tokens, got {flat.shape[0]}. Give real inputs of "
             "the block, thousands if you have them."
         )
+    # The end of the text, not a random fifth: neighbouring tokens are alike, and a random token
+    # would have its neighbours among those fitted on.
     cut = flat.shape[0] * 4 // 5
     return _split(flat[:cut], flat[cut:])
 

@@ -304,6 +304,7 @@ def nllb(c: HFConfig) -> Router:
         capacity_fraction=fraction if fraction > 0 else None,
         prioritize=c.get("batch_prioritized_routing"),
         norm_after=not c.get("normalize_router_prob_before_dropping"),
+        # The reference divides by at least the float32 epsilon.
         scoring=Scoring(norm="clamp", norm_eps=2.0**-23),
     )
 

@@ -90,6 +90,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
                 tuple(entry["shape"]),
                 entry["data_offsets"],
             )
+            # `type(n) is int` because JSON's true is an int to isinstance.
             whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
             if not (isinstance(dtype, str) and dtype and whole):
                 raise TypeError
@@ -159,11 +160,12 @@ def forget_pages(view: np.ndarray) -> None:
 
     Does nothing for arrays without a mapped file, or where the system has no such call.
     """
-    held: Any = view
-    while held is not None and not isinstance(held, mmap.mmap):
-        held = getattr(held, "base", None)
-    if held is not None and hasattr(mmap, "MADV_DONTNEED"):
-        held.madvise(mmap.MADV_DONTNEED)
+    # A view of a view of the mapping: the mapping is at the end of the chain of bases.
+    owner: Any = view
+    while owner is not None and not isinstance(owner, mmap.mmap):
+        owner = getattr(owner, "base", None)
+    if owner is not None and hasattr(mmap, "MADV_DONTNEED"):
+        owner.madvise(mmap.MADV_DONTNEED)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -338,6 +340,7 @@ def write_safetensors(
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Numbers begin at a multiple of 8 bytes, so that a mapped file can be viewed in any dtype.
     text += b" " * (-len(text) % 8)
     with Path(path).open("wb") as file:
         file.write(struct.pack("<Q", len(text)))

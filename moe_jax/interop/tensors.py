@@ -218,6 +218,7 @@ def _stacked(tensors: Tensors, e: int, d: int, gated: bool, interleaved: bool) -
     shape = tensors.shape("experts.down") if "experts.down" in tensors else ()
     if len(shape) != 3 or d not in shape[1:]:
         tensors.take("experts.down", (e, d, None), "E D F")  # raises, and says what was expected
+    # `take` has raised for any other number of axes; the zeros are for the type checker.
     _, rows, columns = (*shape, 0, 0, 0)[:3]
     f = columns if rows == d else rows
     separate = "experts.up" in tensors
@@ -253,6 +254,7 @@ def _stacked(tensors: Tensors, e: int, d: int, gated: bool, interleaved: bool) -
 
 def _one_by_one(tensors: Tensors, e: int, d: int, gated: bool) -> Params:
     if "experts.0.up" not in tensors and "experts.0.down" not in tensors:
+        # Raises. No expert is there in either layout, and the message names the usual one.
         tensors.take("experts.down", (e, d, None), "E D F")
     f = tensors.shape("experts.0.up")[0] if "experts.0.up" in tensors else None
     out = {}

@@ -348,7 +348,7 @@ def spread_blocks(files: Sequence[Any], config: LMConfig, tokens: int, seed: int
     while blocks.num_tokens < tokens:
         per_file += 1
         more = cut_blocks(files, length=config.length, per_file=per_file, seed=seed)
-        if more.num_tokens == blocks.num_tokens:
+        if more.num_tokens == blocks.num_tokens:  # no file has more text
             break
         blocks = more
     return blocks
@@ -408,6 +408,7 @@ def calibrate(
     if corpus is None:
         corpus = corpus_of_checkpoint({"data": model.metadata.get("data")})
     trained = model.config.router()
+    # A source that is calibrated itself keeps the rules that its model was trained with as a variant.
     if model.routers != (trained,) * model.config.num_moe_layers:
         model = load_model(source, "trained")
     config = model.config

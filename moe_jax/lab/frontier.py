@@ -138,6 +138,7 @@ def evaluate(
     return LMEvaluation(
         nats_per_file=np.bincount(blocks.file_index, each, minlength=files),
         bytes_per_file=np.bincount(blocks.file_index, real.sum(axis=1), minlength=files),
+        # Counts were shares times tokens in float32: rounded, they are whole again.
         histogram=np.rint(by_layer("histogram")) / blocks.num_tokens,
         tokens_per_expert=by_layer("tokens_per_expert"),
         counts=np.stack(counts),

@@ -77,6 +77,7 @@ def _init_dense(config: LMConfig, key: Array) -> dict[str, Params]:
 
 def _init_attention(config: LMConfig, qkv_key: Array, out_key: Array) -> dict[str, Params]:
     width = config.d_model
+    # Two residual branches a layer add up, so each starts smaller by the root of their number (GPT-2).
     return {
         "attention_norm": jnp.ones((width,)),
         "qkv": jax.random.normal(qkv_key, (width, 3 * width)) / width**0.5,

@@ -205,6 +205,7 @@ def train(
         history, spent = list(before["history"]), float(before["seconds"])
     batches = Batches(corpus.train, batch_size=config.batch_size, length=config.length, seed=seed)
     started = time.perf_counter()
+    # About 50 points of history: reading the metrics of a step waits for the device.
     every = max(1, steps // 50)
     first = int(state.step)
 

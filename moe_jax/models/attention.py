@@ -101,6 +101,7 @@ def softmax(logits: Array, allowed: Array, sinks: Array | None) -> Array:
     if sinks is None:
         return jax.nn.softmax(logits, axis=-1)
     column = sinks.astype(jnp.float32)[None, :, :, None, None]
+    # The sink takes part in the maximum, so that neither exponential overflows.
     top = jnp.maximum(logits.max(axis=-1, keepdims=True), column)
     weights = jnp.exp(logits - top)
     return weights / (weights.sum(axis=-1, keepdims=True) + jnp.exp(column - top))
@@ -149,6 +150,7 @@ def attend(
         # Keys are cached with their positions in them, so that a step rotates one key and not all.
         cache = {"k": _write(cache["k"], k, layout.start), "v": _write(cache["v"], v, layout.start)}
         k, v = cache["k"], cache["v"]
+    # Queries are grouped by the key head that they share, so that keys need not be repeated.
     q = q.reshape(batch, length, config.num_kv_heads, -1, config.head_dim)
     sinks = params["sinks"].reshape(config.num_kv_heads, -1) if config.sinks else None
     precise: Any = {"preferred_element_type": jnp.float32}
@@ -170,10 +172,11 @@ def _norm_qk(config: DecoderConfig, params: Params, q: Array, k: Array) -> tuple
     return q, normalize(params["k_norm"], k, eps=config.norm_eps)
 
 
-def _write(held: Array, new: Array, start: Array) -> Array:
-    index: list[Any] = [jnp.zeros((), start.dtype)] * held.ndim
+def _write(cached: Array, new: Array, start: Array) -> Array:
+    # Slots are axis 1 of every array of a cache.
+    index: list[Any] = [jnp.zeros((), start.dtype)] * cached.ndim
     index[1] = start
-    return jax.lax.dynamic_update_slice(held, new.astype(held.dtype), index)
+    return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), index)
 
 
 def _latent_attention(

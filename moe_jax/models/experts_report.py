@@ -35,6 +35,7 @@ def token_class(text: str) -> int:
         >>> [CLASSES[token_class(t)] for t in (" the", "ing", " Paris", "42", "(", "\\n")]
         ['word start', 'word part', 'capitalised', 'number', 'punctuation', 'space']
     """
+    # Byte-level tokenizers write a leading space as U+0120, SentencePiece as U+2581.
     bare = text.strip(" \u0120\u2581")
     if not bare.strip():
         return CLASSES.index("space")
@@ -250,6 +251,7 @@ def _padded(array: np.ndarray, size: Any, value: int) -> np.ndarray:
 
 def _shown_rows(stream: Stream, shown: int, layers: int) -> int:
     """How many tokens are shown, so that the page stays small."""
+    # K is known only after the first layer: 4 experts a token are assumed.
     return min(shown, int(stream.mask.sum()), SHOWN_CHOICES // max(layers * 4, 1))
 
 

@@ -95,10 +95,12 @@ def stream_tokens(
         cache = init_cache(config, batch, length + max_new_tokens, dtype=model.dtype)
     done = np.zeros(batch, bool)
     for step in range(max_new_tokens):
+        # `last_only`: logits of all tokens [B, S, V] would be the largest array of a prompt.
         out = forward(
             config, params, ids, mask, cache=cache, implementation=implementation, last_only=True
         )
         cache = out.cache
+        # The step's own key, so that a token does not depend on how many are asked for.
         token = sample(out.logits[:, -1], sampling, jax.random.fold_in(key, step))
         token_ids = np.asarray(token)
         if eos_ids:

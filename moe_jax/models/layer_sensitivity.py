@@ -119,6 +119,7 @@ def _measured(taken: LayerPass, rule: str, steps: int, difficulty: str) -> list[
         for i, h in enumerate(hidden):
             after = np.asarray(taken.output(i, h, twin)[0], np.float32)
             change += float(((after - before[i])[masks[i]] ** 2).sum())
+        # A fit may happen to change less at a lower budget; the shares need curves that do not fall.
         curve.append(max(curve[-1], change / size))
     return curve
 

@@ -126,6 +126,7 @@ class Stream:
         else:
             self._opened = model if isinstance(model, HubFolder) else HubFolder(model, dtype=dtype)
             self.config, self.ends = self._opened.config, self._opened.ends()
+            # The config stands for the model: a digest of the weights would read all of them.
             name = json.dumps([self._opened.raw, str(self._opened.dtype)], sort_keys=True)
         check_tokens(self.config, ids, mask)
         self.ids = ids.astype(np.int32)
@@ -175,6 +176,8 @@ class Stream:
             yield taken
             # Work is queued, not done, when a call returns: the next layer is read only after it.
             jax.block_until_ready(self.hidden)
+            # The generator that reads layers still refers to this one: without its parameters, one
+            # layer at a time is in memory.
             layer.params = {}
             self._done = layer.number + 1
             if self._work is not None:

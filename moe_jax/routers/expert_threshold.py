@@ -63,6 +63,7 @@ class ExpertThreshold(TokenChoice):
     scoring: Scoring = Scoring(score="sigmoid")
 
     def __post_init__(self) -> None:
+        # Before the checks of all rules, which would name the reach of the groups instead.
         if self.scoring.num_groups != 1 or self.scoring.select_by != "score":
             raise ValueError(
                 "scoring: expected ungrouped selection by score, got "

@@ -90,6 +90,7 @@ class ReLURouter(TokenChoice):
     min_k: ClassVar[int] = 0  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
+        # Before the checks of all rules, which would name the reach of the groups instead.
         if (
             self.scoring.score != "relu"
             or self.scoring.num_groups != 1

@@ -94,6 +94,7 @@ class SeqTopK(WholeBatch):
         else:
             rank = sequence_ranks(scores)
             budget = jnp.broadcast_to(budget[:, -1:], budget.shape)
+        # A score is kept if fewer scores than the budget allows come before it.
         keep = (rank < self.k * budget[:, :, None]).reshape(tokens, self.max_k) & usable
         keep = clip_counts(keep, min_k=self.min_k)
         return keep, self.weights(slots, keep)

@@ -64,6 +64,7 @@ class Sinkhorn(FixedK, WholeBatch):
         return NoState()
 
     def selection_scores(self, params, state, logits, scores, context, *, token_mask=None) -> Array:
+        # Offsets are solved for this batch. Gradients reach the router through the weights alone.
         logits = jax.lax.stop_gradient(logits)
         real = jnp.ones(logits.shape[:1], bool) if token_mask is None else token_mask
         offsets = sinkhorn_offsets(

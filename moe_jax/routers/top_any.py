@@ -103,7 +103,8 @@ class TopAny(TokenChoice):
         return self.gate({**params, "kernel": kernel}, x, key=key, token_mask=token_mask)
 
     def selection_scores(self, params, state: TopAnyState, logits, scores, context, **_) -> Array:
-        # Those that pass come first, best score first; after them the fallback's order.
+        # Experts that pass come first, best score first, then the fallback's order: sigmoid scores lie
+        # in (0, 1), so that 2 less puts every other expert behind.
         return jnp.where(self._margins(params, state, scores) > 0, scores, scores - 2.0)
 
     def select(self, params, state: TopAnyState, slots, x, context):
@@ -113,6 +114,7 @@ class TopAny(TokenChoice):
         passes = margin > 0
         keep = clip_counts(passes, min_k=self.min_k) & slots.available
         margin = jnp.where(passes, margin, 0.0)
+        # Straight through the sign: the value is 1, the gradient is the margin's.
         gates = 1.0 + (margin - jax.lax.stop_gradient(margin))
         count = jnp.maximum(keep.sum(axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
         return keep, gates / count
@@ -136,6 +138,7 @@ class TopAny(TokenChoice):
             counts = (scores > np.asarray(least)[None, :]).sum(axis=1)
             return float(np.clip(counts, self.min_k, self.max_k).mean())
 
+        # Cosines lie in [-1, 1]: an offset of this size makes every expert pass, or none.
         reach = 1.0 + float(np.abs(np.asarray(params["thresholds"])).max())
         offset = budget.bisect(mean_k, target_mean_k, low=-reach, high=reach, steps=30)
         return dataclasses.replace(state, offset=jnp.asarray(offset, jnp.float32))

@@ -159,6 +159,7 @@ def sequence_ranks(scores: Array) -> Array:
     """i32[S, L, K]: place of each score among its sequence's, best first; ties by position."""
     flat = scores.reshape(scores.shape[0], -1)
     order = jnp.argsort(-flat, axis=1, stable=True)
+    # Sorting a permutation inverts it: from the score at each rank to the rank of each score.
     return jnp.argsort(order, axis=1).astype(jnp.int32).reshape(scores.shape)
 
 
@@ -174,6 +175,7 @@ def ranks_so_far(scores: Array) -> Array:
         ahead = (scores[:, :, :, None] >= own[:, None, None, :]) & earlier
         return ahead.sum(axis=(1, 2), dtype=jnp.int32) + jnp.arange(slots, dtype=jnp.int32)[None, :]
 
+    # One token at a time: all pairs of slots at once would take [S, L, L, K, K] numbers.
     return jnp.moveaxis(jax.lax.map(of_token, position), 0, 1)
 
 

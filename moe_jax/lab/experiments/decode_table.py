@@ -63,6 +63,7 @@ def decode_rows(
 
 
 def _with_scoring(rule: Any, model: Model) -> Router:
+    # Above `max_tokens` these rules are plain top-k, so the largest batch must not exceed it.
     return dataclasses.replace(rule, scoring=model.config.scoring, max_tokens=BATCH)
 
 
@@ -155,6 +156,7 @@ def fitted_states(model: Model, routers: list[Router], calibration: TextBlocks) 
             outputs = jax.vmap(config.experts, in_axes=(0, None))(layer["moe"]["experts"], real)
             state = with_similarity(state, expert_similarity(outputs))
         trained = model.routers[index]
+        # The trained rule routes each token by itself, so all blocks can be one step.
         routing, _ = route_steps(
             trained, layer["moe"]["router"], model.states[index], x, mask, len(blocks)
         )
