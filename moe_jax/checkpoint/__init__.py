@@ -4,7 +4,7 @@ A checkpoint is one folder::
 
     PATH/
       manifest.json      routers, layers, config, metadata, shapes of arrays, SHA-256 of every file
-      arrays/params/     an orbax checkpoint each, readable by orbax alone:
+      arrays/params/     each an orbax checkpoint, which orbax reads without this library:
       arrays/states/     a flat mapping from names such as "layer_0/kernel" to arrays
       arrays/extra-NAME/
 

@@ -137,7 +137,7 @@ class Seal:
         """Yields a new folder beside ``target``, which takes its place if the block ends well.
 
         Raises:
-            error: the disk refuses. ``target`` is as it was then.
+            error: the disk refuses. ``target`` is unchanged then.
         """
         beside = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex}")
         try:

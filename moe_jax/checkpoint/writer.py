@@ -97,14 +97,14 @@ def save(path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False) -> 
     """Writes a checkpoint folder and returns its path. It appears whole or not at all.
 
     Arrays are gathered to this process, so all of them must be addressable from it; for arrays over
-    several processes see ``moe_jax.parallel.distributed.gathered``. What is on disk knows no mesh:
-    it restores on any number of devices and processes.
+    several processes see ``moe_jax.parallel.distributed.gathered``. The files do not depend on a mesh:
+    they restore on any number of devices and processes.
 
     Args:
         path: the folder to make; missing parents are made too.
         checkpoint: what to save.
-        overwrite: whether a checkpoint at ``path`` is replaced. A folder that is no checkpoint
-            never is.
+        overwrite: whether a checkpoint at ``path`` is replaced. A folder that is not a checkpoint is
+            never replaced.
 
     Raises:
         CheckpointError: ``path`` is taken, a state does not fit its router, something is not an

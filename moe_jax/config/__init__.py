@@ -2,7 +2,7 @@
 
 The words are the production guide's (``router_config``, ``complexity_estimator``,
 ``noise_factor`` ...), and only this module knows them: ``build_router`` turns them into the
-library's own. Every value has one name, whichever way it comes:
+library's own. A value has the same name whichever way it is given:
 
 ================================= ============================== =========================
 explicit argument                 environment                    file

@@ -17,23 +17,23 @@ class Family:
     """The parts of the blocks of these model types; the table is in ``families``.
 
     Attributes:
-        types: model types; every text model type of a composite model and the composite itself.
+        types: model types in config.json, of the text model and of composite models that contain it.
         router: the rule of a config.
         defaults: of the config class in transformers, by meaning (see ``model_config.ALIASES``).
         expert: the function of one routed expert.
-        shared_expert: that of the shared one, if it differs.
+        shared_expert: the function of the shared expert, if it differs.
         shared: "none", "plain", "gated" (a sigmoid weighs it), "optional" (if tensors are there)
             or "joint" (several, weighed by the router).
         bias: whether a selection bias must be among the tensors: "none", "required", or "optional"
             (the config says so).
         extras: further tensors that must be there, by canonical name (see ``interop.names``).
-        accepts: values of routing keys that the family's functions do not read and that say what the
-            family does anyway, where that does not follow from its rule (see ``routing_keys``).
+        accepts: routing keys that the family's functions do not read, with the values that agree with
+            what the family does; only where its rule does not show that (see ``routing_keys``).
         output_scale: what the routed output is multiplied by, after the combine weights.
         weight_on_input: weights multiply the input of an expert instead of its output.
         interleaved: gate and up alternate in ``gate_up_proj`` instead of following each other.
         gated: whether experts have a gate projection.
-        per_sequence: the rule counts by sequence, so it needs the length of one.
+        per_sequence: the rule counts within each sequence, so it needs the length of a sequence.
     """
 
     types: tuple[str, ...]

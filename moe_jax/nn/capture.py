@@ -28,7 +28,7 @@ def moe_layers(model: nnx.Module) -> dict[str, MoE]:
 
 
 def check_has_layers(model: nnx.Module) -> dict[str, MoE]:
-    """Returns ``moe_layers`` of a model that must have one.
+    """Returns ``moe_layers`` of a model that must have at least one MoE layer.
 
     Raises:
         TypeError: not an NNX model.

@@ -26,7 +26,7 @@ def client_id(api_key: str) -> str:
 
 
 class Keys:
-    """Valid keys. Comparing takes as long for a near miss as for a far one.
+    """The valid keys. A comparison takes the same time however much of a wrong key is right.
 
     Example:
         >>> keys = Keys(["one", "two"])
@@ -44,7 +44,7 @@ class Keys:
         return f"Keys({len(self._digests)} keys)"
 
     def valid(self, key: str | None) -> bool:
-        """Returns whether ``key`` is valid. Compares it with every valid key in any case."""
+        """Returns whether ``key`` is valid. Compares it with all keys, so the time tells nothing."""
         digest = hashlib.sha256((key or "").encode("utf-8", "surrogateescape")).digest()
         matches = False
         for valid in self._digests:
@@ -56,8 +56,8 @@ class Keys:
 def parse_address(text: str) -> IPAddress | None:
     """Returns the IP address in ``text``, or None if it holds none.
 
-    Proxies write one address in many ways. All of them give the same result, so that a client
-    cannot be several clients, and a trusted proxy is recognised however the socket reports it:
+    Proxies write one address in many ways. All of them give the same result, so that one
+    client does not count as several, and a trusted proxy is recognised however the socket reports it:
     with a port, in brackets, in quotes, with a zone (``%eth0``), or as an IPv4-mapped IPv6 address.
 
     Example:
@@ -101,10 +101,10 @@ class TrustedProxies:
     """Networks whose ``X-Forwarded-For`` header is believed.
 
     Args:
-        networks: addresses or networks, as ``10.0.0.0/8``. They are parsed once, here.
+        networks: addresses or networks, such as ``10.0.0.0/8``.
 
     Raises:
-        ValueError: a text is neither.
+        ValueError: a text is neither an address nor a network.
 
     Example:
         >>> proxies = TrustedProxies(["10.0.0.0/8"])
@@ -144,8 +144,8 @@ class TrustedProxies:
             forwarded_for: the ``X-Forwarded-For`` header, its lines joined by commas; None if absent.
 
         Returns:
-            An IPv4 address, or the /64 network of an IPv6 address, because one subscriber has all
-            of it. ``peer`` itself, cut to 64 characters, if it is no IP address.
+            An IPv4 address, or the /64 network of an IPv6 address, because one subscriber is
+            assigned a whole /64. ``peer`` itself, cut to 64 characters, if it is not an IP address.
         """
         hop = peer
         if forwarded_for and self._networks and self._trusts(peer):

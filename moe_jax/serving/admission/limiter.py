@@ -1,8 +1,8 @@
 """Rate limits: requests and tokens of a client per minute, in memory or shared over Redis.
 
-``limits``' sliding window counter does the counting. In memory one lock guards it, without which two
-requests that race for the last place could both be refused. If Redis is lost, the limiter logs it
-once, counts in memory, and tries Redis again every few seconds.
+The sliding window counter of the package ``limits`` counts. In memory a lock guards it: without the
+lock, two requests that race for the last place could both be refused. If Redis is lost, the limiter
+logs it once, counts in memory, and tries Redis again every few seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RateLimiter:
         redis_url: shares the counts between replicas; "" keeps them in this process.
         max_clients: most clients remembered in memory; the client unseen for longest is forgotten
             first.
-        clock: monotonic clock in seconds, which times the attempts at a lost Redis.
+        clock: monotonic clock in seconds, for the pauses between attempts at a lost Redis.
         notify: called as ``notify(event, **facts)`` when Redis is lost and when it is back.
 
     Example:

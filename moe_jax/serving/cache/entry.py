@@ -60,7 +60,7 @@ def from_bytes(data: bytes) -> Entry:
     """Returns the entry that ``to_bytes`` wrote.
 
     Raises:
-        ValueError: the bytes are no whole entry; data in Redis may be damaged or foreign.
+        ValueError: the bytes are not a whole entry: data in Redis may be damaged, or another program's.
 
     Example:
         >>> entry = Entry(arrays={"a": np.ones(2, np.float32)}, about={}, seconds=0.1, version="v")

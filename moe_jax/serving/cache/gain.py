@@ -10,7 +10,7 @@ TRIAL = 64  # lookups after that, over which it is measured again
 
 
 class Gain:
-    """Measures the gain and stands aside while there is none. Not locked: the owner's lock guards it.
+    """Measures a cache's gain, and lets it stand aside while there is none. Its owner holds a lock.
 
     Hashing 1.5 MB can take a tenth of the time of routing it, so below some hit ratio a cache only
     costs time. The ratio depends on the machine and the requests, and so it is measured.

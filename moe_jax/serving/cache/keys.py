@@ -1,6 +1,6 @@
 """Digests of requests: 128 bits over everything that an answer depends on.
 
-All of the content is hashed. A hash over a sample of it would give another request's answer.
+All of the content is hashed. With a hash over a sample, one request could get another's answer.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Prefetcher:
             with contextlib.suppress(queue.Full):  # a prefetch that is late is of no use
                 self._todo.put_nowait(following)
 
-    def found(self, digest: str) -> None:
+    def note_hit(self, digest: str) -> None:
         """Notes that a request hit this digest in memory."""
         with self._lock:
             if digest in self._outstanding:

@@ -1,6 +1,6 @@
 """The second level of the cache: results in Redis, for replicas and restarts.
 
-Losing Redis costs hits and nothing else.
+If Redis is lost, requests lose cache hits and nothing else.
 """
 
 from __future__ import annotations

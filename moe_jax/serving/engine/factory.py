@@ -10,7 +10,7 @@ from moe_jax.serving.engine.core import RouterEngine
 
 
 class RouterFactory:
-    """Builds a ``RouterEngine``. Every setting may be given as an argument, which wins over the others.
+    """Builds a ``RouterEngine``. An argument of a setting's name wins over file and environment.
 
     Example:
         >>> from moe_jax import RouterFactory
@@ -39,7 +39,7 @@ class RouterFactory:
 
     @staticmethod
     def create_from_config_file(path: str | os.PathLike[str], **overrides: Any) -> RouterEngine:
-        """Returns an engine that is configured by a JSON file as ``configs/production.json``.
+        """Returns an engine that is configured by a JSON file such as ``configs/production.json``.
 
         ``MOE_*`` variables win over the file.
         """

@@ -1,7 +1,7 @@
 """JSON log lines. They hold request ids, shapes and reasons; no tensor, no key.
 
-A service writes them to standard output, where collectors look; an engine inside somebody's program to
-standard error, since standard output is the program's.
+A service writes them to standard output, where collectors look. An engine inside another program writes
+them to standard error, because standard output belongs to that program.
 
 Logging never breaks or holds up an answer. A line that cannot be written, because the disk is full,
 the reader has gone, or it does not read, is dropped and counted (``moe_log_lines_dropped_total``).
@@ -26,7 +26,7 @@ _CHUNK = getattr(select, "PIPE_BUF", 512)
 
 
 class LineStream:
-    """Writes lines to ``sys.stdout`` or ``sys.stderr``, whichever object that is at the time.
+    """Writes lines to ``sys.stdout`` or ``sys.stderr``, looked up at each line: programs replace them.
 
     Args:
         name: ``stdout`` or ``stderr``.
@@ -56,7 +56,7 @@ class LineStream:
                 self.failure = ""
                 return
         if first:
-            self._tell()
+            self._report_outage()
 
     debug = info = warning = error = critical = exception = log = msg
 
@@ -66,7 +66,7 @@ class LineStream:
             raise OSError("it is closed")
         try:
             descriptor = stream.fileno()
-        except (OSError, ValueError):  # a stream in memory, as of a test or a notebook
+        except (OSError, ValueError):  # a stream in memory, as in a test or a notebook
             stream.write(line + "\n")
             stream.flush()
             return
@@ -94,8 +94,8 @@ class LineStream:
         if self._stalled:
             raise TimeoutError("its reader does not read")
 
-    def _tell(self) -> None:
-        """Says on standard error, once an outage, that lines are lost."""
+    def _report_outage(self) -> None:
+        """Reports on standard error, once for each outage, that lines are lost."""
         if self._name == "stderr":
             return
         try:

@@ -129,7 +129,7 @@ class Results:
 
     def _on_hit(self, digest: str) -> None:
         if self.prefetcher is not None:
-            self.prefetcher.found(digest)
+            self.prefetcher.note_hit(digest)
 
     def _in_memory(self, digest: str) -> bool:
         return self.cache is not None and self.cache.peek(digest) is not None

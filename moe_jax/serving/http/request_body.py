@@ -35,7 +35,7 @@ class RequestBody:
             need no copy to be aligned.
 
     Raises:
-        ServingError: ``malformed`` if ``declared`` is no length; ``too_large`` if it is above
+        ServingError: ``malformed`` if ``declared`` is not a length; ``too_large`` if it is above
             ``limit``; ``queue_full`` if there is no room for it now.
     """
 

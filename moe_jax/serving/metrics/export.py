@@ -1,4 +1,4 @@
-"""The contract as Prometheus metrics of one engine, in a registry of its own."""
+"""Exports the metric contract of one engine to Prometheus, in a registry of its own."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Exporter(Collector):
     # --- values
 
     def add(self, name: str, amount: float = 1.0, label: str | None = None) -> None:
-        """Raises a counter."""
+        """Increases a counter."""
         values, labels = self._values[name], _labels(label)
         with self._lock:
             values[labels] = values.get(labels, 0.0) + amount

@@ -119,7 +119,7 @@ class Job:
         return True
 
     def stop(self, error: BaseException) -> None:
-        """Ends it before its next piece; its result is this error."""
+        """Ends the job before its next piece; its result is this error."""
         if self._pieces is not None:
             self._pieces.close()
         self._finish(None, error)
@@ -128,14 +128,14 @@ class Job:
 
     def _finish(self, value: Any, error: BaseException | None) -> None:
         self._value, self._error = value, error
-        # What the work closed over must not be kept alive by a late reader.
+        # Whoever reads the result late must not keep alive what the work refers to.
         self._function, self._pieces = _nothing, None
         self.done = True
         if self._done is not None:
             self._done.set()
 
     def wait(self, timeout: float | None) -> bool:
-        """Waits until a worker has done it; returns whether it has."""
+        """Waits until a worker has done the job, or ``timeout`` seconds; returns whether it is done."""
         assert self._done is not None
         return self._done.wait(timeout)
 

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from moe_jax.serving.errors import ServingError
 
-# The status words that XLA and PJRT put first in their messages. Running out of device memory passes
-# by itself: the buffers of other requests are freed in the meantime.
+# The status words that XLA and PJRT put first in their messages. A full device memory is temporary:
+# other requests free their buffers in the meantime.
 TRANSIENT_STATUS = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED", "CANCELLED")
 _DELAY = 0.02
 

@@ -244,7 +244,7 @@ def test_replayed_traffic_is_fetched_ahead(clock):
             is_cached = digest in memory
             hits += is_cached
             if is_cached:
-                prefetcher.found(digest)
+                prefetcher.note_hit(digest)
             prefetcher.asked("client", digest)
             prefetcher.settle()
         assert hits == (0 if round_ == 0 else 19)
