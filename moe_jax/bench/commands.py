@@ -13,10 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from moe_jax.bench.options import check_k, picture, split_numbers, split_words, writable
-from moe_jax.bench.text_tables import print_rows, print_whole
+from moe_jax.bench.text_tables import print_not_run, print_rows
 
 app = typer.Typer(help="Measure this machine, always against a floor.")
 notes, out = Console(stderr=True), Console()
@@ -53,12 +52,7 @@ def _finish(
     from moe_jax.bench.measure import write_results
 
     print_rows(out, f"bench {bench}", columns, rows)
-    for row in rows:
-        if "not_run" in row:
-            notes.print(
-                f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
-                f"not run, {row['not_run']}"
-            )
+    print_not_run(notes, rows)
     if json is not None:
         write_results(json, bench=bench, settings=settings, rows=rows, promised=promised)
         notes.print(f"rows written to {json}")
@@ -99,71 +93,18 @@ def against(
     if baseline is None:
         out.print(context.get_help())
         raise typer.Exit(0)
-    _against(baseline, tolerance, rounds, json)
+    from moe_jax.bench.baseline_report import measure_against
 
-
-def _against(file: Path, tolerance: float, rounds: int | None, json: Path | None) -> None:
-    from moe_jax.bench.baseline import compare, measure_again, read_baseline
-    from moe_jax.bench.measure import machine, write_results
-    from moe_jax.checkpoint.archive import baseline_of
-
-    content = read_baseline(baseline_of(file))
-    with _progress() as progress:
-        rows = measure_again(content, rounds=rounds, progress=progress)
-    changes, lost = compare(content["rows"], rows)
-    # What all cases share stands once, above them.
-    named = [change.name.split() for change in changes]
-    shared = [w for w in named[0][1:] if all(w in words for words in named)] if named else []
-    table = Table(
-        "case",
-        "ratio then",
-        "ratio now",
-        "now / then",
-        "interval",
-        f"slower than +{tolerance:.0%}",
-        title=f"bench {content['bench']} {' '.join(shared)}",
-    )
-    for change, words in zip(changes, named, strict=True):
-        table.add_row(
-            " ".join(w for w in words if w not in shared),
-            f"{change.before:.3f}",
-            f"{change.now:.3f}",
-            f"{change.change:.3f}",
-            f"{change.low:.2f}-{change.high:.2f}",
-            change.verdict(tolerance),
-        )
-    print_whole(out, table)
-    for row in rows:
-        if "not_run" in row:
-            notes.print(
-                f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
-                f"not run, {row['not_run']}"
-            )
-    if json is not None:
-        write_results(json, bench=content["bench"], settings=content["settings"], rows=rows)
-        notes.print(f"rows written to {json}")
-    current = {word: machine()[word] for word in ("cpu", "cores", "backend", "jax")}
-    recorded = {word: content["machine"].get(word) for word in current}
-    if current != recorded:
-        notes.print(
-            f"the baseline is of another machine: {recorded}, here {current}", soft_wrap=True
-        )
-    for name in lost:
-        notes.print(f"[red]gone[/red] {name}: the baseline has it, this version does not")
-    slower = [change.name for change in changes if change.slower(tolerance)]
-    if slower or lost:
-        notes.print(
-            f"[red]slower[/red] in {len(slower)} of {len(changes)} cases by more than "
-            f"{tolerance:.0%}, with middle halves that do not overlap"
-        )
+    if measure_against(
+        baseline,
+        tolerance=tolerance,
+        rounds=rounds,
+        json=json,
+        progress_bar=_progress,
+        out=out,
+        notes=notes,
+    ):
         raise typer.Exit(1)
-    open_cases = sum(change.verdict(tolerance) == "not shown" for change in changes)
-    out.print(f"none of {len(changes)} cases is shown to be slower by more than {tolerance:.0%}")
-    if open_cases:
-        out.print(
-            f"{open_cases} of them are not shown to be as fast either: their intervals span "
-            f"+{tolerance:.0%}. More --rounds narrow them."
-        )
 
 
 @app.command()

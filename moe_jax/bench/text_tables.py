@@ -76,3 +76,13 @@ def _header(column: str) -> str:
     """On two lines if it has several words: figures are shorter than their names."""
     first, _, others = column.partition("_")
     return f"{first}\n{others.replace('_', ' ')}" if others else first
+
+
+def print_not_run(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints a line for each row that was not measured, with its reason."""
+    for row in rows:
+        if "not_run" in row:
+            console.print(
+                f"{row['implementation']} E={row['experts']} {row['dtype']} {row['pass']}: "
+                f"not run, {row['not_run']}"
+            )
