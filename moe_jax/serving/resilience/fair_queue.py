@@ -18,7 +18,7 @@ class FairQueue(Generic[T]):
     """Serves clients in turns of equal cost; the items of one client leave in their order.
 
     Whoever has few or small items waits for at most one turn of each other client, however many items
-    the others have. Not locked: its owner is.
+    the others have. Not thread-safe: the owner holds a lock.
 
     Example:
         >>> queue = FairQueue()
@@ -46,8 +46,8 @@ class FairQueue(Generic[T]):
             client: whose turn it uses.
             cost: what it takes of the turn, such as tokens.
             item: anything.
-            first: whether it goes before the other items of its client, as the rest of one does that
-                was begun.
+            first: whether it goes before the other items of its client, such as the rest of work that
+                has begun.
         """
         # With a quantum of at least every cost, each turn serves at least one item.
         self._quantum = max(self._quantum, cost)
