@@ -94,7 +94,7 @@ class TopK(FixedK):
             params["expert_scale"] = jnp.ones((self.num_experts,), jnp.float32)
         return params
 
-    def init_state(self) -> BiasState:
+    def init_state(self) -> BiasState:  # as inherited, with the type for callers
         return super().init_state()
 
     def select(self, params, state, slots, x, context):
