@@ -12,7 +12,6 @@ import numpy as np
 from moe_jax.routers.arguments import check_params, check_uses_an_expert
 from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
-from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate, zero_padding
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import clip_counts, first_k
@@ -95,14 +94,7 @@ class AdaK(TokenChoice):
         )
 
     def __call__(
-        self,
-        params: Params,
-        state: AdaKState,
-        x: Array,
-        *,
-        key: Array | None = None,
-        token_mask: Array | None = None,
-        context: Context | None = None,
+        self, params, state: AdaKState, x, *, key=None, token_mask=None, context=None
     ) -> Routing:
         if key is not None and "draw" not in (context or {}):
             key, draw_key = jax.random.split(key)

@@ -10,19 +10,15 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_array, check_count
 from moe_jax.routers.arguments import check_params
-from moe_jax.routers.token_choice import TokenChoice
+from moe_jax.routers.base import NoState
+from moe_jax.routers.contracts import FixedK
 from moe_jax.routing.gate import Gate, zero_padding
 from moe_jax.routing.scoring import Scoring
-from moe_jax.types import Array, Params, pytree
-
-
-@pytree
-class ExpertRetrievalState:
-    """Empty: nothing is learned without gradients."""
+from moe_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertRetrieval(TokenChoice):
+class ExpertRetrieval(FixedK):
     """Top-k of ``query_1 @ keys_1[i] + query_2 @ keys_2[j]`` over all pairs (i, j) of keys.
 
     Product keys (Lample et al. 2019, arXiv:1907.05242) as PEER uses them to choose experts (He 2024,
@@ -64,7 +60,6 @@ class ExpertRetrieval(TokenChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_within_reach(self.k)
         check_count("query_size", self.query_size, fix="128 is usual.")
         if self.query_size % 2:
             raise ValueError(
@@ -90,16 +85,6 @@ class ExpertRetrieval(TokenChoice):
         first = next(n for n in range(root, 0, -1) if self.num_experts % n == 0)
         return first, self.num_experts // first
 
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """k."""
-        return self.k
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """k."""
-        return self.k
-
     def init(self, key: Array, d_model: int) -> Params:
         query_key, *keys = jax.random.split(key, 3)
         gate = self._gate_of_keys
@@ -111,8 +96,8 @@ class ExpertRetrieval(TokenChoice):
         kernel = gate.init(query_key, d_model=d_model, num_experts=self.query_size)["kernel"]
         return {"kernel": kernel, "keys_1": sets[0], "keys_2": sets[1]}
 
-    def init_state(self) -> ExpertRetrievalState:
-        return ExpertRetrievalState()
+    def init_state(self) -> NoState:
+        return NoState()
 
     def logits(self, params, x: Array, *, key=None, token_mask=None, context=None) -> Array:
         """f32[T, E]: the sum of the scores of each pair of keys."""
@@ -139,9 +124,6 @@ class ExpertRetrieval(TokenChoice):
         logits = pairs.reshape(x.shape[0], pairs.shape[1] * pairs.shape[2])
         # As from a gate over experts: -inf would give NaN in the gradients of some losses.
         return jnp.maximum(self.gate.exclude(logits), jnp.finfo(jnp.float32).min)
-
-    def select(self, params, state, slots, x, context):
-        return slots.available, self.weights(slots, slots.available)
 
     @property
     def _gate_of_keys(self) -> Gate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -56,19 +57,13 @@ class SkipSecond(TokenChoice):
     gate: Gate = Gate()
     scoring: Scoring = Scoring(norm="sum")
 
+    # Always the best expert, and the second one unless it is skipped.
+    min_k: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    max_k: ClassVar[int] = 2  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("beta", self.beta, fix="fit sets it.")
-
-    @property
-    def min_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Always 1: the best expert is always used."""
-        return 1
-
-    @property
-    def max_k(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Always 2."""
-        return 2
 
     def init_state(self) -> SkipSecondState:
         return SkipSecondState(
