@@ -29,12 +29,17 @@ collect_ignore = [
 ]
 
 
-# XLA's older emitters write the code of a loop in about half of the compile time. XLA reads the flag
-# when its backend starts, and ends the process over a flag that it does not know: hence the versions.
-# Processes that tests start inherit it. With XLA_FLAGS in the environment, even empty, tests use the
-# emitters that users have.
+# Most of the suite's time is compilation, so its programs skip XLA's costlier passes: the same
+# programs, less work on their code. XLA's older emitters write the code of a loop in about half of
+# the time; XLA reads the flags when its backend starts, and ends the process over a flag that it does
+# not know: hence the versions. Splitting a program for threads costs more than the threads give when
+# the tests fill the cores. Processes that tests start inherit all of it.
+# `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` compiles as users do.
+_FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if (0, 10) <= jax.__version_info__[:2] < (0, 11):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
+_CHEAP = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") not in ("0", "false", "")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,12 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-    # Most of the suite's time is compilation, so compiled code is kept between runs. Modules that run
-    # many small programs once ask for cheap compilation too: the same program, less work on its code.
-    # With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment they compile as users do.
+    jax.config.update("jax_disable_most_optimizations", _CHEAP)
     config.addinivalue_line(
-        "markers", "compile_cheaply: this module's programs skip the backend's costlier passes"
+        "markers", "compile_as_users_do: this module judges the compiled code, so XLA optimizes it"
     )
+
+    # Compiled code is kept between runs, and shared by the workers of one.
     # Small programs are kept too: most tests compile dozens of them, and the files of a folder share
     # theirs. In the environment, so that the processes which tests start do the same.
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
@@ -100,19 +105,6 @@ def _eight_devices_ahead(
     thread.join()  # another worker may wait for the result
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
-    """Examples in docstrings run small programs once, so they compile cheaply too."""
-    cheap = isinstance(item, pytest.DoctestItem)
-    if not cheap or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
-        return (yield)
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        return (yield)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
 # Linux gives a process 65,530 memory maps; a compiled program takes about four of them. A worker that
 # has run thousands of programs otherwise ends in a segmentation fault when it compiles the next one.
 _MAPS = Path("/proc/self/maps")
@@ -129,12 +121,11 @@ def _bounded_memory_maps() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _cheap_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Module scope, so that it comes before the fixtures that compile; see ``pytest_configure``."""
-    marked = request.node.get_closest_marker("compile_cheaply") is not None
-    if not marked or "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:
+def _compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Module scope, so that it comes before the fixtures that compile; see the top of this file."""
+    if not _CHEAP or request.node.get_closest_marker("compile_as_users_do") is None:
         yield
         return
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

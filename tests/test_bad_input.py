@@ -48,8 +48,6 @@ from moe_jax.routing.losses import aux_loss, relu_l1_loss, router_z_loss
 from moe_jax.routing.stats import merge_stats
 from moe_jax.types import Params, Routing
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, D, E = 6, 8, 4
 FFN = FeedForward()
 ROUTER = TopK(num_experts=E, k=2)

@@ -4,8 +4,6 @@ import pytest
 
 from tests import composition
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 def test_the_document_holds_the_tables_of_this_tree():
     assert composition.document() == composition.DOCUMENT.read_text(), (

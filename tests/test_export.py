@@ -20,7 +20,6 @@ from moe_jax.routers.registry import registered_rules
 from moe_jax.types import Array, pytree, static
 
 pytest.importorskip("flatbuffers", reason="pip install flatbuffers: jax.export serialises with it")
-pytestmark = pytest.mark.compile_cheaply
 
 ROOT = Path(__file__).parents[1]
 E, D, F = 4, 8, 16

@@ -18,8 +18,6 @@ from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.types import Routing
 
-pytestmark = pytest.mark.compile_cheaply
-
 D, F, E = 8, 12, 4
 FFN = FeedForward(activation="silu", gated=True)
 

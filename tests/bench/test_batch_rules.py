@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
 from moe_jax.bench.batch_rules_cost import COLUMNS, bench_batch_rules
-
-pytestmark = pytest.mark.compile_cheaply
 
 
 def test_rows_say_how_many_experts_a_rule_loads():

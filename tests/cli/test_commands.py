@@ -8,8 +8,6 @@ from typer.testing import CliRunner
 
 from moe_jax.cli import app
 
-pytestmark = pytest.mark.compile_cheaply
-
 runner = CliRunner()
 
 

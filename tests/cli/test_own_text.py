@@ -12,7 +12,6 @@ from moe_jax.cli import app
 from moe_jax.lab.data import load_corpus
 
 runner = CliRunner()
-pytestmark = pytest.mark.compile_cheaply
 
 LINE = b"the quick brown fox jumps over the lazy dog\n"
 

@@ -21,8 +21,6 @@ from tests.experts.test_tiered import (
     value_and_gradients,
 )
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 @pytest.fixture(autouse=True)
 def _strict():

@@ -26,8 +26,6 @@ from moe_jax.routing import dispatch
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.types import DispatchPlan, ExpertChoice, Routing
 
-pytestmark = pytest.mark.compile_cheaply
-
 D, F = 6, 10
 SWIGLU = FeedForward(activation="silu", gated=True)
 

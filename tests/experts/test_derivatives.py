@@ -9,8 +9,6 @@ from jax.sharding import PartitionSpec as P
 from moe_jax.experts import IMPLEMENTATIONS, FeedForward, derivatives, run_experts
 from tests.experts.test_tiered import draw, kept_weights, plan_of
 
-pytestmark = pytest.mark.compile_cheaply
-
 E, D, F, T = 4, 4, 6, 12
 FFN = FeedForward(activation="gelu_tanh")
 # JAX differentiates capacity and dense by itself.

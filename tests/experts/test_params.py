@@ -21,8 +21,6 @@ from moe_jax.parallel.sharding import make_mesh
 from moe_jax.types import Params
 from tests.experts.test_contract import PLANS, D, F
 
-pytestmark = pytest.mark.compile_cheaply
-
 E = 4
 GATED = FeedForward(activation="silu", gated=True)
 BIASED = FeedForward(activation="silu", gated=True, use_bias=True)

@@ -16,8 +16,6 @@ from moe_jax.layer import LayerOptions
 from moe_jax.routing.dispatch import kept_weights
 from tests.experts.test_tiered import draw, plan_of
 
-pytestmark = pytest.mark.compile_cheaply
-
 FFN = FeedForward(activation="silu", gated=True)
 WIDTH = 128  # the narrowest that the kernels of TPUs take
 

@@ -14,8 +14,6 @@ from moe_jax.routing import dispatch
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.types import Assignments, DispatchPlan, ExpertChoice
 
-pytestmark = pytest.mark.compile_cheaply
-
 D, F = 8, 12
 FFN = FeedForward(activation="gelu_tanh")
 

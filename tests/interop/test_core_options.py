@@ -13,8 +13,6 @@ from moe_jax.routers import TopK, router_from_json
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, D, E, K = 12, 16, 8, 3
 X = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
 

@@ -11,8 +11,6 @@ from moe_jax.interop import moe_block_from_hf, router_from_hf, supported_model_t
 from moe_jax.interop.families import FAMILIES, REFUSED
 from moe_jax.routers.registry import rule_class
 
-pytestmark = pytest.mark.compile_cheaply
-
 E, D, F = 4, 8, 6
 CONFIG = {"model_type": "mixtral", "num_local_experts": E, "hidden_size": D}
 

@@ -9,8 +9,6 @@ import pytest
 from moe_jax.interop import moe_block_from_hf
 from moe_jax.interop.retrofit import DriftMonitor, make_dynamic, make_model_dynamic
 
-pytestmark = pytest.mark.compile_cheaply
-
 D, F, E = 16, 24, 8
 
 

@@ -31,8 +31,6 @@ from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.sparse_mix import sparse_mix
 from moe_jax.types import Routing
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, D, E = 12, 16, 8
 CASES: dict[str, Any] = {
     "capacity": CapacityTopK(num_experts=E, k=2, capacity=2),

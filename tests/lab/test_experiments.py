@@ -35,7 +35,6 @@ from moe_jax.routers import TopK
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.compile_cheaply
 
 ELASTIC = {"kind": "Elastic", "num_experts": 4, "k": 3}
 TINY = {

@@ -17,8 +17,6 @@ from moe_jax.routers import catalog
 from moe_jax.routers.registry import known_kinds
 from moe_jax.routers.twin import dynamic_twin
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 def test_a_rule_of_the_users_own_is_named_by_its_module():
     [rule] = find_rules(["moe_jax.routers:MinP"])

@@ -17,8 +17,6 @@ from moe_jax.lab.data import load_corpus
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.routers import DynamicK
 
-pytestmark = pytest.mark.compile_cheaply
-
 TINY = LMConfig(
     num_layers=2,
     d_model=32,

@@ -14,8 +14,6 @@ from moe_jax.models.decoder_config import DecoderConfig, LatentConfig, LayerConf
 from moe_jax.models.hub_layout import layer_entries, take
 from moe_jax.models.rope import angles, inverse_frequencies
 
-pytestmark = pytest.mark.compile_cheaply
-
 D, HEADS, KV, DIM, LENGTH = 12, 4, 2, 6, 5
 
 

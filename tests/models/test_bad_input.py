@@ -29,8 +29,6 @@ from moe_jax.routers import TopP
 GOLDENS = Path(__file__).parents[1] / "goldens"
 MODELS = GOLDENS / "models"
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 @pytest.fixture(scope="module")
 def model():

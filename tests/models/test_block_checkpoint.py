@@ -18,8 +18,6 @@ from moe_jax.models import block_checkpoint
 from moe_jax.models.block_checkpoint import block_spec
 from moe_jax.routers import MinP
 
-pytestmark = pytest.mark.compile_cheaply
-
 E, D, F = 4, 8, 6
 EXPERTS = {
     "gate.weight": (E, D),

@@ -20,8 +20,6 @@ from tests.models.made import SMALL, block_shapes, make_folder
 MODELS = Path(__file__).parents[1] / "goldens" / "models"
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 @pytest.fixture(scope="module")
 def text() -> tuple[np.ndarray, np.ndarray]:

@@ -16,8 +16,6 @@ from moe_jax.models.text import TokenizedText
 
 MODELS = Path(__file__).parents[1] / "goldens" / "models"
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 class Letters:
     """A tokenizer whose ids are letters and digits."""

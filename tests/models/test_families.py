@@ -23,8 +23,6 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 GENERATED = GOLDENS / "models_generated"
 NAMES = sorted(path.name for path in GENERATED.iterdir() if path.is_dir())
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 def written(name: str, folder: Path) -> Path:
     """The checkpoint of a golden, its weights drawn."""

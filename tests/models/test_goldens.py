@@ -15,8 +15,6 @@ from moe_jax.models import CausalLM, generate, load_model, save_model
 GOLDENS = Path(__file__).parents[1] / "goldens" / "models"
 FAMILIES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def golden(request) -> tuple[str, CausalLM, dict[str, np.ndarray]]:

@@ -16,8 +16,6 @@ from moe_jax.models.text import TokenizedText
 MODELS = Path(__file__).parents[1] / "goldens" / "models"
 OLMOE = MODELS / "olmoe"
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 def text(seed: int, rows: int = 8, high: int = 96) -> TokenizedText:
     """Random tokens as two files; one row has padding."""

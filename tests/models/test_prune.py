@@ -25,8 +25,6 @@ from tests.models.made import SMALL, block_shapes, make_folder
 MODELS = Path(__file__).parents[1] / "goldens" / "models"
 IDS = np.random.default_rng(0).integers(0, 96, (2, 12)).astype(np.int32)
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 def saliency(experts: int, seed: int = 0, hidden: float = 1.0) -> Saliency:
     draw = np.random.default_rng(seed).uniform(1, 2, (3, experts))

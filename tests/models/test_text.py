@@ -18,8 +18,6 @@ from moe_jax.models.text import TextTokenizer, tokenize_files
 
 MODELS = Path(__file__).parents[1] / "goldens" / "models"
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:

@@ -25,8 +25,6 @@ from moe_jax.nn.profiler import FLOPProfiler
 from moe_jax.parallel.sharded_layer import sharded_moe_layer
 from moe_jax.parallel.sharding import make_mesh, pad_experts, parallel_of
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, D, F, E = 6, 8, 4, 4
 FFN = FeedForward()
 RULE = TopK(num_experts=E, k=2)

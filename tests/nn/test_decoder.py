@@ -22,8 +22,6 @@ from moe_jax.lab import training as train
 from moe_jax.nn.patching import patch_model_with_dynamic_routing
 from moe_jax.routers import DynamicK
 
-pytestmark = pytest.mark.compile_cheaply
-
 CONFIG = pure.LMConfig(
     num_layers=2,
     moe_every=2,

@@ -14,8 +14,6 @@ from moe_jax.nn.elastic import is_router, make_elastic, self_distillation, set_s
 from moe_jax.nn.nnx import MoE
 from moe_jax.nn.patching import fit_model
 
-pytestmark = pytest.mark.compile_cheaply
-
 X = jax.random.normal(jax.random.key(0), (64, 8))
 
 

@@ -14,8 +14,6 @@ import moe_jax
 from moe_jax.nn import linen as moe_linen
 from moe_jax.nn import nnx as moe_nnx
 
-pytestmark = pytest.mark.compile_cheaply
-
 D, F, E = 8, 16, 4
 FFN = moe_jax.FeedForward(activation="silu", gated=True, use_bias=True)
 RULES = {

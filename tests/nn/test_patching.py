@@ -10,8 +10,6 @@ import moe_jax
 from moe_jax.nn.nnx import DynamicMoE, MoE
 from moe_jax.nn.patching import fit_model, patch_model_with_dynamic_routing
 
-pytestmark = pytest.mark.compile_cheaply
-
 FFN = moe_jax.FeedForward()
 
 

@@ -13,8 +13,6 @@ from moe_jax.nn import nnx as moe_nnx
 from moe_jax.nn.patching import patch_model_with_dynamic_routing
 from moe_jax.parallel import sharding
 
-pytestmark = pytest.mark.compile_cheaply
-
 E, D, F = 8, 8, 16
 X = jax.random.normal(jax.random.key(0), (12, D))
 

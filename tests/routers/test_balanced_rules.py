@@ -14,8 +14,6 @@ from moe_jax import BalancedAssignment, Cosine, Gate, MixtureOfDepths, Scoring, 
 from moe_jax.routing.losses import load_balancing_loss
 from moe_jax.testing.case import expert_weights
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, E = 24, 4
 IDENTITY = {"kernel": jnp.eye(E)}
 

@@ -23,8 +23,6 @@ from moe_jax.routers import expert_similarity, with_similarity
 from moe_jax.routing.stats import bytes_read
 from moe_jax.testing.case import expert_weights
 
-pytestmark = pytest.mark.compile_cheaply
-
 # The kernel is the identity and scores are the logits, so these are the scores of five experts.
 X = jnp.array(
     [

@@ -68,8 +68,6 @@ from moe_jax.testing import example_context as context_for
 from moe_jax.testing.case import expert_weights
 from moe_jax.types import ExpertChoice, pytree
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, D, E = 24, 16, 8
 ALL_LOSSES = LossWeights(load_balancing=1.0, router_z=1.0, entropy=1.0, importance=1.0)
 

@@ -25,8 +25,6 @@ from moe_jax import (
 from moe_jax.routing.scoring import GROUP_FILLS, GROUP_SCORES, SCORES
 from moe_jax.types import ExpertChoice
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, D, E = 5, 8, 4
 
 

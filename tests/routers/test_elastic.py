@@ -12,8 +12,6 @@ import pytest
 
 from moe_jax import Elastic, MinP, RandomSecond, Schedule, TopK, distillation_loss, with_share
 
-pytestmark = pytest.mark.compile_cheaply
-
 E, K, D, T = 8, 4, 16, 512
 X = jax.random.normal(jax.random.key(1), (T, D), jnp.float32)
 

@@ -12,8 +12,6 @@ import pytest
 from moe_jax import Gate, ReLURouter, TopAny, plan_dispatch, routing_stats, to_assignments
 from moe_jax.routing.balancing import multiplicative_controller
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, D, E = 128, 8, 8
 
 

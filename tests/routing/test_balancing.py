@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moe_jax.routers import DynamicK, ExpertThreshold, ReLURouter, Router, TopK, TopP
 from moe_jax.routing.balancing import (
@@ -22,8 +21,6 @@ from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.routing.losses import load_balancing_loss
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.stats import routing_stats
-
-pytestmark = pytest.mark.compile_cheaply
 
 T, D, E = 256, 8, 8
 

@@ -34,8 +34,6 @@ from moe_jax.routing.budget import (
     rounding_thresholds,
 )
 
-pytestmark = pytest.mark.compile_cheaply
-
 D, E, TOKENS = 8, 8, 4000
 
 # --- difficulty to k ------------------------------------------------------------------------

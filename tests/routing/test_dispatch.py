@@ -27,8 +27,6 @@ from moe_jax.routing.dispatch import (
 )
 from moe_jax.types import Assignments, DispatchPlan, ExpertChoice
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 def assign(indices, weights, num_experts: int) -> Assignments:
     """Token choice from tables [T, K]; ``num_experts`` in the indices is "no expert"."""

@@ -21,8 +21,6 @@ from moe_jax.routing.losses import (
 )
 from moe_jax.types import Routing
 
-pytestmark = pytest.mark.compile_cheaply
-
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
 

@@ -8,8 +8,6 @@ from moe_jax.bench.workload import sample_routing
 from moe_jax.routing.dispatch import plan_dispatch, to_assignments
 from moe_jax.routing.row_budget import batch_design_effect, row_budget
 
-pytestmark = pytest.mark.compile_cheaply
-
 HISTOGRAM = np.array([0.0, 0.6, 0.25, 0.1, 0.05])
 
 

@@ -12,8 +12,6 @@ import pytest
 from moe_jax import Scoring, TopK, kept_weights, plan_dispatch, to_assignments
 from moe_jax.routing.losses import entropy_loss, importance_loss, load_balancing_loss
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, E, K = 32, 8, 2
 LOGITS = jax.random.normal(jax.random.key(0), (T, E), jnp.float32)
 SHIFTS = (0.0, -40.0, -60.0, -100.0, -1000.0)

@@ -10,8 +10,6 @@ import pytest
 from moe_jax import TopK, flops_report, plan_dispatch, routing_stats, to_assignments
 from moe_jax.routing.stats import load_balance_score
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 def stats_of(tokens: int = 10, k: int = 2, *, executed: float | None = None, **bounds):
     router = TopK(num_experts=4, k=k)

@@ -21,8 +21,6 @@ from tests.serving.served import served, small_engine
 
 OLMOE = Path(__file__).parents[2] / "goldens" / "models" / "olmoe"
 
-pytestmark = pytest.mark.compile_cheaply
-
 
 @pytest.fixture(scope="module")
 def fitted():
