@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-# Less time in LLVM; the programs' structure, messages and arithmetic are the same.
-CHEAP = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
+def environment(*, devices: int = 1) -> dict[str, str]:
+    """Returns this process's environment with so many host devices, and moe_jax importable.
 
-def environment(flags: str = CHEAP) -> dict[str, str]:
-    """Returns this process's environment with these XLA flags and moe_jax importable.
-
-    The compilation cache is that of the tests: conftest.py puts its folder there.
+    Compilation is as cheap, and its cache the same, as in the tests: conftest.py sets the environment.
     """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return {
         **os.environ,
         "XLA_FLAGS": flags,
@@ -29,10 +27,9 @@ def environment(flags: str = CHEAP) -> dict[str, str]:
 
 def run_script(name: str, *, devices: int) -> dict[str, Any]:
     """Returns the JSON object that a script of this folder prints on so many host devices."""
-    flags = f"--xla_force_host_platform_device_count={devices} {CHEAP}"
     done = subprocess.run(
         [sys.executable, str(HERE / name)],
-        env=environment(flags),
+        env=environment(devices=devices),
         capture_output=True,
         text=True,
         check=False,
