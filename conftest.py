@@ -39,22 +39,17 @@ _FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if (0, 10) <= jax.__version_info__[:2] < (0, 11):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
-_CHEAP = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") not in ("0", "false", "")
+_CHEAP = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
-
     jax.config.update("jax_disable_most_optimizations", _CHEAP)
-    config.addinivalue_line(
-        "markers", "compile_as_users_do: this module judges the compiled code, so XLA optimizes it"
-    )
 
-    # Compiled code is kept between runs, and shared by the workers of one.
-    # Small programs are kept too: most tests compile dozens of them, and the files of a folder share
-    # theirs. In the environment, so that the processes which tests start do the same.
+    # Compiled code is kept between runs, and the workers of one share it. Small programs are kept too:
+    # most tests compile dozens of them, and the files of a folder share theirs. In the environment, so that the processes which tests start do the same.
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
     least = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -118,14 +113,3 @@ def _bounded_memory_maps() -> Iterator[None]:
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()
         gc.collect()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Module scope, so that it comes before the fixtures that compile; see the top of this file."""
-    if not _CHEAP or request.node.get_closest_marker("compile_as_users_do") is None:
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)

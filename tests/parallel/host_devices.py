@@ -11,6 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 
+
 def environment(*, devices: int = 1) -> dict[str, str]:
     """Returns this process's environment with so many host devices, and moe_jax importable.
 
