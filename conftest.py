@@ -49,7 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_disable_most_optimizations", _CHEAP)
 
     # Compiled code is kept between runs, and the workers of one share it. Small programs are kept too:
-    # most tests compile dozens of them, and the files of a folder share theirs. In the environment, so that the processes which tests start do the same.
+    # most tests compile dozens of them, and the files of a folder share theirs. In the environment, so
+    # that the processes which tests start do the same.
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
     least = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     jax.config.update("jax_compilation_cache_dir", folder)
