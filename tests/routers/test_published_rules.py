@@ -10,8 +10,6 @@ import pytest
 from moe_jax import AdaK, ExpertRetrieval, Gate, SkipSecond, TopAny
 from moe_jax.routers import adapt_experts, empty_record, record_experts, reward_advantages
 
-pytestmark = pytest.mark.compile_cheaply
-
 T, D, E = 201, 6, 4
 
 
