@@ -315,3 +315,25 @@ def check_expert_index(name: str, values: tuple[int, ...], num_experts: int) -> 
             f"{name}: expected distinct indices in 0..{num_experts - 1} that leave at least one "
             f"expert, got {values}. Remove the ones out of range."
         )
+
+
+_LAYER_PARTS = ("router", "experts", "shared", "shared_gate")
+
+
+def check_layer_params(params: Any) -> None:
+    """Raises unless ``params`` is a dict of a layer's parts: ``router``, ``experts`` and so on."""
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"params: expected a dict with 'router' and 'experts', got {describe_value(params)}. "
+            "Pass what init_moe_layer returned."
+        )
+    missing = [name for name in _LAYER_PARTS[:2] if name not in params]
+    if "shared_gate" in params and "shared" not in params:
+        missing.append("shared")
+    unknown = sorted(str(name) for name in params if name not in _LAYER_PARTS)
+    if missing or unknown:
+        raise ValueError(
+            "params: expected router, experts and optionally shared, shared_gate, got "
+            f"{', '.join(map(str, params)) or 'none of them'}. "
+            + (f"Add {', '.join(missing)}." if missing else f"Remove {', '.join(unknown)}.")
+        )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.checks import (
@@ -24,6 +23,7 @@ from moe_jax.checks import (
     check_hidden_states,
     check_instance,
     check_key,
+    check_layer_params,
     describe_value,
     flat_token_mask,
 )
@@ -38,6 +38,8 @@ from moe_jax.experts import (
 )
 from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.experts.expert_parallel import bias_once, run_parallel
+from moe_jax.experts.explicit_axes import call_with_auto_axes, explicit_mesh
+from moe_jax.experts.weighted_input import weighted_rows
 from moe_jax.routers import Router
 from moe_jax.routers.contracts import ExpertsChoose
 from moe_jax.routing.difficulty import Context
@@ -49,10 +51,9 @@ from moe_jax.routing.dispatch import (
     plan_in_groups,
     to_assignments,
 )
-from moe_jax.routing.stats import global_stats, routing_stats
+from moe_jax.routing.stats import global_stats, observed_by_group, routing_stats
 from moe_jax.types import (
     Array,
-    DispatchPlan,
     ExpertChoice,
     Params,
     Routing,
@@ -272,22 +273,6 @@ def moe_layer(
     return y.astype(x.dtype).reshape(*lead, -1), LayerAux(routing=routing, stats=stats)
 
 
-def explicit_mesh(tree: Any) -> AbstractMesh | None:
-    """Returns the mesh with Explicit axes that the type of any array of a tree names, or None.
-
-    ``jax.make_mesh`` makes such axes by default. Arrays on meshes with Auto axes, on no mesh, or inside
-    ``shard_map`` have no split in their type. Replicated arrays count too: JAX rejects an
-    operation on one of them and an array without a mesh.
-    """
-    for leaf in jax.tree.leaves(tree):
-        sharding = getattr(jax.typeof(leaf), "sharding", None)
-        if sharding is None or sharding.mesh.empty:
-            continue
-        if AxisType.Explicit in sharding.mesh.axis_types:
-            return sharding.mesh
-    return None
-
-
 def with_auto_axes(
     layer: Callable[..., tuple[Array, LayerAux]],
     mesh: AbstractMesh,
@@ -310,34 +295,15 @@ def with_auto_axes(
     rows = P(spec[0]) if x.ndim > 1 and not any(spec[1:-1]) else P()
     if isinstance(router, ExpertsChoose) and not router.traits.causal:
         rows = P()  # the arrays of an ExpertChoice lead with experts
-    explicit = tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    )
-    call = jax.sharding.auto_axes(
+    return call_with_auto_axes(
         lambda params, state, x, arguments: layer(params, state, x, **arguments),
-        axes=explicit,
-        out_sharding=(spec, LayerAux(routing=rows, stats=P())),  # pyright: ignore[reportArgumentType]
+        mesh,
+        (spec, LayerAux(routing=rows, stats=P())),  # pyright: ignore[reportArgumentType]
+        params,
+        state,
+        x,
+        arguments,
     )
-    with _mesh_context(mesh, (params, state, x, arguments)):
-        return call(params, state, x, arguments)  # pyright: ignore[reportCallIssue]
-
-
-def _mesh_context(mesh: AbstractMesh, tree: Any) -> Any:
-    """Returns a context manager that sets the mesh, or does nothing if the caller has set one.
-
-    ``auto_axes`` needs a mesh in the context.
-    """
-    if not jax.sharding.get_abstract_mesh().empty:
-        return contextlib.nullcontext()
-    # Outside of jit, a mesh with devices is needed. Take it from an array that is not a tracer.
-    for leaf in jax.tree.leaves(tree):
-        traced = isinstance(leaf, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
-        sharding = None if traced else getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
-            return jax.set_mesh(sharding.mesh)  # pyright: ignore[reportArgumentType]
-    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def run_routing(
@@ -393,7 +359,7 @@ def run_routing(
     # With ``weight_on_input``, ``work`` has one token per slot. The statistics still use ``plan``.
     work = x, plan, weights
     if weight_on_input:
-        work = _weighted_rows(*work)
+        work = weighted_rows(*work)
     run = run_experts if parallel is None else functools.partial(run_parallel, parallel=parallel)
     ran = run(
         expert_fn,
@@ -410,7 +376,7 @@ def run_routing(
         routing,
         plan,
         slots_executed=ran.slots_executed,
-        observed=None if observe is None else _observed(observe, routing, options.groups),
+        observed=None if observe is None else observed_by_group(observe, routing, options.groups),
         implementation=ran.implementation,
     )
     return y, stats if parallel is None else global_stats(stats, parallel.token_axes)
@@ -432,43 +398,6 @@ def add_residual(y: Array, routing: Routing | ExpertChoice, x: Array) -> Array:
             "rule has experts that return x itself, which can only be added to an equal width."
         )
     return y + routing.residual_weight[:, None] * x.astype(jnp.float32)
-
-
-def _weighted_rows(
-    x: Array, plan: DispatchPlan, weights: Array
-) -> tuple[Array, DispatchPlan, Array]:
-    """Returns x, plan and weights with one token per slot.
-
-    Each row is scaled by its slot's weight, so each kept weight is 1.
-    """
-    a = plan.assignments
-    slots = a.slots_per_token
-    if not slots:
-        raise ValueError(
-            "weight_on_input: expected token choice, got expert choice. Weigh the outputs instead."
-        )
-    scaled = x.astype(jnp.float32)[:, None, :] * weights.reshape(-1, slots)[:, :, None]
-    n = a.num_tokens * slots
-    single = dataclasses.replace(
-        a,
-        token_indices=jnp.arange(n, dtype=jnp.int32),
-        weights=a.valid.astype(jnp.float32),
-        num_tokens=n,
-        slots_per_token=1,
-    )
-    plan = dataclasses.replace(plan, assignments=single)
-    return scaled.astype(x.dtype).reshape(n, -1), plan, kept_weights(plan)
-
-
-def _observed(observe: Callable[[Any], Array], routing: Any, groups: int) -> Array:
-    """Returns the rule's observation: one per group, averaged by tokens, as devices do."""
-    if groups == 1:
-        return observe(routing)
-    split = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), routing)
-    tokens = split.token_mask.sum(axis=1, dtype=jnp.float32)
-    seen = jax.vmap(observe)(split)
-    weights = tokens.reshape(-1, *(1 for _ in seen.shape[1:]))
-    return (seen * weights).sum(axis=0) / jnp.maximum(tokens.sum(), 1.0)
 
 
 def _shared(
@@ -501,9 +430,6 @@ def _shared(
     return out if mask is None else jnp.where(mask[:, None], out, 0.0)
 
 
-_PARTS = ("router", "experts", "shared", "shared_gate")
-
-
 def check_layer(
     router: Any, expert_fn: Any, params: Any, options: Any, parallel: Any = None
 ) -> None:
@@ -521,22 +447,3 @@ def check_layer(
     if parallel is not None:
         check_instance("parallel", parallel, ExpertParallel, fix="See sharding.parallel_of(mesh).")
     check_layer_params(params)
-
-
-def check_layer_params(params: Any) -> None:
-    """Raises unless ``params`` is a dict of a layer's parts: ``router``, ``experts`` and so on."""
-    if not isinstance(params, Mapping):
-        raise TypeError(
-            f"params: expected a dict with 'router' and 'experts', got {describe_value(params)}. "
-            "Pass what init_moe_layer returned."
-        )
-    missing = [name for name in _PARTS[:2] if name not in params]
-    if "shared_gate" in params and "shared" not in params:
-        missing.append("shared")
-    unknown = sorted(str(name) for name in params if name not in _PARTS)
-    if missing or unknown:
-        raise ValueError(
-            "params: expected router, experts and optionally shared, shared_gate, got "
-            f"{', '.join(map(str, params)) or 'none of them'}. "
-            + (f"Add {', '.join(missing)}." if missing else f"Remove {', '.join(unknown)}.")
-        )

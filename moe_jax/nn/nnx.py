@@ -7,9 +7,9 @@ from typing import Any, Literal, Unpack, overload
 from flax import nnx
 from jax.sharding import Mesh
 
-from moe_jax.checks import check_count, check_instance
+from moe_jax.checks import check_count, check_instance, check_layer_params
 from moe_jax.experts import ExpertFn, FeedForward
-from moe_jax.layer import LayerAux, check_layer_params
+from moe_jax.layer import LayerAux
 from moe_jax.nn import serialization as serialization  # registers router states with Flax
 from moe_jax.nn.setup import (
     CallArguments,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.flatten_util
@@ -328,3 +328,20 @@ def flops_report(
         used_flops=float(stats.slots_used) * flops_per_row + router + estimator,
         executed_flops=float(stats.slots_executed) * flops_per_row + router + estimator,
     )
+
+
+def observed_by_group(observe: Callable[[Any], Array], routing: Any, groups: int) -> Array:
+    """Returns what a rule observes of a routing: one value a group, averaged by tokens as devices do.
+
+    Args:
+        observe: of a routing, such as ``Router.observe`` with its state bound.
+        routing: of T tokens.
+        groups: equal, consecutive groups of tokens.
+    """
+    if groups == 1:
+        return observe(routing)
+    split = jax.tree.map(lambda leaf: leaf.reshape(groups, -1, *leaf.shape[1:]), routing)
+    tokens = split.token_mask.sum(axis=1, dtype=jnp.float32)
+    seen = jax.vmap(observe)(split)
+    weights = tokens.reshape(-1, *(1 for _ in seen.shape[1:]))
+    return (seen * weights).sum(axis=0) / jnp.maximum(tokens.sum(), 1.0)
