@@ -312,7 +312,7 @@ def test_shared_experts_take_their_share_of_one_budget():
     shared = router.shared_weights(params, X, routing)
     both = routing.combine_weights.sum(axis=-1) + shared.sum(axis=-1)
     np.testing.assert_allclose(both, 1.7 * np.asarray(mask, np.float32), rtol=1e-6)
-    with pytest.raises(ValueError, match="num_shared: expected at least 1"):
+    with pytest.raises(ValueError, match="num_shared: expected an integer of at least 1"):
         JointShared(num_experts=E, num_shared=0, k=3)
 
 
@@ -366,7 +366,7 @@ def test_moe_plus_plus_balances_all_classes_and_free_ones_for_less():
     # Twice as many rows for a free expert at half the share.
     expert, free = dataclasses.replace(rule, free_share=0.5).capacities(600, factor=1.0)
     assert (expert, free) == (100, 200)
-    with pytest.raises(ValueError, match="free_share: expected a positive number"):
+    with pytest.raises(ValueError, match="free_share: expected 0 < free_share"):
         MoEPlusPlus(num_experts=4, free_share=0.0)
 
 
