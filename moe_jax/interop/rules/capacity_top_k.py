@@ -28,7 +28,7 @@ class CapacityTopK(PublishedRule):
     Args:
         num_experts: E.
         k: experts per token.
-        capacity: most tokens an expert serves, in each sequence; None is no bound.
+        capacity: most tokens an expert serves, in each sequence; Pass None for no bound.
         capacity_fraction: if given, the capacity is this share of all T tokens, rounded up.
         sequence_length: T is a multiple of it, and every sequence is counted by itself; None
             counts the whole batch as one.
@@ -62,7 +62,7 @@ class CapacityTopK(PublishedRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.capacity is not None:
-            check_count("capacity", self.capacity, fix="None is no bound.")
+            check_count("capacity", self.capacity, fix="Pass None for no bound.")
         if self.prioritize and self.sequence_length is not None:
             raise ValueError(
                 "prioritize: expected sequence_length=None, since tokens are ranked over the whole "
