@@ -288,7 +288,10 @@ def test_sparse_mixer_weights_stand_alone():
             ),
             "multiple of sequence_len",
         ),
-        (lambda: CapacityTopK(num_experts=2, capacity=0), "capacity: expected an integer of at least 1"),
+        (
+            lambda: CapacityTopK(num_experts=2, capacity=0),
+            "capacity: expected an integer of at least 1",
+        ),
         (
             lambda: CapacityTopK(num_experts=2, prioritize=True, sequence_length=2),
             "prioritize: expected sequence_length=None",

@@ -28,7 +28,7 @@ class CapacityTopK(PublishedRule):
     Args:
         num_experts: E.
         k: experts per token.
-        capacity: most tokens an expert serves, in each sequence; Pass None for no bound.
+        capacity: most tokens an expert serves, in each sequence; None for no bound.
         capacity_fraction: if given, the capacity is this share of all T tokens, rounded up.
         sequence_length: T is a multiple of it, and every sequence is counted by itself; None
             counts the whole batch as one.
