@@ -19,7 +19,7 @@ from moe_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BalancedAssignment(FixedK, WholeBatch):
+class BalancedAssignment(FixedK, WholeBatch):  # pyright: ignore[reportIncompatibleVariableOverride]
     """The linear assignment of BASE layers (Lewis et al. 2021, arXiv:2103.16716).
 
     No expert takes more than ``ceil(T / E)`` tokens, and the sum of the logits of what is assigned is

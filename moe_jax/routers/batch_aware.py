@@ -14,7 +14,7 @@ from moe_jax.routing.selection import build_routing, compact
 from moe_jax.types import Array, Routing
 
 
-class BatchAware(FixedK, WholeBatch, abc.ABC):
+class BatchAware(FixedK, WholeBatch, abc.ABC):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Fixed k, but a decoding step's tokens agree on which experts to load.
 
     A decoding step costs the weights of the distinct experts of its batch. So a token may give up a
@@ -29,7 +29,7 @@ class BatchAware(FixedK, WholeBatch, abc.ABC):
 
     keeps_prefix: ClassVar[bool] = False
     # The best expert of a token always stays.
-    min_k: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    min_k: ClassVar[int] = 1  # pyright: ignore
 
     def __post_init__(self) -> None:
         super().__post_init__()

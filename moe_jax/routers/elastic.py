@@ -70,7 +70,7 @@ class Elastic(FixedK):
 
     num_experts: int
     k: int
-    min_k: int = 1
+    min_k: int = 1  # pyright: ignore[reportIncompatibleMethodOverride]
     draw: str = "k"
     share: float = 0.0
     rescale: bool = False

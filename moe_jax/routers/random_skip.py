@@ -60,7 +60,7 @@ class RandomSkip(FixedK):
     scoring: Scoring = Scoring()
 
     # A token keeps its best expert.
-    min_k: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleVariableOverride]
+    min_k: ClassVar[int] = 1  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from moe_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sinkhorn(FixedK, WholeBatch):
+class Sinkhorn(FixedK, WholeBatch):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Top-k of the transport plan that gives every expert the same mass of the batch.
 
     S-BASE (Clark et al. 2022, arXiv:2202.01169, appendix B.2.1): Sinkhorn's iteration normalises

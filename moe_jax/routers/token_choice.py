@@ -35,7 +35,7 @@ class Slots:
     slot_probs: Array  # f32[T, K]: probs at the slots
     available: Array  # bool[T, K]: False where no expert was left, so the slot holds a disabled one
     token_mask: Array  # bool[T]: False for padding
-    draws: Array | None = None  # f32[T, num_draws] in [0, 1), for rules with ``num_draws``
+    draws: Any = None  # f32[T, num_draws] in [0, 1), for rules with ``num_draws``
 
 
 def gather_slots(

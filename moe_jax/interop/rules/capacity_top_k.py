@@ -57,7 +57,7 @@ class CapacityTopK(PublishedRule):
 
     keeps_prefix = False
     # An expert may be full for every choice of a token.
-    min_k: ClassVar[int] = 0  # pyright: ignore[reportIncompatibleVariableOverride]
+    min_k: ClassVar[int] = 0  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         super().__post_init__()
