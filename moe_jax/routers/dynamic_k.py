@@ -19,7 +19,7 @@ from moe_jax.routing.difficulty import (
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import first_k
-from moe_jax.types import Array, Params, pytree
+from moe_jax.types import Array, Params, RoutingStats, pytree
 
 
 @pytree
@@ -102,6 +102,9 @@ class DynamicK(TokenChoice):
 
     def _raw(self, x: Array, logits: Array, context: Context | None) -> Array:
         return raw_difficulty(self.difficulty, x, {**(context or {}), "router_logits": logits})
+
+    def update(self, state: DynamicKState, stats: RoutingStats) -> DynamicKState:
+        return self.balanced(state, stats)  # as inherited, with the type for callers
 
     def calibrate(self, params, state: DynamicKState, slots, x, context, *, real, target_mean_k):
         raw = np.asarray(self._raw(x, slots.logits, context))[real]
