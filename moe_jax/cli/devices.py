@@ -50,8 +50,12 @@ def verify(
         int | None, typer.Option(min=1, help="With --target: tokens of one device.")
     ] = None,
     implementations: Annotated[
-        str, typer.Option(help="With --target: what runs the experts, by commas.")
-    ] = "default,grouped,ragged,capacity",
+        str | None,
+        typer.Option(
+            help="With --target: what runs the experts, separated by commas, such as default,ragged. "
+            "Default: the library's choice and all others that can run there."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: all ways of running experts agree, nothing leaks, N devices equal one.
@@ -62,10 +66,10 @@ def verify(
     Exit code 1 if a check fails.
     """
     if target is not None:
-        from moe_jax.cli.target_report import verify_target
+        from moe_jax.cli.target_report import print_verification
 
         sizes = dict(d_model=d_model, d_ff=d_ff, num_experts=num_experts, k=k, tokens=tokens)
-        verify_target(
+        print_verification(
             target, layer=layer, sizes=sizes, implementations=implementations, as_json=as_json
         )
         return

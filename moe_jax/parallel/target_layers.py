@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.experts import IMPLEMENTATIONS, FeedForward, choose, run_experts
+from moe_jax.experts.grouped_kernels import tpu_tiles
+from moe_jax.experts.grouped_product import ProductSpec
 from moe_jax.layer import LayerOptions, init_moe_layer
+from moe_jax.parallel.planning import exchange_cost
 from moe_jax.parallel.sharded_layer import sharded_moe_layer
 from moe_jax.parallel.sharding import (
+    parallel_of,
     param_specs,
     shardings,
     token_spec,
@@ -64,6 +67,66 @@ LAYERS = {
 }
 
 
+def plan_shapes(shape: LayerShape, implementation: str | None = None) -> DispatchPlan:
+    """The shapes of a dropless plan; of one with capacity factor 1.25 for ``"capacity"``."""
+    struct = jax.ShapeDtypeStruct
+    experts, n = shape.num_experts, shape.rows
+    capacity = None
+    if implementation == "capacity":
+        capacity = expert_capacity(shape.tokens, experts, shape.k, _CAPACITY_FACTOR)
+    index, each = struct((n,), jnp.int32), struct((experts,), jnp.int32)
+    weights, used = struct((n,), jnp.float32), struct((n,), bool)
+    return DispatchPlan(
+        assignments=Assignments(
+            token_indices=index,  # pyright: ignore[reportArgumentType]
+            expert_indices=index,  # pyright: ignore[reportArgumentType]
+            weights=weights,  # pyright: ignore[reportArgumentType]
+            valid=used,  # pyright: ignore[reportArgumentType]
+            num_tokens=shape.tokens,
+            num_experts=experts,
+            slots_per_token=shape.k,
+        ),
+        order=index,  # pyright: ignore[reportArgumentType]
+        position=index,  # pyright: ignore[reportArgumentType]
+        kept=used,  # pyright: ignore[reportArgumentType]
+        group_sizes=each,  # pyright: ignore[reportArgumentType]
+        demand=each,  # pyright: ignore[reportArgumentType]
+        capacity=capacity,
+        max_rows=None,
+    )
+
+
+def refusal(
+    platform: str, shape: LayerShape, implementation: str, *, expert_fn: FeedForward = _FFN
+) -> str | None:
+    """Why an implementation is not for such a layer on a platform, or None if it is.
+
+    Example:
+        >>> refusal("cuda", LAYERS["small"], "dense")
+        'costs E times the work; it is the oracle'
+        >>> refusal("cuda", LAYERS["small"], "grouped")
+    """
+    plan = plan_shapes(shape, implementation)
+    return IMPLEMENTATIONS[implementation].refuse(expert_fn, plan, platform)
+
+
+def tile_padding(shape: LayerShape) -> float:
+    """The most that tiles of rows in which two experts meet add to the work on a TPU, as a share of it.
+
+    Each expert but the last may share its last tile with the next, and both compute it.
+
+    Example:
+        >>> round(tile_padding(LAYERS["olmoe"]), 4)
+        0.0615
+    """
+    matrix = (shape.num_experts, shape.d_model, shape.d_ff)
+    left = jax.ShapeDtypeStruct((shape.rows, shape.d_model), jnp.bfloat16)
+    right = jax.ShapeDtypeStruct(matrix, jnp.bfloat16)
+    spec = ProductSpec("rows", jnp.dtype("bfloat16"))
+    tall = tpu_tiles(spec, shape.rows, left, right, shape.num_experts)[0]
+    return (shape.num_experts - 1) * tall / shape.rows
+
+
 def experts_program(
     target: Target,
     name: str,
@@ -82,36 +145,15 @@ def experts_program(
             from nothing but the target of the compilation.
         gradient: whether to compile the gradient of parameters, tokens and combine weights too.
     """
-    struct = jax.ShapeDtypeStruct
-    experts, n = shape.num_experts, shape.rows
-    capacity = None
-    if implementation == "capacity":
-        capacity = expert_capacity(shape.tokens, experts, shape.k, _CAPACITY_FACTOR)
-    index, each = struct((n,), jnp.int32), struct((experts,), jnp.int32)
-    weights, used = struct((n,), jnp.float32), struct((n,), bool)
-    plan = DispatchPlan(
-        assignments=Assignments(
-            token_indices=index,  # pyright: ignore[reportArgumentType]
-            expert_indices=index,  # pyright: ignore[reportArgumentType]
-            weights=weights,  # pyright: ignore[reportArgumentType]
-            valid=used,  # pyright: ignore[reportArgumentType]
-            num_tokens=shape.tokens,
-            num_experts=experts,
-            slots_per_token=shape.k,
-        ),
-        order=index,  # pyright: ignore[reportArgumentType]
-        position=index,  # pyright: ignore[reportArgumentType]
-        kept=used,  # pyright: ignore[reportArgumentType]
-        group_sizes=each,  # pyright: ignore[reportArgumentType]
-        demand=each,  # pyright: ignore[reportArgumentType]
-        capacity=capacity,
-        max_rows=None,
-    )
+    plan = plan_shapes(shape, implementation)
+    weights = jax.ShapeDtypeStruct((shape.rows,), jnp.float32)
     params = jax.eval_shape(
-        lambda key: _FFN.init(key, num_experts=experts, d_model=shape.d_model, d_ff=shape.d_ff),
+        lambda key: _FFN.init(
+            key, num_experts=shape.num_experts, d_model=shape.d_model, d_ff=shape.d_ff
+        ),
         jax.random.key(0),
     )
-    x = struct((shape.tokens, shape.d_model), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((shape.tokens, shape.d_model), jnp.bfloat16)
 
     def forward(params: Any, x: Any, weights: Any, plan: Any) -> Any:
         return run_experts(_FFN, params, x, plan, weights, implementation=implementation).y
@@ -129,7 +171,7 @@ def experts_program(
         gradient=gradient,
         implementation=chosen if implementation else f"default ({chosen})",
         useful_flops=shape.flops * (3 if gradient else 1),
-        expansion=(n, experts),
+        expansion=(shape.rows, shape.num_experts, (shape.d_model, shape.d_ff)),
     )
 
 
@@ -156,8 +198,6 @@ def parallel_program(
         implementation: what runs each device's experts.
         exchange: as in ``ExpertParallel``.
     """
-    from moe_jax.parallel.sharding import parallel_of
-
     devices = len(target.devices)
     mesh = target_mesh(target, data=data, expert=devices // data)
     router = TopK(num_experts=shape.num_experts, k=shape.k)
@@ -181,6 +221,22 @@ def parallel_program(
         return y, pull(y)
 
     inputs = shardings((specs, rows), mesh)
+    useful, expansion = None, None
+    if capacity_factor is not None:
+        # The rows of the buffers: a capacity is a whole number of rows, so they may exceed T * k.
+        cost = exchange_cost(
+            tokens=shape.tokens,
+            num_experts=shape.num_experts,
+            k=shape.k,
+            d_model=shape.d_model,
+            devices=devices // data,
+            capacity_factor=capacity_factor,
+        )
+        count = cost.buffer_rows * cost.devices
+        useful = float(count * _FFN.flops_per_row(shape.d_model, shape.d_ff))
+        local = shape.num_experts // cost.devices
+        # One expert on a device has no axis of experts.
+        expansion = (count, local, (shape.d_model, shape.d_ff)) if local > 1 else None
     y = shardings(rows, mesh)
     dropping = "dropless" if capacity_factor is None else f"capacity {capacity_factor:g}"
     return compile_program(
@@ -189,23 +245,10 @@ def parallel_program(
         (params, x),
         what=f"{name} over {data} x {devices // data} devices, {dropping}",
         gradient=gradient,
-        implementation=implementation or "default",
+        implementation=implementation
+        or f"default ({choose(plan_shapes(shape), platform=target.platform).name})",
+        useful_flops=useful and useful * (3 if gradient else 1),
+        expansion=expansion,
         in_shardings=inputs,
         out_shardings=(y, inputs) if gradient else y,
     )
-
-
-def verify_experts(
-    target: Target,
-    name: str,
-    shape: LayerShape,
-    *,
-    implementations: Sequence[str | None] = (None, *IMPLEMENTATIONS),
-    passes: Sequence[bool] = (False, True),
-) -> Iterator[TargetProgram]:
-    """Compiles a layer's experts for every implementation, forward and with the gradient."""
-    for implementation in implementations:
-        for gradient in passes:
-            yield experts_program(
-                target, name, shape, implementation=implementation, gradient=gradient
-            )

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +21,13 @@ from jax.sharding import Mesh
 
 from moe_jax.config.compilers import prepare_tpu_compiler
 from moe_jax.parallel.collectives import CollectiveTraffic, collectives_of
+from moe_jax.parallel.target_hlo import (
+    flops_of,
+    has_expansion,
+    is_uncountable,
+    kernel_flops_of,
+    kernels_of,
+)
 
 # Bytes of memory of one device, and the bytes that its runtime keeps for itself.
 _MEMORY = {
@@ -136,33 +141,48 @@ class TargetProgram:
     temp_bytes: int = 0
     argument_bytes: int = 0
     output_bytes: int = 0
-    fits: bool = False  # arguments, results and temporaries in the memory of a device
+    shared_bytes: int = 0  # results in the memory of donated arguments
+    fits: bool = False  # held_bytes in the memory of a device
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # custom calls by target
     collectives: dict[str, CollectiveTraffic] = dataclasses.field(default_factory=dict)
     expanded: bool = False  # whether an array has both all rows and all experts: E times the work
     readable: bool = True  # False: the HLO is unreadable, and kernels are those before optimisation
     seconds: float = 0.0  # of lowering and compilation
     error: str | None = None  # why it did not compile
+    refused: str | None = (
+        None  # why the implementation is not for this target; nothing was compiled
+    )
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of a device that the program holds at once: arguments, results and temporaries."""
+        return self.argument_bytes + self.output_bytes + self.temp_bytes - self.shared_bytes
 
     @property
     def ok(self) -> bool:
         """Whether it compiles, fits, and multiplies no row by experts that it does not use.
 
-        Where ``readable`` is False, expansion is judged by ``work`` alone.
+        Where ``readable`` is False, expansion is judged by ``work`` alone. A program that was refused
+        is not ok.
         """
+        if self.refused is not None:
+            return False
         useful = self.work is None or self.work <= _MOST_WORK
         return self.error is None and self.fits and useful and not self.expanded
 
     def summary(self) -> dict[str, Any]:
         """The fields for JSON and tables: bytes as MB, and what was measured only."""
-        if self.error is not None:
-            figures: dict[str, Any] = {"error": self.error}
+        if self.refused is not None:
+            figures: dict[str, Any] = {"refused": self.refused}
+        elif self.error is not None:
+            figures = {"error": self.error}
         else:
             figures = {
                 "work": None if self.work is None else round(self.work, 3),
                 "temp_mb": round(self.temp_bytes / 1e6, 1),
                 "argument_mb": round(self.argument_bytes / 1e6, 1),
                 "output_mb": round(self.output_bytes / 1e6, 1),
+                "held_mb": round(self.held_bytes / 1e6, 1),
                 "fits": self.fits,
                 "kernels": self.kernels,
                 "collectives": {
@@ -192,9 +212,11 @@ def compile_program(
     gradient: bool,
     implementation: str,
     useful_flops: float | None = None,
-    expansion: tuple[int, int] | None = None,
+    kernel_work: bool = False,
+    expansion: tuple[int, int, tuple[int, ...]] | None = None,
     in_shardings: Any = None,
     out_shardings: Any = None,
+    donate_argnums: tuple[int, ...] = (),
 ) -> TargetProgram:
     """Compiles ``jit(step)`` for a target and reads what the compiler says.
 
@@ -204,8 +226,10 @@ def compile_program(
         arguments: a tuple of trees of ``jax.ShapeDtypeStruct``.
         what, gradient, implementation: for the report.
         useful_flops: operations that the rows in use need on one device; None counts none.
-        expansion: (rows, experts): an array with axes of both sizes is an expansion. None skips it.
+        kernel_work: whether ``work`` counts grouped kernels alone, for a program with much else in it.
+        expansion: (rows, experts, widths), see ``has_expansion``. None skips it.
         in_shardings, out_shardings: for ``jax.jit``; None is the first device alone.
+        donate_argnums: for ``jax.jit``.
 
     Returns:
         The report; an error of the compiler is part of it.
@@ -223,7 +247,12 @@ def compile_program(
     try:
         # Kernel libraries ask the default device what to generate code for.
         with jax.default_device(target.devices[0]):
-            jitted = jax.jit(step, in_shardings=in_shardings, out_shardings=out_shardings)
+            jitted = jax.jit(
+                step,
+                in_shardings=in_shardings,
+                out_shardings=out_shardings,
+                donate_argnums=donate_argnums,
+            )
             lowered = jitted.lower(*arguments)
         compiled = lowered.compile(compiler_options=options)
     except Exception as error:  # whatever it is, the table must say it and go on
@@ -233,26 +262,27 @@ def compile_program(
     memory = compiled.memory_analysis()
     assert memory is not None, "the compilers of TPUs and GPUs report memory"
     text, complete = _text_of(compiled, lowered)
-    held = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    # Donated arguments and the results in their memory are the same bytes.
-    held -= memory.alias_size_in_bytes
     work = None
-    if useful_flops and not (complete and _uncountable(text)):
+    if useful_flops and kernel_work:
+        work = (kernel_flops_of(text) / useful_flops or None) if complete else None
+    elif useful_flops and not (complete and is_uncountable(text)):
         counted = (compiled.cost_analysis() or {}).get("flops") or flops_of(text)
         work = counted / useful_flops if counted else None
-    return dataclasses.replace(
+    program = dataclasses.replace(
         report,
         work=work,
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
-        fits=held <= target.memory_bytes,
+        # Donated arguments and the results in their memory are the same bytes.
+        shared_bytes=memory.alias_size_in_bytes,
         kernels=kernels_of(text),
         collectives=collectives_of(text) if complete else {},
-        expanded=expansion is not None and complete and _has_expansion(text, *expansion),
+        expanded=expansion is not None and complete and has_expansion(text, *expansion),
         readable=complete,
         seconds=seconds,
     )
+    return dataclasses.replace(program, fits=program.held_bytes <= target.memory_bytes)
 
 
 def _text_of(compiled: Any, lowered: Any) -> tuple[str, bool]:
@@ -265,129 +295,6 @@ def _text_of(compiled: Any, lowered: Any) -> tuple[str, bool]:
         return compiled.as_text() or "", True
     except jax.errors.JaxRuntimeError:
         return lowered.as_text(), False
-
-
-# --- reading HLO ----------------------------------------------------------------------------
-
-_TARGET = re.compile(r'(?:custom_call_target="|custom_call @)([\w.$]+)')
-_KERNELS = re.compile(r"tpu_custom_call|mosaic|triton|cublas|cudnn|cutlass", re.IGNORECASE)
-_SHAPE = re.compile(r"\b(?:bf16|f16|f32|f64|f8\w+|s8|u8|s4)\[([\d,]+)\]")
-_LAYOUTS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
-_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_PRODUCT = re.compile(r" (?:dot|convolution)\(")
-_TRIPS = '"known_trip_count"'
-
-
-def kernels_of(text: str) -> dict[str, int]:
-    """The custom calls of an HLO text that are kernels, by name, with their number.
-
-    Example:
-        >>> kernels_of('%a = f32[2] custom-call(), custom_call_target="tpu_custom_call"')
-        {'tpu_custom_call': 1}
-    """
-    names = (m[1] for m in _TARGET.finditer(text) if _KERNELS.search(m[1]))
-    return dict(sorted(Counter(names).items()))
-
-
-def flops_of(text: str) -> float:
-    """Operations of the products and grouped kernels in an HLO text, loops counted once.
-
-    For compilers that count none themselves (NVIDIA). A grouped kernel counts 2 M K N for M rows and
-    matrices [K, N], whatever the number of experts.
-    """
-    total = 0.0
-    shapes: dict[str, tuple[int, ...]] = {}
-    for line in text.splitlines():
-        head, _, body = line.strip().removeprefix("ROOT ").partition(" = ")
-        result = _SHAPE.match(body.lstrip("("))
-        if result is None:
-            continue
-        out = tuple(int(n) for n in result[1].split(","))
-        shapes[head.lstrip("%")] = out
-        if " dot(" in body:
-            left = re.search(r" dot\(.*?%?([\w.\-]+)[,)]", body)
-            axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", body)
-            inner = shapes.get(left[1]) if left else None
-            if inner and axes:
-                total += 2.0 * math.prod(out) * math.prod(inner[int(a)] for a in axes[1].split(","))
-        elif "custom-call(" in body and (layouts := _LAYOUTS.search(body)):
-            operands = [tuple(map(int, m[1].split(","))) for m in _SHAPE.finditer(layouts[1])]
-            total += _grouped_flops(out, operands)
-    return total
-
-
-def _grouped_flops(out: tuple[int, ...], operands: list[tuple[int, ...]]) -> float:
-    matrices = [s for s in operands if len(s) == 3]
-    rows = [s for s in operands if len(s) == 2]
-    if len(out) == 2 and matrices and rows:  # [M, K] and [E, K, N] give [M, N]
-        return 2.0 * out[0] * math.prod(matrices[0][1:])
-    if len(out) == 3 and len(rows) >= 2:  # [M, K] and [M, N] give [E, K, N]
-        return 2.0 * max(rows[0]) * math.prod(out[1:])
-    return 0.0
-
-
-def _uncountable(text: str) -> bool:
-    """Whether no count of operations is to be had.
-
-    A loop whose number of steps is known at run time only counts as one step, and the compiler of
-    TPUs counts a native ragged product as a product with every expert.
-    """
-    if "is_ragged_dot" in text:
-        return True
-    blocks = _blocks(text)
-    bodies = [
-        body[1]
-        for lines in blocks.values()
-        for line in lines
-        if " while(" in line and _TRIPS not in line and (body := _BODY.search(line))
-    ]
-    done: set[str] = set()
-    while bodies:
-        name = bodies.pop()
-        if name in done:
-            continue
-        done.add(name)
-        for line in blocks.get(name, ()):
-            if _PRODUCT.search(line) or kernels_of(line):
-                return True
-            bodies += _CALLED.findall(line)
-    return False
-
-
-def _has_expansion(text: str, rows: int, experts: int) -> bool:
-    """Whether a buffer has an axis of all rows and one of all experts.
-
-    Instructions inside fusions are no buffers: a fused mask of that shape is never written.
-    """
-    blocks = _blocks(text)
-    fused = {
-        name
-        for lines in blocks.values()
-        for line in lines
-        if " fusion(" in line
-        for name in _CALLED.findall(line)
-    }
-    for name, lines in blocks.items():
-        for line in lines if name not in fused else ():
-            shape = _SHAPE.match(line.partition(" = ")[2])
-            sizes = [int(n) for n in shape[1].split(",")] if shape else []
-            if len(sizes) >= 3 and experts in sizes and max(sizes) >= rows:
-                return True
-    return False
-
-
-def _blocks(text: str) -> dict[str, list[str]]:
-    """The lines of each computation of an HLO text, by its name."""
-    blocks: dict[str, list[str]] = {}
-    current: list[str] = []
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            words = line.removeprefix("ENTRY ").split()
-            current = blocks.setdefault(words[0].lstrip("%"), [])
-        else:
-            current.append(line)
-    return blocks
 
 
 # --- layers ---------------------------------------------------------------------------------

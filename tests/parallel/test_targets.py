@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 
 import jax
 import pytest
+from typer.testing import CliRunner
 
+from moe_jax.cli import app
+from moe_jax.lab import target_step, target_verification
+from moe_jax.lab.lm_config import LMConfig
+from moe_jax.lab.target_verification import verify_target
 from moe_jax.parallel import target_layers, targets
+from moe_jax.parallel.target_hlo import (
+    flops_of,
+    has_expansion,
+    is_uncountable,
+    kernel_flops_of,
+    kernels_of,
+)
 from moe_jax.parallel.target_layers import LAYERS, experts_program, parallel_program
-from moe_jax.parallel.targets import CompilerMissing, flops_of, kernels_of, open_target
+from moe_jax.parallel.targets import CompilerMissing, open_target
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
@@ -38,16 +52,34 @@ def test_operations_are_counted_from_hlo():
     assert kernels_of("%1 = stablehlo.custom_call @tpu_custom_call(%0)") == {"tpu_custom_call": 1}
     assert flops_of(HLO) == 2 * 64 * 8 * 16 * 2 + 2 * 64 * 8 * 3
     # A loop without products does not spoil the count, one with a product does.
-    assert not targets._uncountable(HLO)
-    assert targets._uncountable(HLO.replace("tuple(%c)", "dot(%c, %c)"))
-    assert targets._uncountable(HLO + "is_ragged_dot")
+    assert not is_uncountable(HLO)
+    assert is_uncountable(HLO.replace("tuple(%c)", "dot(%c, %c)"))
+    assert is_uncountable(HLO + "is_ragged_dot")
 
 
 def test_a_buffer_of_all_rows_and_all_experts_is_seen_and_a_fused_one_is_not():
-    assert targets._has_expansion(HLO, 64, 4)  # what the fusion writes
+    assert has_expansion(HLO, 64, 4)  # what the fusion writes
     inside_only = HLO.replace("%f = bf16[64,4,8]", "%f = bf16[64,32]")
-    assert not targets._has_expansion(inside_only, 64, 4)
-    assert not targets._has_expansion(HLO, 65, 4)
+    assert not has_expansion(inside_only, 64, 4)
+    assert not has_expansion(HLO, 65, 4)
+
+
+def test_the_stack_of_matrices_is_no_expansion_even_if_it_is_wider_than_the_rows():
+    stack = "ENTRY %m (x: bf16[2]) -> bf16[4,64,32] {\n  %w = bf16[4,64,32]{2,1,0} parameter(0)\n}"
+    assert has_expansion(stack, 16, 4)
+    assert not has_expansion(stack, 16, 4, (64, 32))
+    expanded = stack.replace("[4,64,32]", "[64,4,32]").replace("32]", "64]")
+    assert has_expansion(expanded, 64, 4, (64, 32))
+
+
+def test_kernels_in_a_loop_count_for_every_trip():
+    head, tail = HLO.split("  ROOT %t")
+    kernel = next(line for line in HLO.splitlines() if "%k =" in line)
+    looped = f"{head}{kernel}\n  ROOT %t{tail}"
+    assert kernel_flops_of(HLO) == 2 * 64 * 8 * 16 * 2
+    assert kernel_flops_of(looped) == 0.0  # the number of trips is not known
+    counted = looped.replace("body=%body", 'body=%body, {"known_trip_count":{"n":"5"}}')
+    assert kernel_flops_of(counted) == 2 * 64 * 8 * 16 * (2 + 5)
 
 
 @pytest.mark.parametrize("name", ["v5", "v5e", "h100x", "a100", "v5e:2"])
@@ -103,6 +135,103 @@ def test_a_program_that_exceeds_the_memory_does_not_fit():
         assert program.fits is fits
         assert program.ok is fits
         assert program.work == pytest.approx(1.0, abs=0.05)
+
+
+# --- the verification of a target -------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Names of what would be compiled, in order; every program fits and does the work once."""
+    made: list[tuple[str, str | None, bool]] = []
+
+    def program(what, target, implementation, gradient, **fields):
+        made.append((what, implementation, gradient))
+        name = implementation or "default (grouped)"
+        return targets.TargetProgram(
+            target=target.name,
+            what=what,
+            gradient=gradient,
+            implementation=name,
+            **{"fits": True, "work": 1.0} | fields,
+        )
+
+    def layer(target, name, shape, *, implementation, gradient):
+        return program("layer", target, implementation, gradient)
+
+    def parallel(target, name, shape, *, data, implementation, gradient):
+        return program(f"parallel, data={data}", target, implementation, gradient)
+
+    def step(target, model, *, implementation, all_devices=False):
+        work = 1.3 if model.num_layers == 7 else 1.0
+        what = "step over all" if all_devices else "step"
+        return program(what, target, implementation, True, work=work)
+
+    def target(name):
+        return targets.Target(name=name, platform="tpu", devices=(None,) * 8, memory_bytes=10**9)
+
+    monkeypatch.setattr(target_verification, "open_target", target)
+    monkeypatch.setattr(target_verification, "experts_program", layer)
+    monkeypatch.setattr(target_verification, "parallel_program", parallel)
+    monkeypatch.setattr(target_verification, "training_program", step)
+    return made
+
+
+def test_a_verification_compiles_what_can_run_and_gives_the_reason_for_the_rest(compiled):
+    shape = dataclasses.replace(LAYERS["small"], num_experts=4)
+    seen = []
+    report = verify_target("v5e:2x4", shape, on_program=seen.append)
+    assert report.summary()["ok"]
+    assert list(report.programs) == seen
+    names = dict.fromkeys(name for what, name, _ in compiled if what == "layer")
+    assert list(names) == [None, "ragged", "tiered", "capacity"]
+    refused = {p.implementation: p.refused for p in report.programs if p.what == "layer"}
+    assert "oracle" in refused["dense"]
+    assert "kernels of tpu" in refused["active"]
+    # Four experts over eight devices leave two copies of them.
+    assert ("parallel, data=2", None, True) in compiled
+    assert ("step over all", "ragged", True) in compiled
+    assert not any(name == "capacity" for what, name, _ in compiled if what != "layer")
+
+
+def test_only_an_unfit_default_fails_a_verification(compiled):
+    assert not verify_target("v5e:2x4", model=LMConfig(num_layers=7)).summary()["ok"]
+    named = verify_target("v5e:2x4", model=LMConfig(num_layers=7), implementations=["dense"])
+    assert {p.ok for p in named.programs} == {True, False}
+    assert named.summary()["ok"]
+    with pytest.raises(ValueError, match=r"expected default or names among .*grouped.*, got what"):
+        verify_target("v5e:2x4", implementations=["what"])
+
+
+def test_the_command_prints_a_table_or_json_and_exits_by_the_default(compiled, monkeypatch):
+    run = CliRunner().invoke
+    good = run(app, ["verify", "--target", "v5e:2x4", "--json", "--tokens", "64"])
+    assert good.exit_code == 0
+    rows = json.loads(good.stdout)["programs"]
+    assert {"refused", "what", "implementation", "ok"} <= set(rows[-1])
+    monkeypatch.setattr(target_verification, "layer_shape", lambda model: LAYERS["small"])
+    bad = dataclasses.replace(verify_target("v5e:2x4").programs[0], fits=False)
+    monkeypatch.setattr(target_verification, "experts_program", lambda *args, **_: bad)
+    table = run(app, ["verify", "--target", "v5e:2x4", "--implementations", "default"])
+    assert table.exit_code == 1
+    assert "2 default programs fail." in table.stdout
+
+
+def test_the_command_says_how_to_install_a_missing_compiler(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["verify", "--target", "v6e:2x4"])
+    assert result.exit_code == 2
+    assert "Run: pip install libtpu" in result.stderr
+
+
+@needs_libtpu
+def test_a_training_step_over_eight_chips_runs_its_experts_once_on_kernels():
+    model = LMConfig(num_layers=2, num_heads=2, num_experts=8, k=2, batch_size=8, length=64)
+    program = target_step.training_program(open_target("v5e:2x4"), model, all_devices=True)
+    assert program.error is None
+    assert program.work == pytest.approx(1.0, abs=0.6)  # the buffers are half as large again
+    assert program.collectives["all-to-all"].count == 8  # four a layer
+    assert program.fits
 
 
 @needs_libtpu
