@@ -2,28 +2,39 @@
 
     python benchmarks/compiled.py --out benchmarks/results/compiled.json [--targets v5e:2x4,h100]
                                   [--layers mixtral,olmoe] [--implementations default,ragged]
+                                  [--seconds 300]
+    python benchmarks/compiled.py --out benchmarks/results/compiled.json --check
 
 Rows are written one by one. A row that the file has already is not compiled again, so the command can
-be stopped and started. Prints the table of all rows as Markdown. A row takes seconds to minutes.
+be stopped and started. Each row is compiled by a process of its own, which ends after ``--seconds``. An
+implementation that refuses a target is a row with its reason; name it alone to compile it.
+
+Prints the table of all rows as Markdown. Exits with 1 if a default row does not compile, does not fit,
+has an array of all rows and all experts, or does more than 1.1 times the work, with the padding to
+tiles added at its most. ``--check`` compiles nothing and checks the rows of the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from moe_jax.experts import IMPLEMENTATIONS
-from moe_jax.parallel.target_layers import LAYERS, experts_program
+from moe_jax.parallel.target_layers import LAYERS, experts_program, refusal, tile_padding
 from moe_jax.parallel.targets import open_target
 
 TARGETS = ("v5e:2x4", "h100", "v6e:2x4", "v5p:2x2x1")
-# In order of interest. `active` is for a few tokens and is left out: these layers have thousands.
-ORDER = ("default", "ragged", "capacity", "dense", "tiered")
+ORDER = ("default", "ragged", "capacity", "tiered", "dense", "active")  # of interest
+MOST_WORK = 1.1
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -35,6 +46,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         start = f"| {row['target']} | {row['what']} | {row['implementation']} | {row['passes']} |"
+        if "refused" in row:
+            lines.append(f"{start} refused: {row['refused']} | | | | | |")
+            continue
         if "error" in row:
             lines.append(f"{start} does not compile: {row['error'][:90]} | | | | | |")
             continue
@@ -48,15 +62,92 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def faults(rows: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with the default rows, one sentence each."""
+    sentences = []
+    for row in rows:
+        if row["asked"] != "default":
+            continue
+        where = f"{row['target']}, {row['what']}, {row['passes']}"
+        if "error" in row:
+            sentences.append(f"{where}: does not compile: {row['error']}")
+            continue
+        # Kernels count a tile that two experts share once, and compute it for both.
+        most = (
+            None if row["work"] is None else row["work"] * (1 + tile_padding(LAYERS[row["what"]]))
+        )
+        if most is None or most > MOST_WORK:
+            sentences.append(f"{where}: expected at most {MOST_WORK} times the work, got {most}")
+        if row["expanded"]:
+            sentences.append(f"{where}: has an array of all rows and all experts")
+        if not row["fits"]:
+            sentences.append(f"{where}: does not fit")
+    return sentences
+
+
+def compile_row(target_name: str, layer: str, name: str, gradient: bool) -> dict[str, Any]:
+    """One row, compiled by this process."""
+    jax.config.update("jax_platforms", "cpu")  # the compilers need no device
+    logging.getLogger("absl").setLevel(logging.ERROR)  # tokamax reports every untuned shape
+    program = experts_program(
+        open_target(target_name),
+        layer,
+        LAYERS[layer],
+        implementation=None if name == "default" else name,
+        gradient=gradient,
+    )
+    return program.summary()
+
+
+def row_of(key: tuple[str, str, str, str], *, refuse: bool, seconds: float) -> dict[str, Any]:
+    """One row: the reason of a refusal, or what a process of its own compiles."""
+    target, layer, name, passes = key
+    start = {"target": target, "what": layer, "passes": passes, "implementation": name, "ok": False}
+    if name != "default" and refuse:
+        platform = "cuda" if target.startswith("h100") else "tpu"
+        reason = refusal(platform, LAYERS[layer], name)
+        if reason is not None:
+            return {**start, "refused": reason}
+    command = [sys.executable, __file__, "--row", json.dumps(key)]
+    try:
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, env=os.environ, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {**start, "error": f"not compiled after {seconds:.0f} s"}
+    if ran.returncode != 0:
+        last = (ran.stderr.strip() or "no message").splitlines()[-1]
+        return {**start, "error": f"the compiler ended with {ran.returncode}: {last[:200]}"}
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def versions() -> dict[str, str]:
+    """The versions of the compilers and of the kernels' library that are installed."""
+    names = ("jax", "libtpu", "jax-cuda12-plugin", "tokamax")
+    return {
+        name: importlib.metadata.version(name)
+        for name in names
+        if any(importlib.metadata.distributions(name=name))
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--layers", default="olmoe,mixtral,deepseek_v3")
     parser.add_argument("--implementations", default=",".join(ORDER))
+    parser.add_argument("--passes", choices=("forward", "both"), default="both")
+    parser.add_argument("--seconds", type=float, default=300.0, help="the most for one row")
+    parser.add_argument("--check", action="store_true", help="check the rows of the file only")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # the compilers need no device
-    logging.getLogger("absl").setLevel(logging.ERROR)  # tokamax reports every untuned shape
+    if args.row:
+        target, layer, name, passes = json.loads(args.row)
+        print(json.dumps(compile_row(target, layer, name, passes != "forward")))
+        return
+    if args.out is None:
+        parser.error("--out: expected the file of the rows, got nothing.")
     names = args.implementations.split(",")
     unknown = sorted(set(names) - {"default", *IMPLEMENTATIONS})
     if unknown:
@@ -67,28 +158,25 @@ def main() -> None:
     if args.out.exists():
         rows = json.loads(args.out.read_text())["rows"]
     done = {(r["target"], r["what"], r["asked"], r["passes"]) for r in rows}
-    for name in names:
-        for target_name in args.targets.split(","):
-            target = open_target(target_name)
-            for layer in args.layers.split(","):
-                for gradient in (False, True):
-                    passes = "forward + backward" if gradient else "forward"
-                    if (target_name, layer, name, passes) in done:
-                        continue
-                    program = experts_program(
-                        target,
-                        layer,
-                        LAYERS[layer],
-                        implementation=None if name == "default" else name,
-                        gradient=gradient,
-                    )
-                    rows.append({"asked": name, **program.summary()})
-                    settings = {"jax": jax.__version__, "dtype": "bfloat16"}
-                    text = json.dumps(
-                        {"bench": "compiled", "settings": settings, "rows": rows}, indent=1
-                    )
-                    args.out.write_text(text + "\n")
+    keys = [
+        (target, layer, name, passes)
+        for name in names
+        for target in args.targets.split(",")
+        for layer in args.layers.split(",")
+        for passes in ("forward", "forward + backward")[: 1 if args.passes == "forward" else 2]
+    ]
+    for key in keys if not args.check else ():
+        if key in done:
+            continue
+        row = row_of(key, refuse=len(names) > 1, seconds=args.seconds)
+        rows.append({"asked": key[2], **row})
+        settings = {**versions(), "dtype": "bfloat16"}
+        text = json.dumps({"bench": "compiled", "settings": settings, "rows": rows}, indent=1)
+        args.out.write_text(text + "\n")
     print(table(rows))
+    wrong = faults(rows)
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

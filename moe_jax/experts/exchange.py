@@ -23,6 +23,9 @@ from moe_jax.types import Array, Assignments, DispatchPlan
 
 EXCHANGES = ("all_to_all", "ragged")
 
+# Platforms whose compiler does not implement `jax.lax.ragged_all_to_all`.
+_WITHOUT_RAGGED = ("cpu",)
+
 # Row counts travel as digits in the dtype of the buffer: 0 to 255 is exact even in bfloat16.
 _BASE, COUNT_DIGITS = 256, 3
 
@@ -44,8 +47,8 @@ class ExpertParallel:
         send_shares: sizes of the buffer without capacity, as shares of a balanced load at K experts
             per token. One entry is one size; loads beyond the last go in further rounds.
         exchange: ``"all_to_all"``, or ``"ragged"``, which sends exactly the rows there are, by
-            ``jax.lax.ragged_all_to_all``, after the counts in a small message of their own. CPUs do
-            not have it; it is tested there against an emulation only.
+            ``jax.lax.ragged_all_to_all``, after the counts in a small message of their own. Where the
+            platform has no such collective, ``"all_to_all"`` runs; see ``explain_exchange``.
     """
 
     token_axes: tuple[str, ...] = ("data", "expert")
@@ -88,6 +91,25 @@ class ExpertParallel:
     def devices(self) -> int:
         """Devices that share the experts; inside ``shard_map`` only."""
         return math.prod(jax.lax.axis_size(a) for a in self.expert_axes)
+
+
+def explain_exchange(parallel: ExpertParallel, platform: str | None) -> tuple[str, str]:
+    """Returns the exchange that runs on a platform, a name in ``EXCHANGES``, and the reason.
+
+    Args:
+        parallel: what was asked for.
+        platform: a name in ``moe_jax.experts.PLATFORMS``, or None if lowering decides.
+
+    Example:
+        >>> explain_exchange(ExpertParallel(exchange="ragged"), "cpu")
+        ('all_to_all', "XLA has no ragged all-to-all for cpu, so exchange='ragged' does not run")
+        >>> explain_exchange(ExpertParallel(exchange="ragged"), "tpu")
+        ('ragged', 'as asked for')
+    """
+    if parallel.exchange == "ragged" and platform in _WITHOUT_RAGGED:
+        reason = f"XLA has no ragged all-to-all for {platform}, so exchange='ragged' does not run"
+        return "all_to_all", reason
+    return parallel.exchange, "as asked for"
 
 
 class ExchangeSpec(NamedTuple):

@@ -38,6 +38,7 @@ from moe_jax.experts.exchange import (
     SentRows,
     choose_size,
     counts_sent,
+    explain_exchange,
     plan_received,
     rows_by_assignment,
     run_rounds,
@@ -56,6 +57,7 @@ from moe_jax.experts.implementation import (
     vary_like,
     vary_over,
 )
+from moe_jax.experts.platforms import platform_of
 from moe_jax.experts.tier_loop import wide
 from moe_jax.routing.dispatch import combine, kept_weights
 from moe_jax.types import Array, DispatchPlan, Params
@@ -120,6 +122,9 @@ def run_parallel(
         )
         y, executed = ran.y, vary_like(ran.slots_executed, x)
     else:
+        where = platform_of((x, params, plan), platform=platform)
+        exchange, _ = explain_exchange(parallel, where.name)
+        parallel = dataclasses.replace(parallel, exchange=exchange)
         sizes, bounded = send_sizes(
             tokens=plan.assignments.num_tokens,
             slots=plan.assignments.slots_per_token or local,

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from typer.testing import CliRunner
 
 from moe_jax.cli import app
+from moe_jax.experts import FeedForward
 from moe_jax.lab import target_step, target_verification
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.target_verification import verify_target
+from moe_jax.layer import init_moe_layer
 from moe_jax.parallel import target_layers, targets
+from moe_jax.parallel.sharding import parallel_of, sharded_moe_layer
 from moe_jax.parallel.target_hlo import (
     flops_of,
     has_expansion,
@@ -24,6 +30,7 @@ from moe_jax.parallel.target_hlo import (
 )
 from moe_jax.parallel.target_layers import LAYERS, experts_program, parallel_program
 from moe_jax.parallel.targets import CompilerMissing, open_target
+from moe_jax.routers import TopK
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
@@ -224,6 +231,28 @@ def test_the_command_says_how_to_install_a_missing_compiler(monkeypatch):
     assert "Run: pip install libtpu" in result.stderr
 
 
+# --- the exchange -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("platform", "ragged"), [("cpu", False), ("tpu", True), (None, True)])
+def test_the_ragged_exchange_runs_where_the_platform_has_it(platform, ragged):
+    device = None
+    if platform is not None:
+        kind = {"cpu": "cpu", "tpu": "TPU v5 lite"}[platform]
+        device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
+    mesh = AbstractMesh((2,), ("expert",), axis_types=(AxisType.Auto,), abstract_device=device)
+    router, ffn = TopK(num_experts=2, k=1), FeedForward()
+    init = functools.partial(init_moe_layer, router, ffn, d_model=8, d_ff=8)
+    params = jax.eval_shape(init, jax.random.key(0))
+    layer = functools.partial(
+        sharded_moe_layer, mesh=mesh, parallel=parallel_of(mesh, exchange="ragged")
+    )
+    traced = jax.make_jaxpr(functools.partial(layer, router, ffn))(
+        params, router.init_state(), jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    )
+    assert ("ragged_all_to_all" in str(traced)) is ragged
+
+
 @needs_libtpu
 def test_a_training_step_over_eight_chips_runs_its_experts_once_on_kernels():
     model = LMConfig(num_layers=2, num_heads=2, num_experts=8, k=2, batch_size=8, length=64)
@@ -246,10 +275,14 @@ def test_a_cpu_host_compiles_the_default_for_a_tpu_to_grouped_kernels():
 
 
 @needs_libtpu
-def test_experts_over_eight_chips_send_two_all_to_alls():
+@pytest.mark.parametrize(
+    ("exchange", "sent"),
+    [("all_to_all", {"all-to-all": 2}), ("ragged", {"all-to-all": 1, "ragged-all-to-all": 2})],
+)
+def test_experts_over_eight_chips_send_rows_there_and_back(exchange, sent):
     target = open_target("v5e:2x4")
     shape = target_layers.LayerShape(d_model=128, d_ff=128, num_experts=8, k=2, tokens=128)
-    program = parallel_program(target, "small", shape)
+    program = parallel_program(target, "small", shape, exchange=exchange)
     assert program.error is None
-    assert {kind: sent.count for kind, sent in program.collectives.items()} == {"all-to-all": 2}
+    assert {kind: traffic.count for kind, traffic in program.collectives.items()} == sent
     assert program.kernels == {"tpu_custom_call": 3}
