@@ -8,7 +8,8 @@ DeepSeek-V3 (one device's share, 32 experts): the rate of one large dense produc
 the default, ``ragged``, ``tiered`` and the bare grouped products of tokamax and XLA, forward and
 backward, with a uniform and a skewed load; then dynamic k at a mean of 1.3 of 2 and 5.2 of 8, and
 decoding at T = 1, 8 and 64. Rates are useful operations (rows that carry an assignment) over time;
-``share`` is the rate over the card's own dense rate. Refuses to run on a CPU unless ``--small`` asks
+``share`` is the rate over the card's own dense rate. A case that fails is a row with its error, and the
+exit code is 1. Refuses to run on a CPU unless ``--small`` asks
 for a trial with toy shapes.
 """
 
@@ -184,6 +185,9 @@ def main() -> None:
     run = Run(args)
     for name in ["small"] if args.small else names:
         measure(run, name, LAYERS[name])
+    failed = sum("failed" in row for row in run.rows)
+    if failed:
+        sys.exit(f"accelerator.py: {failed} of {len(run.rows)} cases failed; see the rows above.")
 
 
 if __name__ == "__main__":
