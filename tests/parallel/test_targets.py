@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -229,6 +230,31 @@ def test_the_command_says_how_to_install_a_missing_compiler(monkeypatch):
     result = CliRunner().invoke(app, ["verify", "--target", "v6e:2x4"])
     assert result.exit_code == 2
     assert "Run: pip install libtpu" in result.stderr
+
+
+# --- the committed table ----------------------------------------------------------------------
+
+
+def compiled_benchmark():
+    path = Path(__file__).parents[2] / "benchmarks" / "compiled.py"
+    spec = importlib.util.spec_from_file_location("compiled", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, json.loads((path.parent / "results" / "compiled.json").read_text())["rows"]
+
+
+def test_the_committed_table_holds_what_the_default_promises():
+    compiled, rows = compiled_benchmark()
+    asked = {
+        (r["target"], r["what"], r["passes"])
+        for r in rows
+        if r["asked"] == "default" and "error" not in r
+    }
+    assert len(asked) == len(compiled.TARGETS) * 3 * 2
+    assert compiled.faults(rows) == []
+    (row,) = [r for r in rows if r["asked"] == "default"][:1]
+    for broken in ({"work": 1.05}, {"expanded": True}, {"fits": False}, {"error": "no"}):
+        assert len(compiled.faults([row | broken])) == 1
 
 
 # --- the exchange -----------------------------------------------------------------------------
