@@ -191,6 +191,9 @@ def kernel_context(platform: str, device: Any = None) -> Iterator[None]:
         jax.sharding.use_abstract_mesh(mesh),
         config._check_vma(False),
         jax.default_device(device),
+        # Kernel libraries are not written for the strict modes that a user's program may set.
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
     ):
         yield
 

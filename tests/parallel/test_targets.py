@@ -21,7 +21,8 @@ from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.target_verification import verify_target
 from moe_jax.layer import init_moe_layer
 from moe_jax.parallel import target_layers, targets
-from moe_jax.parallel.sharding import parallel_of, sharded_moe_layer
+from moe_jax.parallel.sharded_layer import sharded_moe_layer
+from moe_jax.parallel.sharding import parallel_of
 from moe_jax.parallel.target_hlo import (
     flops_of,
     has_expansion,
