@@ -229,9 +229,19 @@ class HFConfig:
         return dataclasses.replace(self, stated={**self.stated, key: value})
 
 
+# Model types whose checkpoints name the classes of another family as their code.
+_SAME_MODEL = {"kimi_k2": "deepseek_v3"}
+
+
 def normal_name(model_type: str) -> str:
-    """The model type as the table of families spells it."""
-    return model_type.replace("-", "_").lower()
+    """The model type as the table of families spells it.
+
+    Example:
+        >>> normal_name("Qwen3-MoE"), normal_name("kimi_k2")
+        ('qwen3_moe', 'deepseek_v3')
+    """
+    name = model_type.replace("-", "_").lower()
+    return _SAME_MODEL.get(name, name)
 
 
 def flatten(config: Mapping[str, Any], accepted: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

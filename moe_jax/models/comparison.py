@@ -41,7 +41,7 @@ class Comparison:
     other: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
-        """Everything as JSON values: see ``docs/models.md`` for the fields."""
+        """Everything as JSON values, as ``moe-jax evaluate --json`` prints it."""
         base = self.evaluations["trained"]
         rows = [_row(name, one, base, self.text) for name, one in self.evaluations.items()]
         report: dict[str, Any] = {

@@ -16,6 +16,7 @@ from moe_jax.models.architectures import BY_MODEL_TYPE, Architecture
 from moe_jax.models.config_keys import ConfigKeys, read_rope
 from moe_jax.models.decoder_config import DecoderConfig, LatentConfig, LayerConfig, RopeConfig
 from moe_jax.models.layer_patterns import FULL, SLIDING, no_window, one_a_layer
+from moe_jax.models.unsupported import REASONS
 
 # Keys of the experts' half of a config: ``moe_jax.interop`` reads them, or refuses what they say.
 _EXPERT_KEYS = frozenset(name for names in ALIASES.values() for name in names) | {
@@ -64,13 +65,17 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
                 "decoders of text are read."
             )
         return BY_MODEL_TYPE[model_type]
-    if model_type in BY_TYPE:
+    if model_type in BY_TYPE or model_type in REASONS:
+        reason = REASONS.get(model_type, "attention that is not implemented")
+        block = ""
+        if model_type in BY_TYPE:
+            block = " moe_jax.interop.load_hf_block reads one block of its experts."
         raise ValueError(
-            f"model_type {model_type!r}: its experts are known (moe_jax.interop.load_hf_block reads "
-            "one block), but not its attention, so the whole model cannot run. "
-            f"Whole models: {', '.join(supported_decoders())}."
+            f"model_type {model_type!r}: expected a decoder that is implemented, got one with "
+            f"{reason}. The whole model cannot run.{block} Whole models: "
+            f"{', '.join(supported_decoders())}."
         )
-    near = difflib.get_close_matches(model_type, BY_MODEL_TYPE, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(model_type, BY_MODEL_TYPE, n=3, cutoff=0.75)
     hint = f"The nearest are {', '.join(near)}. " if near else ""
     raise ValueError(
         f"model_type: expected a Mixture-of-Experts decoder that is known, got {model_type!r}. {hint}"

@@ -62,18 +62,21 @@ class HubFolder:
         self._tensors.check_shards()
         self._by_layer: dict[int, dict[str, str]] = {}
         self._ends: list[str] = []
+        beyond: dict[int, list[str]] = {}
         for name in self._tensors:
             match = LAYER.fullmatch(name)
             if match is None:
                 # Heads that predict further tokens; transformers leaves them out too.
                 if not name.startswith(("mtp", "model.mtp")):
                     self._ends.append(name)
-            # So are layers beyond the last.
             elif int(match[1]) < self.config.num_layers:
                 short = match[2]
                 for old, new in row.renames:
                     short = short.replace(old, new)
                 self._by_layer.setdefault(int(match[1]), {})[short] = name
+            else:
+                beyond.setdefault(int(match[1]), []).append(match[2])
+        _check_beyond(beyond, self.raw, str(self.folder))
         self._row = row
         self.dtype = jnp.dtype(_dtype(self._stored() if dtype is None else dtype))
 
@@ -190,6 +193,22 @@ class HubFolder:
         )
 
 
+def _check_beyond(layers: Mapping[int, list[str]], config: Mapping[str, Any], where: str) -> None:
+    """Refuses tensors of layers beyond the last one, unless they predict further tokens."""
+    stated = config["num_hidden_layers"]
+    predictors = config.get("num_nextn_predict_layers") or 0
+    for number, names in sorted(layers.items()):
+        # Such a layer joins the embedding of the next token to the hidden states (DeepSeek-V3's names).
+        # It is no part of the forward pass, and transformers leaves it out too.
+        joins = any(name.startswith(("eh_proj.", "enorm.", "hnorm.")) for name in names)
+        if not joins and number >= stated + predictors:
+            raise ValueError(
+                f"{where}: expected {stated} layers, as num_hidden_layers in config.json states, got "
+                f"tensors of layer {number} (layers count from 0). Config and weights belong to "
+                "different models: download both again."
+            )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
@@ -197,11 +216,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path}: expected the model's config, got no such file. Give the folder that holds "
             "config.json and the weights."
         )
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> Any:
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: expected JSON, got something else. Download it again.") from None
-    return config
 
 
 def _dtype(asked: Any) -> Any:
@@ -346,7 +368,8 @@ def end_of_text(folder: str | Path) -> tuple[int, ...]:
     """The ids that end a text, from ``generation_config.json``, else ``config.json``, else none."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        stated = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
+        held = _read_json(path) if path.is_file() else None
+        stated = held.get("eos_token_id") if isinstance(held, dict) else None
         if stated is not None:
             return tuple(stated) if isinstance(stated, list) else (stated,)
     return ()

@@ -24,6 +24,7 @@ from moe_jax.models import (
     save_model,
     supported_decoders,
 )
+from moe_jax.models.unsupported import REASONS
 from moe_jax.routers import TopP
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -102,14 +103,28 @@ def test_a_setting_that_is_not_implemented_is_refused_by_name(name, changes, sai
 def test_unknown_families_are_refused_and_the_nearest_named():
     with pytest.raises(ValueError, match="qwen3_moe"):
         decoder_config({"model_type": "qwen3_mo"})
-    # Experts are read by moe_jax.interop, attention is not: a hybrid of attention and state spaces.
-    with pytest.raises(ValueError, match="not its attention"):
-        decoder_config({"model_type": "jamba"})
+    # Experts are read by moe_jax.interop, other layers are not: the message says which.
+    for model_type, reason in (
+        ("granitemoehybrid", r"state-space \(Mamba\) layers.*load_hf_block"),
+        ("bailing_hybrid", "delta rule"),
+        ("kimi_linear", "delta rule"),
+        ("longcat_flash", "two attention blocks"),
+        ("bailing_moe", "published beside its weights only"),
+        ("dbrx", "attention that is not implemented"),
+        ("llama", "no experts"),
+    ):
+        with pytest.raises(ValueError, match=f"'{model_type}'.*{reason}"):
+            decoder_config({"model_type": model_type})
+    assert not set(REASONS) & set(supported_decoders()), "what runs is not refused"
     with pytest.raises(ValueError, match="model_type"):
         decoder_config({})
     with pytest.raises(TypeError, match="dict"):
         decoder_config("mixtral")  # pyright: ignore[reportArgumentType]
-    assert "jamba" not in supported_decoders()
+
+
+def test_kimi_k2_is_read_as_the_model_that_its_checkpoints_name():
+    deepseek = config_of("deepseek_v3")
+    assert decoder_config(deepseek | {"model_type": "kimi_k2"}) == decoder_config(deepseek)
 
 
 # --- folders ----------------------------------------------------------------------------------
@@ -153,6 +168,20 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path):
     folder = copy("mixtral", tmp_path / "b", num_key_value_heads=4)
     with pytest.raises(ValueError, match=r"k_proj.*float\[32, 32\], got float32\[16, 32\]"):
         load_model(folder)
+
+
+def test_layers_beyond_the_last_are_refused_unless_they_predict_further_tokens(tmp_path):
+    folder = copy("mixtral", tmp_path / "a", num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"expected 1 layers.*tensors of layer 1"):
+        HubFolder(folder)
+    rewrite(folder, lambda t: t.update({"model.layers.1.eh_proj.weight": np.ones(1, np.float32)}))
+    assert HubFolder(folder).config.num_layers == 1
+
+
+def test_a_broken_generation_config_is_named(tmp_path):
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"generation_config\.json.*JSON"):
+        load.end_of_text(tmp_path)
 
 
 def test_tensors_that_the_config_does_not_state_are_refused(tmp_path):
