@@ -33,6 +33,7 @@ from moe_jax.cli.published_options import (
     Text,
     Work,
     layer_bar,
+    note_high_loss,
     read_text,
     show_rules,
 )
@@ -158,6 +159,7 @@ def evaluate(
             )
     report = result.report()
     trained = report["rules"][0]
+    note_high_loss(trained["loss"], opened.config.vocab_size)
     if as_json:
         # The trained model's own figures are at the top as well.
         head = ("loss", "perplexity", "bits_per_byte")

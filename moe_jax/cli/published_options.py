@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,6 +66,18 @@ def read_text(
     files = standard_library(part)
     limit = 32_768 if limit is None else limit
     return tokenize_files(files, tokenizer, length=length, limit=limit)
+
+
+def note_high_loss(loss: float, vocab_size: int) -> None:
+    """Prints a note if a uniform guess of every token would have a lower loss."""
+    guess = math.log(vocab_size)
+    if loss > guess:
+        notes.print(
+            f"note: the loss, {loss:.2f} nats a token, is above the {guess:.2f} of a uniform guess. "
+            "The tokenizer may be another model's, or the weights are not those of a trained model.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def show_rules(report: dict[str, Any]) -> None:

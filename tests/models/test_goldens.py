@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax.interop.safetensors import SafetensorsFolder
-from moe_jax.models import CausalLM, generate, load_model, save_model
+from moe_jax.models import CausalLM, DecoderOutput, generate, load_model, save_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "models"
 FAMILIES = sorted(path.name for path in GOLDENS.iterdir() if path.is_dir())
@@ -23,40 +23,41 @@ def golden(request) -> tuple[str, CausalLM, dict[str, np.ndarray]]:
         return request.param, load_model(folder), dict(arrays)
 
 
-def test_logits_and_the_hidden_states_of_every_layer_are_those_of_transformers(golden):
-    _, model, io = golden
-    out = model.run(io["input_ids"], return_hidden=True)
-    np.testing.assert_allclose(out.logits, io["logits"], rtol=0, atol=1e-4)
-    assert len(out.hidden) == len(io["hidden"]) == model.config.num_layers + 1
-    np.testing.assert_allclose(np.stack(out.hidden), io["hidden"], rtol=0, atol=1e-4)
+def extended(model: CausalLM, ids, mask, answer) -> DecoderOutput:
+    """One call without a cache over prompt and answer; its last token is not part of the call.
+
+    Attention is causal. So the logits of the prompt are those of a call with the prompt alone, and the
+    others are those of a call after each prefix. One shape serves all tests, so it compiles once.
+    """
+    ids = np.concatenate([ids, answer[:, :-1]], axis=1)
+    mask = np.concatenate([mask, np.ones_like(mask[:, : answer.shape[1] - 1])], axis=1)
+    return model.run(ids, mask, return_hidden=True)
 
 
-def test_rows_padded_on_the_left_give_the_same_logits_at_real_tokens(golden):
-    _, model, io = golden
-    logits = model(io["padded_ids"], io["padded_mask"])
-    real = io["padded_mask"].astype(bool)
-    np.testing.assert_allclose(logits[real], io["padded_logits"][real], rtol=0, atol=1e-4)
-    assert np.isfinite(logits).all(), "padding holds no NaN that a sum could spread"
-
-
-def test_greedy_tokens_are_those_of_transformers_with_and_without_a_cache(golden):
+def test_logits_hidden_states_and_greedy_tokens_are_those_of_transformers(golden):
     _, model, io = golden
     ids, greedy = io["input_ids"], io["greedy"]
-    n = greedy.shape[1]
-    np.testing.assert_array_equal(generate(model, ids, max_new_tokens=n), greedy)
-    # Attention is causal, so one call over prompt and answer gives the likeliest token after each
-    # prefix, as a call for each prefix would: no cache takes part.
-    logits = model(np.concatenate([ids, greedy[:, :-1]], axis=1))
-    np.testing.assert_array_equal(np.argmax(logits[:, -n:], axis=-1), greedy)
+    length = ids.shape[1]
+    out = extended(model, ids, np.ones_like(ids), greedy)
+    np.testing.assert_allclose(out.logits[:, :length], io["logits"], rtol=0, atol=1e-4)
+    assert len(out.hidden) == len(io["hidden"]) == model.config.num_layers + 1
+    hidden = np.stack(out.hidden)[:, :, :length]
+    np.testing.assert_allclose(hidden, io["hidden"], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(np.argmax(out.logits[:, length - 1 :], axis=-1), greedy)
+    with_cache = generate(model, ids, max_new_tokens=greedy.shape[1])
+    np.testing.assert_array_equal(with_cache, greedy)
 
 
-def test_a_padded_prompt_goes_on_from_a_cache_as_it_would_without(golden):
+def test_rows_padded_on_the_left_give_the_same_logits_and_go_on_from_a_cache(golden):
     _, model, io = golden
     ids, mask = io["padded_ids"], io["padded_mask"]
-    made = generate(model, ids, mask, max_new_tokens=6)
-    longer = np.concatenate([ids, made[:, :-1]], axis=1)
-    seen = np.concatenate([mask, np.ones_like(made[:, :-1])], axis=1)
-    np.testing.assert_array_equal(np.argmax(model(longer, seen)[:, -6:], axis=-1), made)
+    length, real = ids.shape[1], mask.astype(bool)
+    made = generate(model, ids, mask, max_new_tokens=io["greedy"].shape[1])
+    logits = extended(model, ids, mask, made).logits
+    assert np.isfinite(logits).all(), "padding holds no NaN that a sum could spread"
+    padded = np.asarray(logits[:, :length])
+    np.testing.assert_allclose(padded[real], io["padded_logits"][real], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(np.argmax(logits[:, length - 1 :], axis=-1), made)
 
 
 def test_a_saved_model_has_the_checkpoints_bits(golden, tmp_path):

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from moe_jax.checkpoint import Checkpoint, CheckpointError, open_checkpoint, save
-from moe_jax.models import compare, evaluate, fit_budget, load_budget, save_budget
+from moe_jax.models import (
+    compare,
+    evaluate,
+    fit_budget,
+    load_budget,
+    load_model,
+    save_budget,
+)
 from moe_jax.models.text import TokenizedText
 
 MODELS = Path(__file__).parents[1] / "goldens" / "models"
@@ -76,6 +83,14 @@ def test_an_interrupted_fit_continues_with_the_next_layer(tmp_path, budget):
         jax.tree.leaves(dict(budget.states)), jax.tree.leaves(dict(again.states)), strict=True
     ):
         np.testing.assert_array_equal(left, right)
+    # Other weights of the same config are another model.
+    model = load_model(OLMOE)
+    with pytest.raises(Interrupted):
+        fit(model, work=tmp_path / "memory", progress=stop)
+    scale = model.ends["norm"]["scale"]
+    scale.set_value(2 * scale.get_value())
+    with pytest.raises(ValueError, match="another"):
+        fit(model, work=tmp_path / "memory")
 
 
 def test_a_saved_budget_is_the_same_and_knows_its_model(tmp_path, budget):

@@ -59,6 +59,9 @@ def test_evaluate_gives_the_loss_of_the_files(folder, text):
     assert report["tokens"] == want.tokens == 29
     assert report["bits_per_byte"] == pytest.approx(want.loss / math.log(2), abs=1e-6)
     assert report["experts_per_token"] == {"0": 2.0, "1": 2.0}
+    # Random weights: worse than guessing, as with the tokenizer of another model.
+    assert want.loss > math.log(96)
+    assert "above the 4.56 of a uniform guess" in ran.stderr
 
 
 def test_pictures_and_hidden_files_of_a_folder_are_no_text(folder, text):
