@@ -4,10 +4,7 @@ With fewer rows than experts the time goes into reading weights. So every kept r
 loop of ``tiered``: the trip count is the number of kept rows, experts without rows are never touched,
 and rows of the same expert follow each other, so its weights are still in the cache.
 
-XLA for CPU hands a product to a library, which wants its operand as an array: an expert's slice of
-the weights is copied first, and reading, writing and reading again takes two to three times as long
-as reading. ``FeedForward`` is therefore run there by ``_stream_row``, in sums that XLA compiles
-together with the slices they read.
+On a CPU, ``FeedForward`` is run by ``vector_product``, which reads an expert's weights in place.
 
 The derivatives are those of ``tiered``. They are right, but meant for tests: training batches are
 larger.
@@ -22,45 +19,20 @@ import jax.numpy as jnp
 
 from moe_jax.checks import holds
 from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
-from moe_jax.experts.implementation import Implementation, one_expert, vary_like
+from moe_jax.experts.implementation import Implementation, vary_like
 from moe_jax.experts.tier_loop import TierSizes, sum_over_slots
 from moe_jax.experts.tiered import run_with_sizes, slots_executed_with
+from moe_jax.experts.vector_product import vector_product
 from moe_jax.types import Array, DispatchPlan, Params
 
 _ONE_ROW = TierSizes(bulk=(0,), pieces=(1,))
-_MOST_SLICES = 32  # rows of a matrix that one fused sum reads; more compile longer and gain nothing
-
-
-def _vector_product(kernels: Array, expert: Array, row: Array) -> Array:
-    """``row f32[M] @ kernels[expert]`` as f32[N], ``kernels`` [E, M, N], read in place.
-
-    The matrix is seen as [M / S, S, N]. The sum over S is written out, S slices of the stack of
-    matrices, each used once and so fused into the one loop that adds them up. What is left, 1/S of
-    the matrix, is summed by a product with ones: XLA would merge a plain sum with the first.
-    """
-    _, rows, width = kernels.shape
-    if kernels.dtype in (jnp.bfloat16, jnp.float16):  # cannot be read in place, see ``one_expert``
-        kernels, expert = one_expert(kernels, expert)[None], jnp.zeros_like(expert)
-    s = max(d for d in range(1, _MOST_SLICES + 1) if rows % d == 0)
-    stack = kernels.reshape(-1, rows // s, s, width)
-    factors = row.reshape(rows // s, s)
-    zero = jnp.zeros_like(expert)
-
-    # Each term slices the stack itself, so XLA fuses slice and product and copies nothing.
-    def term(i: int) -> Array:
-        at = (expert, zero, jnp.full_like(expert, i), zero)
-        part = jax.lax.dynamic_slice(stack, at, (1, rows // s, 1, width))[0, :, 0]
-        return part.astype(row.dtype).astype(jnp.float32) * factors[:, i, None].astype(jnp.float32)
-
-    partial = functools.reduce(jnp.add, [term(i) for i in range(s)])
-    return jnp.ones((rows // s,), jnp.float32) @ partial
 
 
 def _stream_row(expert_fn: FeedForward, params: Params, expert: Array, row: Array) -> Array:
     """Returns ``expert_fn`` of one row [D] with the parameters of ``expert``, without copying them."""
 
     def project(name: str, row: Array) -> Array:
-        out = _vector_product(params[name], expert, row)
+        out = vector_product(params[name], expert, row)
         bias = params.get(f"{name}_bias")
         return out if bias is None else out + bias[expert].astype(jnp.float32)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.experts.vector_product import vector_product
 from moe_jax.models.decoder_config import DecoderConfig, LatentConfig, LayerConfig
 from moe_jax.models.rope import angles, rotate
 from moe_jax.types import Array, Params, pytree
@@ -14,6 +16,8 @@ from moe_jax.types import Array, Params, pytree
 # Queries of one block of scores. Blocks of 128 and 512 took the same time within the noise.
 # `benchmarks/whole_model.py` times the result.
 _BLOCK = 256
+# Scores of all heads above which a CPU computes one head after the other: 1 MiB, a core's cache.
+_MOST_SCORES = 2**18
 
 
 @pytree
@@ -30,10 +34,25 @@ class TokenLayout:
     start: Array  # i32[]: slot of the first token of this call
 
 
+def product(x: Array, kernel: Array) -> Array:
+    """``x @ kernel`` as f32[..., out] for x float[..., in] and a kernel [in, out] of the same dtype."""
+
+    def matmul(x: Array, kernel: Array) -> Array:
+        return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+    def one_row(x: Array, kernel: Array) -> Array:
+        out = vector_product(kernel[None], jnp.int32(0), x.reshape(-1))
+        return out.reshape(*x.shape[:-1], -1)
+
+    if x.size != x.shape[-1] or x.dtype != jnp.float32:
+        return matmul(x, kernel)
+    # One token: the time is that of reading the kernel.
+    return jax.lax.platform_dependent(x, kernel, cpu=one_row, default=matmul)
+
+
 def project(params: Params, x: Array) -> Array:
     """``x @ kernel + bias`` for x float[..., in], in the dtype of x, summed in float32."""
-    kernel = params["kernel"].astype(x.dtype)
-    out = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    out = product(x, params["kernel"].astype(x.dtype))
     if "bias" in params:
         bias = params["bias"].astype(jnp.float32)
         out = out + bias.reshape((1,) * (out.ndim - 1) + bias.shape)
@@ -152,19 +171,46 @@ def attend(
         k, v = cache["k"], cache["v"]
     # Queries are grouped by the key head that they share, so that keys need not be repeated.
     q = q.reshape(batch, length, config.num_kv_heads, -1, config.head_dim)
-    sinks = params["sinks"].reshape(config.num_kv_heads, -1) if config.sinks else None
+    blocks = _blocks(length, k.shape[1], window=layer.window, cached=cache is not None)
+    seen = [_visible(layout, block, layer.window) for block in blocks]
     precise: Any = {"preferred_element_type": jnp.float32}
-    parts = []
-    for block in _blocks(length, k.shape[1], window=layer.window, cached=cache is not None):
-        seen = _visible(layout, block, layer.window)
-        logits = jnp.einsum("bskgd,blkd->bkgsl", q[:, block.queries], k[:, block.keys], **precise)
-        weights = softmax(logits * config.softmax_scale, seen, sinks).astype(v.dtype)
-        parts.append(jnp.einsum("bkgsl,blkd->bskgd", weights, v[:, block.keys], **precise))
-    out = jnp.concatenate(parts, axis=1).astype(x.dtype).reshape(batch, length, -1)
+
+    def heads(q: Array, k: Array, v: Array, *sinks: Array) -> Array:
+        parts = []
+        for block, visible in zip(blocks, seen, strict=True):
+            logits = jnp.einsum(
+                "bskgd,blkd->bkgsl", q[:, block.queries], k[:, block.keys], **precise
+            )
+            sink = sinks[0][0, 0] if sinks else None
+            weights = softmax(logits * config.softmax_scale, visible, sink).astype(v.dtype)
+            parts.append(jnp.einsum("bkgsl,blkd->bskgd", weights, v[:, block.keys], **precise))
+        return jnp.concatenate(parts, axis=1)
+
+    sinks = [params["sinks"].reshape(1, 1, config.num_kv_heads, -1)] if config.sinks else []
+    scores = batch * config.num_heads * min(length, _BLOCK) * k.shape[1]
+    out = _by_head(heads, [q, k, v, *sinks], large=length > 1 and scores > _MOST_SCORES)
+    out = out.astype(x.dtype).reshape(batch, length, -1)
     if config.output_gate:
         gate = project(params["gate"], x).astype(jnp.float32)
         out = (out * jax.nn.sigmoid(gate).astype(x.dtype)).astype(x.dtype)
     return project(params["o"], out), cache
+
+
+def _by_head(run: Callable[..., Array], arrays: list[Array], *, large: bool) -> Array:
+    """``run(*arrays)``, where axis 2 of all arrays and of the result are heads that do not mix.
+
+    If ``large``, a CPU runs one head after the other: the scores of a block then stay in the cache
+    between their product, their softmax and the next product. Accelerators run all heads at once.
+    """
+
+    def one_after_the_other(*arrays: Array) -> Array:
+        each = [jnp.moveaxis(array, 2, 0)[:, :, :, None] for array in arrays]
+        parts = jax.lax.map(lambda one: run(*one), each)
+        return jnp.moveaxis(parts[:, :, :, 0], 0, 2)
+
+    if not large:
+        return run(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=one_after_the_other, default=run)
 
 
 def _norm_qk(config: DecoderConfig, params: Params, q: Array, k: Array) -> tuple[Array, Array]:
@@ -225,15 +271,24 @@ def _latent_attention(
         keys = jnp.einsum("blr,rhn->blhn", kv, key_up, **precise).astype(x.dtype)
         values = jnp.einsum("blr,rhv->blhv", kv, value_up, **precise).astype(x.dtype)
         scores, sums = "bshn,blhn->bhsl", "bhsl,blhv->bshv"
-    parts = []
-    for block in _blocks(length, kv.shape[1], window=layer.window, cached=cache is not None):
-        seen = _visible(layout, block, layer.window)
-        logits = jnp.einsum(scores, q_nope[:, block.queries], keys[:, block.keys], **precise)
-        rotary = (q_rope[:, block.queries], k_rope[:, block.keys])
-        logits = logits + jnp.einsum("bshd,bld->bhsl", *rotary, **precise)
-        weights = softmax(logits[:, :, None] * config.softmax_scale, seen, None)[:, :, 0]
-        parts.append(jnp.einsum(sums, weights.astype(x.dtype), values[:, block.keys], **precise))
-    out = jnp.concatenate(parts, axis=1)
+    blocks = _blocks(length, kv.shape[1], window=layer.window, cached=cache is not None)
+    seen = [_visible(layout, block, layer.window) for block in blocks]
+
+    def run(q_nope: Array, q_rope: Array, keys: Array, values: Array) -> Array:
+        parts = []
+        for block, visible in zip(blocks, seen, strict=True):
+            logits = jnp.einsum(scores, q_nope[:, block.queries], keys[:, block.keys], **precise)
+            rotary = (q_rope[:, block.queries], k_rope[:, block.keys])
+            logits = logits + jnp.einsum("bshd,bld->bhsl", *rotary, **precise)
+            weights = softmax(logits[:, :, None] * config.softmax_scale, visible, None)[:, :, 0]
+            parts.append(
+                jnp.einsum(sums, weights.astype(x.dtype), values[:, block.keys], **precise)
+            )
+        return jnp.concatenate(parts, axis=1)
+
+    # Absorbed keys and values have no axis of heads, but then there is one query.
+    large = length > 1 and batch * heads * min(length, _BLOCK) * kv.shape[1] > _MOST_SCORES
+    out = _by_head(run, [q_nope, q_rope, keys, values], large=large)
     if absorbed:
         out = jnp.einsum("bshr,rhv->bshv", out.astype(x.dtype), value_up, **precise)
     return project(params["o"], out.astype(x.dtype).reshape(batch, length, -1)), cache

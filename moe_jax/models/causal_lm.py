@@ -16,7 +16,7 @@ from moe_jax.checks import check_array
 from moe_jax.experts import ACTIVATIONS, FeedForward
 from moe_jax.interop import MoEBlock
 from moe_jax.layer import LayerAux
-from moe_jax.models.attention import TokenLayout, attend, normalize, project
+from moe_jax.models.attention import TokenLayout, attend, normalize, product, project
 from moe_jax.models.decoder_config import DecoderConfig, LayerConfig
 from moe_jax.models.kv_cache import KVCache
 from moe_jax.nn.nnx import RouterState, arrays, hold
@@ -82,8 +82,11 @@ def final_norm(config: DecoderConfig, params: Params, h: Array) -> Array:
 @functools.partial(jax.jit, static_argnames="config")
 def unembed(config: DecoderConfig, params: Params, h: Array) -> Array:
     """f32[B, S, V]: the logits of normed hidden states h float[B, S, D]."""
-    kernel = params["embedding"].T if config.tied else params["head"]["kernel"]
-    logits = jnp.matmul(h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
+    if config.tied:
+        kernel = params["embedding"].T.astype(h.dtype)
+        logits = jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
+    else:
+        logits = product(h, params["head"]["kernel"].astype(h.dtype))
     if config.head_bias:
         logits = logits + params["head"]["bias"].astype(jnp.float32)[None, None, :]
     logits = logits * config.logits_multiplier
