@@ -1,6 +1,6 @@
 """How layers share a budget: uniform, measured on text, or profiled without text, on made models.
 
-    python benchmarks/budget_shares.py --json benchmarks/results/budget-shares.json [--seeds 3]
+    python benchmarks/shares_of_layers.py --json benchmarks/results/shares-of-layers.json [--seeds 3]
 
 Each seed makes an OLMoE-shaped decoder, trains it on letters of the standard library, fits one rule to
 a budget with each ``share`` of ``fit_budget`` on calibration files, and evaluates all of them on
@@ -210,7 +210,7 @@ def main() -> None:
     rows = [row for seed in range(args.seeds) for row in one_seed(seed, args)]
     if args.json is not None:
         result = {
-            "bench": "budget_shares",
+            "bench": "shares_of_layers",
             "machine": {"python": platform.python_version(), "jax": jax.__version__},
             "settings": {
                 **CONFIG,
