@@ -134,7 +134,16 @@ class LayerOptions:
 
 @pytree
 class LayerAux:
-    """What a layer reports beside its output. Unused parts cost nothing under ``jit``."""
+    """What a layer reports beside its output. Unused parts cost nothing under ``jit``.
+
+    Example:
+        >>> import moe_jax
+        >>> router, expert = moe_jax.TopK(num_experts=4, k=2), FeedForward()
+        >>> params = init_moe_layer(router, expert, jax.random.key(0), d_model=8, d_ff=8)
+        >>> _, aux = moe_layer(router, expert, params, router.init_state(), jnp.ones((3, 8)))
+        >>> float(aux.stats.mean_experts_per_token), aux.routing.expert_indices.shape
+        (2.0, (3, 2))
+    """
 
     routing: Routing | ExpertChoice
     stats: RoutingStats

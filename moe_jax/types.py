@@ -122,6 +122,14 @@ class Routing:
     index ``num_experts`` (the "no expert" sentinel, which is also what Hugging Face transformers
     and vLLM use) with weight 0, so *the number of experts per token is in this field and nowhere else*.
     A masked (padding) token has only unused slots.
+
+    Example:
+        >>> from moe_jax import TopP
+        >>> router = TopP(num_experts=4, max_k=2)
+        >>> params, state = router.init(jax.random.key(0), 8), router.init_state()
+        >>> routing = router(params, state, jnp.ones((3, 8)))
+        >>> routing.expert_indices.shape, routing.num_experts_per_token.dtype
+        ((3, 2), dtype('int32'))
     """
 
     expert_indices: Array  # i32[T, K]
@@ -147,7 +155,16 @@ class Routing:
 
 @pytree
 class ExpertChoice:
-    """Expert choice: which tokens each expert takes. An unused slot holds token index T."""
+    """Expert choice: which tokens each expert takes. An unused slot holds token index T.
+
+    Example:
+        >>> choice = ExpertChoice(
+        ...     token_indices=jnp.array([[0, 1], [1, 3]], jnp.int32), num_tokens=3,
+        ...     combine_weights=jnp.ones((2, 2)), router_logits=jnp.zeros((3, 2)),
+        ...     router_probs=jnp.full((3, 2), 0.5), token_mask=jnp.ones(3, bool))
+        >>> choice.num_experts_per_token.tolist()  # expert 1 leaves a slot unused
+        [1, 2, 0]
+    """
 
     token_indices: Array  # i32[E, C]
     combine_weights: Array  # f32[E, C]
@@ -181,6 +198,14 @@ class Assignments:
     With ``slots_per_token = K > 0`` the list is token-major (assignment ``t * K + j`` is slot j of
     token t), which lets ``combine`` be a reshape. ``slots_per_token = 0`` says that the order
     carries no meaning.
+
+    Example:
+        >>> two = Assignments(
+        ...     token_indices=jnp.array([0, 1], jnp.int32), weights=jnp.array([0.7, 0.0]),
+        ...     expert_indices=jnp.array([3, 4], jnp.int32), valid=jnp.array([True, False]),
+        ...     num_tokens=2, num_experts=4, slots_per_token=1)
+        >>> two.valid.sum().item()  # token 1 uses no expert
+        1
     """
 
     token_indices: Array  # i32[N]
@@ -200,6 +225,16 @@ class DispatchPlan:
     order of priority where a capacity cuts the queue, else in batch order; then everything dropped
     or unused. So ``order[:sum(group_sizes)]`` is a gapless, expert-sorted row list, and a kept
     assignment n sits in row ``group_offsets[expert_indices[n]] + position[n]`` of it.
+
+    Example:
+        >>> from moe_jax.routing.dispatch import plan_dispatch
+        >>> assignments = Assignments(
+        ...     token_indices=jnp.arange(3, dtype=jnp.int32), weights=jnp.ones(3),
+        ...     expert_indices=jnp.array([1, 0, 1], jnp.int32), valid=jnp.ones(3, bool),
+        ...     num_tokens=3, num_experts=2, slots_per_token=1)
+        >>> plan = plan_dispatch(assignments, capacity=1)
+        >>> plan.group_sizes.tolist(), plan.demand.tolist(), plan.kept.tolist()
+        ([1, 1], [1, 2], [True, True, False])
     """
 
     assignments: Assignments
@@ -242,6 +277,16 @@ class RoutingStats:
 
     The only thing that monitoring copies to the host. ``observed`` is what a router's controller may
     ask for beyond the counts (see ``Router.observe``): a vector, or a histogram for each expert.
+
+    Example:
+        >>> import moe_jax
+        >>> router = moe_jax.TopK(num_experts=4, k=2)
+        >>> params, state = router.init(jax.random.key(0), 8), router.init_state()
+        >>> routing = router(params, state, jnp.ones((3, 8)))  # equal tokens: two experts for all
+        >>> stats = moe_jax.routing_stats(
+        ...     routing, moe_jax.plan_dispatch(moe_jax.to_assignments(routing)))
+        >>> float(stats.distinct_experts), float(stats.load_balance_score)
+        (2.0, 0.5)
     """
 
     token_count: Array  # f32[]: real tokens

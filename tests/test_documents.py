@@ -84,14 +84,26 @@ def test_the_readme_runs_from_top_to_bottom():
     assert "MinP" in printed
 
 
-def test_the_how_to_pages_run():
+SERVED = """
+from moe_jax import RouterFactory
+quiet = {"buckets": "512", "log_level": "ERROR"}
+with RouterFactory.create_from_environment(checkpoint="runs/linen", **quiet) as engine:
+    output = engine.infer("moe", np.asarray(batch)).arrays["output"]
+    np.testing.assert_allclose(output, y, rtol=2e-4, atol=2e-5)
+    counts = engine.route(np.asarray(batch))["num_experts_per_token"]
+    assert counts.mean() == aux.stats.mean_experts_per_token
+"""
+
+
+def test_the_how_to_pages_run(tmp_path):
     """One process for all, as each page stands alone but imports the same library."""
     pages = ROOT / "docs" / "how-to"
     code = "\n".join(
-        block
+        block + (SERVED if "runs/linen" in block else "")
         for name in ("own-text", "own-model", "budget")
         for block in blocks(pages / f"{name}.md", "python")
-    )
+    ).replace("runs/linen", str(tmp_path / "linen"))
+    code = f"import numpy as np\n{code}"
     [retrofit, _] = blocks(pages / "published-model.md", "python")
     shown = "\n".join(blocks(ROOT / "README.md", "python")).splitlines()
     for line in retrofit.splitlines()[1:]:
@@ -155,6 +167,33 @@ def test_the_client_of_the_service_runs():
     means = [float(mean) for mean in re.findall(r"mean k (\d\.\d+)", printed)]
     assert means == sorted(means)
     assert means[0] < means[-1]
+
+
+def test_the_client_of_all_layers_runs(tmp_path):
+    import jax
+
+    from moe_jax import TopK
+    from moe_jax.checkpoint import Checkpoint, save
+    from tests.serving.served import served, small_engine
+
+    names = ["layer_3", "layer_10"]
+    router = TopK(num_experts=4, k=2)
+    content = Checkpoint(
+        params={n: router.init(jax.random.key(i), 16) for i, n in enumerate(names)},
+        routers=dict.fromkeys(names, router),
+        states=dict.fromkeys(names, router.init_state()),
+    )
+    folder = save(tmp_path / "model", content)
+    [code] = blocks(ROOT / "docs" / "how-to" / "service.md", "python")
+    assert "127.0.0.1:8000" in code
+    # What the page says of x and states.
+    inputs = "x = np.ones((2, 4, 16), np.float32)\nstates = [x, 2 * x]\n"
+    head, _, rest = code.partition("service = ")
+    engine = small_engine(checkpoint=str(folder), serve_moe="off", buckets="8")
+    with served(engine) as service:
+        program = f"{head}{inputs}service = {rest}".replace("127.0.0.1:8000", service.address)
+        same = "assert (every['expert_indices'][0] == one['expert_indices']).all()"
+        assert run(f"{program}\n{same}") == "(2, 2, 4, 2)\n"
 
 
 def commands(path: Path) -> list[list[str]]:

@@ -1,4 +1,7 @@
-"""The notebooks run, say the same as their reviewed text, and carry no outputs and no machine paths."""
+"""The notebooks run, say the same as their reviewed text, and carry no machine paths.
+
+Their outputs are stored beside them, for the documentation site.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +63,29 @@ def test_a_notebook_is_what_its_text_says_without_outputs(path: Path):
     assert len(cells[1]) < 15, "keep a notebook short"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_stored_outputs_belong_to_the_code_and_are_on_the_page(path: Path):
+    from website import pages
+
+    source = path.with_suffix(".py")
+    outputs, digest = pages.stored_outputs(source), sync_module().code_digest
+    code = [body for kind, body in pages.notebook_cells(source) if kind == "code"]
+    stale = "run python notebooks/sync.py --run"
+    assert [output["code"] for output in outputs] == [digest(body) for body in code], stale
+    page = pages.notebook_page(source)
+    pictures = [name for output in outputs for name in output["pictures"]]
+    assert pictures
+    for name in pictures:
+        assert f"(outputs/{name})" in page
+        assert (FOLDER / "outputs" / name).stat().st_size < 100_000
+    printed = [output["text"] for output in outputs if output["text"]]
+    assert printed
+    assert all(text in page for text in printed)
+
+
 @pytest.mark.parametrize(
     "path",
-    sorted(p for p in FOLDER.rglob("*") if p.suffix in {".py", ".ipynb"}),
+    sorted(p for p in FOLDER.rglob("*") if p.suffix in {".py", ".ipynb", ".json"}),
     ids=lambda p: p.name,
 )
 def test_no_machine_paths(path: Path):

@@ -81,6 +81,20 @@ def test_the_library_never_forks():
         assert ast.literal_eval(call.args[0]) == "spawn", path
 
 
+def test_calls_that_only_linux_has_can_be_missing(monkeypatch):
+    from moe_jax.bench import measure, peers
+    from moe_jax.lab.experiments import runner
+    from moe_jax.serving.http import process
+
+    for name in ("sched_getaffinity", "getloadavg", "sysconf"):
+        monkeypatch.delattr(os, name)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert measure.machine()["cores"] == runner.machine_note()["cores"] == os.cpu_count()
+    assert runner.machine_note()["load"] is None
+    assert peers.free_memory() is None
+    process._allow_many_connections()
+
+
 @pytest.mark.parametrize("name", ["read_text", "write_text"])
 def test_text_files_name_their_encoding(name):
     """Windows has another default than UTF-8."""

@@ -9,10 +9,12 @@ import ast
 import dataclasses
 import functools
 import inspect
+import json
 import posixpath
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -244,15 +246,36 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def notebook_page(source: Path) -> str:
-    """Returns a notebook in jupytext's percent format as a page."""
-    cells = re.split(r"^# %%(.*)$", source.read_text(encoding="utf-8"), flags=re.M)[1:]
+    """Returns a notebook in jupytext's percent format as a page, with its stored outputs."""
     parts = []
-    for kind, body in zip(cells[::2], cells[1::2], strict=True):
-        if "[markdown]" in kind:
-            parts.append(re.sub(r"^# ?", "", body.strip(), flags=re.M))
-        else:
-            parts.append(f"```python\n{body.strip()}\n```")
+    outputs = iter(stored_outputs(source))
+    for kind, body in notebook_cells(source):
+        if kind == "markdown":
+            parts.append(re.sub(r"^# ?", "", body, flags=re.M))
+            continue
+        parts.append(f"```python\n{body}\n```")
+        output = next(outputs, {})
+        if output.get("text"):
+            parts.append(f'```text title="Output"\n{output["text"]}\n```')
+        parts += [
+            f"![Output of the cell above](outputs/{name})" for name in output.get("pictures", [])
+        ]
     return "\n\n".join(parts) + "\n"
+
+
+def notebook_cells(source: Path) -> list[tuple[str, str]]:
+    """Returns (``markdown`` or ``code``, text) of each cell of a notebook in the percent format."""
+    cells = re.split(r"^# %%(.*)$", source.read_text(encoding="utf-8"), flags=re.M)[1:]
+    return [
+        ("markdown" if "[markdown]" in kind else "code", body.strip())
+        for kind, body in zip(cells[::2], cells[1::2], strict=True)
+    ]
+
+
+def stored_outputs(source: Path) -> list[dict[str, Any]]:
+    """Returns what the code cells printed and drew when ``notebooks/sync.py --run`` ran them."""
+    file = source.parent / "outputs" / f"{source.stem}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")

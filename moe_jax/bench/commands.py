@@ -34,6 +34,19 @@ Size = Annotated[int, typer.Option(min=1)]
 
 @contextmanager
 def _progress() -> Iterator[Any]:
+    """Yields a function that takes what is measured now; a log gets a line for each."""
+    if not notes.is_terminal:
+        # Rounds of one case would fill the log, so they share the line of their case.
+        case = ""
+
+        def line(label: str) -> None:
+            nonlocal case
+            if label.partition(", round")[0] != case:
+                case = label.partition(", round")[0]
+                notes.print(case, highlight=False, soft_wrap=True)
+
+        yield line
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=notes, transient=True) as bar:
         task = bar.add_task("starting")

@@ -64,7 +64,7 @@ def export(
         path: the folder to make. It must be free: an export is never replaced.
         checkpoint: a checkpoint's folder. It is verified before it is copied.
         config: the configuration to serve it with; None takes the checkpoint's own, or the default
-            with the sizes of the checkpoint's first router. It is kept as it is. Where it differs
+            with the sizes of the checkpoint's default router. It is kept as it is. Where it differs
             from the checkpoint, the service goes by the checkpoint, and the manifest names the
             settings in ``provenance["superseded"]``.
         baseline: a file that ``moe-jax bench ... --json`` wrote.
@@ -101,7 +101,7 @@ def export(
     about, described = opened.about, describe_checkpoint(opened)
     if config is None:
         config = _config_of(opened)
-    differing = _superseded(config, opened, sorted(described["routers"]))
+    differing = _superseded(config, opened)
     measured = None if baseline is None else _read_baseline(Path(baseline))
     thresholds = {name: router["fit"] for name, router in described["routers"].items()}
     content = {
@@ -145,15 +145,13 @@ def _config_of(opened: checkpoints.OpenCheckpoint) -> Config:
         ) from error
 
 
-def _superseded(
-    config: Config, opened: checkpoints.OpenCheckpoint, routers: list[str]
-) -> dict[str, int]:
+def _superseded(config: Config, opened: checkpoints.OpenCheckpoint) -> dict[str, int]:
     named = config.serving.checkpoint_router
-    if named and named not in routers:
-        raise ArchiveError(
-            f"checkpoint_router: expected one of {', '.join(routers)}, got {named!r}. "
-            "See moe-jax inspect."
-        )
+    if named:
+        try:
+            opened.router_name(named)
+        except ValueError as error:
+            raise ArchiveError(f"checkpoint_router: {error}") from None
     try:
         return superseded(config, opened)
     except ValueError:  # it cannot be served, but it can be exported as a backup
@@ -300,6 +298,20 @@ def _point(root: Path, link: str, name: str) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
+
+
+def release_of(checkpoint: PathLike) -> str:
+    """Returns the name of the release or export that a checkpoint lies in, "" outside of one.
+
+    It is the name of the folder that ``restore`` makes: 16 digits of the export's checksum.
+    """
+    folder = Path(checkpoint).resolve().parent
+    if not (folder / SEAL.manifest).is_file():
+        return ""
+    try:
+        return checksum_of(SEAL.read(folder))[:16]
+    except ArchiveError:  # the checkpoint itself is verified by whoever opens it
+        return ""
 
 
 def baseline_of(path: PathLike) -> Path:

@@ -28,6 +28,7 @@ def describe_checkpoint(opened: OpenCheckpoint) -> dict[str, Any]:
         "path": str(opened.path),
         "format": about["format"],
         "library_version": about["library_version"],
+        "checksum": about["checksum"],
         "parameters": sum(int(np.size(leaf)) for leaf in jax.tree.leaves(saved.params)),
         "routers": routers,
         "metadata": dict(saved.metadata),

@@ -8,17 +8,71 @@ specs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from moe_jax.checkpoint.tree import CheckpointError
 from moe_jax.experts import FeedForward
-from moe_jax.routers import Router
+from moe_jax.routers import RandomSkip, Router
 from moe_jax.types import ExpertChoice, Params, Routing
 
 Keys = tuple[str, ...]
+# The layers of one model: layer_3, or RULE/layer_3 where a checkpoint has several rules.
+_LAYER_NAME = re.compile(r"(?:(.+)/)?layer_(0|[1-9][0-9]*)")
+
+
+def natural_order(name: str) -> list[Any]:
+    """Returns a key that sorts numbers in names by value.
+
+    Example:
+        >>> sorted(["layer_10", "layer_9", "a/layer_2"], key=natural_order)
+        ['a/layer_2', 'layer_9', 'layer_10']
+    """
+    # Text and numbers alternate, so keys never compare one with the other.
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
+
+
+def rule_of(name: str) -> str | None:
+    """Returns the rule of ``RULE/layer_3``, "" for ``layer_3``, and None for any other name."""
+    match = _LAYER_NAME.fullmatch(name)
+    return None if match is None else match[1] or ""
+
+
+def layers_of_rule(routers: Iterable[str], rule: str) -> list[str]:
+    """Returns the routers of a rule, "" for the model's own, in the order of their layers.
+
+    Example:
+        >>> layers_of_rule(["min_p/layer_10", "layer_2", "min_p/layer_2"], "min_p")
+        ['min_p/layer_2', 'min_p/layer_10']
+    """
+    return sorted((name for name in routers if rule_of(name) == rule), key=natural_order)
+
+
+def default_router(routers: Mapping[str, Router]) -> str:
+    """Returns the router that a checkpoint stands for where none is named.
+
+    Routers without the prefix of a further rule (``min_p-20/layer_0``) are the model's own and come
+    first, then rules that are no control (``RandomSkip``). Among these it is the first layer.
+
+    Args:
+        routers: at least one router.
+
+    Example:
+        >>> from moe_jax.routers import TopK
+        >>> rule, control = TopK(num_experts=4, k=2), RandomSkip(num_experts=4, k=2, mean_k=1.5)
+        >>> default_router({"drop/layer_0": control, "layer_10": rule, "layer_9": rule})
+        'layer_9'
+        >>> default_router({"drop/layer_0": control, "top_p/layer_0": rule})
+        'top_p/layer_0'
+    """
+
+    def order(name: str) -> tuple[bool, bool, list[Any]]:
+        return bool(rule_of(name)), isinstance(routers[name], RandomSkip), natural_order(name)
+
+    return min(routers, key=order)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

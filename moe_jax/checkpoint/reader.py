@@ -12,7 +12,16 @@ import jax
 
 from moe_jax.checkpoint.arrays import read_arrays
 from moe_jax.checkpoint.content import SEAL, Checkpoint
-from moe_jax.checkpoint.layers import LayerSpec, StoredLayer, locate_layers, stored_layer
+from moe_jax.checkpoint.layers import (
+    LayerSpec,
+    StoredLayer,
+    default_router,
+    layers_of_rule,
+    locate_layers,
+    natural_order,
+    rule_of,
+    stored_layer,
+)
 from moe_jax.checkpoint.sealed import LIBRARY, PathLike, checksum_of, listed
 from moe_jax.checkpoint.tree import (
     CheckpointError,
@@ -143,22 +152,43 @@ class OpenCheckpoint:
     content: Checkpoint
     about: Mapping[str, Any]
 
+    def router_name(self, name: str | None = None) -> str:
+        """Returns the name of the router that is meant.
+
+        Args:
+            name: a router; or a rule, the part before ``/layer_3``, whose first layer is meant; or None
+                for the checkpoint's default: see ``moe_jax.checkpoint.layers.default_router``.
+
+        Raises:
+            ValueError: no such router or rule.
+        """
+        routers = self.content.routers
+        if not routers:
+            raise ValueError(
+                f"{self.path}: expected a checkpoint with a router, got one without. Inspect it."
+            )
+        if name is None:
+            return default_router(routers)
+        if name in routers:
+            return name
+        layers = layers_of_rule(routers, name) if name else []
+        if not layers:
+            rules = dict.fromkeys(filter(None, map(rule_of, routers)))
+            choices = [*(one for one in routers if not rule_of(one)), *rules]
+            single = ", or RULE/layer_N for one layer of a rule" if rules else ""
+            raise ValueError(
+                f"router: expected one of {', '.join(choices)}{single}, got {name!r}. See moe-jax "
+                "inspect."
+            )
+        return layers[0]
+
     def layer(self, name: str | None = None) -> StoredLayer:
-        """The router of this name with its parameters and experts; None is the first by name.
+        """Returns a router with its parameters and experts; ``name`` as in ``router_name``.
 
         Raises:
             ValueError: no such router, or the checkpoint has no parameters for it.
         """
-        names = sorted(self.content.routers)
-        if not names:
-            raise ValueError(
-                f"{self.path}: expected a checkpoint with a router, got none. Inspect it."
-            )
-        chosen = names[0] if name is None else name
-        if chosen not in self.content.routers:
-            raise ValueError(
-                f"router: expected one of {', '.join(names)}, got {chosen!r}. See moe-jax inspect."
-            )
+        chosen = self.router_name(name)
         spec = self.content.layers.get(chosen)
         if spec is None:
             raise ValueError(
@@ -243,7 +273,9 @@ def _restore_routers(
     folder: Path, manifest: dict[str, Any], expected: Checkpoint
 ) -> dict[str, Router]:
     routers = {}
-    for name, entry in manifest["routers"].items():
+    # The manifest is sorted as text, which puts layer_10 before layer_2.
+    for name in sorted(manifest["routers"], key=natural_order):
+        entry = manifest["routers"][name]
         try:
             router = routers[name] = router_from_json(entry["router"])
         except (TypeError, ValueError) as error:

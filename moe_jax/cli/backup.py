@@ -42,7 +42,7 @@ def export(
         size = sum(entry["size"] for entry in manifest["files"].values())
         out.print(
             f"export in {folder}: {len(manifest['files'])} files, {size:,} bytes, "
-            f"{manifest['checksum'][:16]}; next: moe-jax restore {folder} --into RELEASES",
+            f"release {manifest['checksum'][:16]}; next: moe-jax restore {folder} --into RELEASES",
             soft_wrap=True,
         )
         for name, value in manifest["provenance"]["superseded"].items():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moe_jax.cli.output import AsJson, library_errors_exit_2, notes, out, print_json
+from moe_jax.cli.output import AsJson, library_errors_exit_2, notes, numbers, out, print_json
 
 app = typer.Typer()
 
@@ -28,12 +28,14 @@ def experiment(
         str | None, typer.Option(help="Seeds instead of the declared ones, such as 0,1,2.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Start no further run after so many minutes.")
+        float | None, typer.Option(min=0, help="Start no further run after so many minutes.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a declared experiment; a run that was stopped goes on where it was."""
     import dataclasses
+
+    from rich.markdown import Markdown
 
     from moe_jax.lab.experiments.declaration import load
     from moe_jax.lab.experiments.runner import run_experiment
@@ -43,9 +45,7 @@ def experiment(
         if rule:
             declared = dataclasses.replace(declared, rules=tuple(rule), per_layer=())
         if seeds is not None:
-            declared = dataclasses.replace(
-                declared, seeds=tuple(int(seed) for seed in seeds.split(","))
-            )
+            declared = dataclasses.replace(declared, seeds=tuple(numbers("--seeds", seeds)))
         place = folder / declared.name
         results = run_experiment(
             declared,
@@ -57,7 +57,11 @@ def experiment(
     if as_json:
         print_json({"folder": str(place), "done": results["done"], "planned": results["planned"]})
         return
-    out.print((place / "results.md").read_text(encoding="utf-8"), markup=False, highlight=False)
+    text = (place / "results.md").read_text(encoding="utf-8")
+    if out.is_terminal:
+        out.print(Markdown(text))
+    else:  # in a file or a pipe, Markdown is of more use than its drawing
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
     out.print(f"JSON, CSV and pictures are in {place}.", soft_wrap=True)
 
 

@@ -18,6 +18,7 @@ from moe_jax.cli.output import (
     Seed,
     library_errors_exit_2,
     notes,
+    numbers,
     out,
     print_json,
 )
@@ -44,6 +45,9 @@ def demo(
         str | None,
         typer.Option(help="Several seeds, such as 0,1,2: each is run, and results are pooled."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --seeds: keep the seeds that finished in --out.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a small model on real text, calibrate budgets, and see what each saving costs.
@@ -57,6 +61,12 @@ def demo(
     folder = folder or Path("runs/demo-quick" if quick else "runs/demo")
     console = notes if as_json else out
     with library_errors_exit_2():
+        several = None if seeds is None else numbers("--seeds", seeds)
+        if resume and several is None:
+            raise ValueError(
+                "--resume: expected it with --seeds, got it alone. One seed starts at the beginning: "
+                "leave it out."
+            )
         job.check_place(folder, quick)
         corpus = None if (data, glob) == (None, None) else load_corpus(data, glob=glob)
         size = job.QUICK if quick else job.FULL
@@ -64,22 +74,12 @@ def demo(
         notes.print(
             f"demo: {size.model.summary()}, {size.steps} steps; {minutes} a seed on two CPU cores"
         )
-        if seeds is not None:
-            results = run_seeds(folder, _numbers(seeds), quick, console, corpus=corpus)
+        if several is not None:
+            results = run_seeds(folder, several, quick, console, corpus=corpus, resume=resume)
         else:
             results = job.run(folder, quick=quick, seed=seed, console=console, corpus=corpus)
     if as_json:
         print_json(results)
-
-
-def _numbers(text: str) -> list[int]:
-    """The numbers of ``--seeds``. Raises ValueError if it is no list of numbers."""
-    try:
-        return [int(word) for word in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"--seeds: expected numbers with commas between them, such as 0,1,2, got {text!r}."
-        ) from None
 
 
 @app.command()
@@ -163,6 +163,8 @@ def _show_route(report: dict[str, Any]) -> None:
     out.print(
         f"[bold]{report['tokens']}[/bold] tokens, [bold]{report['mean_experts_per_token']:.3f}"
         f"[/bold] experts each (of {report['num_experts']}), rule {report['router']['kind']}"
+        + (f", router {report['layer']}" if report.get("layer") else ""),
+        soft_wrap=True,
     )
     table = Table("experts used", "share of tokens", "", title="Experts per token")
     for k, share in enumerate(report["experts_per_token_histogram"]):
@@ -332,10 +334,12 @@ def calibrate(
     """
     from moe_jax.checkpoint import check_free
     from moe_jax.lab.calibration import calibrate as job
+    from moe_jax.lab.calibration import check_request
     from moe_jax.lab.model_files import corpus_for
 
     with library_errors_exit_2():
         check_free(folder, overwrite)
+        check_request(rule, target_mean_k, target_saving)
         corpus = None
         if data is not None or glob is not None or allow_other_data:
             corpus = corpus_for(checkpoint, data, glob=glob, allow_other=allow_other_data)
@@ -379,7 +383,9 @@ def inspect(
         return
     out.print(
         f"[bold]{checkpoint}[/bold]: format {report['format']}, moe_jax "
-        f"{report['library_version']}, {report['parameters']:,} parameters, verified"
+        f"{report['library_version']}, {report['parameters']:,} parameters, verified, "
+        f"checkpoint {report['checksum'][:16]}",
+        soft_wrap=True,
     )
     table = Table("rule", "budget", "reached", "tokens", "data", "weights")
     # With --layers names are what route --router takes, so they are never cut: each has the first

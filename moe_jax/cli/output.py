@@ -17,7 +17,7 @@ notes = Console(stderr=True)
 out = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Seed = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of all random numbers.")]
 Data = Annotated[
     Path | None,
     typer.Option(
@@ -64,6 +64,24 @@ def plain(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}"
     return text.replace("[", r"\[")
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Returns the whole numbers from 0 of an option such as ``--seeds 0,1,2``.
+
+    Raises:
+        ValueError: something else, or a number twice.
+    """
+    try:
+        values = [int(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or len(set(values)) < len(values) or not 0 <= min(values) <= max(values) < 2**31:
+        raise ValueError(
+            f"{option}: expected different numbers from 0 with commas between them, such as 0,1,2, got "
+            f"{text!r}. Correct it."
+        )
+    return values
 
 
 def print_json(value: Any) -> None:

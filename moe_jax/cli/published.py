@@ -116,6 +116,7 @@ def evaluate(
                 "--text."
             )
     from moe_jax.models import HubFolder, compare, fit_budget, load_budget
+    from moe_jax.models.model_budget import check_budget
 
     with library_errors_exit_2():
         if rule is not None and budget is not None:
@@ -127,9 +128,17 @@ def evaluate(
                 "--target-saving: expected it with --rule, got it alone. Name the rule."
             )
         opened = HubFolder(folder, dtype=dtype)
+        fitted = None if budget is None else load_budget(budget)
+        if rule is not None:
+            check_budget(
+                opened,
+                rule=rule,
+                target_mean_k=target_mean_k,
+                target_saving=target_saving,
+                share=share,
+            )
         tokens = read_text(opened, text, length, limit)
         other = None if text_2 is None else read_text(opened, text_2, length, limit)
-        fitted = None if budget is None else load_budget(budget)
         layers = opened.config.num_layers
         if rule is not None:
             calibration = read_text(opened, calibration_text, length, limit, part="calibration")
@@ -200,10 +209,14 @@ def budget(
     """Fit a rule to a budget in every layer of a published model, on your text, and save it."""
     from moe_jax.checkpoint import check_free
     from moe_jax.models import HubFolder, fit_budget, save_budget
+    from moe_jax.models.model_budget import check_budget
 
     with library_errors_exit_2():
         check_free(out_folder, overwrite)
         opened = HubFolder(folder, dtype=dtype)
+        check_budget(
+            opened, rule=rule, target_mean_k=target_mean_k, target_saving=target_saving, share=share
+        )
         tokens = read_text(opened, text, length, limit, part="calibration")
         # Without --work an interrupted run continues all the same, from beside the result.
         work = out_folder.parent / f".{out_folder.name}.work" if work is None else work

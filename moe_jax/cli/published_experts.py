@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from moe_jax.bench.options import writable
 from moe_jax.cli.output import AsJson, library_errors_exit_2, out, print_json
 from moe_jax.cli.published_options import (
     Batch,
@@ -27,11 +28,20 @@ from moe_jax.cli.published_options import (
 app = typer.Typer()
 
 
+def _page_folder(folder: Path) -> Path:
+    """Returns the folder if its page can be written, before the minutes that it takes."""
+    writable(folder / "index.html")
+    return folder
+
+
 @app.command()
 def experts(
     folder: Folder,
     out_folder: Annotated[
-        Path, typer.Option("--out", help="Folder for index.html and experts.json.")
+        Path,
+        typer.Option(
+            "--out", callback=_page_folder, help="Folder for index.html and experts.json."
+        ),
     ],
     text: Text = None,
     budget: BudgetFolder = None,
@@ -120,6 +130,7 @@ def prune(
     from moe_jax.models import HubFolder, compare
     from moe_jax.models.expert_saliency import expert_saliency
     from moe_jax.models.prune import (
+        check_pruning,
         experts_to_keep,
         prune_block,
         pruning_limits,
@@ -131,6 +142,8 @@ def prune(
         check_new(out_folder)
         opened = HubFolder(folder)
         least, groups = pruning_limits(opened)
+        totals = {n: opened.num_experts(n) for n in opened.config.moe_layers}
+        check_pruning(totals, keep, method=method, counts=counts, least=least, groups=groups)
         tokens = read_text(opened, text, length, limit, part="calibration")
         held_out = read_text(opened, held_out_text, length, limit)
         layers = opened.config.num_layers

@@ -47,7 +47,21 @@ BudgetFolder = Annotated[
 
 @contextlib.contextmanager
 def layer_bar(layers: int, what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Shows a bar on standard error and yields the function that moves it."""
+    """Yields the function that reports layers that are done, on standard error.
+
+    A terminal gets a bar, anything else a line for every tenth of the layers.
+    """
+    if not notes.is_terminal:
+        shown = 0
+
+        def line(done: int, total: int, word: str) -> None:
+            nonlocal shown
+            if 10 * done // total != shown:
+                shown = 10 * done // total
+                notes.print(f"{what}: {done} of {total} layers", highlight=False)
+
+        yield line
+        return
     columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=notes, transient=True) as bar:
         task = bar.add_task(what, total=layers)

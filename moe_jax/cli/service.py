@@ -92,14 +92,13 @@ def route_over(url: str, key: str | None, file: Path, save: Path | None) -> dict
         service = Service(url, key=key)
         shaped = x.reshape(-1, x.shape[-2], x.shape[-1]) if x.ndim > 2 else x[None]
         try:
-            metadata = service.get_json("/v2/models/router")
+            _, experts = service.sizes("router")
             arrays, facts = service.infer("router", {"hidden_states": shaped})
         except Refused as error:
             raise ValueError(str(error)) from None
         if save is not None:
             np.savez(save, allow_pickle=False, **arrays)
-    shapes = {t["name"]: t["shape"] for t in metadata["outputs"]}
-    return remote_report(arrays, shapes["router_logits"][-1], facts)
+    return remote_report(arrays, experts, facts)
 
 
 def remote_report(arrays: Any, num_experts: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +133,10 @@ def smoke(
         Path | None, typer.Option(help="Checkpoint it should serve; its routing is compared.")
     ] = None,
     router_name: Annotated[
-        str | None, typer.Option("--router", help="Name of a router in the checkpoint.")
+        str | None,
+        typer.Option(
+            "--router", help="Router of the checkpoint to compare with. Default: the one it serves."
+        ),
     ] = None,
     key: Key = None,
     admin_key: AdminKey = None,

@@ -141,8 +141,9 @@ class ServingConfig:
         prefetch: whether results are fetched ahead and hot keys re-warmed after a reload.
         trusted_proxies: networks whose X-Forwarded-For is believed, e.g. ``10.0.0.0/8,::1``.
         checkpoint: folder of the weights; empty serves seeded, untrained ones.
-        checkpoint_router: which of the checkpoint's routers, e.g. ``layer_0``, is served alone; empty
-            is the first, and beside it all layers of its model.
+        checkpoint_router: a router of the checkpoint to serve alone, e.g. ``layer_0``, or a rule of it
+            to serve in all layers, e.g. ``min_p-20``; empty is the checkpoint's default router, and
+            beside it all layers of its rule.
         reload_folder: folder below which ``POST /admin/reload`` may name a checkpoint; empty is the
             parent of ``checkpoint``.
         seed: of untrained weights.

@@ -338,12 +338,21 @@ def fixed_rule(block: MoEBlock) -> TopK:
     Raises:
         ValueError: the block has another rule than ``TopK``.
     """
-    if not isinstance(block.router, TopK):
+    return fixed_k(block.router)
+
+
+def fixed_k(router: Router) -> TopK:
+    """Returns the rule of a block if it is ``TopK``.
+
+    Raises:
+        ValueError: another rule.
+    """
+    if not isinstance(router, TopK):
         raise ValueError(
-            f"block: expected one with a fixed k (TopK), got {type(block.router).__name__}. "
+            f"block: expected one with a fixed k (TopK), got {type(router).__name__}. "
             "Start from the block as it was trained."
         )
-    return block.router
+    return router
 
 
 def target_of(trained_k: int, mean_k: float | None, saving: float | None) -> float:

@@ -354,6 +354,30 @@ def spread_blocks(files: Sequence[Any], config: LMConfig, tokens: int, seed: int
     return blocks
 
 
+def check_request(
+    rule: str | Sequence[str], target_mean_k: float | None, target_saving: float | None
+) -> list[Rule]:
+    """Returns the rules that ``calibrate`` is asked for; needs neither a checkpoint nor a text.
+
+    Raises:
+        ValueError: an unknown rule, one twice, or no target or two.
+    """
+    chosen = find_rules([rule] if isinstance(rule, str) else rule)
+    names = [one.name for one in chosen]
+    if not chosen or (target_mean_k is None) == (target_saving is None):
+        raise ValueError(
+            "calibrate: expected a rule and exactly one of target_mean_k and target_saving "
+            f"(--target-mean-k, --target-saving), got rule={names}, target_mean_k={target_mean_k}, "
+            f"target_saving={target_saving}. For a fifth fewer expert activations pass "
+            "target_saving=0.2 (--target-saving 0.2)."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"rule: expected each rule once, got {', '.join(names)}. Leave out the second."
+        )
+    return chosen
+
+
 def calibrate(
     source: PathLike,
     out: PathLike,
@@ -394,15 +418,8 @@ def calibrate(
         DataError: the checkpoint's text has changed or is not there.
         CheckpointError: the source cannot be read, or ``out`` is taken.
     """
-    chosen = find_rules([rule] if isinstance(rule, str) else rule)
+    chosen = check_request(rule, target_mean_k, target_saving)
     names = [one.name for one in chosen]
-    if not chosen or (target_mean_k is None) == (target_saving is None):
-        raise ValueError(
-            "calibrate: expected a rule and exactly one of target_mean_k and target_saving "
-            f"(--target-mean-k, --target-saving), got rule={names}, target_mean_k={target_mean_k}, "
-            f"target_saving={target_saving}. For a fifth fewer expert activations pass "
-            "target_saving=0.2 (--target-saving 0.2)."
-        )
     check_free(out, overwrite)
     model = load_model(source)
     if corpus is None:

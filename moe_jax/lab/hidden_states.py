@@ -123,6 +123,7 @@ def route_report(
     mean_k = float(stats.mean_experts_per_token)
     report = {
         "trained": isinstance(layer, StoredLayer),
+        "layer": layer.name if isinstance(layer, StoredLayer) else None,
         "router": router.to_json(),
         "min_k": router.min_k,
         "num_experts": router.num_experts,

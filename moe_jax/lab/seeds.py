@@ -12,9 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import moe_jax
 from moe_jax.lab import demo, plots
 from moe_jax.lab.calibration import RULES
-from moe_jax.lab.data import Corpus
+from moe_jax.lab.data import Corpus, load_corpus
 from moe_jax.models.confidence import EQUAL_QUALITY, avoided_share, resampled_sums, verdict
 
 
@@ -26,6 +27,7 @@ def run_seeds(
     *,
     settings: demo.Settings | None = None,
     corpus: Corpus | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Runs the demo once per seed, in ``out/seed_N``, and pools what was measured.
 
@@ -39,6 +41,7 @@ def run_seeds(
         console: see ``moe_jax.lab.demo.run``.
         settings: see ``moe_jax.lab.demo.run``.
         corpus: see ``moe_jax.lab.demo.run``.
+        resume: keep the seeds that an earlier call with the same model, text and version finished.
 
     Returns:
         What ``results.json`` holds: see ``pool``.
@@ -55,8 +58,18 @@ def run_seeds(
     console = Console() if console is None else console
     out = Path(out).resolve()
     demo.check_place(out, quick)
+    settings = settings or (demo.QUICK if quick else demo.FULL)
+    corpus = load_corpus() if resume and corpus is None else corpus
     for number, seed in enumerate(seeds):
-        console.print(f"seed {seed} ({number + 1} of {len(seeds)})", highlight=False)
+        kept = (
+            corpus is not None
+            and resume
+            and _finished(out / f"seed_{seed}", seed, settings, corpus)
+        )
+        state = ", kept from an earlier run" if kept else ""
+        console.print(f"seed {seed} ({number + 1} of {len(seeds)}){state}", highlight=False)
+        if kept:
+            continue
         demo.run(
             out / f"seed_{seed}",
             quick=quick,
@@ -73,6 +86,25 @@ def run_seeds(
     for sentence in pooled_sentences(results):
         console.print(sentence, highlight=False)
     return results
+
+
+def _finished(folder: Path, seed: int, settings: demo.Settings, corpus: Corpus) -> bool:
+    """Whether a demo of this seed, model, text and version is whole in the folder."""
+    try:
+        before = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        # Measurements are written last: older ones are those of another run.
+        stamps = [(folder / name).stat().st_mtime for name in ("results.json", "measurements.npz")]
+    except (OSError, ValueError):
+        return False
+    wanted = {
+        "library_version": moe_jax.__version__,
+        "seed": seed,
+        "model": settings.model.to_json(),
+        "steps": settings.steps,
+        "data": corpus.describe(),
+    }
+    stated = {**before, "steps": before.get("training", {}).get("steps")}
+    return stamps[0] <= stamps[1] and all(stated.get(n) == value for n, value in wanted.items())
 
 
 def pool(folders: Sequence[Path]) -> dict[str, Any]:

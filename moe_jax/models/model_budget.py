@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checkpoint import Checkpoint, CheckpointError, LayerSpec, restore, save
-from moe_jax.interop import MoEBlock
+from moe_jax.interop import MoEBlock, router_from_hf
 from moe_jax.interop.budget_shares import shared_budget
-from moe_jax.interop.retrofit import fixed_rule, fold_expert_scale, target_of
+from moe_jax.interop.hub import config_of_layer
+from moe_jax.interop.retrofit import fixed_k, fixed_rule, fold_expert_scale, target_of
 from moe_jax.models.block_checkpoint import block_spec
-from moe_jax.models.causal_lm import Implementation
+from moe_jax.models.causal_lm import CausalLM, Implementation
 from moe_jax.models.layer_sensitivity import output_changes
 from moe_jax.models.load import HubFolder, stream_layers
 from moe_jax.models.streaming import (
@@ -28,7 +29,7 @@ from moe_jax.models.streaming import (
 )
 from moe_jax.routers import Router
 from moe_jax.routers.base import router_from_json
-from moe_jax.routers.twin import dynamic_twin, fit_twin
+from moe_jax.routers.twin import dynamic_twin, find_dynamic_rule, fit_twin
 from moe_jax.types import Params
 
 SHARES = ("uniform", "measured", "profile")
@@ -120,8 +121,6 @@ def fit_budget(
         >>> round(float(budget.states[1].fit.achieved_mean_k), 1)
         1.6
     """
-    if share not in SHARES:
-        raise ValueError(f"share: expected one of {', '.join(SHARES)}, got {share!r}. Choose one.")
     task = [rule, target_mean_k, target_saving, share, steps, difficulty]
     options: dict[str, Any] = {
         "batch_size": batch_size,
@@ -129,6 +128,9 @@ def fit_budget(
         "progress": progress,
     }
     source = model if not isinstance(model, (str, Path)) else HubFolder(model, dtype=dtype)
+    check_budget(
+        source, rule=rule, target_mean_k=target_mean_k, target_saving=target_saving, share=share
+    )
     means: dict[int, float] = {}
     if share != "uniform":
         curves, k = output_changes(
@@ -198,6 +200,35 @@ def fit_budget(
             "calibration_tokens": int(stream.mask.sum()),
         },
     )
+
+
+def check_budget(
+    source: HubFolder | CausalLM,
+    *,
+    rule: str,
+    target_mean_k: float | None,
+    target_saving: float | None,
+    share: str = "uniform",
+) -> None:
+    """Checks what ``fit_budget`` is asked for, against the model's config alone. Reads no tensor.
+
+    Raises:
+        ValueError: see ``fit_budget``.
+    """
+    if share not in SHARES:
+        raise ValueError(f"share: expected one of {', '.join(SHARES)}, got {share!r}. Choose one.")
+    find_dynamic_rule(rule)
+    if isinstance(source, HubFolder):
+        raw = source.raw
+        routers = [router_from_hf(config_of_layer(raw, n)) for n in source.config.moe_layers]
+    else:
+        routers = [block.router for block in source.blocks().values()]
+    if not routers:
+        raise ValueError(
+            "model: expected layers with experts, got a dense model. Use another model."
+        )
+    for k in dict.fromkeys(fixed_k(router).k for router in routers):
+        target_of(k, target_mean_k, target_saving)
 
 
 # --- on disk ----------------------------------------------------------------------------------

@@ -59,6 +59,34 @@ def experts_to_keep(
         >>> experts_to_keep({0: one}, 0.5, method="frequency")[0].tolist()
         [0, 2]
     """
+    totals = {layer: len(one.tokens) for layer, one in saliency.items()}
+    wanted = check_pruning(totals, keep, method=method, counts=counts, least=least, groups=groups)
+    numbers = wanted if counts == "uniform" else _by_sensitivity(saliency, wanted, least, groups)
+    kept = {}
+    for layer, one in saliency.items():
+        scores, count = one.score(method), numbers[layer]
+        size = len(scores) // groups
+        chosen = []
+        for group in range(groups):
+            part = scores[group * size : (group + 1) * size]
+            order = np.argsort(-part, kind="stable")[: count // groups]
+            chosen.append(group * size + np.sort(order))
+        kept[layer] = np.concatenate(chosen)
+    return kept
+
+
+def check_pruning(
+    totals: Mapping[int, int], keep: float, *, method: str, counts: str, least: int, groups: int
+) -> dict[int, int]:
+    """Returns how many experts each layer keeps if all keep the same share; needs no saliency.
+
+    Args:
+        totals: the number of experts of each layer.
+        keep, method, counts, least, groups: see ``experts_to_keep``.
+
+    Raises:
+        ValueError: see ``experts_to_keep``.
+    """
     if method == "mone":
         raise ValueError(
             "method mone: expected experts that are kept or removed, got constant ones in their place "
@@ -73,24 +101,6 @@ def experts_to_keep(
         raise ValueError(
             f"keep: expected a share above 0 and at most 1, got {keep}. 0.5 keeps half the experts."
         )
-    numbers = _counts(saliency, keep, counts=counts, least=least, groups=groups)
-    kept = {}
-    for layer, one in saliency.items():
-        scores, count = one.score(method), numbers[layer]
-        size = len(scores) // groups
-        chosen = []
-        for group in range(groups):
-            part = scores[group * size : (group + 1) * size]
-            order = np.argsort(-part, kind="stable")[: count // groups]
-            chosen.append(group * size + np.sort(order))
-        kept[layer] = np.concatenate(chosen)
-    return kept
-
-
-def _counts(
-    saliency: Mapping[int, Saliency], keep: float, *, counts: str, least: int, groups: int
-) -> dict[int, int]:
-    totals = {layer: len(one.tokens) for layer, one in saliency.items()}
     wanted = {layer: round(keep * total / groups) * groups for layer, total in totals.items()}
     least = math.ceil(least / groups) * groups
     short = {layer: n for layer, n in wanted.items() if n < least}
@@ -99,8 +109,15 @@ def _counts(
             f"keep: expected at least {least} experts in each layer, which its k and groups need, got "
             f"{min(short.values())}. Keep a larger share."
         )
-    if counts == "uniform":
-        return wanted
+    return wanted
+
+
+def _by_sensitivity(
+    saliency: Mapping[int, Saliency], wanted: Mapping[int, int], least: int, groups: int
+) -> dict[int, int]:
+    """Returns as many experts in all as ``wanted``, with fewer where the least is lost."""
+    totals = {layer: len(one.tokens) for layer, one in saliency.items()}
+    least = math.ceil(least / groups) * groups
     # Experts are removed one group's worth at a time, from the layer where the least is lost.
     parts = {layer: np.sort(one.reap / max(one.hidden, 1e-30)) for layer, one in saliency.items()}
     removed = dict.fromkeys(saliency, 0)

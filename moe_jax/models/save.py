@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.checkpoint import check_free
 from moe_jax.interop import router_from_hf
 from moe_jax.interop.families import BY_TYPE
 from moe_jax.interop.hub import config_of_layer
@@ -112,8 +113,11 @@ def check_new(folder: str | Path) -> Path:
 
     Raises:
         FileExistsError: the folder holds files.
+        CheckpointError: it lies under a file, or in a folder that may not be written.
     """
     target = Path(folder)
+    if not target.exists():
+        check_free(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(
             f"{target}: expected a new or empty folder, got one with files. Choose another name."

@@ -46,6 +46,11 @@ class Traits:
         may_leave_token_empty: a real token may end with no expert.
         budget: ``exact`` (fixed mean k by construction), ``expected`` (held on average, by
             calibration or a controller), or ``none``.
+
+    Example:
+        >>> from moe_jax import MinP
+        >>> MinP(num_experts=8, max_k=2).traits.budget
+        'expected'
     """
 
     causal: bool
@@ -67,6 +72,14 @@ class Router(abc.ABC):
 
     Raises:
         TypeError: when a class is defined that inherits from a rule, or a rule that lacks a method.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from moe_jax import TopK
+        >>> router = TopK(num_experts=4, k=2)
+        >>> params, state = router.init(jax.random.key(0), 8), router.init_state()
+        >>> router(params, state, jnp.ones((3, 8))).expert_indices.shape
+        (3, 2)
     """
 
     num_experts: int

@@ -48,12 +48,10 @@ def dynamic_twin(
         >>> dynamic_twin(TopK(num_experts=8, k=2), "TopP", target_mean_k=1.6).max_k
         2
     """
-    if isinstance(rule, str) and ":" in rule:
-        rule = registry.load_rule(rule)
+    rule = find_dynamic_rule(rule)
     if not isinstance(rule, str):
         most = trained.k if max_k is None else max_k
         return _own_rule(trained, rule, target_mean_k=target_mean_k, max_k=most)
-    check_choice("rule", rule, DYNAMIC_RULES)
     common: dict[str, Any] = {
         "num_experts": trained.num_experts,
         "min_k": 1,
@@ -66,6 +64,19 @@ def dynamic_twin(
     if rule == "ExpertThreshold":
         return ExpertThreshold(target_k=target_mean_k, **common)
     return TopP(**common) if rule == "TopP" else MinP(**common)
+
+
+def find_dynamic_rule(rule: str | Router | type[Router]) -> str | Router | type[Router]:
+    """Returns a name in ``DYNAMIC_RULES``, the class that ``module:Class`` names, or a rule as it is.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if isinstance(rule, str) and ":" in rule:
+        return registry.load_rule(rule)
+    if isinstance(rule, str):
+        check_choice("rule", rule, DYNAMIC_RULES)
+    return rule
 
 
 def _own_rule(

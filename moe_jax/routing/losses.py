@@ -29,6 +29,10 @@ class LossWeights:
 
     Raises:
         TypeError, ValueError: a coefficient is not a finite Python number.
+
+    Example:
+        >>> LossWeights(entropy=1e-4)
+        LossWeights(load_balancing=0.01, router_z=0.001, entropy=0.0001, importance=0.0)
     """
 
     load_balancing: float = 1e-2

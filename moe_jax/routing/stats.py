@@ -54,6 +54,16 @@ def routing_stats(
         slots_executed: f32[] rows the implementation computes; the kept rows when not given.
         observed: f32[E], or f32[E, B], from ``router.observe``; zeros f32[E] when not given.
         implementation: name of what runs the experts.
+
+    Example:
+        >>> import jax
+        >>> from moe_jax import TopK, plan_dispatch, to_assignments
+        >>> router = TopK(num_experts=4, k=2)
+        >>> params, state = router.init(jax.random.key(0), 8), router.init_state()
+        >>> routing = router(params, state, jnp.ones((3, 8)))
+        >>> stats = routing_stats(routing, plan_dispatch(to_assignments(routing), capacity=2))
+        >>> float(stats.mean_experts_per_token), round(float(stats.dropped_fraction), 2)
+        (2.0, 0.33)
     """
     check_instance(
         "routing",

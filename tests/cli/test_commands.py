@@ -243,6 +243,79 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
     assert not (tmp_path / "model").exists()
 
 
+OLMOE = "tests/goldens/models/olmoe"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("budget MODEL --out OUT --target-saving 0.2 --rule TopQ", "rule: expected one of 'TopP'"),
+        (
+            "budget MODEL --out OUT --target-saving 0.2 --share some",
+            "share: expected one of uniform",
+        ),
+        ("budget MODEL --out OUT --target-saving 0.9", "target_saving: expected above 0"),
+        ("budget MODEL --out OUT --target-mean-k 9", "expected a mean strictly between 1 and"),
+        ("budget MODEL --out OUT", "target: expected one of target_mean_k and target_saving"),
+        ("evaluate MODEL --rule TopQ --target-saving 0.2", "rule: expected one of 'TopP'"),
+        ("evaluate MODEL --rule MinP", "target: expected one of target_mean_k and target_saving"),
+        ("evaluate MODEL --budget OUT", "expected a checkpoint"),
+        ("prune MODEL --out OUT --keep 2", "keep: expected a share above 0"),
+        ("prune MODEL --out OUT --keep 0.01", "keep: expected at least 2 experts"),
+        ("prune MODEL --out OUT --method best", "method: expected one of reap"),
+        ("prune MODEL --out OUT --counts some", "counts: expected one of uniform"),
+        ("prune MODEL --out FILE/deeper", "got one under the file"),
+        ("experts MODEL --out FILE/deeper", "under the file"),
+        (
+            "calibrate MODEL --out OUT --rule top_q --target-saving 0.2",
+            "rule: expected some of top_p",
+        ),
+        ("calibrate MODEL --out OUT --rule TopP --data FILE", "exactly one of target_mean_k"),
+        (
+            "calibrate MODEL --out OUT --rule TopP --rule top_p --target-saving 0.2",
+            "each rule once",
+        ),
+        ("demo --out OUT --seeds 0,1,x", "--seeds: expected different numbers from 0"),
+        ("demo --out OUT --resume", "--resume: expected it with --seeds"),
+        ("train --out OUT --seed -1", "-1 is not in the range"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_any_text_is_read(tmp_path, monkeypatch, words, said):
+    import moe_jax.cli.published
+    import moe_jax.cli.published_experts
+    import moe_jax.lab.data
+
+    def read(*arguments, **options):
+        pytest.fail("the text was read")
+
+    monkeypatch.setattr(moe_jax.cli.published, "read_text", read)
+    monkeypatch.setattr(moe_jax.cli.published_experts, "read_text", read)
+    monkeypatch.setattr(moe_jax.lab.data, "load_corpus", read)
+    file = _write(tmp_path / "file", b"")
+    places = {"MODEL": OLMOE, "OUT": str(tmp_path / "out"), "FILE": str(file)}
+    for name, place in places.items():
+        words = words.replace(name, place)
+    result = runner.invoke(app, words.split())
+    assert result.exit_code == 2, result.output
+    assert said in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_log_gets_a_line_for_layers_and_cases(capsys):
+    from moe_jax.bench.commands import _progress
+    from moe_jax.cli.published_options import layer_bar
+
+    with layer_bar(40, "fit") as progress:
+        for done in range(1, 41):
+            progress(done, 40, "layers")
+    with _progress() as note:
+        for label in ("a, compiling", "b, round 1 of 2", "b, round 2 of 2"):
+            note(label)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fit: 4 of 40 layers"
+    assert lines[9:] == ["fit: 40 of 40 layers", "a, compiling", "b"]
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -8,7 +8,7 @@ import pytest
 from moe_jax.checkpoint import Checkpoint, open_checkpoint, save
 from moe_jax.config import Config, RouterConfig, build_router, load_config
 from moe_jax.serving.engine import RouterEngine
-from moe_jax.serving.http.smoke import _as_expected, _by_expert
+from moe_jax.serving.http.smoke import _as_expected, _by_expert, _served_layer
 
 D = 16
 CONFIG = Config(router_config=RouterConfig(input_dim=D, max_experts=3))
@@ -21,6 +21,8 @@ class Local:
         self._engine, self._change = engine, change
 
     def get_json(self, path: str):
+        if path == "/health":
+            return self._engine.health_check()
         return self._engine.describe(path.rsplit("/", 1)[1])
 
     def infer(self, model, inputs):
@@ -45,12 +47,14 @@ def made(tmp_path_factory):
         save(folder / str(seed), saved)
     settings = dict(input_dim=D, max_experts=3, buckets="128", enable_caching=False)
     with RouterEngine(load_config(env={}, checkpoint=str(folder / "0"), **settings)) as engine:
-        sources = [open_checkpoint(folder / str(s)).layer() for s in (0, 1)]
-        yield engine, sources
+        opened = [open_checkpoint(folder / str(s)) for s in (0, 1)]
+        # Without --router it is the one that the service says it serves.
+        yield engine, [_served_layer(Local(engine), one, None) for one in opened]
 
 
 def test_the_checkpoint_that_is_served_agrees(made):
     engine, (served, _) = made
+    assert served.name == engine.health_check()["components"]["router"]["layer"]
     assert "128 random tokens" in _as_expected(Local(engine), served)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.stats import rankdata, spearmanr
 from typer.testing import CliRunner
 
@@ -154,11 +156,65 @@ def test_a_distilled_recipe_needs_an_elastic_rule():
         ({"recipes": {"fixed": {"layers": 2}}}, "recipe fixed: LMConfig: expected fields among"),
         ({"recipes": {"fixed": {"base": "gone"}}}, "expected base to be one of fixed"),
         ({"recipes": {"fixed": {"distill": 1.0}}}, "distill: expected a schedule with it"),
+        ({"recipes": ["fixed"]}, "recipes: expected an object of objects"),
+        ({"recipes": {"fixed": 1}}, "recipes: expected an object of objects"),
+        ({"recipes": {"fixed": {"steps": "2"}}}, "recipe fixed: steps: expected .* type int"),
+        ({"seeds": 3}, "seeds: expected a list of numbers, got 3"),
+        ({"savings": ["0.1"]}, "savings: expected a list of numbers"),
+        ({"steps": 0}, "steps: expected a whole number above 0"),
+        ({"title": None}, "title: expected a text, got null"),
+        ({"rules": "top_p"}, "rules: expected a list of texts"),
     ],
 )
 def test_a_bad_declaration_is_refused_by_its_field(fields, words):
     with pytest.raises(ValueError, match=words):
         declared("tiny", changed(**fields))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rule", "top_q"], "expected some of top_p"),
+        (["--seeds", "0,a"], "--seeds: expected different numbers from 0"),
+        (["--seeds", "1,1"], "--seeds: expected different numbers from 0"),
+        (["--out", "FILE"], "got one under the file"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_trained(
+    tmp_path, monkeypatch, options, words
+):
+    from moe_jax.lab.experiments import runner
+
+    monkeypatch.setattr(runner, "load_corpus", lambda: pytest.fail("the text was read"))
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(TINY), encoding="utf-8")
+    words_given = [str(file) if word == "FILE" else word for word in options]
+    result = CliRunner().invoke(
+        app, ["experiment", str(file), "--out", str(tmp_path), *words_given]
+    )
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.split())
+
+
+def test_a_terminal_gets_tables_and_a_pipe_gets_markdown(tmp_path, monkeypatch):
+    from moe_jax.cli import experiments
+
+    text = "## Tiny\n\n| recipe | change |\n|---|---|\n| fixed | 0 |\n"
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "results.md").write_text(text, encoding="utf-8")
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(TINY), encoding="utf-8")
+    done = {"done": 2, "planned": 2}
+    monkeypatch.setattr("moe_jax.lab.experiments.runner.run_experiment", lambda *_, **__: done)
+    shown = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+        monkeypatch.setattr(experiments, "out", console)
+        CliRunner().invoke(app, ["experiment", str(file), "--out", str(tmp_path)])
+        shown[terminal] = console.file.getvalue()
+    assert "|---|" in shown[False]
+    assert "|---|" not in shown[True]
+    assert "fixed" in shown[True]
 
 
 def test_every_declared_experiment_is_valid():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
+import moe_jax
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.lab import calibration, demo, frontier, model_files, model_report, seeds
 from moe_jax.lab import language_model as model_of
@@ -264,6 +267,35 @@ def test_the_demo_over_seeds_pools_and_refuses_to_lose_a_full_one(tmp_path, monk
     write_demo(tmp_path / "other", 3, model={"k": 2})
     with pytest.raises(ValueError, match="differ in their seed only, got different model"):
         seeds.pool([tmp_path / "seed_0", tmp_path / "other"])
+
+
+def test_a_demo_over_seeds_goes_on_with_what_an_equal_run_finished(tmp_path, monkeypatch, corpus):
+    settings = demo.Settings(model=TINY, steps=3)
+    same = {
+        "library_version": moe_jax.__version__,
+        "model": TINY.to_json(),
+        "data": corpus.describe(),
+        "training": {"steps": 3},
+    }
+    ran = []
+
+    def run(out, seed, **rest):
+        ran.append(seed)
+        shutil.rmtree(out, ignore_errors=True)
+        write_demo(out, seed, **same)
+
+    monkeypatch.setattr(demo, "run", run)
+    write_demo(tmp_path / "seed_0", 0, **same)
+    write_demo(tmp_path / "seed_1", 1, **{**same, "training": {"steps": 2}})
+    for seed in (0, 1):  # as a demo writes them: measurements last
+        os.utime(tmp_path / f"seed_{seed}" / "measurements.npz")
+    console = Console(record=True, width=120, file=io.StringIO())
+    options = {"console": console, "settings": settings, "corpus": corpus}
+    seeds.run_seeds(tmp_path, [0, 1, 2], resume=True, **options)
+    assert ran == [1, 2]
+    assert "seed 0 (1 of 3), kept from an earlier run" in console.export_text()
+    seeds.run_seeds(tmp_path, [0, 1], **options)
+    assert ran == [1, 2, 0, 1]
 
 
 def test_a_checkpoint_is_measured_with_its_controls_and_tails(tmp_path, source, corpus):

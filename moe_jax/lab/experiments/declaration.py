@@ -122,6 +122,11 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
     Raises:
         ValueError: an unknown or missing field, or values that do not fit.
     """
+    if not isinstance(data, Mapping):
+        raise ValueError(
+            f"experiment {name}: expected a JSON object, got a {type(data).__name__}. See the files in "
+            f"{FOLDER}."
+        )
     fields = dict(data)
     accepted = {f.name for f in dataclasses.fields(Experiment)} - {"name"} | {"model", "steps"}
     unknown = sorted(set(fields) - accepted)
@@ -131,6 +136,8 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
             f"experiment {name}: expected the fields {', '.join(sorted(accepted))}, got "
             f"{', '.join(unknown) or 'none'} besides, and not {', '.join(missing) or 'nothing'}."
         )
+    for label, value in fields.items():
+        _check_type(name, label, value)
     model, steps = fields.pop("model", {}), fields.pop("steps")
     recipes = {
         label: _recipe(label, {**model, **changes}, steps)
@@ -155,10 +162,48 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
     return experiment
 
 
+_TEXTS = ("kind", "title", "question", "reference", "models")
+_COUNTS = ("steps", "calibration_tokens", "held_out_tokens")
+_OBJECTS = ("model", "recipes", "batch_rules")
+_LISTS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("expectations", "rules", "core"), (str,)),
+    **dict.fromkeys(("seeds", "batch_sizes"), (int,)),
+    "savings": (int, float),
+}
+
+
+def _check_type(name: str, label: str, value: Any) -> None:
+    """Raises ValueError unless a field of a declaration has its JSON type."""
+    if label in _TEXTS:
+        good, wanted = isinstance(value, str), "a text"
+    elif label in _COUNTS:
+        good, wanted = type(value) is int and value > 0, "a whole number above 0"
+    elif label in _OBJECTS:
+        good, wanted = isinstance(value, Mapping), "an object"
+        if label in ("recipes", "batch_rules"):
+            good = good and all(isinstance(one, Mapping) for one in value.values())
+            wanted = "an object of objects"
+    else:
+        kinds = _LISTS[label]
+        good = isinstance(value, list | tuple) and all(type(one) in kinds for one in value)
+        wanted = f"a list of {'texts' if kinds == (str,) else 'numbers'}"
+    if not good:
+        raise ValueError(
+            f"experiment {name}: {label}: expected {wanted}, got {json.dumps(value)[:80]}. See the "
+            f"files in {FOLDER}."
+        )
+
+
 def _recipe(name: str, values: dict[str, Any], steps: int) -> Recipe:
     parts = ("router",) if "base" in values else ()
+    for label, wanted in (("steps", int), ("base", str), ("parts", list), ("budgets", bool)):
+        if label in values and type(values[label]) is not wanted:
+            raise ValueError(
+                f"recipe {name}: {label}: expected a JSON value of type {wanted.__name__}, got "
+                f"{json.dumps(values[label])[:80]}."
+            )
     settings = {
-        "steps": int(values.pop("steps", steps)),
+        "steps": values.pop("steps", steps),
         "base": values.pop("base", ""),
         "parts": tuple(values.pop("parts", parts)),
         "budgets": values.pop("budgets", True),

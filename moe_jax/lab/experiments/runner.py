@@ -14,9 +14,10 @@ import jax
 from rich.progress import Progress
 
 import moe_jax
-from moe_jax.lab.calibration import calibration_blocks
+from moe_jax.checkpoint import check_free
+from moe_jax.lab.calibration import calibration_blocks, find_rules
 from moe_jax.lab.data import Corpus, load_corpus
-from moe_jax.lab.experiments.budget_table import budget_rows
+from moe_jax.lab.experiments.budget_table import AS_TRAINED, budget_rows
 from moe_jax.lab.experiments.cost_table import cost_rows
 from moe_jax.lab.experiments.declaration import Experiment, Recipe, fingerprint
 from moe_jax.lab.experiments.decode_table import decode_rows
@@ -26,6 +27,7 @@ from moe_jax.lab.experiments.recipes import trained_model
 from moe_jax.lab.experiments.tables import write_results
 from moe_jax.lab.frontier import held_out_blocks
 from moe_jax.lab.progress import track
+from moe_jax.routers import router_from_json
 
 Unit = tuple[Recipe, int]
 
@@ -60,8 +62,16 @@ def run_experiment(
 
     Returns:
         What ``results.json`` holds: see ``tables.write_results``.
+
+    Raises:
+        ValueError: a rule that does not exist; nothing is trained then.
+        CheckpointError: the folder cannot be written.
     """
     started = time.perf_counter()
+    find_rules([name for name in experiment.rules if name != AS_TRAINED])
+    for fields in experiment.batch_rules.values():
+        router_from_json(dict(fields))
+    check_free(folder / "models" / "model", overwrite=True)
     corpus = load_corpus() if corpus is None else corpus
     todo = units(experiment)
     (folder / "units").mkdir(parents=True, exist_ok=True)

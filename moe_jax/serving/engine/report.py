@@ -11,6 +11,8 @@ from typing import Any
 import jax
 
 import moe_jax
+from moe_jax.checkpoint.layers import natural_order
+from moe_jax.routers import RandomSkip
 from moe_jax.serving.engine import alerts
 from moe_jax.serving.engine.parts import Parts
 from moe_jax.serving.engine.recorder import Recorder
@@ -115,7 +117,7 @@ def health(parts: Parts, results: Results, served: Served) -> dict[str, Any]:
         status = "degraded"
     else:
         status = "healthy"
-    now, config = recent(parts), parts.config
+    now = recent(parts)
     return {
         "status": status,
         "live": live(parts),
@@ -123,11 +125,25 @@ def health(parts: Parts, results: Results, served: Served) -> dict[str, Any]:
         "reasons": reasons,
         "uptime_seconds": parts.clock() - parts.started,
         "components": components,
-        "configuration": {"valid": True, "hash": config.config_hash, **config.to_json()},
+        "configuration": _configuration(parts, served.current),
         "memory": parts.system.report(),
         "performance": {name: now[name] for name in _PERFORMANCE},
         "alerts": active,
     }
+
+
+def _configuration(parts: Parts, snapshot: Snapshot | None) -> dict[str, Any]:
+    """Returns the configuration in force.
+
+    A checkpoint has its own rule and sizes: ``router_config`` then holds these sizes, and
+    ``superseded`` the configured values that are not in force.
+    """
+    report = {"valid": True, "hash": parts.config.config_hash, **parts.config.to_json()}
+    if snapshot is None or not snapshot.trained:
+        return report
+    sizes, configured = snapshot.served_as(), report["router_config"]
+    superseded = {n: value for n, value in configured.items() if value != sizes.get(n)}
+    return {**report, "router_config": sizes, "superseded": {"router_config": superseded}}
 
 
 def _components(parts: Parts, results: Results, served: Served) -> dict[str, dict[str, Any]]:
@@ -142,11 +158,13 @@ def _components(parts: Parts, results: Results, served: Served) -> dict[str, dic
             "status": "ok" if snapshot.trained else "untrained",
             "trained": snapshot.trained,
             "source": snapshot.weights.source,
-            "version": snapshot.version,
+            **snapshot.ids(),
             "rule": type(snapshot.router).__name__,
             "layer": snapshot.weights.name,
+            "chosen_by": snapshot.weights.chosen_by,
+            "control": isinstance(snapshot.router, RandomSkip),
             "layers": list(snapshot.weights.names),
-            "models": sorted(snapshot.names),
+            "models": sorted(snapshot.names, key=natural_order),
             "served_layers": {
                 name: _layer(layer, snapshot.versions[name])
                 for name, layer in snapshot.weights.layers.items()

@@ -13,6 +13,8 @@ import numpy as np
 import moe_jax
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.checkpoint.description import set_otherwise
+from moe_jax.checkpoint.layers import natural_order
+from moe_jax.routers import RandomSkip
 from moe_jax.serving import admission, metrics
 from moe_jax.serving.engine.parts import Parts
 from moe_jax.serving.engine.snapshot import Snapshot, build_snapshot, load_weights, version_of
@@ -79,11 +81,12 @@ class Served:
         parts.system.mark_ready()
         parts.log.info(
             "engine_ready",
-            version=snapshot.version,
+            **snapshot.ids(),
             router=type(snapshot.router).__name__,
             layer=snapshot.weights.name,
+            chosen_by=snapshot.weights.chosen_by,
             trained=snapshot.trained,
-            models=sorted(snapshot.names),
+            models=sorted(snapshot.names, key=natural_order),
             backend=jax.default_backend(),
             seconds=round(time.perf_counter() - start, 3),
         )
@@ -171,11 +174,18 @@ class Served:
         weights = snapshot.weights
         routed = {weights.name, *(layer.name for layer in weights.layers.values())}
         others = [name for name in weights.names if name not in routed]
+        if isinstance(snapshot.router, RandomSkip):
+            log.warning(
+                "control_served",
+                hint="this router is a control: it drops experts by chance, to compare rules with. Set "
+                "MOE_CHECKPOINT_ROUTER to a rule or a router of moe-jax inspect.",
+                serving=weights.name,
+            )
         if others and not config.serving.checkpoint_router:
             log.info(
-                "serving_one_router",
-                hint="the checkpoint has routers that are not layers of the one model and rule that "
-                "the service serves. Set MOE_CHECKPOINT_ROUTER to choose another.",
+                "serving_one_rule",
+                hint="the checkpoint has further routers. Set MOE_CHECKPOINT_ROUTER to a rule, such as "
+                "min_p-20, to serve all layers of it, or to a router to serve it alone.",
                 serving=snapshot.weights.name,
                 others=others[:32],
             )
@@ -204,7 +214,7 @@ class Served:
         with self._replacing:
             start = time.perf_counter()
             old = self.snapshot if self.load_error is None else self.current
-            previous = None if old is None else old.version
+            previous = None if old is None else old.served_version
             log = self._parts.log
             try:
                 new = self._prepared(checkpoint)
@@ -222,14 +232,14 @@ class Served:
             seconds = time.perf_counter() - start
             log.info(
                 "reloaded",
-                version=new.version,
+                **new.ids(),
                 previous=previous,
                 layer=new.weights.name,
                 trained=new.trained,
                 seconds=round(seconds, 3),
             )
             return {
-                "version": new.version,
+                **new.ids(),
                 "previous": previous,
                 "trained": new.trained,
                 "source": new.weights.source,
@@ -250,7 +260,7 @@ def _build_of(snapshot: Snapshot) -> dict[str, str]:
 def _check_compatible(old: Snapshot, new: Snapshot) -> None:
     """Raises CheckpointError if a client that the old snapshot answers would be refused by the new."""
     # Nobody relies on seeded experts, so a checkpoint may replace them without having any.
-    before, after = sorted(old.names), sorted(new.names)
+    before, after = (sorted(snapshot.names, key=natural_order) for snapshot in (old, new))
     for name, expected, got in (
         ("width (input_dim)", old.width, new.width),
         ("num_experts", old.num_experts, new.num_experts),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.checkpoint import CheckpointError, OpenCheckpoint, StoredLayer, open_checkpoint
+from moe_jax.checkpoint.archive import release_of
 from moe_jax.checkpoint.description import router_sizes
+from moe_jax.checkpoint.layers import layers_of_rule, rule_of
 from moe_jax.config import Config, ConfigError, build_router
 from moe_jax.experts import FeedForward
 from moe_jax.layer import init_moe_layer
@@ -37,8 +38,6 @@ from moe_jax.types import Params
 _NEED_CONTEXT = ("attention_entropy", "gradient_norm", "surprisal", "prediction_entropy")
 _CALIBRATION_TOKENS = 4096
 _COMPILERS = 4  # threads; XLA compiles outside of Python's lock
-# The layers of one model: layer_3, or VARIANT/layer_3 where a checkpoint has several rules.
-_LAYER_NAME = re.compile(r"((?:.*/)?)layer_(0|[1-9]\d*)")
 ALL_LAYERS = "layers"
 """The model that routes one batch of hidden states for each served layer."""
 
@@ -57,6 +56,10 @@ class Weights:
         source: the checkpoint folder or the seed, for reports.
         name: name of the router in the checkpoint, such as ``layer_0``; ``untrained`` without one.
         names: names of all routers in the checkpoint.
+        chosen_by: what chose this router: ``MOE_CHECKPOINT_ROUTER``, ``default`` (the checkpoint's), or
+            ``no checkpoint``.
+        checkpoint: 16 digits of the checkpoint's checksum; "" without one.
+        release: name of the release or export that the checkpoint lies in; "" outside of one.
         layers: weights by model name, ``layer_3``, in the order of the layers, if the whole model is
             served; the router itself is among them. Empty if one router is served.
     """
@@ -70,6 +73,9 @@ class Weights:
     source: str
     name: str = "untrained"
     names: tuple[str, ...] = ()
+    chosen_by: str = "no checkpoint"
+    checkpoint: str = ""
+    release: str = ""
     layers: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
 
 
@@ -140,6 +146,15 @@ class Snapshot:
     def served_version(self) -> str:
         """The version of everything that is served: of all layers, or of the one router."""
         return self.versions.get(ALL_LAYERS, self.version)
+
+    def ids(self) -> dict[str, str]:
+        """Returns the names of what is served: ``version``, ``checkpoint`` and ``release``."""
+        weights = self.weights
+        return {
+            "version": self.served_version,
+            "checkpoint": weights.checkpoint,
+            "release": weights.release,
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -394,8 +409,13 @@ def _from_checkpoint(config: Config, folder: str) -> Weights:
         weights,
         experts=layer.experts if served else None,
         layer=layer.layer if served else None,
-        # A router that is named is served alone.
-        layers={} if config.serving.checkpoint_router else _layers_of(opened, weights),
+        chosen_by="MOE_CHECKPOINT_ROUTER" if config.serving.checkpoint_router else "default",
+        checkpoint=str(opened.about["checksum"])[:16],
+        release=release_of(opened.path),
+        # A router that is named is served alone; a rule that is named, with all its layers.
+        layers=(
+            {} if config.serving.checkpoint_router == layer.name else _layers_of(opened, weights)
+        ),
     )
 
 
@@ -439,12 +459,10 @@ def layer_models(routers: Iterable[str], chosen: str) -> dict[str, str]:
         >>> layer_models(["router"], "router")
         {}
     """
-    match = _LAYER_NAME.fullmatch(chosen)
-    if match is None:
+    rule = rule_of(chosen)
+    if rule is None:
         return {}
-    matches = [_LAYER_NAME.fullmatch(name) for name in routers]
-    numbers = sorted(int(m[2]) for m in matches if m is not None and m[1] == match[1])
-    return {f"{match[1]}layer_{n}": f"layer_{n}" for n in numbers}
+    return {name: name.rpartition("/")[2] for name in layers_of_rule(routers, rule)}
 
 
 def check_servable(router: Router) -> None:

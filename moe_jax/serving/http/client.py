@@ -96,14 +96,41 @@ class Service:
         finally:
             connection.close()
 
-    def get_json(self, path: str) -> Any:
-        """The JSON at a path. Raises ``Refused`` unless the status is 200."""
-        return json.loads(self._good("GET", path)[1])
+    def get_json(self, path: str) -> dict[str, Any]:
+        """The JSON object at a path. Raises ``Refused`` unless the status is 200."""
+        return self._object(path, self._good("GET", path)[1])
 
-    def post_json(self, path: str, value: Any) -> Any:
-        """The JSON answer to a JSON value. Raises ``Refused`` unless the status is 200."""
+    def post_json(self, path: str, value: Any) -> dict[str, Any]:
+        """The JSON object that answers a JSON value. Raises ``Refused`` unless the status is 200."""
         content_type = {"Content-Type": "application/json"}
-        return json.loads(self._good("POST", path, json.dumps(value).encode(), content_type)[1])
+        body = json.dumps(value).encode()
+        return self._object(path, self._good("POST", path, body, content_type)[1])
+
+    def sizes(self, model: str) -> tuple[int, int]:
+        """D and E of a router, from its metadata."""
+        path = f"/v2/models/{quote(model, safe='')}"
+        metadata = self.get_json(path)
+        try:
+            shapes = {t["name"]: t["shape"] for t in (*metadata["inputs"], *metadata["outputs"])}
+            return int(shapes["hidden_states"][-1]), int(shapes["router_logits"][-1])
+        except (KeyError, TypeError, IndexError, ValueError):
+            raise self._other(path, json.dumps(metadata).encode()) from None
+
+    def _object(self, path: str, data: bytes) -> dict[str, Any]:
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise self._other(path, data)
+        return value
+
+    def _other(self, path: str, data: bytes) -> Unreachable:
+        shown = data[:60].decode(errors="replace")
+        return Unreachable(
+            f"{self.url}{path}: expected the answer of this service, got {shown!r}. Something else "
+            "listens there: correct the URL."
+        )
 
     def infer(
         self, model: str, inputs: Mapping[str, np.ndarray], outputs: tuple[str, ...] = ()
@@ -139,15 +166,18 @@ class Service:
                 "Inference-Header-Content-Length": str(len(head)),
             },
         )
-        length = int(headers.get("inference-header-content-length", len(body)))
-        answer = json.loads(body[:length])
-        arrays, start = {}, length
-        for output in answer["outputs"]:
-            size = output["parameters"]["binary_data_size"]
-            flat = np.frombuffer(body[start : start + size], DATATYPES[output["datatype"]])
-            arrays[output["name"]] = flat.reshape(output["shape"])
-            start += size
-        return arrays, answer.get("parameters", {})
+        arrays: dict[str, np.ndarray] = {}
+        try:
+            length = start = int(headers.get("inference-header-content-length", len(body)))
+            answer = json.loads(body[:length])
+            for output in answer["outputs"]:
+                size = output["parameters"]["binary_data_size"]
+                flat = np.frombuffer(body[start : start + size], DATATYPES[output["datatype"]])
+                arrays[output["name"]] = flat.reshape(output["shape"])
+                start += size
+            return arrays, dict(answer.get("parameters", {}))
+        except (KeyError, TypeError, IndexError, ValueError):
+            raise self._other(f"/v2/models/{model}/infer", body) from None
 
     def _good(
         self,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_jax.serving.http.client import Refused, Service, Unreachable
+
+if TYPE_CHECKING:
+    from moe_jax.checkpoint import OpenCheckpoint, StoredLayer
 
 _METRICS = (
     "moe_requests_total",
@@ -35,7 +39,7 @@ def check(
         admin_key: for metrics under strict.
         checkpoint: what the service should be serving; its routing of a batch is worked out here and
             compared. None compares with nothing.
-        router_name: which of the checkpoint's routers; None is the first.
+        router_name: which of the checkpoint's routers; None is the one that the service says it serves.
 
     Raises:
         ValueError: no such URL, or no such checkpoint.
@@ -50,10 +54,12 @@ def check(
         ("metrics", lambda: _metrics(admin)),
     ]
     if checkpoint is not None:
-        from moe_jax.checkpoint import open_checkpoint
+        from moe_jax.checkpoint import open_checkpoint  # loads JAX, which no other check needs
 
-        layer = open_checkpoint(checkpoint).layer(router_name)
-        checks.append(("routes as the checkpoint", lambda: _as_expected(service, layer)))
+        opened = open_checkpoint(checkpoint)
+        opened.router_name(router_name)  # a wrong name is wrong input, not a failed check
+        served = functools.partial(_served_layer, service, opened, router_name)
+        checks.append(("routes as the checkpoint", lambda: _as_expected(service, served())))
     results: list[dict[str, Any]] = []
     reached = True
     for name, run in checks:
@@ -82,9 +88,7 @@ def _ready(service: Service) -> str:
 
 
 def _routes(service: Service) -> str:
-    metadata = service.get_json("/v2/models/router")
-    width = next(t["shape"][-1] for t in metadata["inputs"] if t["name"] == "hidden_states")
-    experts = next(t["shape"][-1] for t in metadata["outputs"] if t["name"] == "router_logits")
+    width, experts = service.sizes("router")
     x = np.random.default_rng(0).standard_normal((2, 8, width), dtype=np.float32)
     started = time.perf_counter()
     arrays, facts = service.infer("router", {"hidden_states": x})
@@ -102,11 +106,18 @@ def _routes(service: Service) -> str:
     return f"16 random tokens, {counts.mean():.2f} experts each, {milliseconds:.1f} ms{kind}"
 
 
-def _as_expected(service: Service, layer: Any) -> str:
+def _served_layer(service: Service, opened: OpenCheckpoint, name: str | None) -> StoredLayer:
+    """The router of the checkpoint that is meant; None is the one that the service says it serves."""
+    if name is None:
+        name = service.get_json("/health")["components"]["router"].get("layer")
+    return opened.layer(name)
+
+
+def _as_expected(service: Service, layer: StoredLayer) -> str:
     """The service's answer against the checkpoint's own router, token by token."""
     width = service.get_json("/v2/models/router")["inputs"][0]["shape"][-1]
     x = np.random.default_rng(1).standard_normal((2, 64, width), dtype=np.float32)
-    wanted = layer.route(x.reshape(-1, width))
+    wanted: Any = layer.route(x.reshape(-1, width))
     outputs = service.infer("router", {"hidden_states": x})[0]
     _hold(hasattr(wanted, "expert_indices"), "the checkpoint's rule lets experts choose tokens")
     experts = int(layer.router.num_experts)
@@ -117,7 +128,7 @@ def _as_expected(service: Service, layer: Any) -> str:
     _hold(not other.any(), f"{int(other.sum())} of {len(other)} tokens go to other experts")
     worst = float(np.abs(ours - theirs).max())
     _hold(worst <= 1e-5, f"weights differ by up to {worst:.2g}, expected 1e-05 at most")
-    return f"{len(other)} random tokens, weights within {worst:.1g}"
+    return f"{layer.name}: {len(other)} random tokens, weights within {worst:.1g}"
 
 
 def _by_expert(indices: np.ndarray, weights: np.ndarray, experts: int) -> np.ndarray:

@@ -14,11 +14,12 @@ import pytest
 import moe_jax
 from moe_jax import checkpoint
 from moe_jax.checkpoint import CheckpointError
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, load_config
 from moe_jax.lab.language_model import init, init_states
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import Model, save_model
 from moe_jax.serving.engine.buckets import Buckets, compile_counter
+from moe_jax.serving.engine.snapshot import load_weights
 from moe_jax.serving.errors import ServingError
 from tests.serving.engine.conftest import WIDTH
 
@@ -46,12 +47,28 @@ def test_a_checkpoint_is_served_with_its_calibration(make_engine, states, tmp_pa
     superseded = [facts for _, event, facts in log.lines if event == "configuration_superseded"]
     assert [facts["served"] for facts in superseded] == [{"num_experts": 8}]
     assert engine.health_check()["components"]["router"]["num_experts"] == 8
-    component = engine.health_check()["components"]["router"]
+    health = engine.health_check()
+    component, configuration = health["components"]["router"], health["configuration"]
+    sizes = {"input_dim": 16, "num_experts": 8, "min_experts": 1, "max_experts": 4}
+    assert configuration["router_config"] == sizes, "what is in force, and nothing else"
+    assert configuration["superseded"]["router_config"]["num_experts"] == 6
+    assert sizes.keys() - configuration["superseded"]["router_config"].keys() == {
+        "input_dim",
+        "min_experts",
+        "max_experts",
+    }
+    assert component["checkpoint"] == checkpoint.load_metadata(path)["checksum"][:16]
+    assert (component["release"], component["chosen_by"]) == ("", "default")
+    assert not component["control"]
     assert (component["status"], component["source"]) == ("ok", path)
     assert component["calibration"]["target_mean_k"] == 2.0
     assert (component["layer"], component["layers"]) == ("router", ["router"])
     [ready] = [facts for _, event, facts in log.lines if event == "engine_ready"]
-    assert ready["layer"] == "router"
+    assert (ready["layer"], ready["chosen_by"]) == ("router", "default")
+    assert (ready["version"], ready["checkpoint"]) == (
+        component["version"],
+        component["checkpoint"],
+    )
     result = engine.route(states(8, 60), use_cache=False)
     k, c = result["num_experts_per_token"], result["complexity_scores"]
     assert k.mean() == pytest.approx(2.0, abs=0.25)
@@ -113,6 +130,65 @@ def test_a_language_models_layers_are_served_by_name(make_engine, states, tmp_pa
     plain = write(tmp_path / "plain", seed=1)
     with pytest.raises(ConfigError, match="expected a checkpoint with experts"):
         make_engine(checkpoint=plain, serve_moe="on")
+
+
+RULES = {
+    "own": moe_jax.TopK(num_experts=8, k=2),
+    "control": moe_jax.RandomSkip(num_experts=8, k=2, mean_k=1.5),
+    "rule": moe_jax.MinP(num_experts=8, max_k=2),
+}
+
+
+def several(folder: Path, names: list[str]) -> str:
+    """A checkpoint with these routers; a name says which rule it has, no rule is the own one."""
+    rules = {n: RULES[n.partition("-")[0] if "/" in n else "own"] for n in names}
+    saved = checkpoint.Checkpoint(
+        params={n: r.init(jax.random.key(i), 16) for i, (n, r) in enumerate(rules.items())},
+        routers=rules,
+        states={n: r.init_state() for n, r in rules.items()},
+    )
+    return str(checkpoint.save(folder, saved))
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "chosen", "layers"),
+    [
+        # As text, control-10/layer_0 would be first, and layer_10 before layer_3.
+        (
+            ["control-10/layer_3", "layer_3", "layer_10", "rule-10/layer_3"],
+            "",
+            "layer_3",
+            ["layer_3", "layer_10"],
+        ),
+        (["control-10/layer_0", "rule-10/layer_0"], "", "rule-10/layer_0", []),
+        (["layer_0", "rule-20/layer_10", "rule-20/layer_9"], "rule-20", "rule-20/layer_9", 2),
+        (["layer_0", "rule-20/layer_10", "rule-20/layer_9"], "rule-20/layer_10", None, []),
+        (["control-10/layer_0", "control-10/layer_1"], "", "control-10/layer_0", 2),
+    ],
+    ids=["own", "no-control", "rule", "router", "control"],
+)
+def test_the_served_router_is_the_checkpoints_own_unless_another_is_named(
+    tmp_path, names, asked, chosen, layers
+):
+    path = several(tmp_path / "several", names)
+    weights = load_weights(load_config(env={}, checkpoint=path, checkpoint_router=asked))
+    assert weights.name == (chosen or asked)
+    assert weights.chosen_by == ("MOE_CHECKPOINT_ROUTER" if asked else "default")
+    assert len(weights.layers) == (layers if isinstance(layers, int) else len(layers))
+    if isinstance(layers, list) and layers:
+        assert list(weights.layers) == layers
+
+
+def test_a_control_that_is_served_is_a_warning_and_an_unknown_rule_names_all(
+    make_engine, tmp_path, log
+):
+    path = several(tmp_path / "several", ["layer_0", "control-10/layer_0", "rule-20/layer_0"])
+    engine = make_engine(checkpoint=path, checkpoint_router="control-10", buckets="16")
+    [warning] = [facts for _, event, facts in log.lines if event == "control_served"]
+    assert warning["serving"] == "control-10/layer_0"
+    assert engine.health_check()["components"]["router"]["control"]
+    with pytest.raises(ValueError, match="one of layer_0, control-10, rule-20, or RULE/layer_N"):
+        make_engine(checkpoint=path, checkpoint_router="top_p", buckets="16")
 
 
 @pytest.mark.parametrize("is_described", [True, False])

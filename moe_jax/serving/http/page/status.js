@@ -203,11 +203,14 @@ async function showServed(m, headers) {
   if (!answer.ok) return;
   const router = (await answer.json()).components?.router;
   if (!router?.rule) return;
-  const others = (router.layers || []).length - 1;
+  const others = (router.layers || []).length - 1, served = Object.keys(router.served_layers || {}).length;
   const range = router.min_experts === router.max_experts ? router.max_experts : `${router.min_experts} to ${router.max_experts}`;
   const budget = router.calibration && router.calibration.fitted ? `, calibrated to a mean of ${router.calibration.target_mean_k.toFixed(2)}` : "";
-  const from = router.trained ? `router ${router.layer} of ${router.source}${others > 0 ? ` (one of ${others + 1})` : ""}` : "untrained weights from a seed";
-  text("served", `Serves ${from}: ${router.rule}, ${range} of ${router.num_experts} experts a token, width ${router.input_dim}${budget}.`);
+  const chosen = router.chosen_by === "default" ? "the default" : `chosen by ${router.chosen_by}`;
+  const from = router.trained ? `router ${router.layer} of ${router.source}${others > 0 ? ` (one of ${others + 1}, ${chosen})` : ""}` : "untrained weights from a seed";
+  const beside = served ? ` All ${served} layers of this rule are served, each under its name.` : "";
+  const control = router.control ? " This rule is a control, which drops experts by chance." : "";
+  text("served", `Serves ${from}: ${router.rule}, ${range} of ${router.num_experts} experts a token, width ${router.input_dim}${budget}.${beside}${control}`);
   servedVersion = version;
 }
 
