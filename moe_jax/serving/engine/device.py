@@ -18,7 +18,8 @@ import numpy as np
 from moe_jax.serving.admission import Checked
 from moe_jax.serving.cache import Entry
 from moe_jax.serving.engine.requests import Order, expert_counts, read_only
-from moe_jax.serving.engine.snapshot import Snapshot, Weights
+from moe_jax.serving.engine.snapshot import Snapshot
+from moe_jax.serving.engine.weights import Weights
 from moe_jax.serving.errors import ServingError, out_of_memory
 from moe_jax.serving.resilience import (
     BadOutput,

@@ -18,7 +18,8 @@ from moe_jax.serving.engine.parts import Parts
 from moe_jax.serving.engine.recorder import Recorder
 from moe_jax.serving.engine.results import Results
 from moe_jax.serving.engine.served import Served
-from moe_jax.serving.engine.snapshot import Snapshot, Weights
+from moe_jax.serving.engine.snapshot import Snapshot
+from moe_jax.serving.engine.weights import Weights
 from moe_jax.serving.errors import CODES
 from moe_jax.serving.metrics import NAMES
 

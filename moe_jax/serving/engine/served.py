@@ -17,7 +17,8 @@ from moe_jax.checkpoint.layers import natural_order
 from moe_jax.routers import RandomSkip
 from moe_jax.serving import admission, metrics
 from moe_jax.serving.engine.parts import Parts
-from moe_jax.serving.engine.snapshot import Snapshot, build_snapshot, load_weights, version_of
+from moe_jax.serving.engine.snapshot import Snapshot, build_snapshot, version_of
+from moe_jax.serving.engine.weights import load_weights
 from moe_jax.serving.errors import CODES, ServingError
 
 _CANARY_TOKENS = 64

@@ -19,7 +19,7 @@ from moe_jax.routers import catalog
 from moe_jax.serving import metrics
 from moe_jax.serving.engine import Client
 from moe_jax.serving.engine.buckets import bucket_sizes, compile_counter
-from moe_jax.serving.engine.snapshot import check_servable
+from moe_jax.serving.engine.weights import check_servable
 from moe_jax.serving.errors import CODES, ServingError
 
 

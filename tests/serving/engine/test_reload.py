@@ -19,7 +19,7 @@ from moe_jax.lab.language_model import init, init_states
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import Model, save_model
 from moe_jax.serving.engine.buckets import Buckets, compile_counter
-from moe_jax.serving.engine.snapshot import load_weights
+from moe_jax.serving.engine.weights import load_weights
 from moe_jax.serving.errors import ServingError
 from tests.serving.engine.conftest import WIDTH
 
