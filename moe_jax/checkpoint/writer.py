@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata as distributions
 from pathlib import Path
@@ -30,7 +30,8 @@ from moe_jax.routers import Router
 def check_free(path: PathLike, overwrite: bool = False) -> Path:
     """Returns the absolute path, links followed, if a checkpoint may be saved there.
 
-    Writes nothing. ``save`` checks the same, so a long job calls this first and ``save`` at its end.
+    Leaves nothing behind. ``save`` checks the same, so a long job calls this first and ``save`` at
+    its end.
 
     Args:
         path: the folder to make.
@@ -54,11 +55,16 @@ def check_free(path: PathLike, overwrite: bool = False) -> Path:
                 f"{target}: expected a path under folders, got one under the file {above}. "
                 "Choose another path."
             )
-        if not os.access(above, os.W_OK | os.X_OK):
+        # Only an attempt tells: root may write anywhere, and a file system may be read-only.
+        attempt = above / f".{uuid.uuid4().hex}"
+        try:
+            attempt.mkdir()
+            attempt.rmdir()
+        except OSError as error:
             raise CheckpointError(
                 f"{target}: expected a path that may be written, got the folder {above}, which may "
-                "not. Check its permissions, or choose another path."
-            )
+                f"not ({error.strerror}). Check its permissions, or choose another path."
+            ) from None
         return target
     if not overwrite:
         raise CheckpointError(

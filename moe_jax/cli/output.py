@@ -43,8 +43,19 @@ def library_errors_exit_2() -> Iterator[None]:
     """Prints the message of a library error and exits with code 2, without a traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         notes.print(f"[red]error:[/red] {plain(error)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        # XLA reports memory that is not there as a RuntimeError; any other is a defect.
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        notes.print(
+            "[red]error:[/red] expected enough memory, got less than this needs: "
+            f"{plain(error)[:200]}. Use a smaller model, batch or text.",
+            highlight=False,
+            soft_wrap=True,
+        )
         raise typer.Exit(2) from None
 
 
@@ -62,7 +73,7 @@ def plain(error: Exception) -> str:
     text = str(error)
     # The library's own OSErrors have a message; those of the system have a code and a file.
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.strerror}: {error.filename}"
+        text = f"{error.strerror}: {error.filename}. Check the path and its permissions."
     return text.replace("[", r"\[")
 
 

@@ -185,7 +185,7 @@ def check_place(out: Path, quick: bool) -> None:
         return
     try:
         before = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     if isinstance(before, dict) and not before.get("quick", True):
         raise CheckpointError(

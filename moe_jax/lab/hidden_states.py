@@ -54,12 +54,15 @@ def load_hidden_states(file: Path) -> np.ndarray:
             f"{file}: expected floats [..., width] with at least two axes and one token, got "
             f"{x.dtype}{list(x.shape)}. Save hidden states such as [batch, sequence, width]."
         )
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
+        x = x.astype(np.float32)
     bad = int((~np.isfinite(x).all(axis=-1)).sum())
     if bad:
         raise ValueError(
-            f"{file}: expected finite values, got {bad} tokens with NaN or inf. Remove them first."
+            f"{file}: expected values that are finite in float32, got {bad} tokens with NaN or inf. "
+            "Remove them first."
         )
-    return x.astype(np.float32)
+    return x
 
 
 def check_save(file: Path) -> None:

@@ -6,11 +6,25 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.checks import check_count, check_finite
 from moe_jax.experts import FeedForward
 from moe_jax.routers import Elastic, Router, TopK, router_from_json
 from moe_jax.routing.elasticity import Schedule
 from moe_jax.routing.losses import LossWeights
 from moe_jax.routing.scoring import Scoring
+
+# Least and most of each size: a larger one is a slip of the pen, which would fill the memory.
+_SIZES = {
+    **dict.fromkeys(("num_heads", "num_experts", "k", "d_model", "d_ff"), (1, 2**20)),
+    **dict.fromkeys(("length", "batch_size"), (1, 2**20)),
+    "num_layers": (1, 4096),
+    "moe_every": (1, 4096),
+    "dense_d_ff": (0, 2**20),
+}
+_RATES = (
+    *("learning_rate", "warmup", "weight_decay", "router_rate", "expert_rate", "router_decay"),
+    *("expert_decay", "max_grad_norm", "load_balancing", "router_z", "balance_rate", "distill"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +68,7 @@ class LMConfig:
             drawn pass that is taught by the first (KL divergence).
 
     Raises:
-        ValueError: a size that does not fit.
+        TypeError, ValueError: a value of another type, or one that does not fit.
     """
 
     num_layers: int = 4
@@ -85,10 +99,16 @@ class LMConfig:
     distill: float = 0.0
 
     def __post_init__(self) -> None:
-        sizes = ("num_layers", "d_model", "num_heads", "num_experts", "k", "d_ff", "length")
-        for name in (*sizes, "batch_size", "moe_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+        for name, (least, most) in _SIZES.items():
+            value = getattr(self, name)
+            fix = f"Give a size of at most {most:,}."
+            check_count(name, value, least=least, fix=fix)
+            if value > most:
+                raise ValueError(f"{name}: expected at most {most:,}, got {value:,}. {fix}")
+        for name in _RATES:
+            value = getattr(self, name)
+            if value is not None:
+                check_finite(name, value)
         if self.d_model % (2 * self.num_heads):
             raise ValueError(
                 f"num_heads: expected heads of even width, got d_model={self.d_model} over "
@@ -99,8 +119,7 @@ class LMConfig:
                 f"moe_every: expected a divisor of num_layers={self.num_layers}, got "
                 f"{self.moe_every}. Layers come in groups of moe_every, the last of each with experts."
             )
-        rates = ("router_rate", "expert_rate", "router_decay", "expert_decay", "distill")
-        for name in ("dense_d_ff", *rates):
+        for name in ("router_rate", "expert_rate", "router_decay", "expert_decay", "distill"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}.")

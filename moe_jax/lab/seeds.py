@@ -94,7 +94,9 @@ def _finished(folder: Path, seed: int, settings: demo.Settings, corpus: Corpus) 
         before = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         # Measurements are written last: older ones are those of another run.
         stamps = [(folder / name).stat().st_mtime for name in ("results.json", "measurements.npz")]
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(before, dict) or not isinstance(before.get("training"), dict):
         return False
     wanted = {
         "library_version": moe_jax.__version__,
@@ -103,7 +105,7 @@ def _finished(folder: Path, seed: int, settings: demo.Settings, corpus: Corpus) 
         "steps": settings.steps,
         "data": corpus.describe(),
     }
-    stated = {**before, "steps": before.get("training", {}).get("steps")}
+    stated = {**before, "steps": before["training"].get("steps")}
     return stamps[0] <= stamps[1] and all(stated.get(n) == value for n, value in wanted.items())
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +194,13 @@ def train(
             "steps is the length of the whole schedule."
         )
     _check_place(out, overwrite)
+    wanted = {"steps": steps, "seed": seed}
+    if resume is not None:
+        _check_resumable(checkpoint.load_metadata(resume)["metadata"], config, wanted)
     corpus = load_corpus() if corpus is None else corpus
     text = corpus.describe()
     placement = _Placement(config=config, steps=steps, mesh=mesh)
     state, history, spent = placement.start(seed), [], 0.0
-    wanted = {"steps": steps, "seed": seed}
     if resume is not None:
         state, before = _resume(resume, config, wanted, state, str(text["fingerprint"]))
         state = placement.put(state)
@@ -266,6 +268,29 @@ def _check_place(out: PathLike, overwrite: bool) -> None:
     agreed(error)
 
 
+def _check_resumable(
+    metadata: Mapping[str, Any], config: LMConfig, wanted: dict[str, int], text: str | None = None
+) -> None:
+    """Raises ValueError for a checkpoint of another run; a text of None is not compared."""
+    if not {"model", "training", "data"} <= metadata.keys():
+        raise ValueError(
+            "resume: expected a checkpoint of moe-jax train, got another. Give the folder that train "
+            "wrote, or leave it out."
+        )
+    had = {
+        "model": LMConfig.from_json(metadata["model"]).to_json(),
+        "data": metadata["data"]["fingerprint"],
+        **{name: metadata["training"][name] for name in wanted},
+    }
+    now = {"model": config.to_json(), "data": had["data"] if text is None else text, **wanted}
+    if had != now:
+        names = ", ".join(f"{n}={had[n]!r}" for n in now if had[n] != now[n])
+        raise ValueError(
+            f"resume: expected a checkpoint of the same run, got one with {names}. "
+            "Give the same model, steps, seed and text, or train anew."
+        )
+
+
 def _resume(
     path: PathLike, config: LMConfig, wanted: dict[str, int], state: TrainState, text: str
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -276,18 +301,7 @@ def _resume(
         ),
     )
     training = saved.metadata["training"]
-    had = {
-        "model": LMConfig.from_json(saved.metadata["model"]).to_json(),
-        "data": saved.metadata["data"]["fingerprint"],
-        **{name: training[name] for name in wanted},
-    }
-    now = {"model": config.to_json(), "data": text, **wanted}
-    if had != now:
-        names = ", ".join(f"{n}={had[n]!r}" for n in now if had[n] != now[n])
-        raise ValueError(
-            f"resume: expected a checkpoint of the same run, got one with {names}. "
-            "Give the same model, steps, seed and text, or train anew."
-        )
+    _check_resumable(saved.metadata, config, wanted, text)
     states = tuple(saved.states[f"layer_{i}"] for i in range(config.num_moe_layers))
     return TrainState(
         params=saved.params,

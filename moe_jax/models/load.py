@@ -55,8 +55,11 @@ class HubFolder:
     def __init__(self, folder: str | Path, *, dtype: Any = None) -> None:
         self.folder = Path(folder)
         self.raw = _read_config(self.folder)
-        self.config: DecoderConfig = decoder_config(self.raw)
-        row = architecture_of(self.raw)
+        try:
+            self.config: DecoderConfig = decoder_config(self.raw)
+            row = architecture_of(self.raw)
+        except ValueError as error:
+            raise ValueError(f"{self.folder / 'config.json'}: {error}") from None
         self._tensors = SafetensorsFolder(self.folder)
         # Now and not hours later, when the last layer is read.
         self._tensors.check_shards()
@@ -216,14 +219,19 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path}: expected the model's config, got no such file. Give the folder that holds "
             "config.json and the weights."
         )
-    return _read_json(path)
+    return _read_object(path)
 
 
-def _read_json(path: Path) -> Any:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):
         raise ValueError(f"{path}: expected JSON, got something else. Download it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path}: expected a JSON object, got a {type(value).__name__}. Download it again."
+        )
+    return value
 
 
 def _dtype(asked: Any) -> Any:
@@ -368,8 +376,7 @@ def end_of_text(folder: str | Path) -> tuple[int, ...]:
     """The ids that end a text, from ``generation_config.json``, else ``config.json``, else none."""
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
-        held = _read_json(path) if path.is_file() else None
-        stated = held.get("eos_token_id") if isinstance(held, dict) else None
+        stated = _read_object(path).get("eos_token_id") if path.is_file() else None
         if stated is not None:
             return tuple(stated) if isinstance(stated, list) else (stated,)
     return ()

@@ -154,6 +154,10 @@ class Stream:
         digest.update(json.dumps([self.lanes, batch_size, task], sort_keys=True).encode())
         self._identity = digest.hexdigest()
         self._work = None if work is None else Path(work)
+        if self._work is not None and self._work.exists() and not self._work.is_dir():
+            raise ValueError(
+                f"work: expected a folder, got the file {self._work}. Name a folder, which is made."
+            )
         if self._work is None or not self._restore(self._work):
             start = [embed(self.config, self.ends, self.ids[part]) for part in self.parts]
             # A copy for each lane, since a layer's first half takes over the buffers it is given.
@@ -235,8 +239,12 @@ class Stream:
     def _restore(self, work: Path) -> bool:
         if not (work / "state.json").is_file():
             return False
-        state = json.loads((work / "state.json").read_text(encoding="utf-8"))
-        if state["identity"] != self._identity:
+        try:
+            state = json.loads((work / "state.json").read_text(encoding="utf-8"))
+            identity = state["identity"]
+        except (ValueError, RecursionError, KeyError, TypeError):
+            identity = None
+        if identity != self._identity:
             raise ValueError(
                 f"{work}: expected the saved state of this model, text and task, got that of "
                 "another. Remove the folder, or name another one."

@@ -277,7 +277,7 @@ OLMOE = "tests/goldens/models/olmoe"
         ),
         ("demo --out OUT --seeds 0,1,x", "--seeds: expected different numbers from 0"),
         ("demo --out OUT --resume", "--resume: expected it with --seeds"),
-        ("train --out OUT --seed -1", "-1 is not in the range"),
+        ("train --out OUT --seed -1", "Invalid value for '--seed'"),
     ],
 )
 def test_a_wrong_argument_is_refused_before_any_text_is_read(tmp_path, monkeypatch, words, said):

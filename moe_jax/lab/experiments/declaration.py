@@ -111,8 +111,10 @@ def load(name: str | Path) -> Experiment:
             f"experiment: expected one of {', '.join(sorted(files)) or 'no file'} in {FOLDER}, or the "
             f"path of a JSON file, got {str(name)!r}."
         ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON object, got no JSON ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: expected a JSON object, got no JSON ({error}). Correct the file."
+        ) from None
     return declared(path.stem, data)
 
 

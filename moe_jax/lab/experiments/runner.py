@@ -143,9 +143,10 @@ def finished(experiment: Experiment, recipe: Recipe, path: Path) -> dict[str, An
     """The unit in this file, or None without such a file or if the declaration has changed since."""
     try:
         unit = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stated = unit["fingerprint"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
-    return unit if unit["fingerprint"] == fingerprint(experiment, recipe) else None
+    return unit if stated == fingerprint(experiment, recipe) else None
 
 
 def finished_units(experiment: Experiment, folder: Path) -> Iterator[dict[str, Any]]:

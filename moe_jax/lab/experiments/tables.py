@@ -242,9 +242,22 @@ def write_page(folder: Path, data: Path, page: Path) -> list[str]:
 
 
 def page_of(files: Sequence[Path]) -> str:
-    """Returns the page of these ``NAME.json``."""
-    parts = [markdown(json.loads(file.read_text(encoding="utf-8"))) for file in files]
-    return "\n".join([PAGE, *parts])
+    """Returns the page of these ``NAME.json``.
+
+    Raises:
+        ValueError: a file is no result of an experiment.
+    """
+    return "\n".join([PAGE, *map(_section, files)])
+
+
+def _section(file: Path) -> str:
+    try:
+        return markdown(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"{file}: expected the results of an experiment, as moe-jax experiment writes them, got "
+            "something else. Take the file out of the folder, or run the experiment again."
+        ) from None
 
 
 # --- Markdown -------------------------------------------------------------------------------

@@ -47,11 +47,11 @@ class Service:
     """
 
     def __init__(self, url: str, *, key: str | None = None, timeout_seconds: float = 60.0) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
         try:
+            parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port
-        except ValueError:
-            port = -1
+        except ValueError:  # of brackets or of the port
+            parts, port = urlsplit(""), -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise ValueError(
                 f"URL: expected one such as http://127.0.0.1:8000, got {url!r}. Correct it."
@@ -62,6 +62,11 @@ class Service:
                 "Leave /v2 out."
             )
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError(
+                "key: expected ASCII characters without spaces, as HTTP headers hold them, got others. "
+                "Copy the key again."
+            )
         self._parts, self._prefix = parts, parts.path.rstrip("/")
         self._key, self._timeout = key, timeout_seconds
 
