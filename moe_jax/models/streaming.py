@@ -6,6 +6,7 @@ After each layer the work can be saved, so an interrupted run continues with the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -239,11 +240,11 @@ class Stream:
     def _restore(self, work: Path) -> bool:
         if not (work / "state.json").is_file():
             return False
-        try:
+        state, identity = {}, None
+        # What is no saved state is refused below, as another model's is.
+        with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):
             state = json.loads((work / "state.json").read_text(encoding="utf-8"))
             identity = state["identity"]
-        except (ValueError, RecursionError, KeyError, TypeError):
-            identity = None
         if identity != self._identity:
             raise ValueError(
                 f"{work}: expected the saved state of this model, text and task, got that of "
