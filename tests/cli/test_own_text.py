@@ -74,7 +74,9 @@ def test_the_demo_says_what_it_does_and_where_it_goes(monkeypatch):
     assert "about a minute" in said(runner.invoke(app, ["demo", "--quick"]))
     runner.invoke(app, ["demo", "--seeds", "0,1,2"])
     assert folders == ["runs/demo", "runs/demo-quick", [0, 1, 2]]
-    assert "expected numbers with commas" in said(runner.invoke(app, ["demo", "--seeds", "a"]))
+    assert "expected different numbers from 0 with commas" in said(
+        runner.invoke(app, ["demo", "--seeds", "a"])
+    )
 
 
 def about(monkeypatch, text):

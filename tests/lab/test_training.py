@@ -158,7 +158,7 @@ def test_variants_share_the_parameters(tmp_path, trained):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"num_layers": 0}, "num_layers: expected at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers: expected an integer of at least 1, got 0"),
         ({"d_model": 30}, "expected heads of even width"),
         ({"k": 9}, "k: expected"),
     ],

@@ -151,8 +151,7 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
                 f"recipe {recipe.name}: expected base to be one of {', '.join(recipes)}, got "
                 f"{recipe.base!r}."
             )
-    sequences = ("expectations", "rules", "per_layer", "savings", "seeds", "core", "batch_sizes")
-    for label in (*sequences, "texts"):
+    for label in _LISTS:
         if label in fields:
             fields[label] = tuple(fields[label])
     experiment = Experiment(name=name, recipes=recipes, **{"expectations": (), **fields})
@@ -166,9 +165,9 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
 
 _TEXTS = ("kind", "title", "question", "reference", "models")
 _COUNTS = ("steps", "calibration_tokens", "held_out_tokens")
-_OBJECTS = ("model", "recipes", "batch_rules")
+_OBJECTS = ("model", "recipes", "batch_rules", "controllers", "fallback")
 _LISTS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("expectations", "rules", "core"), (str,)),
+    **dict.fromkeys(("expectations", "rules", "per_layer", "core", "texts"), (str,)),
     **dict.fromkeys(("seeds", "batch_sizes"), (int,)),
     "savings": (int, float),
 }
@@ -182,7 +181,7 @@ def _check_type(name: str, label: str, value: Any) -> None:
         good, wanted = type(value) is int and value > 0, "a whole number above 0"
     elif label in _OBJECTS:
         good, wanted = isinstance(value, Mapping), "an object"
-        if label in ("recipes", "batch_rules"):
+        if label in ("recipes", "batch_rules", "controllers"):
             good = good and all(isinstance(one, Mapping) for one in value.values())
             wanted = "an object of objects"
     else:

@@ -6,14 +6,11 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any  # a checkpoint and its layer have no types here: their module loads JAX
 
 import numpy as np
 
 from moe_jax.serving.http.client import Refused, Service, Unreachable
-
-if TYPE_CHECKING:
-    from moe_jax.checkpoint import OpenCheckpoint, StoredLayer
 
 _METRICS = (
     "moe_requests_total",
@@ -106,14 +103,14 @@ def _routes(service: Service) -> str:
     return f"16 random tokens, {counts.mean():.2f} experts each, {milliseconds:.1f} ms{kind}"
 
 
-def _served_layer(service: Service, opened: OpenCheckpoint, name: str | None) -> StoredLayer:
+def _served_layer(service: Service, opened: Any, name: str | None) -> Any:
     """The router of the checkpoint that is meant; None is the one that the service says it serves."""
     if name is None:
         name = service.get_json("/health")["components"]["router"].get("layer")
     return opened.layer(name)
 
 
-def _as_expected(service: Service, layer: StoredLayer) -> str:
+def _as_expected(service: Service, layer: Any) -> str:
     """The service's answer against the checkpoint's own router, token by token."""
     width = service.get_json("/v2/models/router")["inputs"][0]["shape"][-1]
     x = np.random.default_rng(1).standard_normal((2, 64, width), dtype=np.float32)
