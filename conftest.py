@@ -12,6 +12,8 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.parallel import measurement
@@ -99,6 +101,12 @@ def _eight_devices_ahead(
     thread = measurement.start(tmp_path_factory.getbasetemp())
     yield
     thread.join()  # another worker may wait for the result
+
+
+@pytest.fixture(autouse=True)
+def _names_of_every_example(doctest_namespace: dict[str, object]) -> None:
+    """Examples in docstrings may use ``jax``, ``jnp`` and ``np`` without importing them."""
+    doctest_namespace.update(jax=jax, jnp=jnp, np=np)
 
 
 # Linux gives a process 65,530 memory maps; a compiled program takes about four of them. A worker that

@@ -183,7 +183,7 @@ def reward_advantages(nats: Array, counts: Array, *, price: float) -> Array:
         price: nats that an expert has to be worth.
 
     Example:
-        >>> reward_advantages(jnp.array([1.0, 3.0]), jnp.array([1, 1]), price=0.1).tolist()
+        >>> reward_advantages(jnp.array([1.0, 3.0]), jnp.array([1, 1]), price=0.1).round(3).tolist()
         [1.0, -1.0]
     """
     reward = -nats.astype(jnp.float32) - price * counts.astype(jnp.float32)

@@ -43,6 +43,7 @@ class Reroute(BatchAware):
 
     Example:
         >>> import jax
+        >>> from moe_jax.routers import expert_similarity
         >>> router = Reroute(num_experts=4, k=2)
         >>> outputs = jax.random.normal(jax.random.key(0), (4, 100, 8))
         >>> state = with_similarity(router.init_state(), expert_similarity(outputs))
