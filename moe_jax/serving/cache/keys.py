@@ -5,6 +5,7 @@ All of the content is hashed. With a hash over a sample, one request could get a
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -49,7 +50,7 @@ class Keyer:
             mask: bool[...] or None.
             client: who asks; used only if keyed.
         """
-        fields = (*map(str, parts), str(x.dtype), str(x.shape), "" if mask is None else "masked")
+        fields = (*map(str, parts), _name(x.dtype), str(x.shape), "" if mask is None else "masked")
         header = "\x1f".join((*fields, client) if self.keyed else fields).encode()
         if self.keyed:
             strong = blake3(len(header).to_bytes(4, "little") + header, key=self._secret)
@@ -62,6 +63,12 @@ class Keyer:
         if mask is not None:
             fast.update(_bytes(mask))
         return fast.hexdigest()
+
+
+@functools.cache
+def _name(dtype: np.dtype) -> str:
+    """The name of a dtype, kept because NumPy takes longer to make it than the cache to answer."""
+    return str(dtype)
 
 
 def _bytes(array: np.ndarray) -> Any:
