@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.parallel.target_hlo import loop_trips
+
 KINDS = (
     "all-to-all",
     "ragged-all-to-all",
@@ -31,7 +33,6 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TWO_BRANCHES = re.compile(r"\b(?:true|false)_computation=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ def collectives_of(compiled: Any) -> dict[str, CollectiveTraffic]:
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     computations, entry = _computations(text)
+    trips = loop_trips(text)
     done: dict[str, Mapping[str, CollectiveTraffic]] = {}
 
     def of(name: str) -> Mapping[str, CollectiveTraffic]:
@@ -71,7 +73,7 @@ def collectives_of(compiled: Any) -> dict[str, CollectiveTraffic]:
             done[name] = {}  # a computation never calls itself; this is for unknown names
             total: dict[str, CollectiveTraffic] = {}
             for line in computations.get(name, ()):
-                for kind, traffic in _of_line(line, of).items():
+                for kind, traffic in _of_line(line, of, trips).items():
                     total[kind] = total.get(kind, CollectiveTraffic()) + traffic
             done[name] = total
         return done[name]
@@ -92,7 +94,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _of_line(line: str, of: Any) -> dict[str, CollectiveTraffic]:
+def _of_line(line: str, of: Any, trips: Mapping[str, int | None]) -> dict[str, CollectiveTraffic]:
     shape, operation = _split(line)
     kind = operation.removesuffix("-start")
     if kind in KINDS:
@@ -111,11 +113,12 @@ def _of_line(line: str, of: Any) -> dict[str, CollectiveTraffic]:
                 count=max(before.count, traffic.count),
                 num_bytes=max(before.num_bytes, traffic.num_bytes),
             )
-    trips = _TRIPS.search(line)
     for called in _CALLED.findall(line):
         for kind, traffic in of(called).items():
-            times = int(trips[1]) if trips and operation == "while" else 1
-            total[kind] = total.get(kind, CollectiveTraffic()) + traffic.times(times)
+            times = trips.get(called) if operation == "while" else None
+            total[kind] = total.get(kind, CollectiveTraffic()) + traffic.times(
+                1 if times is None else times
+            )
     return total
 
 

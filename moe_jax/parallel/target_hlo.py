@@ -13,7 +13,9 @@ _LAYOUTS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _PRODUCT = re.compile(r" (?:dot|convolution)\(")
-_TRIPS = '"known_trip_count"'
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_LESS = re.compile(r"\bROOT .* compare\(.*?%?([\w.\-]+)\), direction=LT")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -61,12 +63,7 @@ def kernel_flops_of(text: str) -> float:
     one in a loop whose number of trips is known at run time only.
     """
     blocks = _blocks(text)
-    trips = {
-        body[1]: int(count[1]) if (count := _TRIP_COUNT.search(line)) else 0
-        for lines in blocks.values()
-        for line in lines
-        if " while(" in line and (body := _BODY.search(line))
-    }
+    trips = loop_trips(text)
     called_by = {
         called: name
         for name, lines in blocks.items()
@@ -78,7 +75,7 @@ def kernel_flops_of(text: str) -> float:
         flops = sum(_kernel_flops(line.partition(" = ")[2]) for line in lines)
         times, at = 1, name
         while flops and at in called_by:
-            times *= trips.get(at, 1)
+            times *= trips.get(at, 1) or 0
             at = called_by[at]
         if flops and not times:
             return 0.0
@@ -115,12 +112,7 @@ def is_uncountable(text: str) -> bool:
     if "is_ragged_dot" in text:
         return True
     blocks = _blocks(text)
-    bodies = [
-        body[1]
-        for lines in blocks.values()
-        for line in lines
-        if " while(" in line and _TRIPS not in line and (body := _BODY.search(line))
-    ]
+    bodies = [body for body, trips in loop_trips(text).items() if trips is None]
     done: set[str] = set()
     while bodies:
         name = bodies.pop()
@@ -132,6 +124,38 @@ def is_uncountable(text: str) -> bool:
                 return True
             bodies += _CALLED.findall(line)
     return False
+
+
+def loop_trips(text: str) -> dict[str, int | None]:
+    """Returns how often each loop runs, by the name of its body; None is known at run time only.
+
+    XLA writes the number beside the loop if it knows it; libtpu does not write it. There a loop whose
+    condition compares with a constant counts from 0 up to it, as JAX writes loops of a known length.
+
+    Example:
+        >>> loop_trips('ENTRY %m () -> s32[] {\\n  %l = s32[] while(%i), condition=%c, body=%b\\n}')
+        {'b': None}
+    """
+    blocks = _blocks(text)
+    trips: dict[str, int | None] = {}
+    for lines in blocks.values():
+        for line in lines:
+            body = _BODY.search(line)
+            if " while(" not in line or body is None:
+                continue
+            count, condition = _TRIP_COUNT.search(line), _CONDITION.search(line)
+            if count:
+                trips[body[1]] = int(count[1])
+            else:
+                trips[body[1]] = _upper_bound(blocks.get(condition[1], [])) if condition else None
+    return trips
+
+
+def _upper_bound(condition: list[str]) -> int | None:
+    """The constant that the counter of a loop is compared with, or None."""
+    constants = {m[1]: int(m[2]) for line in condition if (m := _CONSTANT.search(line))}
+    compared = [constants.get(m[1]) for line in condition if (m := _LESS.search(line))]
+    return compared[0] if compared else None
 
 
 def has_expansion(text: str, rows: int, experts: int, widths: tuple[int, ...] = ()) -> bool:

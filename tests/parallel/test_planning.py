@@ -102,3 +102,10 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_dearest():
         "all-to-all": CollectiveTraffic(count=3, num_bytes=3 * 8 * 4 * 4),
         "all-reduce": CollectiveTraffic(count=1, num_bytes=4 * 2 + 2 * 4),
     }
+
+
+def test_a_loop_up_to_a_constant_counts_where_the_compiler_does_not_write_how_often_it_runs():
+    unwritten = PROGRAM.replace('"known_trip_count":{"n":"3"}', "")
+    assert collectives_of(unwritten)["all-to-all"].count == 1
+    bounded = unwritten.replace("  ROOT %l =", "  %n = s32[] constant(4)\n  ROOT %l =")
+    assert collectives_of(bounded)["all-to-all"].count == 4
