@@ -13,6 +13,7 @@ from moe_jax.experts import IMPLEMENTATIONS, FeedForward, choose, run_experts
 from moe_jax.experts.grouped_kernels import tpu_tiles
 from moe_jax.experts.grouped_product import ProductSpec
 from moe_jax.layer import LayerOptions, init_moe_layer
+from moe_jax.parallel.memory_cost import memory_cost
 from moe_jax.parallel.planning import exchange_cost
 from moe_jax.parallel.sharded_layer import sharded_moe_layer
 from moe_jax.parallel.sharding import (
@@ -221,7 +222,8 @@ def parallel_program(
         return y, pull(y)
 
     inputs = shardings((specs, rows), mesh)
-    useful, expansion = None, None
+    chosen = implementation or choose(plan_shapes(shape), platform=target.platform).name
+    useful, expansion, model = None, None, None
     if capacity_factor is not None:
         # The rows of the buffers: a capacity is a whole number of rows, so they may exceed T * k.
         cost = exchange_cost(
@@ -237,18 +239,30 @@ def parallel_program(
         local = shape.num_experts // cost.devices
         # One expert on a device has no axis of experts.
         expansion = (count, local, (shape.d_model, shape.d_ff)) if local > 1 else None
+        # The model follows the buffers of this program on a TPU and was compared with no other.
+        if (chosen, exchange, target.platform, data) == ("grouped", "all_to_all", "tpu", 1):
+            model = memory_cost(
+                tokens=shape.tokens,
+                num_experts=shape.num_experts,
+                k=shape.k,
+                d_model=shape.d_model,
+                d_ff=shape.d_ff,
+                devices=cost.devices,
+                capacity_factor=capacity_factor,
+                gradient=gradient,
+            )
     y = shardings(rows, mesh)
     dropping = "dropless" if capacity_factor is None else f"capacity {capacity_factor:g}"
-    return compile_program(
+    program = compile_program(
         target,
         both if gradient else forward,
         (params, x),
         what=f"{name} over {data} x {devices // data} devices, {dropping}",
         gradient=gradient,
-        implementation=implementation
-        or f"default ({choose(plan_shapes(shape), platform=target.platform).name})",
+        implementation=implementation or f"default ({chosen})",
         useful_flops=useful and useful * (3 if gradient else 1),
         expansion=expansion,
         in_shardings=inputs,
         out_shardings=(y, inputs) if gradient else y,
     )
+    return dataclasses.replace(program, model=model)

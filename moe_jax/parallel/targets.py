@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from moe_jax.config.compilers import prepare_tpu_compiler
 from moe_jax.parallel.collectives import CollectiveTraffic, collectives_of
+from moe_jax.parallel.memory_cost import MemoryCost
 from moe_jax.parallel.target_hlo import (
     flops_of,
     has_expansion,
@@ -142,6 +143,8 @@ class TargetProgram:
     argument_bytes: int = 0
     output_bytes: int = 0
     shared_bytes: int = 0  # results in the memory of donated arguments
+    live_bytes: int = 0  # the most held at once, without what the allocator loses between buffers
+    model: MemoryCost | None = None  # what planning expects; None: there is no model of the program
     fits: bool = False  # held_bytes in the memory of a device
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # custom calls by target
     collectives: dict[str, CollectiveTraffic] = dataclasses.field(default_factory=dict)
@@ -172,6 +175,10 @@ class TargetProgram:
 
     def summary(self) -> dict[str, Any]:
         """The fields for JSON and tables: bytes as MB, and what was measured only."""
+        model: dict[str, float] = {}
+        if self.model is not None:
+            model["model_temp_mb"] = round(self.model.temp_bytes / 1e6, 1)
+            model["model_held_mb"] = round(self.model.held_bytes / 1e6, 1)
         if self.refused is not None:
             figures: dict[str, Any] = {"refused": self.refused}
         elif self.error is not None:
@@ -183,6 +190,8 @@ class TargetProgram:
                 "argument_mb": round(self.argument_bytes / 1e6, 1),
                 "output_mb": round(self.output_bytes / 1e6, 1),
                 "held_mb": round(self.held_bytes / 1e6, 1),
+                "live_mb": round(self.live_bytes / 1e6, 1),
+                **model,
                 "fits": self.fits,
                 "kernels": self.kernels,
                 "collectives": {
@@ -262,10 +271,13 @@ def compile_program(
     memory = compiled.memory_analysis()
     assert memory is not None, "the compilers of TPUs and GPUs report memory"
     text, complete = _text_of(compiled, lowered)
+    # Loops and ragged products have no count, and do not show where the HLO is not written out. A
+    # program whose experts run by kernels has neither.
+    countable = not is_uncountable(text) if complete else bool(kernels_of(text))
     work = None
     if useful_flops and kernel_work:
         work = (kernel_flops_of(text) / useful_flops or None) if complete else None
-    elif useful_flops and not (complete and is_uncountable(text)):
+    elif useful_flops and countable:
         counted = (compiled.cost_analysis() or {}).get("flops") or flops_of(text)
         work = counted / useful_flops if counted else None
     program = dataclasses.replace(
@@ -276,6 +288,7 @@ def compile_program(
         output_bytes=memory.output_size_in_bytes,
         # Donated arguments and the results in their memory are the same bytes.
         shared_bytes=memory.alias_size_in_bytes,
+        live_bytes=memory.peak_memory_in_bytes,
         kernels=kernels_of(text),
         collectives=collectives_of(text) if complete else {},
         expanded=expansion is not None and complete and has_expansion(text, *expansion),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.parallel.collectives import CollectiveTraffic, collectives_of
+from moe_jax.parallel.memory_cost import Buffer, memory_cost, outside_results
 from moe_jax.parallel.planning import break_even_width, exchange_cost, plan_placement
 
 
@@ -109,3 +110,58 @@ def test_a_loop_up_to_a_constant_counts_where_the_compiler_does_not_write_how_of
     assert collectives_of(unwritten)["all-to-all"].count == 1
     bounded = unwritten.replace("  ROOT %l =", "  %n = s32[] constant(4)\n  ROOT %l =")
     assert collectives_of(bounded)["all-to-all"].count == 4
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+# Four experts on two devices, 256 rows each: S = 512 rows for each device and one of counts, which a
+# TPU stores as 520. Rows X = 2 * 512 * 256, rows with counts A = 2 * 520 * 256 and one projection
+# G = 1024 * 128, two bytes each.
+SMALL = {"tokens": 1024, "num_experts": 4, "k": 1, "d_model": 256, "d_ff": 128, "devices": 2}
+X, A, G = 524_288, 532_480, 262_144
+
+
+def test_memory_of_a_layer_is_arguments_results_and_the_step_that_holds_most():
+    forward = memory_cost(**SMALL, capacity_factor=1.0, gradient=False)
+    arguments = 2 * 3 * 256 * 128 * 2 + 256 * 4 * 4 + 1024 * 256 * 2  # experts, router, tokens
+    assert forward.argument_bytes == arguments
+    assert forward.output_bytes == 1024 * 256 * 2
+    assert (forward.temp_bytes, forward.step) == (2 * A, "send")  # sent and arrived
+    both = memory_cost(**SMALL, capacity_factor=1.0, gradient=True)
+    assert both.output_bytes == 1024 * 256 * 2 + arguments
+    # Rows, gate, up and hidden are kept; the outputs meet the float32 gradient of y, once per row.
+    assert (both.temp_bytes, both.step) == (X + 3 * G + X + 2 * X, "gradient of the weights")
+    assert both.held_bytes == both.argument_bytes + both.output_bytes + both.temp_bytes
+
+
+def test_wide_experts_hold_most_between_their_products():
+    wide = SMALL | {"d_ff": 2048}
+    forward = memory_cost(**wide, capacity_factor=1.0, gradient=False)
+    assert (forward.temp_bytes, forward.step) == (X + 2 * 16 * G, "project")
+    both = memory_cost(**wide, capacity_factor=1.0, gradient=True)
+    # Rows, their gradients times the weights; gate, up, hidden and its gradient. The gradients without
+    # weights are in the memory of a result, which is larger than X here.
+    assert (both.temp_bytes, both.step) == (2 * X + 4 * 16 * G, "back through down")
+
+
+def test_memory_of_rows_follows_tokens_and_capacity():
+    base = memory_cost(**SMALL, capacity_factor=1.0, gradient=True)
+    more = memory_cost(**SMALL | {"tokens": 2048}, capacity_factor=1.0, gradient=True)
+    assert more.temp_bytes == 2 * base.temp_bytes
+    slack = memory_cost(**SMALL, capacity_factor=2.0, gradient=True)
+    # Twice the rows in the buffers: rows, their gradients, these times the weights; gate, up, hidden
+    # and the gradient of hidden.
+    assert (slack.temp_bytes, slack.step) == (3 * 2 * X + 4 * 2 * G, "back through down")
+
+
+def test_buffers_that_end_before_a_result_is_written_take_its_memory():
+    large = Buffer(name="large", num_bytes=16, first="send", last="send")
+    early = Buffer(name="early", num_bytes=8, first="send", last="send")
+    beside = Buffer(name="beside", num_bytes=8, first="send", last="project")
+    after = Buffer(name="after", num_bytes=4, first="project", last="activate")
+    late = Buffer(name="late", num_bytes=4, first="unsort", last="gradients of the matrices")
+    buffers = [late, after, beside, early, large]
+    assert outside_results(buffers, [8, 8]) == [large, late]
+    assert outside_results(buffers, [8]) == [large, early, late, after]
+    assert outside_results([late, after, early, large], [8]) == [large, late]
+    assert outside_results(buffers, []) == sorted(buffers, key=lambda b: -b.num_bytes)

@@ -164,6 +164,30 @@ def test_a_program_that_exceeds_the_memory_does_not_fit():
         assert program.work == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("lowered", "counted"),
+    [("stablehlo.custom_call @tpu_custom_call(%0)", True), ('"chlo.ragged_dot"(%0, %1)', False)],
+)
+def test_a_program_that_is_not_written_out_is_counted_if_its_products_are_kernels(
+    monkeypatch, lowered, counted
+):
+    here = targets.Target(
+        name="cpu", platform="cpu", devices=tuple(jax.devices()), memory_bytes=10**9
+    )
+    monkeypatch.setattr(targets, "_text_of", lambda compiled, before: (lowered, False))
+    program = targets.compile_program(
+        here,
+        lambda x: x @ x,
+        (jax.ShapeDtypeStruct((64, 64), "float32"),),
+        what="x",
+        gradient=False,
+        implementation="y",
+        useful_flops=2.0 * 64**3,
+    )
+    assert not program.readable
+    assert (program.work is not None) is counted
+
+
 # --- the verification of a target -------------------------------------------------------------
 
 
@@ -333,3 +357,4 @@ def test_experts_over_eight_chips_send_rows_there_and_back(exchange, sent):
     assert program.error is None
     assert {kind: traffic.count for kind, traffic in program.collectives.items()} == sent
     assert program.kernels == {"tpu_custom_call": 3}
+    assert (program.model is not None) is (exchange == "all_to_all")
