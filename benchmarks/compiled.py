@@ -4,10 +4,12 @@
                                   [--layers mixtral,olmoe] [--implementations default,ragged]
                                   [--seconds 300]
     python benchmarks/compiled.py --out benchmarks/results/compiled.json --check
+    python benchmarks/compiled.py --out benchmarks/results/compiled.json --skip "no time was left"
 
 Rows are written one by one. A row that the file has already is not compiled again, so the command can
 be stopped and started. Each row is compiled by a process of its own, which ends after ``--seconds``. An
-implementation that refuses a target is a row with its reason; name it alone to compile it.
+implementation that refuses a target is a row with its reason; name it alone to compile it. ``--skip``
+compiles nothing and adds the rows that the file lacks, with a reason; a later call compiles them.
 
 Prints the table of all rows as Markdown. Exits with 1 if a default row does not compile, does not fit,
 has an array of all rows and all experts, or does more than 1.1 times the work, with the padding to
@@ -34,20 +36,35 @@ from moe_jax.parallel.targets import open_target
 
 TARGETS = ("v5e:2x4", "h100", "v6e:2x4", "v5p:2x2x1")
 ORDER = ("default", "ragged", "capacity", "tiered", "dense", "active")  # of interest
+LAYERS_OF_THE_TABLE = ("olmoe", "mixtral", "deepseek_v3")
+PASSES = ("forward", "forward + backward")
 MOST_WORK = 1.1
 
 
+def key_of(row: dict[str, Any]) -> tuple[int, ...]:
+    """Where a row stands in the table."""
+    return (
+        TARGETS.index(row["target"]),
+        LAYERS_OF_THE_TABLE.index(row["what"]),
+        ORDER.index(row["asked"]),
+        PASSES.index(row["passes"]),
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as Markdown: those that were compiled, and below them those that were not, by reason."""
     lines = [
         "| target | layer | implementation | passes | work / 1× | temp MB | fits | kernels "
         "| E× buffer | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    without: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=key_of):
         start = f"| {row['target']} | {row['what']} | {row['implementation']} | {row['passes']} |"
-        if "refused" in row:
-            lines.append(f"{start} refused: {row['refused']} | | | | | |")
+        if "refused" in row or "skipped" in row:
+            word = "refused" if "refused" in row else "skipped"
+            reason = f"`{row['asked']}` {word}: {row[word]}"
+            without.setdefault(reason, []).append(row)
             continue
         if "error" in row:
             lines.append(f"{start} does not compile: {row['error'][:90]} | | | | | |")
@@ -59,7 +76,21 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{start} {work} | {row['temp_mb']:,.0f} | {'yes' if row['fits'] else 'no'} | {kernels} "
             f"| {expanded} | {row['seconds']:.0f} |"
         )
+    lines += [""] if without else []
+    lines += [f"- {reason}: {places(some)}." for reason, some in without.items()]
     return "\n".join(lines)
+
+
+def places(rows: list[dict[str, Any]]) -> str:
+    """The targets of some rows, with their layers and passes unless those are all."""
+    words = []
+    for target in TARGETS:
+        some = [r for r in rows if r["target"] == target]
+        if len(some) == len(LAYERS_OF_THE_TABLE) * len(PASSES):
+            words.append(target)
+        else:
+            words += [f"{target} {r['what']} {r['passes']}" for r in some]
+    return ", ".join(words)
 
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
@@ -69,8 +100,9 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
         if row["asked"] != "default":
             continue
         where = f"{row['target']}, {row['what']}, {row['passes']}"
-        if "error" in row:
-            sentences.append(f"{where}: does not compile: {row['error']}")
+        if "error" in row or "skipped" in row:
+            reason = row.get("error") or row["skipped"]
+            sentences.append(f"{where}: does not compile: {reason}")
             continue
         # Kernels count a tile that two experts share once, and compute it for both.
         most = (
@@ -99,8 +131,10 @@ def compile_row(target_name: str, layer: str, name: str, gradient: bool) -> dict
     return program.summary()
 
 
-def row_of(key: tuple[str, str, str, str], *, refuse: bool, seconds: float) -> dict[str, Any]:
-    """One row: the reason of a refusal, or what a process of its own compiles."""
+def row_of(
+    key: tuple[str, str, str, str], *, refuse: bool, seconds: float, skip: str | None = None
+) -> dict[str, Any]:
+    """One row: the reason of a refusal or of ``skip``, or what a process of its own compiles."""
     target, layer, name, passes = key
     start = {"target": target, "what": layer, "passes": passes, "implementation": name, "ok": False}
     if name != "default" and refuse:
@@ -108,6 +142,8 @@ def row_of(key: tuple[str, str, str, str], *, refuse: bool, seconds: float) -> d
         reason = refusal(platform, LAYERS[layer], name)
         if reason is not None:
             return {**start, "refused": reason}
+    if skip is not None:
+        return {**start, "skipped": skip}
     command = [sys.executable, __file__, "--row", json.dumps(key)]
     try:
         ran = subprocess.run(
@@ -135,11 +171,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--layers", default="olmoe,mixtral,deepseek_v3")
+    parser.add_argument("--layers", default=",".join(LAYERS_OF_THE_TABLE))
     parser.add_argument("--implementations", default=",".join(ORDER))
     parser.add_argument("--passes", choices=("forward", "both"), default="both")
     parser.add_argument("--seconds", type=float, default=300.0, help="the most for one row")
     parser.add_argument("--check", action="store_true", help="check the rows of the file only")
+    parser.add_argument(
+        "--skip", metavar="REASON", help="add the rows that are missing, with a reason"
+    )
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
@@ -157,19 +196,22 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     if args.out.exists():
         rows = json.loads(args.out.read_text())["rows"]
+    if not args.check:
+        rows = [r for r in rows if "skipped" not in r]
     done = {(r["target"], r["what"], r["asked"], r["passes"]) for r in rows}
     keys = [
         (target, layer, name, passes)
         for name in names
         for target in args.targets.split(",")
         for layer in args.layers.split(",")
-        for passes in ("forward", "forward + backward")[: 1 if args.passes == "forward" else 2]
+        for passes in PASSES[: 1 if args.passes == "forward" else 2]
     ]
     for key in keys if not args.check else ():
         if key in done:
             continue
-        row = row_of(key, refuse=len(names) > 1, seconds=args.seconds)
+        row = row_of(key, refuse=len(names) > 1, seconds=args.seconds, skip=args.skip)
         rows.append({"asked": key[2], **row})
+        rows.sort(key=key_of)
         settings = {**versions(), "dtype": "bfloat16"}
         text = json.dumps({"bench": "compiled", "settings": settings, "rows": rows}, indent=1)
         args.out.write_text(text + "\n")

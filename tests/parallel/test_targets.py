@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from typer.testing import CliRunner
 
 from moe_jax.cli import app
-from moe_jax.experts import FeedForward
+from moe_jax.experts import IMPLEMENTATIONS, FeedForward
 from moe_jax.lab import target_step, target_verification
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.target_verification import verify_target
@@ -295,9 +296,29 @@ def test_the_committed_table_holds_what_the_default_promises():
     }
     assert len(asked) == len(compiled.TARGETS) * 3 * 2
     assert compiled.faults(rows) == []
+    # Every implementation has its row on every target, with figures or with a reason.
+    keys = {(r["target"], r["what"], r["asked"], r["passes"]) for r in rows}
+    wanted = itertools.product(
+        compiled.TARGETS, compiled.LAYERS_OF_THE_TABLE, compiled.ORDER, compiled.PASSES
+    )
+    assert keys == set(wanted)
+    assert len(keys) == len(rows)
+    assert set(compiled.ORDER) | {"grouped"} == {"default", *IMPLEMENTATIONS}  # it is the default
     (row,) = [r for r in rows if r["asked"] == "default"][:1]
-    for broken in ({"work": 1.05}, {"expanded": True}, {"fits": False}, {"error": "no"}):
+    for broken in (
+        {"work": 1.05},
+        {"expanded": True},
+        {"fits": False},
+        {"error": "no"},
+        {"skipped": "no"},
+    ):
         assert len(compiled.faults([row | broken])) == 1
+
+
+def test_the_page_shows_the_committed_table():
+    compiled, rows = compiled_benchmark()
+    page = (Path(__file__).parents[2] / "docs" / "accelerators.md").read_text()
+    assert compiled.table(rows) in page
 
 
 # --- the exchange -----------------------------------------------------------------------------
