@@ -183,7 +183,8 @@ function show(m, ready) {
     ["up", started ? span(Date.now() / 1000 - started) : "–"],
   ]);
   const build = (rows(m, "moe_build_info")[0] || { labels: {} }).labels;
-  text("build", ["version", "jax", "backend", "params"].filter((k) => build[k]).map((k) => (k === "version" ? build[k] : `${k} ${build[k]}`)).join(" · "));
+  const named = { version: "", jax: "jax ", backend: "backend ", params: "model version " };
+  text("build", Object.keys(named).filter((k) => build[k]).map((k) => named[k] + build[k]).join(" · "));
   const reasons = ready.reasons || [];
   $("state").className = "state " + (ready.ready ? "good" : "warn");
   text("state", ready.ready ? "ready" : "not ready: " + (reasons.join(", ").replace(/_/g, " ") || "unknown"));
