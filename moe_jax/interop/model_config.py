@@ -8,11 +8,20 @@ on the Hub; nothing here imports transformers.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from moe_jax.interop.value_kinds import (
+    COUNT,
+    COUNT_OR_ZERO,
+    FLAG,
+    NAME,
+    NOT_NEGATIVE,
+    NUMBER,
+    POSITIVE,
+    ValueKind,
+    check_value,
+)
 
 # Meaning -> the keys that state it. A meaning that is not listed is stated by the key of that name.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -83,66 +92,23 @@ NESTED = ("text_config", "language_config", "llm_config", "thinker_config", "ffn
 # --- what a value must be ---------------------------------------------------------------------
 
 
-def _is_whole(value: Any, *, least: int) -> bool:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    return whole and bool(value >= least)
-
-
-def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float, np.number))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """What values of a setting are: in words, and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-_COUNT = _Kind("a whole number of at least 1", lambda v: _is_whole(v, least=1))
-_COUNT_OR_ZERO = _Kind("a whole number of at least 0", lambda v: _is_whole(v, least=0))
-_NUMBER = _Kind("a finite number", _is_number)
-_NOT_NEGATIVE = _Kind("a number of at least 0", lambda v: _is_number(v) and v >= 0)
-_POSITIVE = _Kind("a number above 0", lambda v: _is_number(v) and v > 0)
-_FLAG = _Kind("true or false", lambda v: isinstance(v, bool))
-_NAME = _Kind("a name", lambda v: isinstance(v, str) and bool(v))
-
-_KINDS: dict[str, _Kind] = {
-    **dict.fromkeys(("num_experts", "k", "hidden_size", "router_hidden_size"), _COUNT),
-    **dict.fromkeys(("groups", "top_groups", "vocab_size", "expert_capacity"), _COUNT),
-    **dict.fromkeys(("shared", "zero_experts"), _COUNT_OR_ZERO),
-    **dict.fromkeys(("norm", "selection_bias", "weight_on_input", "router_bias"), _FLAG),
-    **dict.fromkeys(("shared_expert_sink", "batch_prioritized_routing"), _FLAG),
-    "normalize_router_prob_before_dropping": _FLAG,
-    **dict.fromkeys(("scale", "output_multiplier", "swiglu_alpha"), _NUMBER),
-    "moe_eval_capacity_token_fraction": _NUMBER,  # -1 is "by capacity" in NLLB
-    **dict.fromkeys(("norm_eps", "post_norm_eps", "jitter", "input_jitter_noise"), _NOT_NEGATIVE),
-    **dict.fromkeys(("moe_norm_min", "softcap", "moe_token_dropout"), _NOT_NEGATIVE),
-    **dict.fromkeys(("swiglu_limits", "swiglu_limits_shared"), _NOT_NEGATIVE),  # 0 is no limit
-    **dict.fromkeys(("mlp_gate_softcap", "mlp_up_softcap", "swiglu_limit"), _POSITIVE),
-    "moe_normalize_expert_weights": _POSITIVE,
-    **dict.fromkeys(("activation", "score", "topk_method", "second_expert_policy"), _NAME),
-    "shared_expert_combination_strategy": _NAME,
+_KINDS: dict[str, ValueKind] = {
+    **dict.fromkeys(("num_experts", "k", "hidden_size", "router_hidden_size"), COUNT),
+    **dict.fromkeys(("groups", "top_groups", "vocab_size", "expert_capacity"), COUNT),
+    **dict.fromkeys(("shared", "zero_experts"), COUNT_OR_ZERO),
+    **dict.fromkeys(("norm", "selection_bias", "weight_on_input", "router_bias"), FLAG),
+    **dict.fromkeys(("shared_expert_sink", "batch_prioritized_routing"), FLAG),
+    "normalize_router_prob_before_dropping": FLAG,
+    **dict.fromkeys(("scale", "output_multiplier", "swiglu_alpha"), NUMBER),
+    "moe_eval_capacity_token_fraction": NUMBER,  # -1 is "by capacity" in NLLB
+    **dict.fromkeys(("norm_eps", "post_norm_eps", "jitter", "input_jitter_noise"), NOT_NEGATIVE),
+    **dict.fromkeys(("moe_norm_min", "softcap", "moe_token_dropout"), NOT_NEGATIVE),
+    **dict.fromkeys(("swiglu_limits", "swiglu_limits_shared"), NOT_NEGATIVE),  # 0 is no limit
+    **dict.fromkeys(("mlp_gate_softcap", "mlp_up_softcap", "swiglu_limit"), POSITIVE),
+    "moe_normalize_expert_weights": POSITIVE,
+    **dict.fromkeys(("activation", "score", "topk_method", "second_expert_policy"), NAME),
+    "shared_expert_combination_strategy": NAME,
 }
-
-
-def in_words(value: Any) -> str:
-    """A config value for messages, as JSON spells it, with text marked as text.
-
-    Example:
-        >>> in_words("false"), in_words(False), in_words(2)
-        ("the text 'false'", 'false', '2')
-    """
-    if isinstance(value, str):
-        return f"the text {value!r}"
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,12 +149,9 @@ class HFConfig:
             kind = _KINDS.get(meaning)
             # An explicit null is silence, except for a flag: null is false in Python, and a default
             # of true would contradict it.
-            null_flag = kind is _FLAG and key in self.stated and self.stated[key] is None
-            if null_flag or (kind and key in stated and not kind.holds(stated[key])):
-                raise ValueError(
-                    f"config of {self.model_type!r}, {key}: expected {kind.words if kind else ''}, got "
-                    f"{in_words(self.stated[key])}. Correct config.json."
-                )
+            null_flag = kind is FLAG and key in self.stated and self.stated[key] is None
+            if null_flag or key in stated:
+                check_value(kind, stated.get(key), model_type=self.model_type, key=key)
         if len(set(map(repr, stated.values()))) > 1:
             listed = ", ".join(f"{k}={v!r}" for k, v in stated.items())
             raise ValueError(

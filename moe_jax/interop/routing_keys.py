@@ -15,8 +15,9 @@ from typing import Any
 from moe_jax.experts import ExpertFn
 from moe_jax.interop.expert_functions import HF_ACTIVATIONS
 from moe_jax.interop.family import Family
-from moe_jax.interop.model_config import ALIASES, HFConfig, in_words
+from moe_jax.interop.model_config import ALIASES, HFConfig
 from moe_jax.interop.rules import CapacityTopK, JointShared, ProductKeys, ZeroExperts
+from moe_jax.interop.value_kinds import in_words
 from moe_jax.routers import Router
 from moe_jax.routing.scoring import Scoring
 

@@ -129,12 +129,19 @@ class Tensors:
 
 
 def _check_numbers(where: str, meaning: str, tensor: Tensor) -> None:
-    """Refuses numbers that stand for others: int8, float8 and the like without their scales."""
-    name = np.dtype(tensor.dtype).name
-    if meaning == "router.table":
-        if not name.startswith(("int", "uint")):
-            raise ValueError(f"{where}: expected whole numbers, expert ids, got {name}.")
-    elif name not in ("float64", "float32", "float16", "bfloat16"):
+    if meaning != "router.table":
+        check_plain(where, tensor)
+    elif not np.dtype(tensor.dtype).name.startswith(("int", "uint")):
+        raise ValueError(f"{where}: expected whole numbers, expert ids, got {tensor.dtype}.")
+
+
+def check_plain(where: str, tensor: Tensor) -> None:
+    """Refuses numbers that stand for others: int8, float8 and the like without their scales.
+
+    Raises:
+        ValueError: the tensor is neither float64, float32, float16 nor bfloat16.
+    """
+    if np.dtype(tensor.dtype).name not in ("float64", "float32", "float16", "bfloat16"):
         raise ValueError(
             f"{where}: expected plain weights (float32, bfloat16, float16), got "
             f"{describe_array(tensor)} without the scales that such a quantised tensor needs. Take "

@@ -6,6 +6,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from moe_jax.interop.value_kinds import (
+    COUNT,
+    COUNT_OR_ZERO,
+    FLAG,
+    NAME,
+    NOT_NEGATIVE,
+    OBJECT,
+    POSITIVE,
+    ValueKind,
+    check_value,
+    is_number,
+    is_whole,
+    list_of,
+)
 from moe_jax.models.decoder_config import RopeConfig
 from moe_jax.models.rope import KINDS
 
@@ -36,6 +50,47 @@ high_freq_factor short_factor long_factor short_mscale long_mscale finetuned
 """
 _ROPE_KEYS = frozenset(_ROPE.split())
 
+_NAMES = list_of("names, one a layer", NAME.holds)
+_ABOVE_1 = ValueKind("a number above 1", lambda v: is_number(v) and v > 1)
+_LAST_LAYER = ValueKind("a layer's number, or -1", lambda v: is_whole(v, least=-1))
+_BASES = list_of("numbers of at least 0, or null", lambda v: v is None or NOT_NEGATIVE.holds(v))
+_EVERY = ValueKind(
+    "a whole number of at least 1, or a list of 0 and 1",
+    lambda v: COUNT.holds(v) or (isinstance(v, list) and all(flag in (0, 1) for flag in v)),
+)
+
+
+def _kinds(kind: ValueKind, keys: str) -> dict[str, ValueKind]:
+    return dict.fromkeys(keys.split(), kind)
+
+
+# Keys with another kind of value are refused: the text "false" would be true, and a window of true
+# would be one token. Keys that are not listed are checked where they are read.
+_KINDS: dict[str, ValueKind] = {
+    **_kinds(COUNT, "num_hidden_layers hidden_size num_attention_heads num_key_value_heads"),
+    **_kinds(COUNT, "vocab_size q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim"),
+    **_kinds(COUNT, "v_head_dim decoder_sparse_step moe_layer_interval rotary_dim"),
+    **_kinds(COUNT, "max_position_embeddings original_max_position_embeddings"),
+    **_kinds(COUNT_OR_ZERO, "head_dim intermediate_size shared_intermediate_size sliding_window"),
+    **_kinds(COUNT_OR_ZERO, "first_k_dense_replace num_dense_layers max_window_layers"),
+    **_kinds(COUNT_OR_ZERO, "moe_layer_start_index num_nextn_predict_layers"),
+    **_kinds(FLAG, "attention_bias qkv_bias use_bias mlp_bias lm_head_bias tie_word_embeddings"),
+    **_kinds(FLAG, "use_qk_norm rope_interleave mup_enabled use_sliding_window truncate"),
+    **_kinds(POSITIVE, "clip_qkv attention_multiplier embedding_multiplier residual_multiplier"),
+    **_kinds(POSITIVE, "logits_scaling partial_rotary_factor factor alpha attention_factor"),
+    **_kinds(POSITIVE, "low_freq_factor high_freq_factor short_mscale long_mscale"),
+    **_kinds(NOT_NEGATIVE, "rms_norm_eps beta_fast beta_slow mscale mscale_all_dim"),
+    **_kinds(NAME, "hidden_act rope_type type"),
+    **_kinds(OBJECT, "rope_parameters rope_scaling"),
+    **_kinds(_NAMES, "layer_types mlp_layer_types"),
+    **_kinds(list_of("numbers above 0", POSITIVE.holds), "short_factor long_factor"),
+    "mlp_only_layers": list_of("layers' numbers", COUNT_OR_ZERO.holds),
+    "moe_layer_end_index": _LAST_LAYER,
+    "moe_layer_freq": _EVERY,
+    "layer_rope_theta": _BASES,
+    "rope_theta": _ABOVE_1,
+}
+
 
 class ConfigKeys:
     """Reads a config by key and refuses what nobody read.
@@ -56,10 +111,31 @@ class ConfigKeys:
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key. Null means ``default``; a key that is left out means the default of
-        transformers, else ``default``."""
+        transformers, else ``default``.
+
+        Raises:
+            ValueError: the config states a value of another kind than the key has.
+        """
         self._read.add(key)
         value = self._config[key] if key in self._config else self._defaults.get(key)
-        return default if value is None else value
+        if value is None:
+            return default
+        if key in self._config:
+            self.check_kind(key, value)
+        return value
+
+    def check_kind(self, key: str, value: Any, *, place: str = "") -> None:
+        """Refuses text where a number belongs, and the like.
+
+        Args:
+            key: whose kind is known.
+            value: what the config states.
+            place: for the message, the object that the key is in, with a dot after it.
+
+        Raises:
+            ValueError: the value is of another kind.
+        """
+        check_value(_KINDS.get(key), value, model_type=self.model_type, key=f"{place}{key}")
 
     def default(self, key: str) -> Any:
         """The default of transformers for a key, None where it has none."""
@@ -72,8 +148,7 @@ class ConfigKeys:
             ValueError: it is missing or something else.
         """
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(key, "a positive whole number", value)
+        check_value(COUNT, value, model_type=self.model_type, key=key)
         return value
 
     def fixed(self, key: str, values: tuple[Any, ...]) -> None:
@@ -141,17 +216,20 @@ def read_rope(
         partial = keys.get("rotary_dim") / head_dim
     scaling = keys.get("rope_scaling")
     stated = scaling or keys.get("rope_parameters") or keys.default("rope_parameters") or {}
-    if not isinstance(stated, Mapping):
-        raise keys.error("rope_parameters", "an object", stated)
+    where = "rope_scaling" if scaling else "rope_parameters"
     if layer_type in stated:
         stated = stated[layer_type]
         if stated is None:
             return None, 1.0
+        check_value(OBJECT, stated, model_type=keys.model_type, key=f"{where}.{layer_type}")
     alpha = stated.get("alpha") if keys.model_type == "hunyuan_v1_moe" else None
+    # As at the top, null states nothing.
+    stated = {key: value for key, value in stated.items() if value is not None}
     unknown = sorted(set(stated) - _ROPE_KEYS - ({"alpha"} if alpha is not None else set()))
     if unknown:
-        where = "rope_scaling" if scaling else "rope_parameters"
         raise keys.error(f"{where}.{unknown[0]}", "absent", stated[unknown[0]])
+    for key, value in stated.items():
+        keys.check_kind(key, value, place=f"{where}.")
     kind = stated.get("rope_type") or stated.get("type") or "default"
     if kind not in KINDS:
         raise keys.error("rope_type", f"one of {', '.join(KINDS)}", kind)
@@ -167,10 +245,20 @@ def read_rope(
     )
     partial = stated.get("partial_rotary_factor", partial)
     factor = stated.get("factor")
+    if factor is None and kind in ("linear", "dynamic", "llama3"):
+        raise keys.error(f"{where}.factor", f"a number, as {kind!r} needs it", factor)
+    # Without them the formulas divide by 0.
+    if kind == "dynamic" and not longest:
+        raise keys.error("max_position_embeddings", f"a number, as {kind!r} needs it", None)
+    if kind in ("yarn", "llama3", "longrope") and not original:
+        raise keys.error(
+            f"{where}.original_max_position_embeddings", f"a number, as {kind!r} needs it", None
+        )
+    low, high = (float(stated.get(f"{end}_freq_factor", 1.0)) for end in ("low", "high"))
+    if kind == "llama3" and high <= low:
+        raise keys.error(f"{where}.high_freq_factor", f"above low_freq_factor, {low}", high)
     if factor is None:
-        if kind in ("linear", "dynamic", "llama3"):
-            raise keys.error("rope_parameters.factor", f"a number, as {kind!r} needs it", factor)
-        factor = longest / original if kind in ("yarn", "longrope") else 1.0
+        factor = longest / original if kind in ("yarn", "longrope") and longest else 1.0
     rope = RopeConfig(
         dim=int(head_dim * partial),
         theta=float(stated.get("rope_theta") or theta),
@@ -182,8 +270,8 @@ def read_rope(
         beta_fast=float(stated.get("beta_fast") or 32),
         beta_slow=float(stated.get("beta_slow") or 1),
         truncate=bool(stated.get("truncate", True)),
-        low_freq_factor=float(stated.get("low_freq_factor") or 1.0),
-        high_freq_factor=float(stated.get("high_freq_factor") or 1.0),
+        low_freq_factor=low,
+        high_freq_factor=high,
         short_factors=_factors(keys, kind, stated, "short_factor"),
         # transformers 5.24 keeps PhiMoE's short factors at every length; only its magnitude changes.
         long_factors=_factors(

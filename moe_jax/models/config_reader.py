@@ -106,7 +106,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     layers, width = keys.number("num_hidden_layers"), keys.number("hidden_size")
     heads = keys.number("num_attention_heads")
     kv_heads = keys.get("num_key_value_heads", heads)
-    if not isinstance(kv_heads, int) or kv_heads < 1 or heads % kv_heads:
+    if heads % kv_heads:
         raise keys.error("num_key_value_heads", f"a divisor of {heads} heads", kv_heads)
     head_dim = keys.get("head_dim") or width // heads
     latent = None
@@ -124,7 +124,7 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     # Read where the family has windows at all: layer_types may leave all layers without one.
     stated_window = None if row.windows is no_window else keys.get("sliding_window")
     window = stated_window if SLIDING in types else None
-    if SLIDING in types and (not isinstance(window, int) or window < 1):
+    if SLIDING in types and not window:
         raise keys.error("sliding_window", "a positive whole number", window)
     interleaved = row.interleaved
     if isinstance(interleaved, str):
@@ -188,8 +188,14 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
         tied=bool(keys.get("tie_word_embeddings", False)),
         head_bias=_flag(keys, row.head_bias),
     )
-    if decoder.moe_layers:
-        router_from_hf(config_of_layer(config, decoder.moe_layers[0]))
+    keys.get("num_nextn_predict_layers")  # of the weights: ``HubFolder`` reads it
+    checked: dict[str, Any] = {}
+    for number in decoder.moe_layers:
+        # Now and not hours later, when the layer is read. Most models have one config for all.
+        of_layer = config_of_layer(config, number)
+        if of_layer != checked:
+            router_from_hf(of_layer)
+        checked = of_layer
     keys.finish(_EXPERT_KEYS | frozenset(BY_TYPE[model_type].defaults) | frozenset(row.ignored))
     return decoder
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.models.causal_lm import CausalLM, Implementation, forward
+from moe_jax.checks import check_count, check_number
+from moe_jax.models.causal_lm import CausalLM, Implementation, check_tokens, forward
 from moe_jax.models.kv_cache import init_cache
 from moe_jax.types import Array
 
@@ -28,6 +29,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        check_number("temperature", self.temperature)
+        check_number("top_p", self.top_p)
         if not self.temperature >= 0:
             raise ValueError(
                 f"temperature: expected 0 or more, got {self.temperature}. 0 takes the likeliest token."
@@ -48,7 +51,9 @@ def sample(logits: Array, sampling: Sampling, key: Array) -> Array:
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # Below the largest, so that a tiny temperature makes minus infinities and no NaN.
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    logits = logits / max(sampling.temperature, 1e-30)
     if sampling.top_p < 1:
         order = jnp.argsort(-logits, axis=-1)
         probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
@@ -73,10 +78,7 @@ def stream_tokens(
     implementation: Implementation = None,
 ) -> Iterator[np.ndarray]:
     """Yields i32[B], the next token of each sequence, as they are made; see ``generate``."""
-    if max_new_tokens < 1:
-        raise ValueError(
-            f"max_new_tokens: expected 1 or more, got {max_new_tokens}. Ask for at least one token."
-        )
+    check_count("max_new_tokens", max_new_tokens, fix="Ask for at least one token.")
     if sampling.temperature > 0 and key is None:
         raise ValueError(
             "key: expected a key, as the temperature is not 0, got none. Pass jax.random.key(0)."
@@ -84,6 +86,7 @@ def stream_tokens(
     key = jax.random.key(0) if key is None else key
     config, params = model.config, model.params()
     ids = jnp.asarray(input_ids)
+    check_tokens(config, ids)
     mask = (
         jnp.ones(ids.shape, bool)
         if attention_mask is None

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.interop.names import canonical
-from moe_jax.interop.tensors import Tensor, to_device
+from moe_jax.interop.tensors import Tensor, check_plain, to_device
 from moe_jax.models.decoder_config import DecoderConfig, LayerConfig
 from moe_jax.types import Params
 
@@ -188,7 +187,8 @@ def take(
                 "the checkpoint."
             )
         tensor = tensors[entry.name]
-        if tuple(tensor.shape) != entry.shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
+        check_plain(f"{where}, {entry.name!r}", tensor)
+        if tuple(tensor.shape) != entry.shape:
             raise ValueError(
                 f"{where}: expected {entry.name!r} to be float{list(entry.shape)}, got "
                 f"{tensor.dtype}{list(tensor.shape)}. Check the config against the checkpoint."

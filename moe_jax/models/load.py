@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.interop import MoEBlock, moe_block_from_hf
 from moe_jax.interop.hub import config_of_layer
 from moe_jax.interop.names import canonical
 from moe_jax.interop.quantization import dequantize, part_of, quantization_of
 from moe_jax.interop.safetensors import SafetensorsFolder
+from moe_jax.interop.value_kinds import in_words, is_whole
 from moe_jax.layer import LayerAux
 from moe_jax.models.attention import TokenLayout
 from moe_jax.models.causal_lm import CausalLM, Implementation, decoder_layer
@@ -97,6 +99,8 @@ class HubFolder:
         tied = ["lm_head.weight"] if self.config.tied else []
         wanted = {e.name for e in entries}
         check_unused([n for n in named if n not in wanted and n not in tied], where=where)
+        if self.config.tied and "lm_head.weight" in named:
+            _check_same_head(named, where)
         return take(named, iter(entries), dtype=self.dtype, where=where)
 
     def layer(self, number: int) -> Params:
@@ -193,6 +197,18 @@ class HubFolder:
             layer=layer,
             name=name,
             in_block=in_block,
+        )
+
+
+def _check_same_head(ends: Mapping[str, Any], where: str) -> None:
+    """Refuses a head of its own where the config says that the embedding is the head."""
+    head, embedding = ends["lm_head.weight"], ends.get("model.embed_tokens.weight")
+    if embedding is not None and not np.array_equal(head, embedding):
+        # transformers 5 goes by the tensors then, older versions by the config.
+        raise ValueError(
+            f"{where}: expected 'lm_head.weight' to equal 'model.embed_tokens.weight', as "
+            "tie_word_embeddings in config.json states, got other numbers. If the head was trained, "
+            "set tie_word_embeddings to false."
         )
 
 
@@ -373,10 +389,21 @@ def stream_layers(
 
 
 def end_of_text(folder: str | Path) -> tuple[int, ...]:
-    """The ids that end a text, from ``generation_config.json``, else ``config.json``, else none."""
+    """The ids that end a text, from ``generation_config.json``, else ``config.json``, else none.
+
+    Raises:
+        ValueError: a file is no JSON object, or its ``eos_token_id`` is no id and no list of ids.
+    """
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
         stated = _read_object(path).get("eos_token_id") if path.is_file() else None
-        if stated is not None:
-            return tuple(stated) if isinstance(stated, list) else (stated,)
+        if stated is None:
+            continue
+        ids = stated if isinstance(stated, list) else [stated]
+        if not all(is_whole(one, least=0) for one in ids):
+            raise ValueError(
+                f"{path}: expected eos_token_id to be a token's id or a list of them, got "
+                f"{in_words(stated)}. Correct the file."
+            )
+        return tuple(ids)
     return ()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,13 @@ from moe_jax.models import (
     save_model,
     supported_decoders,
 )
+from moe_jax.models.generate import sample
 from moe_jax.models.unsupported import REASONS
 from moe_jax.routers import TopP
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 MODELS = GOLDENS / "models"
+CONFIGS = sorted([*MODELS.iterdir(), *(GOLDENS / "models_generated").iterdir()])
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,82 @@ def test_a_key_that_nobody_reads_is_refused_by_name(name):
 def test_a_setting_that_is_not_implemented_is_refused_by_name(name, changes, said):
     with pytest.raises(ValueError, match=said):
         decoder_config(config_of(name, **changes))
+
+
+def keys_of(config: dict, before: tuple[str, ...] = ()):
+    """The path of every key of a config, those inside objects included."""
+    for key, value in config.items():
+        yield (*before, key)
+        if isinstance(value, dict):
+            yield from keys_of(value, (*before, key))
+
+
+@pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
+def test_a_value_of_another_kind_is_refused_by_name_or_changes_nothing(folder):
+    """The text "false" was true, a window of true one token, and 0 in places a ZeroDivisionError."""
+    config = json.loads((folder / "config.json").read_text())
+    wanted = decoder_config(config)
+    for path in keys_of(config):
+        for wrong in ("x", "", [], [{}], {}, {"a": 1}, True, float("nan")):
+            changed = json.loads(json.dumps(config))
+            inside = changed
+            for key in path[:-1]:
+                inside = inside[key]
+            stated = inside[path[-1]]
+            if stated is None or (type(stated) is type(wrong) and wrong == wrong):
+                continue  # a value of the same kind, or a key without one
+            inside[path[-1]] = wrong
+            try:
+                got = decoder_config(changed)
+            except ValueError as error:
+                got = str(error)
+            refused = isinstance(got, str) and path[-1] in got
+            assert refused or got == wanted, f"{path} = {wrong!r} is read as {got}"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("granitemoe", {"logits_scaling": 0}, "logits_scaling"),
+        ("deepseek_v3", {"first_k_dense_replace": 0.5}, "first_k_dense_replace"),
+        ("mixtral", {"head_dim": 8.0}, "head_dim"),
+        ("mixtral", {"rms_norm_eps": float("inf")}, "rms_norm_eps"),
+        ("mixtral", {"rope_parameters": {"rope_theta": 1.0}}, "rope_theta"),
+        ("mixtral", {"num_nextn_predict_layers": "x"}, "num_nextn_predict_layers"),
+        ("mixtral", {"num_local_experts": [4, "x"]}, "num_local_experts"),  # one a layer
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}},
+            "high_freq_factor",
+        ),
+        (
+            "mixtral",
+            {
+                "rope_parameters": {"rope_type": "yarn", "factor": 2.0},
+                "max_position_embeddings": None,
+            },
+            "original_max_position_embeddings",
+        ),
+        (
+            "mixtral",
+            {
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0},
+                "max_position_embeddings": None,
+            },
+            "max_position_embeddings",
+        ),
+    ],
+)
+def test_a_number_that_the_formulas_cannot_take_is_refused_by_name(name, changes, said):
+    with pytest.raises(ValueError, match=said):
+        decoder_config(config_of(name, **changes))
+
+
+def test_a_null_in_rope_parameters_states_nothing():
+    stated = {"rope_theta": 5e5, "mrope_section": None, "factor": None}
+    plain = decoder_config(config_of("mixtral", rope_parameters={"rope_theta": 5e5}))
+    assert decoder_config(config_of("mixtral", rope_parameters=stated)) == plain
 
 
 def test_unknown_families_are_refused_and_the_nearest_named():
@@ -184,6 +263,13 @@ def test_a_broken_generation_config_is_named(tmp_path):
         load.end_of_text(tmp_path)
 
 
+@pytest.mark.parametrize("stated", ["2", [2, "x"], {"a": 1}, True, -1, 2.5, [[1]]])
+def test_an_end_of_text_that_is_no_id_is_named(tmp_path, stated):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    with pytest.raises(ValueError, match=r"generation_config\.json.*eos_token_id"):
+        load.end_of_text(tmp_path)
+
+
 def test_tensors_that_the_config_does_not_state_are_refused(tmp_path):
     folder = copy("mixtral", tmp_path / "a")
     extra = "model.layers.0.self_attn.q_norm.weight"
@@ -235,6 +321,33 @@ def test_quantised_weights_are_restored_and_unknown_methods_refused(tmp_path):
             save_model(restored, tmp_path / "saved")
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+    ],
+)
+def test_float8_without_its_scales_is_never_read_as_plain_weights(tmp_path, tensor):
+    folder = copy("mixtral", tmp_path / "a")
+    rewrite(folder, lambda t: t.update({tensor: t[tensor].astype(jnp.float8_e4m3fn)}))
+    with pytest.raises(ValueError, match=rf"{tensor.split('.')[-2]}.*float8.*scales"):
+        load_model(folder)
+
+
+def test_a_head_of_its_own_is_refused_where_the_config_ties_it_to_the_embedding(tmp_path):
+    folder = copy("mixtral", tmp_path / "a", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"lm_head\.weight.*tie_word_embeddings"):
+        load_model(folder)
+    embedding = "model.embed_tokens.weight"
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embedding]}))
+    stored_twice = load_model(folder)(jnp.array([[1, 2]]))
+    rewrite(folder, lambda t: t.pop("lm_head.weight"))
+    np.testing.assert_array_equal(load_model(folder)(jnp.array([[1, 2]])), stored_twice)
+
+
 def test_an_unknown_dtype_is_named():
     with pytest.raises(ValueError, match="float16"):
         load_model(MODELS / "mixtral", dtype="float16")
@@ -273,12 +386,29 @@ def test_settings_of_generation_are_checked(model):
     ids = jnp.array([[1, 2]])
     with pytest.raises(ValueError, match="max_new_tokens"):
         generate(model, ids, max_new_tokens=0)
+    for wrong in (2.5, "2", True):
+        with pytest.raises(TypeError, match=r"max_new_tokens: expected an integer"):
+            generate(model, ids, max_new_tokens=wrong)
+    with pytest.raises(ValueError, match=r"input_ids: expected int\[B, S\]"):
+        generate(model, ids[0], max_new_tokens=1)
     with pytest.raises(ValueError, match="key"):
         generate(model, ids, max_new_tokens=1, sampling=Sampling(temperature=1.0))
+    for name in ("temperature", "top_p"):
+        text: Any = {name: "1"}
+        with pytest.raises(TypeError, match=f"{name}: expected a number"):
+            Sampling(**text)
     with pytest.raises(ValueError, match="temperature"):
         Sampling(temperature=float("nan"))
     with pytest.raises(ValueError, match="top_p"):
         Sampling(top_p=0.0)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_tiny_temperature_takes_the_likeliest_token(top_p):
+    logits = jnp.array([[0.0, 3.0, -2.0], [50.0, 1.0, 2.0]])
+    for temperature in (1e-3, 1e-30, 1e-45):
+        sampling = Sampling(temperature=temperature, top_p=top_p)
+        assert sample(logits, sampling, jax.random.key(0)).tolist() == [1, 0]
 
 
 def test_a_model_that_the_hub_layout_cannot_hold_is_not_saved(model, tmp_path):
