@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--layers", default=",".join(LAYERS_OF_THE_TABLE))

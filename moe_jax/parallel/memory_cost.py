@@ -32,9 +32,10 @@ _BACKWARD = (
     "gather gradients",
     "send gradients",
     "sort gradients",
+    "gradient of down",
     "back through down",
     "back through the activation",
-    "gradients of the matrices",
+    "gradients of gate and up",
     "back through gate",
     "back through up",
     "send gradients back",
@@ -137,7 +138,9 @@ def memory_cost(
             itemsize=itemsize,
         )
     )
-    results = [local * d_model * d_ff * itemsize] * (3 if gradient else 0)
+    matrix = local * d_model * d_ff * itemsize
+    down, others = "gradient of down", "gradients of gate and up"
+    results = [(matrix, down), (matrix, others), (matrix, others)] if gradient else []
     remaining = outside_results(buffers, results)
     held = {
         step: sum(b.num_bytes for b in remaining if b.held_in(step))
@@ -152,21 +155,20 @@ def memory_cost(
     )
 
 
-def outside_results(buffers: Sequence[Buffer], results: Sequence[int]) -> list[Buffer]:
+def outside_results(buffers: Sequence[Buffer], results: Sequence[tuple[int, str]]) -> list[Buffer]:
     """Returns the buffers that do not fit into the memory of results that are not written yet.
 
     The compiler gives the memory of a result to temporaries that end before it, the largest first.
 
     Args:
         buffers: temporaries.
-        results: bytes of the gradients of the experts' matrices.
+        results: bytes of each result, and the step that writes it.
     """
-    written = _STEPS.index("gradients of the matrices")
     sharing: list[list[Buffer]] = [[] for _ in results]
     left = []
     for buffer in sorted(buffers, key=lambda b: -b.num_bytes):
-        for size, others in zip(results, sharing, strict=True):
-            early = _STEPS.index(buffer.last) < written
+        for (size, step), others in zip(results, sharing, strict=True):
+            early = _STEPS.index(buffer.last) < _STEPS.index(step)
             if early and buffer.num_bytes <= size and not any(map(buffer.meets, others)):
                 others.append(buffer)
                 break
@@ -194,9 +196,8 @@ def _buffers(
         # TPUs store arrays in tiles of 8 rows, those of [P, S, D] in each of the P.
         return -(-n // 8) * 8
 
-    wide = (
-        devices * eights(size) * d_model * itemsize
-    )  # [P, S, D], and the same in order of experts
+    # [P, S, D], and the same rows in order of experts.
+    wide = devices * eights(size) * d_model * itemsize
     framed = devices * eights(size + counts) * d_model * itemsize
     hidden = eights(devices * size) * d_ff * itemsize
     each = eights(tokens * k) * d_model * itemsize  # [T * K, D]
@@ -206,11 +207,11 @@ def _buffers(
 
     # With a gradient these are kept: the rows in order of experts, and all that has the width F. The
     # backward pass computes them again, and the compiler sees that both are the same.
-    rows_end = "gradients of the matrices" if gradient else "project"
+    rows_end = "gradients of gate and up" if gradient else "project"
     # An elementwise result takes the place of an operand that ends with it, so operands that do end
     # one step earlier here: gate for hidden, gate and up for their gradients.
     gate_end, up_end = ("back through down",) * 2 if gradient else ("project", "activate")
-    hidden_end = "gradients of the matrices" if gradient else "project down"
+    hidden_end = "gradient of down" if gradient else "project down"
     yield one("rows", wide, "gather rows", "add counts")
     yield one("rows with counts", framed, "add counts", "send")
     yield one("arrived with counts", framed, "send", "remove counts")
@@ -226,13 +227,16 @@ def _buffers(
     yield one("outputs", each, "pick outputs", "gradient of the weights")
     if not gradient:
         return
-    # Gathered from the float32 gradient of y; the narrower rows that are sent take its place.
-    yield one("dy", 2 * each * 2 // itemsize, "gradient of the weights", "gradient of the weights")
-    yield one("dy rows", 2 * wide * 2 // itemsize, "gather gradients", "gather gradients")
+    # The gradient of y is gathered in float32 twice: for the combine weights, where it meets the
+    # outputs, and for the rows that are sent, which take its place.
+    weights, gather = "gradient of the weights", "gather gradients"
+    yield one("dy", 4 * tokens * d_model, weights, gather)
+    yield one("dy of outputs", 4 * each // itemsize, weights, weights)
+    yield one("dy of rows", 4 * wide // itemsize, gather, gather)
     yield one("sent gradients", wide, "send gradients", "send gradients")
     yield one("arrived gradients", wide, "send gradients", "sort gradients")
     yield one("gradient rows", wide, "sort gradients", "back through down")
-    yield one("weighted gradients", wide, "back through down", "gradients of the matrices")
+    yield one("weighted gradients", wide, "gradient of down", "gradient of down")
     yield one("gradient of hidden", hidden, "back through down", "back through the activation")
     yield one("gradient of gate", hidden, "back through the activation", "back through gate")
     yield one("gradient of up", hidden, "back through the activation", "back through up")

@@ -129,8 +129,10 @@ def test_memory_of_a_layer_is_arguments_results_and_the_step_that_holds_most():
     assert (forward.temp_bytes, forward.step) == (2 * A, "send")  # sent and arrived
     both = memory_cost(**SMALL, capacity_factor=1.0, gradient=True)
     assert both.output_bytes == 1024 * 256 * 2 + arguments
-    # Rows, gate, up and hidden are kept; the outputs meet the float32 gradient of y, once per row.
-    assert (both.temp_bytes, both.step) == (X + 3 * G + X + 2 * X, "gradient of the weights")
+    # Rows, gate, up and hidden are kept; the outputs meet the float32 gradient of y, once per row and,
+    # before it is gathered, once per token.
+    dy = 4 * 1024 * 256
+    assert (both.temp_bytes, both.step) == (X + 3 * G + X + 2 * X + dy, "gradient of the weights")
     assert both.held_bytes == both.argument_bytes + both.output_bytes + both.temp_bytes
 
 
@@ -139,9 +141,8 @@ def test_wide_experts_hold_most_between_their_products():
     forward = memory_cost(**wide, capacity_factor=1.0, gradient=False)
     assert (forward.temp_bytes, forward.step) == (X + 2 * 16 * G, "project")
     both = memory_cost(**wide, capacity_factor=1.0, gradient=True)
-    # Rows, their gradients times the weights; gate, up, hidden and its gradient. The gradients without
-    # weights are in the memory of a result, which is larger than X here.
-    assert (both.temp_bytes, both.step) == (2 * X + 4 * 16 * G, "back through down")
+    # Rows, gate, up and hidden. What comes later takes the memory of results, which are larger than X.
+    assert (both.temp_bytes, both.step) == (X + 3 * 16 * G, "activate")
 
 
 def test_memory_of_rows_follows_tokens_and_capacity():
@@ -149,9 +150,10 @@ def test_memory_of_rows_follows_tokens_and_capacity():
     more = memory_cost(**SMALL | {"tokens": 2048}, capacity_factor=1.0, gradient=True)
     assert more.temp_bytes == 2 * base.temp_bytes
     slack = memory_cost(**SMALL, capacity_factor=2.0, gradient=True)
-    # Twice the rows in the buffers: rows, their gradients, these times the weights; gate, up, hidden
-    # and the gradient of hidden.
-    assert (slack.temp_bytes, slack.step) == (3 * 2 * X + 4 * 2 * G, "back through down")
+    # Twice the rows: rows; gate, up and hidden; gradients in float32, and these by token.
+    dy = 4 * 1024 * 256
+    assert slack.temp_bytes == 2 * X + 3 * 2 * G + 2 * 2 * X + dy
+    assert slack.step == "gather gradients"
 
 
 def test_buffers_that_end_before_a_result_is_written_take_its_memory():
@@ -159,9 +161,9 @@ def test_buffers_that_end_before_a_result_is_written_take_its_memory():
     early = Buffer(name="early", num_bytes=8, first="send", last="send")
     beside = Buffer(name="beside", num_bytes=8, first="send", last="project")
     after = Buffer(name="after", num_bytes=4, first="project", last="activate")
-    late = Buffer(name="late", num_bytes=4, first="unsort", last="gradients of the matrices")
-    buffers = [late, after, beside, early, large]
-    assert outside_results(buffers, [8, 8]) == [large, late]
-    assert outside_results(buffers, [8]) == [large, early, late, after]
-    assert outside_results([late, after, early, large], [8]) == [large, late]
+    late = Buffer(name="late", num_bytes=4, first="unsort", last="gradient of down")
+    buffers, down = [late, after, beside, early, large], "gradient of down"
+    assert outside_results(buffers, [(8, down), (8, down)]) == [large, late]
+    assert outside_results(buffers, [(8, down)]) == [large, early, late, after]
+    assert outside_results([late, after, early, large], [(8, down)]) == [large, late]
     assert outside_results(buffers, []) == sorted(buffers, key=lambda b: -b.num_bytes)
