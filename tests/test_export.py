@@ -16,6 +16,7 @@ import pytest
 import moe_jax
 from moe_jax import DynamicK, ExpertChoiceRouter, FeedForward, LayerOptions, TopK
 from moe_jax.experts import IMPLEMENTATIONS
+from moe_jax.routers import with_similarity
 from moe_jax.routers.registry import registered_rules
 from moe_jax.types import Array, pytree, static
 
@@ -125,13 +126,22 @@ def test_groups_take_a_symbolic_size_that_they_divide():
         exported(run, batch())
 
 
-def test_a_rule_that_looks_at_its_batch_takes_symbolic_sizes_on_both_sides_of_its_limit():
-    rule = moe_jax.Piggyback(num_experts=E, k=2, max_tokens=4)
+@pytest.mark.parametrize("rule", ["Piggyback", "Reroute", "SharedBudget"])
+def test_a_rule_that_looks_at_its_batch_takes_symbolic_sizes_on_both_sides_of_its_limit(rule):
+    rule = getattr(moe_jax, rule)(num_experts=E, k=2, max_tokens=4)
     params, state = rule.init(jax.random.key(0), D), rule.init_state()
-    call = exported(lambda x: rule(params, state, x).expert_indices, batch())
+    if isinstance(rule, moe_jax.Reroute):
+        state = with_similarity(state, jnp.ones((E, E)))
+
+    def run(x):
+        routing = rule(params, state, x)
+        return routing.expert_indices, routing.combine_weights
+
+    call = exported(run, batch())
     for size in (3, 9):
         x = jax.random.normal(jax.random.key(size), (size, D))
-        np.testing.assert_array_equal(call(x), rule(params, state, x).expert_indices)
+        for got, wanted in zip(call(x), jax.jit(run)(x), strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
 def test_a_row_budget_asks_for_the_bound_that_it_needs():

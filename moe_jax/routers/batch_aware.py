@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from moe_jax.checks import check_count, holds
@@ -12,6 +14,8 @@ from moe_jax.routers.contracts import FixedK, WholeBatch
 from moe_jax.routers.token_choice import Slots
 from moe_jax.routing.selection import build_routing, compact
 from moe_jax.types import Array, Routing
+
+Tree = TypeVar("Tree")
 
 
 class BatchAware(FixedK, WholeBatch, abc.ABC):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -51,13 +55,27 @@ class BatchAware(FixedK, WholeBatch, abc.ABC):  # pyright: ignore[reportIncompat
 
     def select(self, params, state, slots, x, context):
         real = slots.available & slots.token_mask[:, None]
-        fits = holds(lambda: x.shape[0] <= self.max_tokens)
-        keep = real if fits is False else self.choose(slots, real)
-        if fits is None:  # a symbolic batch (``jax.export``): its size is known at run time only
-            keep = jnp.where(jnp.asarray(x.shape[0]) <= self.max_tokens, keep, real)
+        keep = self.in_a_small_batch(lambda: self.choose(slots, real), real)
         # A prefix of length k in each token's own order.
         keep = keep & (jnp.cumsum(keep, axis=-1) <= self.k)
         return keep, self.weights(slots, keep)
+
+    def in_a_small_batch(self, small: Callable[[], Tree], large: Tree) -> Tree:
+        """Returns ``small()`` for a batch of at most ``max_tokens`` tokens, and ``large`` for others.
+
+        Args:
+            small: returns arrays [T, ...] like those of ``large``.
+            large: arrays [T, ...].
+        """
+        tokens = jax.tree.leaves(large)[0].shape[0]
+        fits = holds(lambda: tokens <= self.max_tokens)
+        if fits is False:
+            return large
+        chosen = small()
+        if fits is None:  # a symbolic batch (``jax.export``): its size is known at run time only
+            few = jnp.asarray(tokens) <= self.max_tokens
+            chosen = jax.tree.map(lambda a, b: jnp.where(few, a, b), chosen, large)
+        return chosen
 
     def build(self, slots: Slots, keep: Array, weights: Array) -> Routing:
         keep, indices, weights = compact(keep, slots.indices, weights)

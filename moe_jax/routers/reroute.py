@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_array, check_count, check_number, check_range
 from moe_jax.routers.batch_aware import BatchAware, first_ranks, loaded_by
+from moe_jax.routers.token_choice import Slots
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.similarity import substitutes
@@ -75,9 +76,13 @@ class Reroute(BatchAware):
         return first_ranks(real.shape, self.k) & real
 
     def select(self, params, state: RerouteState, slots, x, context):
-        keep, weights = super().select(params, state, slots, x, context)
-        if x.shape[0] > self.max_tokens:
-            return keep, weights
+        plain = super().select(params, state, slots, x, context)
+        return self.in_a_small_batch(lambda: self._rerouted(state, slots, *plain), plain)
+
+    def _rerouted(
+        self, state: RerouteState, slots: Slots, keep: Array, weights: Array
+    ) -> tuple[Array, Array]:
+        """bool[T, E] and f32[T, E]: the slots in use after re-routing, and their weights."""
         primary = loaded_by(slots, keep & first_ranks(keep.shape, self.keep_k))
         target = substitutes(state.similarity, primary, least=self.min_similarity)
         # By rank: the slot that a token's expert moves to, found through its place in the ranking.
