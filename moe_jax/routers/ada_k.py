@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.routers.arguments import check_params, check_uses_an_expert
+from moe_jax.checks import check_array, check_range
+from moe_jax.routers.arguments import check_params, check_state, check_uses_an_expert
 from moe_jax.routers.token_choice import TokenChoice
 from moe_jax.routing import budget
-from moe_jax.routing.gate import Gate, zero_padding
+from moe_jax.routing.gate import Gate, check_token_mask, zero_padding
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import clip_counts, first_k
 from moe_jax.types import Array, Params, Routing, pytree
@@ -32,12 +33,13 @@ class AdaK(TokenChoice):
     """Top-k whose k is an action of a linear policy on the token: ``softmax(x @ allocator + bias)``.
 
     Ada-K (Yue et al. 2024, arXiv:2410.10456) trains such allocators by proximal policy optimisation.
-    The abstract says so. From memory of the paper, whose code is not published, are these: the
-    allocator is one linear layer over the numbers of experts, actions are sampled in training and the
-    likeliest is taken when serving, and the reward trades the loss of the language model against the
-    number of experts. There is no critic: ``reward_advantages`` compares rewards with their mean.
+    The authors published no code, and these details were not compared with the paper's text: the
+    allocator is one linear layer over the numbers of experts; actions are sampled in training, and the
+    likeliest is taken when serving; the reward trades the loss of the language model against the number
+    of experts. There is no critic: ``reward_advantages`` compares rewards with their mean.
 
-    With a key the count is sampled; without one it is the likeliest. The choice of a count sends no
+    With a key the count is sampled, by Gumbel noise f32[T, K] that ``context["draw"]`` may hold
+    instead; without either it is the likeliest. The choice of a count sends no
     gradient into the weights, so the allocator learns from ``policy_loss`` alone::
 
         routing = router(params, state, x, key=key)  # sampled
@@ -97,14 +99,19 @@ class AdaK(TokenChoice):
         self, params, state: AdaKState, x, *, key=None, token_mask=None, context=None
     ) -> Routing:
         if key is not None and "draw" not in (context or {}):
+            check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
             key, draw_key = jax.random.split(key)
             draw = jax.random.gumbel(draw_key, (x.shape[0], self.max_k), jnp.float32)
             context = {**(context or {}), "draw": draw}
         return super().__call__(params, state, x, key=key, token_mask=token_mask, context=context)
 
     def log_probs(self, params: Params, state: AdaKState, x: Array) -> Array:
-        """f32[T, K]: log probability of each number of experts, 1 to K, for x float[T, D]."""
-        check_params(params, "kernel", "allocator", "allocator_bias")
+        """f32[T, K]: log probability of each number of experts, 1 to K, for x float[T, D].
+
+        -inf for numbers below ``min_k``.
+        """
+        check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
+        check_params(params, allocator=(x.shape[1], self.max_k), allocator_bias=(self.max_k,))
         scores = jnp.matmul(
             x.astype(jnp.float32),
             params["allocator"].astype(jnp.float32),
@@ -119,6 +126,8 @@ class AdaK(TokenChoice):
     def select(self, params, state: AdaKState, slots, x, context):
         scores = jax.lax.stop_gradient(self.log_probs(params, state, x))
         if "draw" in context:  # the largest of log probabilities with Gumbel noise is a sample
+            sizes = {"T": scores.shape[0], "K": self.max_k}
+            check_array("draw", context["draw"], "T K", sizes=sizes, fix="Pass Gumbel noise.")
             scores = scores + context["draw"]
         counts = 1 + jnp.argmax(scores, axis=-1).astype(jnp.int32)
         keep = clip_counts(first_k(counts, self.max_k), min_k=self.min_k)
@@ -147,9 +156,24 @@ class AdaK(TokenChoice):
             counts: i32[T], the experts that each token used.
             advantages: f32[T], how much better a token's reward was than expected.
             old_log_probs: f32[T], log probability of the counts when they were drawn.
-            clip: how far the probability of a count may move, as a share.
+            clip: how far the probability of a count may move, as a share in (0, 1).
             token_mask: bool[T], False for padding.
+
+        Raises:
+            TypeError: a state of another class, a wrong dtype.
+            ValueError: arrays of different numbers of tokens, parameters of other sizes, a clip
+                outside (0, 1).
         """
+        check_state(self, state)
+        check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
+        per_token: Any = {"sizes": {"T": x.shape[0]}, "fix": "Pass one value a token."}
+        check_array("counts", counts, "T", kind="int", **per_token)
+        check_array("advantages", advantages, "T", **per_token)
+        if old_log_probs is not None:
+            check_array("old_log_probs", old_log_probs, "T", **per_token)
+        check_range("clip", clip, above=0, below=1, fix="0.2 is usual.")
+        if token_mask is not None:
+            check_token_mask(token_mask, x.shape[0])
         real = jnp.ones((x.shape[0],), bool) if token_mask is None else token_mask
         x = jax.lax.stop_gradient(zero_padding(x, token_mask))
         place = jnp.clip(counts, self.min_k, self.max_k)[:, None] - 1
@@ -174,18 +198,35 @@ class AdaK(TokenChoice):
         return dataclasses.replace(state, tilt=jnp.asarray(tilt, jnp.float32))
 
 
-def reward_advantages(nats: Array, counts: Array, *, price: float) -> Array:
+def reward_advantages(
+    nats: Array, counts: Array, *, price: float, token_mask: Array | None = None
+) -> Array:
     """f32[T]: each token's reward ``-nats - price * counts`` less the mean, over the deviation.
+
+    Mean and deviation are those of real tokens; padding has 0.
 
     Args:
         nats: f32[T], the model's loss on what follows each token, with these counts.
         counts: i32[T], experts that the token used.
         price: nats that an expert has to be worth.
+        token_mask: bool[T], False for padding.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: arrays of different numbers of tokens.
 
     Example:
         >>> reward_advantages(jnp.array([1.0, 3.0]), jnp.array([1, 1]), price=0.1).round(3).tolist()
         [1.0, -1.0]
     """
+    check_array("nats", nats, "T", fix="Pass the loss on what follows each token.")
+    tokens = nats.shape[0]
+    fix = "Pass routing.num_experts_per_token."
+    check_array("counts", counts, "T", kind="int", sizes={"T": tokens}, fix=fix)
+    if token_mask is not None:
+        check_token_mask(token_mask, tokens)
+    real = jnp.ones((tokens,), bool) if token_mask is None else token_mask
     reward = -nats.astype(jnp.float32) - price * counts.astype(jnp.float32)
-    away = reward - reward.mean()
-    return away / jnp.maximum(jnp.sqrt(jnp.square(away).mean()), 1e-6)
+    count = jnp.maximum(real.sum(dtype=jnp.float32), 1.0)
+    away = jnp.where(real, reward - jnp.where(real, reward, 0.0).sum() / count, 0.0)
+    return away / jnp.maximum(jnp.sqrt(jnp.square(away).sum() / count), 1e-6)

@@ -31,7 +31,8 @@ def empty_record(num_experts: int, d_model: int) -> ExpertRecord:
 def record_experts(record: ExpertRecord, routing: Routing, x: Array) -> ExpertRecord:
     """Returns the record with one more batch; works under ``jit``.
 
-    Records of devices or micro-batches add up: sum their fields.
+    Records of devices or micro-batches add up: sum their fields. Tokens with NaN or inf, which use no
+    expert either, do not count as unrouted: their sum would leave an expert's column without numbers.
 
     Args:
         record: of the steps before.
@@ -42,7 +43,9 @@ def record_experts(record: ExpertRecord, routing: Routing, x: Array) -> ExpertRe
         "x", x, "T D", sizes={"T": routing.token_mask.shape[0]}, fix="Pass what was routed."
     )
     empty = routing.token_mask & (routing.num_experts_per_token == 0)
-    lost = jnp.where(empty[:, None], x.astype(jnp.float32), 0.0).sum(axis=0)
+    wide = x.astype(jnp.float32)
+    empty = empty & jnp.isfinite(wide).all(axis=1)
+    lost = jnp.where(empty[:, None], wide, 0.0).sum(axis=0)
     return ExpertRecord(
         tokens_per_expert=record.tokens_per_expert
         + routing.expert_mask.sum(axis=0, dtype=jnp.float32),

@@ -85,14 +85,31 @@ def check_stats(router: Any, stats: Any) -> None:
         )
 
 
-def check_params(params: Any, *names: str) -> None:
-    """Raises ValueError unless the router's parameters have these names."""
-    if not isinstance(params, Mapping) or not all(name in params for name in names):
+def check_params(params: Any, **shapes: tuple[int | None, ...]) -> None:
+    """Raises ValueError unless the router's parameters have these names and shapes.
+
+    Indexing and broadcasting would hide a wrong size: an array [1] passes for one [E].
+
+    Args:
+        params: the router's parameters.
+        **shapes: by name; None stands for any size.
+    """
+    fix = "Pass what router.init of this router returned."
+    if not isinstance(params, Mapping) or not all(name in params for name in shapes):
         got = ", ".join(sorted(params)) if isinstance(params, Mapping) else type(params).__name__
         raise ValueError(
-            f"params: expected a router's parameters with {', '.join(names)}, got {got}. Pass what "
-            "router.init of this router returned."
+            f"params: expected a router's parameters with {', '.join(shapes)}, got {got}. {fix}"
         )
+    for name, wanted in shapes.items():
+        shape = np.shape(params[name])
+        same = len(shape) == len(wanted) and all(
+            want in (None, size) for want, size in zip(wanted, shape, strict=True)
+        )
+        if not same:
+            sizes = ", ".join("any" if want is None else str(want) for want in wanted)
+            raise ValueError(
+                f"params: expected {name} of shape [{sizes}], got {describe_array(params[name])}. {fix}"
+            )
 
 
 def check_classes(logits: jax.Array, wanted: int) -> None:

@@ -84,7 +84,14 @@ class Cosine(FixedK):
 
     def logits(self, params, x: Array, *, key=None, token_mask=None, context=None) -> Array:
         """f32[T, E]: scaled cosines."""
-        check_params(params, "kernel", "projection", "projection_bias", "temperature")
+        size = self.projection_size
+        check_params(
+            params,
+            kernel=(size, self.num_experts),
+            projection=(None, size),
+            projection_bias=(size,),
+            temperature=(),
+        )
         projection = params["projection"].astype(jnp.float32)
         check_array(
             "x",

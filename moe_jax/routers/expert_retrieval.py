@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -65,11 +66,16 @@ class ExpertRetrieval(FixedK):
             raise ValueError(
                 f"query_size: expected an even number, got {self.query_size}. Queries are halved."
             )
-        if len(self.key_counts) != 2 or math.prod(self.key_counts) != self.num_experts:
-            raise ValueError(
-                f"num_keys: expected two numbers whose product is num_experts={self.num_experts}, got "
-                f"{self.num_keys}. None chooses them."
-            )
+        wanted = f"a tuple of two counts whose product is num_experts={self.num_experts}"
+        message = f"num_keys: expected {wanted}, got {self.num_keys!r}. None chooses them."
+        whole = isinstance(self.key_counts, tuple) and all(
+            isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in self.key_counts
+        )
+        if not whole:
+            raise TypeError(message)
+        right = len(self.key_counts) == 2 and min(self.key_counts) > 0
+        if not right or math.prod(self.key_counts) != self.num_experts:
+            raise ValueError(message)
         if self.gate.use_bias or self.gate.input_norm_eps is not None:
             raise ValueError(
                 f"gate: expected neither use_bias nor input_norm_eps, got {self.gate!r}. Queries have "
@@ -101,7 +107,10 @@ class ExpertRetrieval(FixedK):
 
     def logits(self, params, x: Array, *, key=None, token_mask=None, context=None) -> Array:
         """f32[T, E]: the sum of the scores of each pair of keys."""
-        check_params(params, "kernel", "keys_1", "keys_2")
+        half, (first, second) = self.query_size // 2, self.key_counts
+        check_params(
+            params, kernel=(None, self.query_size), keys_1=(half, first), keys_2=(half, second)
+        )
         kernel = params["kernel"].astype(jnp.float32)
         check_array(
             "x",
@@ -114,13 +123,13 @@ class ExpertRetrieval(FixedK):
         query = jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
         keys = (None, None) if key is None else tuple(jax.random.split(key))
         gate = self._gate_of_keys
-        first, second = (
-            gate({"kernel": params[name]}, half, key=key)
-            for name, half, key in zip(
+        a, b = (
+            gate({"kernel": params[name]}, part, key=key)
+            for name, part, key in zip(
                 ("keys_1", "keys_2"), jnp.split(query, 2, axis=1), keys, strict=True
             )
         )
-        pairs = first[:, :, None] + second[:, None, :]
+        pairs = a[:, :, None] + b[:, None, :]
         logits = pairs.reshape(x.shape[0], pairs.shape[1] * pairs.shape[2])
         # As from a gate over experts: -inf would give NaN in the gradients of some losses.
         return jnp.maximum(self.gate.exclude(logits), jnp.finfo(jnp.float32).min)

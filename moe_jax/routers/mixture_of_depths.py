@@ -12,6 +12,7 @@ from moe_jax.routers.base import Traits
 from moe_jax.routers.contracts import ExpertsChoose
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.losses import mean_over_tokens
+from moe_jax.routing.numerics import exact
 from moe_jax.routing.scoring import Scoring
 from moe_jax.routing.selection import build_routing, top_slots
 from moe_jax.types import Array, ExpertChoice, Routing
@@ -64,7 +65,8 @@ class MixtureOfDepths(ExpertsChoose):
     @property
     def mean_k(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Experts per token on average, of the form that is not causal."""
-        return self.capacity * self.num_experts
+        # In decimals, as written: 0.05 * 3 in floats is above 0.15, which takes a token more.
+        return float(exact(self.capacity) * self.num_experts)
 
     @property
     def traits(self) -> Traits:

@@ -96,7 +96,7 @@ class TopAny(TokenChoice):
 
     def logits(self, params, x: Array, *, key=None, token_mask=None, context=None) -> Array:
         """f32[T, E]: scaled cosines."""
-        check_params(params, "kernel", "thresholds")
+        check_params(params, kernel=(None, self.num_experts), thresholds=(self.num_experts,))
         check_array("x", x, "T D", fix="Pass hidden states flattened to [tokens, d_model].")
         x = unit_vectors(zero_padding(x, token_mask).astype(jnp.float32), axis=1)
         kernel = self.scale * unit_vectors(params["kernel"].astype(jnp.float32), axis=0)

@@ -100,7 +100,7 @@ class TopK(FixedK):
     def select(self, params, state, slots, x, context):
         keep, weights = super().select(params, state, slots, x, context)
         if self.use_expert_scale:
-            check_params(params, "kernel", "expert_scale")
+            check_params(params, expert_scale=(self.num_experts,))
             weights = weights * params["expert_scale"].astype(jnp.float32)[slots.indices]
         return keep, weights
 

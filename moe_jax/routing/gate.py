@@ -134,6 +134,12 @@ class Gate:
             sizes={"D": kernel.shape[0]},
             fix="Pass hidden states flattened to [tokens, d_model], as wide as the router's kernel.",
         )
+        fix = "Make it with router.init(key, d_model)."
+        if self.use_bias:
+            check_array("bias", params["bias"], "E", sizes={"E": kernel.shape[1]}, fix=fix)
+        if self.input_norm_eps is not None:
+            width = {"D": kernel.shape[0]}
+            check_array("input_scale", params["input_scale"], "D", sizes=width, fix=fix)
         x = zero_padding(x.astype(jnp.float32), token_mask)
         if self.input_norm_eps is not None:
             x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.input_norm_eps)

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax import AdaK, ExpertRetrieval, Gate, SkipSecond, TopAny
-from moe_jax.routers import adapt_experts, empty_record, record_experts, reward_advantages
+from moe_jax import AdaK, ExpertRetrieval, Gate, MixtureOfDepths, SkipSecond, TopAny
+from moe_jax.routers import (
+    NoState,
+    adapt_experts,
+    empty_record,
+    record_experts,
+    reward_advantages,
+)
 
 T, D, E = 201, 6, 4
 
@@ -73,8 +79,16 @@ def test_product_keys_are_found_as_their_authors_search_them(counts):
 
 
 def test_product_keys_of_no_pair_are_refused():
-    with pytest.raises(ValueError, match=r"num_keys: expected two numbers whose product is"):
+    with pytest.raises(
+        ValueError, match=r"num_keys: expected a tuple of two counts whose product is"
+    ):
         ExpertRetrieval(num_experts=12, k=2, num_keys=(3, 5))
+    for counts in ((-4, -3), (12,), (3, 2, 2)):
+        with pytest.raises(ValueError, match=r"num_keys: expected a tuple of two counts"):
+            ExpertRetrieval(num_experts=12, k=2, num_keys=counts)  # pyright: ignore[reportArgumentType]
+    for counts in (12, [3, 4], (3.0, 4.0), ("3", "4"), (True, 12)):
+        with pytest.raises(TypeError, match=r"num_keys: expected a tuple of two counts"):
+            ExpertRetrieval(num_experts=12, k=2, num_keys=counts)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="query_size: expected an even number, got 7"):
         ExpertRetrieval(num_experts=12, k=2, query_size=7)
     assert ExpertRetrieval(num_experts=12, k=2).key_counts == (3, 4)
@@ -128,6 +142,66 @@ def test_ada_ks_surrogate_is_ppos():
         token_mask=mask,
     )
     assert float(got) == pytest.approx(want[:4].mean(), rel=1e-5)
+
+
+def test_padding_counts_in_no_advantage():
+    nats, counts = jnp.array([1.0, 3.0, jnp.nan]), jnp.array([1, 1, 2])
+    real = jnp.array([True, True, False])
+    got = reward_advantages(nats, counts, price=0.1, token_mask=real)
+    assert got.tolist() == pytest.approx([1.0, -1.0, 0.0])
+    nothing = reward_advantages(nats, counts, price=0.1, token_mask=jnp.zeros(3, bool))
+    assert nothing.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_ada_k_refuses_what_broadcasting_would_hide():
+    router = AdaK(num_experts=E, max_k=3)
+    params, state = router.init(jax.random.key(0), D), router.init_state()
+    x, counts, gain = jnp.asarray(tokens(count=5)), jnp.array([2, 3, 2, 3, 2]), jnp.ones(5)
+    good = {"counts": counts, "advantages": gain}
+    for change, error, words in (
+        ({"advantages": gain[:, None]}, ValueError, r"advantages: expected float\[T=5\]"),
+        ({"advantages": gain[:1]}, ValueError, r"advantages: expected float\[T=5\]"),
+        ({"counts": gain}, TypeError, r"counts: expected int\[T=5\]"),
+        ({"old_log_probs": gain[:1]}, ValueError, r"old_log_probs: expected float\[T=5\]"),
+        ({"clip": -1.0}, ValueError, "clip: expected 0 < clip < 1"),
+        ({"token_mask": gain}, TypeError, r"token_mask: expected bool\[T=5\]"),
+    ):
+        with pytest.raises(error, match=words):
+            router.policy_loss(params, state, x, **{**good, **change})
+    with pytest.raises(TypeError, match="state: expected a AdaKState"):
+        router.policy_loss(params, TopAny(num_experts=E).init_state(), x, **good)  # pyright: ignore
+    with pytest.raises(TypeError, match=r"x: expected float\[T, D\], got a list"):
+        router(params, state, [[1.0] * D], key=jax.random.key(0))  # pyright: ignore
+    with pytest.raises(ValueError, match=r"draw: expected float\[T=5, K=3\]"):
+        router(params, state, x, context={"draw": jnp.zeros((1, 3))})
+    with pytest.raises(ValueError, match=r"counts: expected int\[T=5\]"):
+        reward_advantages(gain, counts[:1], price=0.1)
+
+
+def test_a_nan_token_moves_no_expert():
+    router = TopAny(num_experts=E, min_k=0, gate=Gate(disabled_experts=(3,)))
+    params = {"kernel": jnp.asarray(kernel()), "thresholds": jnp.full(E, 0.3)}
+    x = jnp.asarray(tokens(count=20))
+    broken = jnp.concatenate([x, jnp.full((1, D), jnp.nan), jnp.full((1, D), jnp.inf)])
+    kernels = []
+    for part in (x, broken):
+        routing = router(params, router.init_state(), part)
+        record = record_experts(empty_record(E, D), routing, part)
+        kernels.append(adapt_experts(router, params, record)[1]["kernel"])
+    assert (kernels[0] != params["kernel"]).any()
+    np.testing.assert_array_equal(*kernels)
+
+
+@pytest.mark.parametrize(("experts", "tokens"), [(3, 20), (3, 1000), (6, 100), (7, 10)])
+def test_a_block_takes_the_share_that_was_written(experts, tokens):
+    """0.05 * 3 in floats is above 0.15, which would take a token more."""
+    for capacity in (0.05, 0.1, 0.2, 0.35):
+        router = MixtureOfDepths(num_experts=experts, capacity=capacity)
+        shape = jax.eval_shape(
+            lambda x, router=router: router({"kernel": jnp.ones((D, experts))}, NoState(), x),
+            jax.ShapeDtypeStruct((tokens, D), jnp.float32),
+        )
+        assert shape.token_indices.shape[1] == -(-round(100 * capacity) * tokens // 100)
 
 
 def test_experts_are_added_and_removed_as_dynmoe_does():

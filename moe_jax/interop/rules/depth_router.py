@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from moe_jax.checks import check_array
 from moe_jax.interop.expert_functions import rms_norm
 from moe_jax.interop.rules.free_classes import FreeClasses
+from moe_jax.routers.arguments import check_params
 from moe_jax.routers.base import BiasState
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate, zero_padding
@@ -81,6 +83,7 @@ class DepthRouter(FreeClasses):
             ValueError: the parameters need the state of the layer before and the context lacks it, or
                 the context has it and the parameters do not need it.
         """
+        self._check(params)
         h = _affine(x, params["down"], params["down_bias"])
         before = (context or {}).get("router_states")
         if before is None and "depth_scale" in params:
@@ -100,6 +103,7 @@ class DepthRouter(FreeClasses):
         return h + before.astype(jnp.float32).reshape(h.shape) * scale
 
     def logits(self, params, x, *, key=None, token_mask=None, context=None) -> Array:
+        self._check(params)
         check_array(
             "x",
             x,
@@ -114,6 +118,21 @@ class DepthRouter(FreeClasses):
         logits = _affine(h, params["kernel"], None)
         # As from a gate: -inf would give NaN in the gradients of some losses.
         return jnp.maximum(self.gate.exclude(logits), jnp.finfo(jnp.float32).min)
+
+    def _check(self, params: Params) -> None:
+        """Refuses parameters of other names or sizes."""
+        h = self.hidden_size
+        names = ("down_bias", "fc1_bias", "fc2_bias", "norm")
+        if isinstance(params, Mapping) and "depth_scale" in params:  # all layers but the first
+            names = (*names, "depth_scale")
+        check_params(
+            params,
+            down=(None, h),
+            fc1=(h, h),
+            fc2=(h, h),
+            kernel=(h, self.num_classes),
+            **dict.fromkeys(names, (h,)),
+        )
 
 
 def _affine(x: Array, kernel: Array, bias: Array | None) -> Array:

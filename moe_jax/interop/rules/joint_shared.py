@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_count
 from moe_jax.interop.rules.common import PublishedRule
+from moe_jax.routers.arguments import check_params
 from moe_jax.routers.base import BiasState
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
@@ -92,6 +93,7 @@ class JointShared(PublishedRule):
 
     def _joint(self, params: Params, logits: Array, indices: Array) -> Array:
         """f32[T, k + S]: one softmax of log-sigmoids, which is sigmoids over their sum."""
+        check_params(params, kernel=(None, self.num_classes), global_scale=(1,))
         chosen = jnp.take_along_axis(logits, indices, axis=-1)
         together = jnp.concatenate([chosen, logits[:, self.num_experts :]], axis=-1)
         weights = jax.nn.softmax(jax.nn.log_sigmoid(together), axis=-1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_range
 from moe_jax.interop.rules.free_classes import FreeClasses
+from moe_jax.routers.arguments import check_params
 from moe_jax.routers.base import NoState
 from moe_jax.routing.difficulty import Context
 from moe_jax.routing.gate import Gate
@@ -107,6 +108,14 @@ class MoEPlusPlus(FreeClasses):
     ) -> Array:
         """f32[T, E + Z]: what the next MoE layer takes as ``context["logits_before"]``."""
         logits = self.gate(params, x, key=key, token_mask=token_mask)
+        classes, width = self.num_classes, x.shape[1]
+        check_params(
+            params,
+            kernel=(width, classes),
+            kernel_before=(classes, classes),
+            constant=(self.num_constant, width),
+            constant_mix=(self.num_constant, width, 2),
+        )
         if context is None or "logits_before" not in context:
             return logits
         before = context["logits_before"].astype(jnp.float32).reshape(logits.shape)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from moe_jax.interop.rules.common import PublishedRule
+from moe_jax.routers.arguments import check_params
 from moe_jax.routers.base import NoState, Traits
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
@@ -69,6 +70,7 @@ class ProductKeys(PublishedRule):
         return NoState()
 
     def logits(self, params, x, *, key=None, token_mask=None, context=None) -> Array:
+        check_params(params, kernel=(None, 2 * self.num_keys))
         keys = self._gate_of_keys(params, x, key=key, token_mask=token_mask)
         first, second = keys.reshape(2, x.shape[0], self.num_keys)
         logits = (first[:, :, None] + second[:, None, :]).reshape(x.shape[0], self.num_experts)

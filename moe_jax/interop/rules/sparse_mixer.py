@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.interop.rules.common import PublishedRule
+from moe_jax.routers.arguments import check_classes
 from moe_jax.routers.base import NoState
 from moe_jax.routers.token_choice import Slots, gather_slots
 from moe_jax.routing.gate import Gate
@@ -50,6 +51,7 @@ class SparseMixer(PublishedRule):
     def score(self, params, state, x, *, key=None, token_mask=None, context=None) -> Slots:
         """The slots in the order in which they are drawn; ``scores`` are their weights."""
         logits = self.logits(params, x, key=key, token_mask=token_mask)
+        check_classes(logits, self.num_experts)
         gumbel = coins = None
         if key is not None:
             noise, coin = jax.random.split(jax.random.fold_in(key, 1))

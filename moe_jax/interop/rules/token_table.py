@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax.checks import check_array
 from moe_jax.interop.rules.common import PublishedRule
+from moe_jax.routers.arguments import check_classes
 from moe_jax.routers.token_choice import Slots, gather_slots
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
@@ -81,6 +82,7 @@ class TokenTable(PublishedRule):
             fix="Use a state of this rule, with its vocab_size and k.",
         )
         logits = self.logits(params, x, key=key, token_mask=token_mask, context=context)
+        check_classes(logits, self.num_experts)
         scores = self.scoring.scores(logits)
         probs = self.probs(logits, scores)
         indices = state.table[ids].astype(jnp.int32)
