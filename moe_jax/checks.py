@@ -233,6 +233,8 @@ def check_range(
 ) -> None:
     """Raises TypeError unless ``value`` is a number, ValueError unless it is within its bounds.
 
+    A value without a bound on one side must be finite.
+
     Args:
         name: what the caller calls the value.
         value: the number.
@@ -246,8 +248,11 @@ def check_range(
             ...
         ValueError: threshold: expected 0 < threshold <= 1, got 0. 0.5 is usual.
     """
-    check_number(name, value)
     low, high = above if least is None else least, below if most is None else most
+    if low is None or high is None:
+        check_finite(name, value)
+    else:
+        check_number(name, value)
     inside = (
         (above is None or value > above)
         and (least is None or value >= least)
@@ -277,7 +282,8 @@ def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:
 
     Raises TypeError if one is not an integer: 8.0 would become a shape later.
     """
-    for name, value in (("num_experts", num_experts), ("k", min_k), ("k", max_k)):
+    low, high = ("k", "k") if min_k is max_k else ("min_k", "max_k")
+    for name, value in (("num_experts", num_experts), (low, min_k), (high, max_k)):
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name}: expected an integer, got {value!r}. Write 8, not 8.0 or '8'.")
     if num_experts < 1:

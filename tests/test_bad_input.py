@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moe_jax import (
+    Cosine,
     DynamicK,
     ExpertChoiceRouter,
     ExpertThreshold,
@@ -25,6 +26,7 @@ from moe_jax import (
     RandomSkip,
     ReLURouter,
     Scoring,
+    Sinkhorn,
     TopAny,
     TopK,
     TopP,
@@ -610,7 +612,27 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     # --- numbers of rules
     "k as a float": (TypeError, lambda: TopK(num_experts=4, k=2.0), "k: .*got 2.0"),
     "k as a flag": (TypeError, lambda: TopK(num_experts=4, k=True), "k: .*got True"),
-    "max as a float": (TypeError, lambda: DynamicK(num_experts=4, min_k=1, max_k=2.0), "got 2.0"),
+    "max as a float": (
+        TypeError,
+        lambda: DynamicK(num_experts=4, min_k=1, max_k=2.0),
+        "^max_k: .*got 2.0",
+    ),
+    "min as a flag": (TypeError, lambda: TopAny(num_experts=4, min_k=True), "^min_k: .*got True"),
+    "endless step": (
+        ValueError,
+        lambda: ReLURouter(num_experts=4, target_k=1.0, step=float("inf")),
+        "step: expected a finite number, got inf",
+    ),
+    "endless tolerance": (
+        ValueError,
+        lambda: Sinkhorn(num_experts=4, k=1, tolerance=float("inf")),
+        "tolerance: expected a finite number, got inf",
+    ),
+    "endless temperature": (
+        ValueError,
+        lambda: Cosine(num_experts=4, k=1, initial_temperature=float("inf")),
+        "initial_temperature: expected a finite number, got inf",
+    ),
     "p as text": (TypeError, lambda: TopP(num_experts=4, p="0.4"), "p: .*got '0.4'"),
     "p that is none": (ValueError, lambda: TopP(num_experts=4, p=float("nan")), "p: .*got nan"),
     "gain as text": (TypeError, lambda: TopP(num_experts=4, kp="0.1"), "kp: .*got '0.1'"),
