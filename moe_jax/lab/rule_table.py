@@ -110,17 +110,20 @@ def smoke(
         note: called with each row as it is measured.
         file: JSON that keeps the table. Rows of it that were measured with the same rule, settings and
             text are not measured again, and it is written after each row, so a run that was stopped
-            continues. Rows of rules that are not chosen stay.
+            continues. Rows of rules that are not chosen stay, so the file must be of these settings.
 
     Returns:
         For each rule ``rule``, ``outcome`` (``trains``, ``collapsed`` or ``skipped``), ``reason``,
         ``measured`` (a hash of the rule, the settings and the text), and where it was trained ``first``
         and ``last`` bits per byte, ``mean_k`` and ``balance`` (the share of experts that carry the
         load).
+
+    Raises:
+        ValueError: the file is no such table, or one of other settings or another text.
     """
     corpus = load_corpus() if corpus is None else corpus
-    kept = {} if file is None else _kept_rows(file)
     settings = {"steps": steps, "seed": seed, "data": str(corpus.describe()["fingerprint"])}
+    kept = {} if file is None else _kept_rows(file, settings)
     rows = []
     for entry in chosen:
         router = _smoke_rule(entry)
@@ -157,21 +160,33 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _kept_rows(file: Path) -> dict[str, dict[str, Any]]:
+def _kept_rows(file: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     try:
-        return {row["rule"]: row for row in json.loads(file.read_text(encoding="utf-8"))["rules"]}
+        table = json.loads(file.read_text(encoding="utf-8"))
+        rows, had = {row["rule"]: row for row in table["rules"]}, dict(table["settings"])
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{file}: expected the JSON of an earlier table, got something else ({error}). Name "
             "another file, or remove this one."
         ) from None
+    if had != settings:
+        raise ValueError(
+            f"{file}: expected a table of {_listed(settings)}, got one of {_listed(had)}. Name another "
+            "file: a table has rows of one setting."
+        )
+    return rows
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
 
 def _write_rows(file: Path, rows: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     table = {
-        "command": f"moe-jax rules --smoke --out {file.name}",
+        "command": f"moe-jax rules --smoke --steps {settings['steps']} --seed {settings['seed']} "
+        f"--out {file.name}",
         "settings": dict(settings),
         "rules": [rows[name] for name in sorted(rows)],
     }

@@ -105,6 +105,10 @@ def test_an_experiment_runs_resumes_and_writes_its_tables(tmp_path):
     written = [unit.stat().st_mtime_ns for unit in units]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert [unit.stat().st_mtime_ns for unit in units] == written
+    # A model that was trained for another number of steps is not taken for the declared one.
+    longer = declared("tiny", changed(steps=3))
+    with pytest.raises(ValueError, match="expected the model of recipe fixed, got another number"):
+        run_experiment(longer, folder, progress=False)
     # Another declaration of the same name measures again what it changed.
     other = declared("tiny", changed(rules=["drop_lowest"]))
     assert write_results(other, [], tmp_path / "other")["done"] == 0
@@ -159,11 +163,23 @@ def test_a_distilled_recipe_needs_an_elastic_rule():
         ({"recipes": ["fixed"]}, "recipes: expected an object of objects"),
         ({"recipes": {"fixed": 1}}, "recipes: expected an object of objects"),
         ({"recipes": {"fixed": {"steps": "2"}}}, "recipe fixed: steps: expected .* type int"),
-        ({"seeds": 3}, "seeds: expected a list of numbers, got 3"),
+        ({"seeds": 3}, "seeds: expected a list of numbers from 0 to .*, got 3"),
         ({"savings": ["0.1"]}, "savings: expected a list of numbers"),
         ({"steps": 0}, "steps: expected a whole number above 0"),
         ({"title": None}, "title: expected a text, got null"),
         ({"rules": "top_p"}, "rules: expected a list of texts"),
+        ({"savings": [1.5]}, "savings: expected a list of numbers from 0.0 to 0.99"),
+        ({"savings": [float("nan")]}, "savings: expected a list of numbers from 0.0 to 0.99"),
+        ({"seeds": [-1]}, "seeds: expected a list of numbers from 0"),
+        ({"batch_sizes": [0]}, "batch_sizes: expected a list of numbers from 1"),
+        (
+            {"recipes": {"fixed": {"base": "fixed"}}},
+            "base that is trained without it, got fixed from",
+        ),
+        (
+            {"recipes": {"fixed": {}, "a": {"base": "b"}, "b": {"base": "a"}}},
+            "expected a base that is trained without it, got a from b from a",
+        ),
     ],
 )
 def test_a_bad_declaration_is_refused_by_its_field(fields, words):
@@ -194,6 +210,53 @@ def test_what_cannot_be_run_is_refused_before_anything_is_trained(
     )
     assert result.exit_code == 2, result.output
     assert words in " ".join(result.stderr.split())
+
+
+DRIFT = {
+    "kind": "drift",
+    "recipes": {"fixed": {}},
+    "rules": ["top_p"],
+    "texts": ["code"],
+    "controllers": {"top_p": {"kp": 0.5}},
+    "fallback": {"band": 0.1},
+}
+PIGGYBACK = {"kind": "Piggyback", "num_experts": 4, "k": 3}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"per_layer": ["top_q"]}, "expected some of top_p"),
+        ({**DRIFT, "texts": ["gone.txt"]}, "expected code, prose, reference or the path"),
+        ({**DRIFT, "texts": []}, "expected one saving and at least one text"),
+        ({**DRIFT, "savings": []}, "expected one saving and at least one text"),
+        ({**DRIFT, "controllers": {"min_p": {}}}, "controllers: expected rules among top_p"),
+        (
+            {**DRIFT, "controllers": {"top_p": {"kq": 1}}},
+            "controllers: top_p: expected fields among",
+        ),
+        ({**DRIFT, "controllers": {"top_p": {"kp": "a"}}}, "kp: expected a number"),
+        ({**DRIFT, "fallback": {"bnd": 0.1}}, "fallback: expected band and decay, got bnd"),
+        ({**DRIFT, "fallback": {"band": -1}}, "expected band > 0"),
+        ({**DRIFT, "fallback": {"band": "a"}}, "band: expected a number"),
+        (
+            {"kind": "decode", "batch_rules": {"x": {"kind": "TopK", "num_experts": 4, "k": 3}}},
+            "batch_rules: x: expected a rule that looks at its batch",
+        ),
+        (
+            {"kind": "decode", "batch_rules": {"x": {**PIGGYBACK, "num_experts": 8}}},
+            "batch_rules: x: expected num_experts=4 as in recipe fixed",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_run_are_refused_before_anything_is_trained(
+    tmp_path, monkeypatch, fields, words
+):
+    from moe_jax.lab.experiments import runner
+
+    monkeypatch.setattr(runner, "load_corpus", lambda: pytest.fail("the text was read"))
+    with pytest.raises((TypeError, ValueError, DataError), match=words):
+        run_experiment(declared("tiny", changed(**fields)), tmp_path, progress=False)
 
 
 def test_a_terminal_gets_tables_and_a_pipe_gets_markdown(tmp_path, monkeypatch):

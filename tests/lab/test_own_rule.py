@@ -11,6 +11,7 @@ from moe_jax import ExpertThreshold, MinP, Scoring, TopK
 from moe_jax.cli import app
 from moe_jax.interop.rules import TokenTable
 from moe_jax.lab.calibration import find_rules
+from moe_jax.lab.data import load_corpus
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import load_model
 from moe_jax.routers import catalog
@@ -82,13 +83,22 @@ def test_the_command_shows_rules_and_trains_one(tmp_path):
     file = tmp_path / "rules.json"
     kept = {**row, "measured": row["measured"], "last": 0.5}
     other = {"rule": "Another", "outcome": "trains"}
-    file.write_text(json.dumps({"rules": [other, kept]}), encoding="utf-8")
+    settings = {"steps": 12, "seed": 0, "data": load_corpus().describe()["fingerprint"]}
+    table = {"settings": settings, "rules": [other, kept]}
+    file.write_text(json.dumps(table), encoding="utf-8")
     again = CliRunner().invoke(app, [*own, "--rule", "TokenTable", "--out", str(file)])
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["rules"][0]["last"] == 0.5
     table = json.loads(file.read_text(encoding="utf-8"))
     assert [row["rule"] for row in table["rules"]] == ["Another", "TokenTable", "TopK"]
-    assert table["settings"]["steps"] == 12
+    assert table["settings"] == settings
+    # Rows of other settings stay as they are: a table has one setting.
+    before = file.read_text(encoding="utf-8")
+    longer = ["rules", "--rule", "TokenTable", "--smoke", "--steps", "13", "--out", str(file)]
+    refused = CliRunner().invoke(app, longer)
+    assert refused.exit_code == 2
+    assert "expected a table of steps=13" in " ".join(refused.stderr.split())
+    assert file.read_text(encoding="utf-8") == before
     file.write_text("[]", encoding="utf-8")
     assert CliRunner().invoke(app, [*own, "--out", str(file)]).exit_code == 2
     refused = CliRunner().invoke(app, ["rules", "--rule", "Nothing"])

@@ -151,6 +151,15 @@ def declared(name: str, data: Mapping[str, Any]) -> Experiment:
                 f"recipe {recipe.name}: expected base to be one of {', '.join(recipes)}, got "
                 f"{recipe.base!r}."
             )
+        chain = [recipe.name]
+        while recipe.base in recipes:
+            recipe = recipes[recipe.base]
+            if recipe.name in chain:
+                raise ValueError(
+                    f"recipe {recipe.name}: expected a base that is trained without it, got "
+                    f"{' from '.join([*chain, recipe.name])}. Leave base out of one of them."
+                )
+            chain.append(recipe.name)
     for label in _LISTS:
         if label in fields:
             fields[label] = tuple(fields[label])
@@ -171,10 +180,11 @@ _LISTS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("seeds", "batch_sizes"), (int,)),
     "savings": (int, float),
 }
+_BOUNDS = {"savings": (0.0, 0.99), "seeds": (0, 2**31 - 1), "batch_sizes": (1, 2**20)}
 
 
 def _check_type(name: str, label: str, value: Any) -> None:
-    """Raises ValueError unless a field of a declaration has its JSON type."""
+    """Raises ValueError unless a field of a declaration has its JSON type, within its bounds."""
     if label in _TEXTS:
         good, wanted = isinstance(value, str), "a text"
     elif label in _COUNTS:
@@ -188,6 +198,10 @@ def _check_type(name: str, label: str, value: Any) -> None:
         kinds = _LISTS[label]
         good = isinstance(value, list | tuple) and all(type(one) in kinds for one in value)
         wanted = f"a list of {'texts' if kinds == (str,) else 'numbers'}"
+        if label in _BOUNDS:
+            least, most = _BOUNDS[label]
+            good = good and all(least <= one <= most for one in value)
+            wanted += f" from {least} to {most}"
     if not good:
         raise ValueError(
             f"experiment {name}: {label}: expected {wanted}, got {json.dumps(value)[:80]}. See the "

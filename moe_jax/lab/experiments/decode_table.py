@@ -28,10 +28,28 @@ from moe_jax.routers import (
     router_from_json,
     with_similarity,
 )
+from moe_jax.routers.batch_aware import BatchAware
 from moe_jax.routers.twin import starting_state
 from moe_jax.types import Array, Params, Routing
 
 SIMILARITY_TOKENS = 2048
+
+
+def check_decode(experiment: Experiment) -> None:
+    """Raises ValueError unless every rule of ``batch_rules`` can be measured in every recipe."""
+    for label, fields in experiment.batch_rules.items():
+        rule = router_from_json(dict(fields))
+        if not isinstance(rule, BatchAware):
+            raise ValueError(
+                f"batch_rules: {label}: expected a rule that looks at its batch, got {rule!r}. Name "
+                "Piggyback, SharedBudget or Reroute as its kind."
+            )
+        for recipe in experiment.recipes.values():
+            if rule.num_experts != recipe.config.num_experts:
+                raise ValueError(
+                    f"batch_rules: {label}: expected num_experts={recipe.config.num_experts} as in "
+                    f"recipe {recipe.name}, got {rule!r}. Change one of the two."
+                )
 
 
 def decode_rows(

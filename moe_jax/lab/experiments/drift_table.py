@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.checks import check_number
 from moe_jax.interop import DriftMonitor
 from moe_jax.lab.calibration import (
     BATCH,
@@ -30,7 +31,7 @@ from moe_jax.lab.calibration import (
 )
 from moe_jax.lab.data import Corpus, TextBlocks
 from moe_jax.lab.experiments.declaration import Experiment
-from moe_jax.lab.experiments.drift_texts import drift_text
+from moe_jax.lab.experiments.drift_texts import check_text, drift_text
 from moe_jax.lab.language_model import layer_params, nats, unembed
 from moe_jax.lab.model_files import Model
 from moe_jax.routers import Router
@@ -51,6 +52,44 @@ class Window:
     nats: float
     used: float  # experts, over tokens and layers
     trained_layers: float  # share of the layers that ran their trained rule
+
+
+def check_drift(experiment: Experiment) -> None:
+    """Raises TypeError or ValueError for texts, controllers or a fallback that cannot be run."""
+    if len(experiment.savings) != 1 or not experiment.texts:
+        raise ValueError(
+            f"experiment {experiment.name}: expected one saving and at least one text, got "
+            f"savings={list(experiment.savings)}, texts={list(experiment.texts)}. A drift experiment "
+            "fits its rules once and reads every text."
+        )
+    for name in experiment.texts:
+        check_text(name)
+    known = {rule.name: rule for rule in find_rules(experiment.rules)}
+    target = 1.0 - experiment.savings[0]
+    for name, values in experiment.controllers.items():
+        if name not in known:
+            raise ValueError(
+                f"controllers: expected rules among {', '.join(known)}, got {name!r}. Add it to rules, "
+                "or leave its controller out."
+            )
+        for recipe in experiment.recipes.values():
+            rule = known[name].build(recipe.config, target * recipe.config.k)
+            accepted = {field.name for field in dataclasses.fields(rule)}  # pyright: ignore
+            unknown = sorted(values.keys() - accepted)
+            if unknown:
+                raise ValueError(
+                    f"controllers: {name}: expected fields among {', '.join(sorted(accepted))}, got "
+                    f"{', '.join(unknown)}. Correct the name."
+                )
+            _steered(rule, values, target * recipe.config.k)
+    unknown = sorted(experiment.fallback.keys() - {"band", "decay"})
+    if unknown:
+        raise ValueError(
+            f"fallback: expected band and decay, got {', '.join(unknown)}. Correct the name."
+        )
+    for label, value in experiment.fallback.items():
+        check_number(label, value)
+    DriftMonitor(static=None, dynamic=None, target_mean_k=1.0, **experiment.fallback)
 
 
 def drift_rows(
@@ -171,7 +210,7 @@ def _updated(router: Router, state: Any, routing: Routing) -> Any:
 def _steered(router: Any, values: Mapping[str, Any], target: float) -> Router:
     names = {field.name for field in dataclasses.fields(router)}
     aim = {"target_mean_k": target} if "target_mean_k" in names else {}
-    return dataclasses.replace(router, **aim, **values)
+    return dataclasses.replace(router, **{**aim, **values})
 
 
 def _rows(

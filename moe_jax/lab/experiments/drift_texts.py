@@ -48,11 +48,17 @@ def drift_text(name: str, corpus: Corpus) -> list[SourceFile]:
         from pydoc_data.topics import topics  # pyright: ignore[reportMissingTypeStubs]
 
         return [_text(topic, text.strip()) for topic, text in sorted(topics.items()) if text]
-    if not Path(name).exists():
-        raise DataError(
-            f"texts: expected code, prose, reference or the path of a text, got {name!r}."
-        )
+    check_text(name)
     return read_text_files(name)[0]
+
+
+def check_text(name: str) -> None:
+    """Raises DataError unless ``name`` is a text that ``drift_text`` knows, or a path that exists."""
+    if name not in ("code", "prose", "reference") and not Path(name).exists():
+        raise DataError(
+            f"texts: expected code, prose, reference or the path of a text, got {name!r}. Correct the "
+            "name, or run in the folder that the path starts from."
+        )
 
 
 def _text(path: str, text: str) -> SourceFile:

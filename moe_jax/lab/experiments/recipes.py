@@ -45,12 +45,19 @@ def trained_model(
         else:
             train(recipe.config, path, recipe.steps, seed, False, overwrite=True, corpus=corpus)
     model = load_model(path)
-    if model.config != recipe.config:
+    training = model.metadata["training"]
+    wanted = {
+        "configuration": recipe.config,
+        "number of steps": recipe.steps,
+        "text": corpus.describe()["fingerprint"],
+    }
+    had = (model.config, training["steps"], model.metadata["data"]["fingerprint"])
+    other = [what for (what, value), old in zip(wanted.items(), had, strict=True) if value != old]
+    if other:
         raise ValueError(
-            f"{path}: expected the model of recipe {recipe.name}, got another configuration. Remove "
+            f"{path}: expected the model of recipe {recipe.name}, got another {other[0]}. Remove "
             "the folder, or choose another --out."
         )
-    training = model.metadata["training"]
     if "cost" in training:
         return model, {"seconds": training["seconds"], "cost": training["cost"]}
     used = np.mean([row["computed_experts_per_token"] for row in training["history"]])

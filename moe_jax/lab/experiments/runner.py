@@ -20,14 +20,13 @@ from moe_jax.lab.data import Corpus, load_corpus
 from moe_jax.lab.experiments.budget_table import AS_TRAINED, budget_rows
 from moe_jax.lab.experiments.cost_table import cost_rows
 from moe_jax.lab.experiments.declaration import Experiment, Recipe, fingerprint
-from moe_jax.lab.experiments.decode_table import decode_rows
+from moe_jax.lab.experiments.decode_table import check_decode, decode_rows
 from moe_jax.lab.experiments.difficulty_table import difficulty_rows
-from moe_jax.lab.experiments.drift_table import drift_rows
+from moe_jax.lab.experiments.drift_table import check_drift, drift_rows
 from moe_jax.lab.experiments.recipes import trained_model
 from moe_jax.lab.experiments.tables import write_results
 from moe_jax.lab.frontier import held_out_blocks
 from moe_jax.lab.progress import track
-from moe_jax.routers import router_from_json
 
 Unit = tuple[Recipe, int]
 
@@ -64,13 +63,15 @@ def run_experiment(
         What ``results.json`` holds: see ``tables.write_results``.
 
     Raises:
-        ValueError: a rule that does not exist; nothing is trained then.
+        TypeError, ValueError: a rule, text or setting that does not exist. Nothing is trained then.
         CheckpointError: the folder cannot be written.
     """
     started = time.perf_counter()
     find_rules([name for name in experiment.rules if name != AS_TRAINED])
-    for fields in experiment.batch_rules.values():
-        router_from_json(dict(fields))
+    find_rules(experiment.per_layer)
+    check_decode(experiment)
+    if experiment.kind == "drift":
+        check_drift(experiment)
     check_free(folder / "models" / "model", overwrite=True)
     corpus = load_corpus() if corpus is None else corpus
     todo = units(experiment)
