@@ -239,8 +239,9 @@ def parallel_program(
         local = shape.num_experts // cost.devices
         # One expert on a device has no axis of experts.
         expansion = (count, local, (shape.d_model, shape.d_ff)) if local > 1 else None
-        # The model follows the buffers of this program on a TPU and was compared with no other.
-        if (chosen, exchange, target.platform, data) == ("grouped", "all_to_all", "tpu", 1):
+        # The model follows the buffers of this program on a TPU v5e and was compared with no other.
+        v5e = target.name.startswith("v5e")
+        if v5e and (chosen, exchange, data) == ("grouped", "all_to_all", 1):
             model = memory_cost(
                 tokens=shape.tokens,
                 num_experts=shape.num_experts,

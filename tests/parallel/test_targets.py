@@ -367,6 +367,19 @@ def test_a_cpu_host_compiles_the_default_for_a_tpu_to_grouped_kernels():
 
 
 @needs_libtpu
+def test_the_model_of_memory_agrees_with_the_compiler():
+    shape = target_layers.LayerShape(d_model=2048, d_ff=512, num_experts=8, k=2, tokens=8192)
+    program = parallel_program(open_target("v5e:2x4"), "rows of 67 MB", shape, gradient=True)
+    assert program.error is None
+    assert program.model is not None
+    assert program.argument_bytes == program.model.argument_bytes
+    assert program.output_bytes == pytest.approx(program.model.output_bytes, abs=4096)  # a tuple
+    live = program.live_bytes - program.argument_bytes - program.output_bytes
+    assert program.model.temp_bytes == pytest.approx(live, rel=0.1)
+    assert program.summary()["model_temp_mb"] == round(program.model.temp_bytes / 1e6, 1)
+
+
+@needs_libtpu
 @pytest.mark.parametrize(
     ("exchange", "sent"),
     [("all_to_all", {"all-to-all": 2}), ("ragged", {"all-to-all": 1, "ragged-all-to-all": 2})],
