@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +17,17 @@ import orbax.checkpoint as ocp
 from moe_jax.checkpoint.tree import CheckpointError, array_words, difference_between, leaf_table
 
 _ARRAYS = "arrays"
+# Orbax searches below a path as a glob pattern and writes nothing that can be read where the path has
+# such characters; TensorStore takes a backslash, and a folder named "gs:", for something else.
+_MISREAD = re.compile(r"[\[\]*?\\]|:/")
 
 
 def write_arrays(folder: Path, item: str, arrays: dict[str, np.ndarray]) -> None:
     """Writes the arrays of one item below the folder of a checkpoint. Raises as orbax does."""
     stored = {name: x for name, x in arrays.items() if x.size}  # orbax takes no empty array
     if stored:
-        with _alone() as writer:
-            writer.save(folder / _ARRAYS / item, args=ocp.args.StandardSave(stored))
+        with _alone() as writer, _safe_path(folder) as place:
+            writer.save(place / _ARRAYS / item, args=ocp.args.StandardSave(stored))
 
 
 def read_arrays(folder: Path, item: str, entry: dict[str, Any], renew: str) -> dict[str, jax.Array]:
@@ -41,9 +48,9 @@ def read_arrays(folder: Path, item: str, entry: dict[str, Any], renew: str) -> d
     stored: dict[str, Any] = {}
     if wanted:
         try:
-            with _alone() as reader:
+            with _alone() as reader, _safe_path(folder) as place:
                 stored = reader.restore(
-                    folder / _ARRAYS / item, args=ocp.args.StandardRestore(wanted)
+                    place / _ARRAYS / item, args=ocp.args.StandardRestore(wanted)
                 )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
@@ -61,6 +68,19 @@ def read_arrays(folder: Path, item: str, entry: dict[str, Any], renew: str) -> d
             f"{difference_between(leaf_table(entry), table)}. {renew}"
         )
     return arrays
+
+
+@contextlib.contextmanager
+def _safe_path(folder: Path) -> Iterator[Path]:
+    """Yields a path to the folder that orbax and TensorStore take as it is: itself, or a link to it."""
+    # Without its anchor, which on Windows has a colon and a slash.
+    if not _MISREAD.search(folder.relative_to(folder.anchor).as_posix()):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as beside:
+        link = Path(beside, "checkpoint")
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 def _alone() -> ocp.Checkpointer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -53,7 +54,7 @@ class Seal:
         file = folder / self.manifest
         if not folder.is_dir():
             # Only a crash between the two renames of an overwrite leaves one of these.
-            old = sorted(folder.parent.glob(f".{folder.name}.replaced-*"))
+            old = sorted(folder.parent.glob(f".{glob.escape(folder.name)}.replaced-*"))
             hint = (
                 f"An overwrite was cut short: rename {old[-1]} to it." if old else "Check the path."
             )

@@ -244,6 +244,15 @@ def test_no_array_comes_back_twice(tmp_path):
 # --- metadata and expectations --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["run[ab]", "a*b?", "back\\slash", "gs:", "a b", "\u00e9[x]"])
+def test_a_path_with_any_characters_is_written_and_read(tmp_path, name):
+    """Orbax took "[ab]" for a pattern: it saved without an error what nothing could restore."""
+    path = save(tmp_path / name / "one", Checkpoint(params={"w": jnp.arange(3.0)}))
+    np.testing.assert_array_equal(restore(path).params["w"], [0.0, 1.0, 2.0])
+    moved = path.rename(path.with_name("[two]"))
+    np.testing.assert_array_equal(restore(moved).params["w"], [0.0, 1.0, 2.0])
+
+
 def test_metadata_without_arrays(copied):  # B01
     shutil.rmtree(copied / "arrays")
     saved, report = example(), load_metadata(copied)
@@ -518,6 +527,8 @@ def test_the_second_rename_of_an_overwrite_fails_or_never_comes(tmp_path, monkey
     rename(path, tmp_path / ".c.replaced-0")  # as a power cut between the two leaves it
     message = refused(restore, path)
     assert f"rename {tmp_path / '.c.replaced-0'} to it" in message
+    rename(tmp_path / ".c.replaced-0", tmp_path / ".run[1].replaced-0")
+    assert ".run[1].replaced-0 to it" in refused(restore, tmp_path / "run[1]")
 
 
 def test_an_asynchronous_save_keeps_the_values_of_the_call(tmp_path):
