@@ -47,7 +47,7 @@ def measure_against(
     print_not_run(notes, rows)
     if json is not None:
         write_results(json, bench=content["bench"], settings=content["settings"], rows=rows)
-        notes.print(f"rows written to {json}")
+        notes.print(f"rows written to {json}", markup=False, soft_wrap=True)
     current = {word: machine()[word] for word in ("cpu", "cores", "backend", "jax")}
     recorded = {word: content["machine"].get(word) for word in current}
     if current != recorded:

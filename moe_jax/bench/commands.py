@@ -68,7 +68,7 @@ def _finish(
     print_not_run(notes, rows)
     if json is not None:
         write_results(json, bench=bench, settings=settings, rows=rows, promised=promised)
-        notes.print(f"rows written to {json}")
+        notes.print(f"rows written to {json}", markup=False, soft_wrap=True)
     if plot is not None:
         from moe_jax.bench.ratio_plot import plot_ratios
 

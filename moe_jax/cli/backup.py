@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from moe_jax.cli.output import AsJson, ConfigFile, library_errors_exit_2, notes, out, print_json
 
@@ -40,9 +41,10 @@ def export(
         print_json({"export": str(folder), **manifest})
     else:
         size = sum(entry["size"] for entry in manifest["files"].values())
+        place = escape(str(folder))
         out.print(
-            f"export in {folder}: {len(manifest['files'])} files, {size:,} bytes, "
-            f"release {manifest['checksum'][:16]}; next: moe-jax restore {folder} --into RELEASES",
+            f"export in {place}: {len(manifest['files'])} files, {size:,} bytes, "
+            f"release {manifest['checksum'][:16]}; next: moe-jax restore {place} --into RELEASES",
             soft_wrap=True,
         )
         for name, value in manifest["provenance"]["superseded"].items():
@@ -86,6 +88,6 @@ def _tell(result: dict[str, Any], releases: Path, as_json: bool) -> None:
         return
     out.print(
         f"current release: {result['current']} (before: {result['previous'] or 'none'}), "
-        f"checkpoint in {releases}/current/checkpoint",
+        f"checkpoint in {escape(str(releases))}/current/checkpoint",
         soft_wrap=True,
     )

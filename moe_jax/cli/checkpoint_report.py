@@ -46,9 +46,16 @@ def evaluate_checkpoint(
         ValueError: ``unused`` names options that only published models take, or see
             ``moe_jax.lab.model_report.evaluate_checkpoint``.
     """
+    from moe_jax.checkpoint import load_metadata
     from moe_jax.lab import model_report
     from moe_jax.lab.model_files import corpus_for
 
+    if "model_budget" in load_metadata(folder)["metadata"]:
+        raise ValueError(
+            f"{folder}: expected a checkpoint of a model of this library, got a budget for a published "
+            f"model, which has no text of its own. Run: moe-jax evaluate MODEL --text DIR --budget "
+            f"{folder}"
+        )
     if unused:
         raise ValueError(
             f"{folder}: expected --data for a checkpoint of this library, got {', '.join(unused)}, "
@@ -113,6 +120,7 @@ def _show(report: dict[str, Any]) -> None:
         out.print(
             f"Change by file: median {files['median']:+.2%}, 95th percentile {files['p95']:+.2%}, "
             f"largest {files['max']:+.2%} ({files['worst_file']}).",
+            markup=False,
             soft_wrap=True,
         )
 

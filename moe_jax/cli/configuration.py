@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from moe_jax.cli.output import (
     AsJson,
@@ -42,7 +43,8 @@ def config_check(
     if as_json:
         print_json({"file": str(file), "ok": True, "router": router.to_json()})
     else:
-        out.print(f"[green]good[/green] {file}: {type(router).__name__}, {_k_range(router)}")
+        rule = f"{type(router).__name__}, {_k_range(router)}"
+        out.print(f"[green]good[/green] {escape(str(file))}: {rule}", soft_wrap=True)
 
 
 def _k_range(router: Any) -> str:

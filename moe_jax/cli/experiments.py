@@ -62,7 +62,7 @@ def experiment(
         out.print(Markdown(text))
     else:  # in a file or a pipe, Markdown is of more use than its drawing
         out.print(text, markup=False, highlight=False, soft_wrap=True)
-    out.print(f"JSON, CSV and pictures are in {place}.", soft_wrap=True)
+    out.print(f"JSON, CSV and pictures are in {place}.", markup=False, soft_wrap=True)
 
 
 @app.command()

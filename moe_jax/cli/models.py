@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from moe_jax.cli.output import (
@@ -361,7 +362,7 @@ def _print_checkpoint(path: Path, summary: dict[str, Any], as_json: bool, *, hin
     if as_json:
         print_json({"checkpoint": str(path), **summary})
     else:
-        out.print(f"checkpoint in {path}; next: {hint}", soft_wrap=True)
+        out.print(f"checkpoint in {path}; next: {hint}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -382,7 +383,7 @@ def inspect(
         print_json(report)
         return
     out.print(
-        f"[bold]{checkpoint}[/bold]: format {report['format']}, moe_jax "
+        f"[bold]{escape(str(checkpoint))}[/bold]: format {report['format']}, moe_jax "
         f"{report['library_version']}, {report['parameters']:,} parameters, verified, "
         f"checkpoint {report['checksum'][:16]}",
         soft_wrap=True,
@@ -402,13 +403,14 @@ def inspect(
                 for word in ("data_fingerprint", "router_fingerprint")
             ),
         ]
-        table.add_row(f"[bold]{label}[/bold]\n{group[0]['summary']}", *budget)
+        table.add_row(f"[bold]{escape(label)}[/bold]\n{escape(group[0]['summary'])}", *budget)
     out.print(table)
     if len(groups) < len(report["routers"]):
         out.print(f"{len(report['routers'])} routers in all; each on its own: add --layers.")
     for key, value in report["metadata"].items():
         text = json.dumps(value)
-        out.print(f"{key}: {text if len(text) <= 200 else text[:197] + '...'}", soft_wrap=True)
+        short = text if len(text) <= 200 else text[:197] + "..."
+        out.print(f"{key}: {short}", markup=False, soft_wrap=True)
     out.print("Everything, fingerprints in full: add --json.")
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from typer.core import TyperGroup
 
 notes = Console(stderr=True)
@@ -74,7 +75,7 @@ def plain(error: Exception) -> str:
     # The library's own OSErrors have a message; those of the system have a code and a file.
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}. Check the path and its permissions."
-    return text.replace("[", r"\[")
+    return escape(text)
 
 
 def numbers(option: str, text: str) -> list[int]:

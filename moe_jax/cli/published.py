@@ -256,6 +256,7 @@ def budget(
     on_text = "" if text is None else " --text HELD_OUT_TEXT"
     out.print(
         f"budget in {path}; next: moe-jax evaluate {folder}{on_text} --budget {path} --controls",
+        markup=False,
         soft_wrap=True,
     )
 
@@ -289,7 +290,8 @@ def generate(
         if not ids:
             raise ValueError("prompt: expected some text, got none. Give at least one word.")
         fitted = None if budget is None else load_budget(budget)
-        model = load_model(folder, dtype=dtype)
+        eos_ids = end_of_text(folder)
+        model = load_model(opened)
         if fitted is not None:
             for layer, block in model.blocks().items():
                 model.set_block(layer, fitted.block(layer, block))
@@ -299,10 +301,10 @@ def generate(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             key=jax.random.key(seed),
-            eos_ids=end_of_text(folder),
+            eos_ids=eos_ids,
         )[0]
     answer = tokenizer.decode(generated.tolist())
     if as_json:
         print_json({"prompt": prompt, "text": answer, "tokens": generated.tolist()})
     else:
-        out.print(prompt + answer, markup=False, highlight=False)
+        out.print(prompt + answer, markup=False, highlight=False, soft_wrap=True)

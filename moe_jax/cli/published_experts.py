@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from moe_jax.bench.options import writable
+from moe_jax.bench.text_tables import print_whole
 from moe_jax.cli.output import AsJson, library_errors_exit_2, out, print_json
 from moe_jax.cli.published_options import (
     Batch,
@@ -98,8 +99,8 @@ def experts(
             f"{ratio.argmin()} ({ratio.min():.2f} x mean)",
             str(int((load == 0).sum())),
         )
-    out.print(table)
-    out.print(f"page in {page}", soft_wrap=True)
+    print_whole(out, table)
+    out.print(f"page in {page}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -181,4 +182,6 @@ def prune(
     numbers = ", ".join(f"{layer}: {len(rows)}" for layer, rows in kept.items())
     out.print(f"experts kept by layer: {numbers}", soft_wrap=True)
     show_rules(report)
-    out.print(f"model in {path}; next: moe-jax evaluate {path} --text DIR", soft_wrap=True)
+    out.print(
+        f"model in {path}; next: moe-jax evaluate {path} --text DIR", markup=False, soft_wrap=True
+    )

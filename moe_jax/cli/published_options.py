@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moe_jax.bench.text_tables import print_whole
 from moe_jax.cli.output import notes, out
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the model: config.json and weights.")]
@@ -118,7 +119,7 @@ def show_rules(report: dict[str, Any]) -> None:
             f"{used:.1%} used, {executed:.1%} executed",
             f"{row['seconds']:.1f} s",
         )
-    out.print(table)
+    print_whole(out, table)
     for row in report["rules"][1:2]:
         tails = row["tails"]
         layers = ", ".join(f"{n}: {k:.2f}" for n, k in row["mean_k_per_layer"].items())
@@ -126,6 +127,7 @@ def show_rules(report: dict[str, Any]) -> None:
         out.print(
             f"worst 1 % of tokens: {tails['worst_1_percent_tokens_nats']:+.3f} nats each; worst file: "
             f"{tails['worst_file']} ({tails['worst_file_relative']:+.2%})",
+            markup=False,
             soft_wrap=True,
         )
     for row in report.get("drift", [])[1:2]:

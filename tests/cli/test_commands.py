@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from moe_jax.checkpoint import Checkpoint, save
 from moe_jax.cli import app
+from moe_jax.routers import TopK
 
 runner = CliRunner()
 
@@ -149,6 +152,30 @@ def test_inspect_and_route_a_checkpoint(hidden, tmp_path):
     assert f"{narrow}: expected hidden states of width 16, as the router of {folder}" in summary
     assert "got [3, 8]" in summary
     assert runner.invoke(app, ["inspect", str(tmp_path)]).exit_code == 2
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path):
+    """rich reads [/b] as the end of bold text, and drops [a-z]."""
+    place, router = tmp_path / "[a-z]" / "[", TopK(num_experts=4, k=2)
+    content = Checkpoint(
+        params={"block": router.init(jax.random.key(0), 16)},
+        routers={"block": router},
+        states={"block": router.init_state()},
+        metadata={"glob": "[a-z]*.md"},
+    )
+    checkpoint = save(place / "b]", content)
+    file = place / "production.json"
+    file.write_text(json.dumps({"router_config": {"num_experts": 4}}))
+    for words in (
+        ["inspect", checkpoint],
+        ["export", checkpoint, "--out", place / "export"],
+        ["restore", place / "export", "--into", place / "releases"],
+        ["config", "check", file],
+    ):
+        result = runner.invoke(app, list(map(str, words)))
+        assert result.exit_code == 0, result.output
+        assert str(place) in result.stdout
+    assert "[a-z]*.md" in runner.invoke(app, ["inspect", str(checkpoint)]).stdout
 
 
 def test_train_calibrate_inspect_and_route_one_after_the_other(tmp_path):

@@ -94,9 +94,14 @@ def test_budget_evaluate_generate_and_experts_work_together(folder, text, tmp_pa
     rules = {row["rule"]: row for row in json.loads(ran.stdout)["rules"]}
     assert rules["budget"]["mean_k"] == pytest.approx(1.6, abs=0.05)
     assert {"mix of k and k-1", "random drop"} < set(rules)
-    assert run("evaluate", folder, *options, "--budget", budget).exit_code == 0  # the tables
+    ran = run("evaluate", folder, *options, "--budget", budget)
+    assert ran.exit_code == 0, ran.output
+    assert "bits/byte" in ran.stdout, "a table in a pipe cuts no header"
     ran = run("generate", folder, "Hello", "--budget", budget, "--max-new-tokens", 2, "--json")
     assert ran.exit_code == 0, ran.output
+    ran = run("evaluate", budget)
+    assert ran.exit_code == 2
+    assert f"moe-jax evaluate MODEL --text DIR --budget {budget}" in ran.stderr
     report = tmp_path / "report"
     ran = run("experts", folder, *options, "--budget", budget, "--out", report)
     assert ran.exit_code == 0, ran.output
@@ -152,3 +157,20 @@ def test_wrong_text_and_tokenizers_are_named(folder, text, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"pip install 'moe_jax\[models\]'"):
         TextTokenizer(folder, vocab_size=96)
+
+
+def test_a_continuation_is_printed_on_the_lines_that_it_has(folder):
+    prompt = "A long line of text. " * 12
+    ran = run("generate", folder, prompt, "--max-new-tokens", 1)
+    assert ran.exit_code == 0, ran.output
+    assert ran.stdout.startswith(prompt), "not broken at the 80 columns of a pipe"
+
+
+def test_a_broken_end_of_text_is_told_before_the_weights_are_read(folder, tmp_path, monkeypatch):
+    broken = tmp_path / "model"
+    shutil.copytree(folder, broken)
+    (broken / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    monkeypatch.setattr("moe_jax.models.load_model", None)
+    ran = run("generate", broken, "Hello")
+    assert ran.exit_code == 2
+    assert "eos_token_id" in ran.stderr

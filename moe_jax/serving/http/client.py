@@ -52,7 +52,9 @@ class Service:
             port = parts.port
         except ValueError:  # of brackets or of the port
             parts, port = urlsplit(""), -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+        known = parts.scheme in ("http", "https") and parts.hostname
+        # Hosts in other scripts are encoded below, but a path has to be percent-encoded already.
+        if not known or port == -1 or not parts.path.isascii():
             raise ValueError(
                 f"URL: expected one such as http://127.0.0.1:8000, got {url!r}. Correct it."
             )
@@ -124,7 +126,7 @@ class Service:
     def _object(self, path: str, data: bytes) -> dict[str, Any]:
         try:
             value = json.loads(data)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # JSON may be nested too deep to read
             value = None
         if not isinstance(value, dict):
             raise self._other(path, data)
@@ -181,7 +183,7 @@ class Service:
                 arrays[output["name"]] = flat.reshape(output["shape"])
                 start += size
             return arrays, dict(answer.get("parameters", {}))
-        except (KeyError, TypeError, IndexError, ValueError):
+        except (KeyError, TypeError, IndexError, ValueError, RecursionError):
             raise self._other(f"/v2/models/{model}/infer", body) from None
 
     def _good(
@@ -197,6 +199,6 @@ class Service:
         try:
             said = json.loads(data)
             code, message = str(said["code"]), str(said["error"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             code, message = "", f"{method} {path}: expected status 200"
         raise Refused(status, code, message)

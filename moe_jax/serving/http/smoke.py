@@ -65,10 +65,15 @@ def check(
             continue
         try:
             results.append({"check": name, "ok": True, "detail": run()})
-        except (Refused, Unreachable, ValueError, KeyError, AssertionError) as error:
+        except (Refused, Unreachable, ValueError, AssertionError) as error:
             results.append({"check": name, "ok": False, "detail": str(error)})
             # Where nothing answered the first question, the others would only say so again.
             reached = not (name == "live" and isinstance(error, Unreachable))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            detail = (
+                f"expected the answer of this service, got another ({error!r}). Correct the URL."
+            )
+            results.append({"check": name, "ok": False, "detail": detail})
     return results
 
 
@@ -112,7 +117,7 @@ def _served_layer(service: Service, opened: Any, name: str | None) -> Any:
 
 def _as_expected(service: Service, layer: Any) -> str:
     """The service's answer against the checkpoint's own router, token by token."""
-    width = service.get_json("/v2/models/router")["inputs"][0]["shape"][-1]
+    width, _ = service.sizes("router")
     x = np.random.default_rng(1).standard_normal((2, 64, width), dtype=np.float32)
     wanted: Any = layer.route(x.reshape(-1, width))
     outputs = service.infer("router", {"hidden_states": x})[0]

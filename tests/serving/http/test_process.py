@@ -170,6 +170,7 @@ def test_route_asks_the_service(process, tmp_path):
     [
         (["smoke", "ftp://x"], "expected one such as"),
         (["smoke", "http://127.0.0.1:1/v2/"], "Leave /v2 out"),
+        (["smoke", "http://127.0.0.1:1/\u00fc"], "expected one such as"),
         (["reload", "http://127.0.0.1:99999"], "expected one such as"),
         (["route", "X", "--url", "http://127.0.0.1:1"], "Is it running"),
         (["route", "X", "--url", "http://127.0.0.1:1", "--target-mean-k", "2"], "Leave them out"),
