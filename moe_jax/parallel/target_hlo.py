@@ -12,6 +12,7 @@ _SHAPE = re.compile(r"\b(?:bf16|f16|f32|f64|f8\w+|s8|u8|s4)\[([\d,]+)\]")
 _LAYOUTS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _PRODUCT = re.compile(r" (?:dot|convolution)\(")
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
@@ -123,6 +124,8 @@ def is_uncountable(text: str) -> bool:
             if _PRODUCT.search(line) or kernels_of(line):
                 return True
             bodies += _CALLED.findall(line)
+            for branches in _BRANCHES.findall(line):
+                bodies += re.findall(r"[\w.\-]+", branches)
     return False
 
 

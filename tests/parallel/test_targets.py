@@ -65,6 +65,9 @@ def test_operations_are_counted_from_hlo():
     # A loop without products does not spoil the count, one with a product does.
     assert not is_uncountable(HLO)
     assert is_uncountable(HLO.replace("tuple(%c)", "dot(%c, %c)"))
+    branch = "%branch (c: f32[2]) -> f32[2] {\n  ROOT %d = f32[2] dot(%c, %c)\n}\nENTRY"
+    branched = HLO.replace("tuple(%c)", "conditional(%c), branch_computations={%branch, %body}")
+    assert is_uncountable(branched.replace("ENTRY", branch))
     assert is_uncountable(HLO + "is_ragged_dot")
 
 
