@@ -196,7 +196,10 @@ def train(
     _check_place(out, overwrite)
     wanted = {"steps": steps, "seed": seed}
     if resume is not None:
-        _check_resumable(checkpoint.load_metadata(resume)["metadata"], config, wanted)
+        before = checkpoint.load_metadata(resume)
+        if "extra-optimizer" not in before["arrays"]:
+            raise ValueError(_NO_TRAINING.format(what="one without the state of the optimizer"))
+        _check_resumable(before["metadata"], config, wanted)
     corpus = load_corpus() if corpus is None else corpus
     text = corpus.describe()
     placement = _Placement(config=config, steps=steps, mesh=mesh)
@@ -268,15 +271,18 @@ def _check_place(out: PathLike, overwrite: bool) -> None:
     agreed(error)
 
 
+_NO_TRAINING = (
+    "resume: expected a checkpoint of moe-jax train, got {what}. Give the folder that train wrote, or "
+    "leave it out."
+)
+
+
 def _check_resumable(
     metadata: Mapping[str, Any], config: LMConfig, wanted: dict[str, int], text: str | None = None
 ) -> None:
     """Raises ValueError for a checkpoint of another run; a text of None is not compared."""
     if not {"model", "training", "data"} <= metadata.keys():
-        raise ValueError(
-            "resume: expected a checkpoint of moe-jax train, got another. Give the folder that train "
-            "wrote, or leave it out."
-        )
+        raise ValueError(_NO_TRAINING.format(what="another"))
     had = {
         "model": LMConfig.from_json(metadata["model"]).to_json(),
         "data": metadata["data"]["fingerprint"],

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.checkpoint import Checkpoint, restore
+from moe_jax.checkpoint import Checkpoint, restore, save
 from moe_jax.lab import language_model as model_of
 from moe_jax.lab import model_files
 from moe_jax.lab import training as lm
@@ -97,6 +97,11 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path, trained, corpus
     assert report["step"] == STEPS
     with pytest.raises(ValueError, match=r"resume: expected a checkpoint of the same run.*seed=0"):
         lm.train(TINY, tmp_path / "no", STEPS, 1, False, resume=half, corpus=corpus)
+    # A calibrated checkpoint has the same metadata, and no state to train on from.
+    saved = restore(half)
+    bare = save(tmp_path / "bare", dataclasses.replace(saved, extra={}))
+    with pytest.raises(ValueError, match=r"resume: .* got one without the state of the optimizer"):
+        lm.train(TINY, tmp_path / "no", STEPS, 0, False, resume=bare, corpus=corpus)
 
 
 def test_a_byte_sees_only_what_came_before(trained):
