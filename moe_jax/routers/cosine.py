@@ -103,6 +103,8 @@ class Cosine(FixedK):
         x = zero_padding(x, token_mask).astype(jnp.float32)
         low = jnp.matmul(x, projection, precision=jax.lax.Precision.HIGHEST)
         low = low + params["projection_bias"].astype(jnp.float32)[None, :]
-        scale = jnp.exp(jnp.minimum(params["temperature"], math.log(_MOST_SCALE)))
+        scale = jnp.exp(
+            jnp.minimum(params["temperature"].astype(jnp.float32), math.log(_MOST_SCALE))
+        )
         kernel = scale * unit_vectors(params["kernel"].astype(jnp.float32), axis=0)
         return self.gate({"kernel": kernel}, unit_vectors(low, axis=1), key=key)

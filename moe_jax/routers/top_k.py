@@ -101,7 +101,8 @@ class TopK(FixedK):
         keep, weights = super().select(params, state, slots, x, context)
         if self.use_expert_scale:
             check_params(params, expert_scale=(self.num_experts,))
-            weights = weights * params["expert_scale"].astype(jnp.float32)[slots.indices]
+            scale = jnp.asarray(params["expert_scale"], jnp.float32)
+            weights = weights * scale[slots.indices]
         return keep, weights
 
     def observe(self, state: BiasState, routing: Routing | ExpertChoice) -> Array:

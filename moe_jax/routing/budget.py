@@ -173,6 +173,7 @@ def raw_to_k(raw: Array, knots: Array, thresholds: Array, *, min_k: int) -> Arra
     score up among the knots. ``>=`` because a score equal to a run of tied knots has the calibrated
     difficulty of the run's upper end.
     """
+    knots = jnp.asarray(knots)  # a state of numpy arrays cannot be indexed by traced numbers
     # A threshold that equals the difficulty of a run is not exceeded by it: just above, the cut is too.
     above = jnp.nextafter(thresholds, jnp.ones_like(thresholds))
     # Knots are evenly spaced in difficulty, so the place of a threshold among them is a product. A

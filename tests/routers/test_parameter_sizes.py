@@ -1,9 +1,16 @@
-"""Parameters and states of other sizes are refused: broadcasting and indexing would hide them."""
+"""Parameters of other sizes are refused: broadcasting and indexing would hide them.
+
+Parameters and states of the right sizes may be numpy arrays, also those that ``jit`` closes over, and
+parameters may be bfloat16 beside bfloat16 tokens: a rule calculates in float32.
+"""
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax import Gate, TopK
@@ -20,6 +27,35 @@ CONTEXT = {
     "TokenTable": {"token_ids": jnp.zeros((3,), jnp.int32)},
     "DepthRouter": {"router_states": jnp.zeros((3, D), jnp.float32)},
 }
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_compiled_function_closes_over_numpy_parameters_and_states(name):
+    router = RULES[name]
+    params = jax.tree.map(np.asarray, router.init(jax.random.key(0), D))
+    state = jax.tree.map(np.asarray, router.init_state())
+
+    def route(x, context):
+        return router(params, state, x, context=context)
+
+    shapes = jax.ShapeDtypeStruct((3, D), jnp.float32), CONTEXT.get(name)
+    assert jax.eval_shape(route, *shapes).router_logits.shape == (3, router.num_experts)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_parameters_in_bfloat16_are_raised_to_float32(name):
+    router = RULES[name]
+    low = functools.partial(jax.tree.map, lambda a: a.astype(jnp.bfloat16))
+    params, state = low(router.init(jax.random.key(0), D)), router.init_state()
+
+    def route(params, x):
+        routing = router(params, state, x, context=CONTEXT.get(name))
+        return router.regularization(params, state, routing), routing
+
+    x = jax.ShapeDtypeStruct((3, D), jnp.bfloat16)
+    loss, routing = jax.eval_shape(route, params, x)
+    for part in (loss, routing.router_logits, routing.router_probs, routing.combine_weights):
+        assert part.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -85,7 +85,7 @@ class TokenTable(PublishedRule):
         check_classes(logits, self.num_experts)
         scores = self.scoring.scores(logits)
         probs = self.probs(logits, scores)
-        indices = state.table[ids].astype(jnp.int32)
+        indices = jnp.asarray(state.table)[ids].astype(jnp.int32)
         selection = jnp.take_along_axis(self.gate.exclude(scores), indices, axis=-1)
         best = jnp.argsort(-jax.lax.stop_gradient(selection), axis=-1, stable=True)
         indices = jnp.take_along_axis(indices, best, axis=-1)
