@@ -4,7 +4,7 @@ Every routing rule produces one ``Routing``; every way of running experts consum
 ``DispatchPlan``; nothing else passes between them.
 """
 
-from moe_jax.experts import FeedForward, explain_choice, run_experts
+from moe_jax.experts import FeedForward, explain_choice, quantize_experts, run_experts
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer, moe_layer
 from moe_jax.routers import (
     AdaK,
@@ -104,6 +104,7 @@ __all__ = [
     "moe_layer",
     "plan_dispatch",
     "pytree",
+    "quantize_experts",
     "router_from_json",
     "routing_stats",
     "row_budget",

@@ -39,6 +39,7 @@ from moe_jax.experts import (
 from moe_jax.experts.exchange import ExpertParallel
 from moe_jax.experts.expert_parallel import bias_once, run_parallel
 from moe_jax.experts.explicit_axes import call_with_auto_axes, explicit_mesh
+from moe_jax.experts.quantized_kernels import without_gradient
 from moe_jax.experts.weighted_input import weighted_rows
 from moe_jax.routers import Router
 from moe_jax.routers.contracts import ExpertsChoose
@@ -422,7 +423,7 @@ def _shared(
         # Every device of the model axis computes a part of the sum, so the bias may be in one part
         # only.
         shared = bias_once(shared, axis)
-    out = expert_fn(shared, x).astype(jnp.float32)
+    out = expert_fn(without_gradient(expert_fn, shared), x).astype(jnp.float32)
     if axis is not None:
         out = jax.lax.psum(out, axis)
     if "shared_gate" in params:

@@ -27,6 +27,7 @@ from moe_jax.experts.feed_forward import (
 from moe_jax.experts.grouped import GROUPED
 from moe_jax.experts.implementation import ExpertsOutput, Implementation, num_experts_of, vary_like
 from moe_jax.experts.platforms import PLATFORMS, Platform, platform_of
+from moe_jax.experts.quantized_kernels import quantize_experts, without_gradient
 from moe_jax.experts.ragged import RAGGED
 from moe_jax.experts.tiered import TIERED
 from moe_jax.types import Array, DispatchPlan, Params
@@ -51,6 +52,7 @@ __all__ = [
     "choose",
     "explain_choice",
     "platform_of",
+    "quantize_experts",
     "run_experts",
 ]
 
@@ -244,6 +246,7 @@ def run_experts(
         )
     check_params(expert_fn, params, d_model=x.shape[1], num_experts=a.num_experts)
     where = platform_of((x, params, plan), platform=platform)
+    params = without_gradient(expert_fn, params)
     expert_fn, params = with_closed_over(expert_fn, params, x)
 
     def run(platform: str, *args: Any) -> tuple[Array, Array]:

@@ -33,6 +33,9 @@ def _stream_row(expert_fn: FeedForward, params: Params, expert: Array, row: Arra
 
     def project(name: str, row: Array) -> Array:
         out = vector_product(params[name], expert, row)
+        scale = params.get(f"{name}_scale")
+        if scale is not None:
+            out = out * scale[expert].astype(jnp.float32)
         bias = params.get(f"{name}_bias")
         return out if bias is None else out + bias[expert].astype(jnp.float32)
 

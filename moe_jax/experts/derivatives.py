@@ -54,7 +54,8 @@ class DifferentiableFunction(Protocol):
 
     @property
     def backward(self) -> Callable[..., tuple[Any, ...]]:
-        """``(arguments, residuals, cotangents, in_place) -> cotangents``, with None for integers."""
+        """``(arguments, residuals, cotangents, in_place) -> cotangents``, with None for what has no
+        derivative."""
         ...
 
     @property
@@ -129,7 +130,9 @@ def _program(function: DifferentiableFunction, tree: Any, structures: dict[str, 
         leaves: list[Any] = []
         for argument, result in zip(arguments, results, strict=True):
             count = len(jax.tree.leaves(argument))
-            leaves += [None] * count if result is None else jax.tree.leaves(result)
+            # None also stands for a single array without a derivative.
+            some = jax.tree.leaves(result, is_leaf=lambda leaf: leaf is None)
+            leaves += [None] * count if result is None else some
         return leaves
 
     return _Program(

@@ -51,11 +51,13 @@ from moe_jax.experts.exchange import (
 from moe_jax.experts.feed_forward import ExpertFn, FeedForward
 from moe_jax.experts.implementation import (
     ExpertsOutput,
+    learned_params,
     mask_rows,
     num_experts_of,
     output_shape,
     vary_like,
     vary_over,
+    with_learned,
 )
 from moe_jax.experts.platforms import platform_of
 from moe_jax.experts.tier_loop import wide
@@ -279,6 +281,7 @@ def _backward(
     layout = send_layout(plan, spec.devices)
     tier, rounds = choose_size(spec, layout)
     size, width = spec.sizes[-1], x.shape[1]
+    learned = learned_params(spec.expert_fn, params)
 
     def step(start: Array, carry: Any) -> Any:
         def gradients(sent: SentRows) -> Array:
@@ -303,7 +306,11 @@ def _backward(
             agreed = RowCounts(ours.sum(axis=1), counts.sum(axis=1))
             drows = send(spec, tier, build, None, agreed)[1].reshape(spec.devices * size, -1)
         arrived = plan_received(counts, size)
-        _, pull = jax.vjp(lambda p, r: _experts(spec, p, arrived, r)[0], params, rows)
+
+        def run(learned: Params, rows: Array) -> Array:
+            return _experts(spec, with_learned(params, learned), arrived, rows)[0]
+
+        _, pull = jax.vjp(run, learned, rows)
         dparams, dback = pull(drows)
         agreed = RowCounts(ours.sum(axis=1), counts.sum(axis=1))
         back = send_back(spec, tier, dback.reshape(spec.devices, size, -1), agreed)
@@ -313,10 +320,10 @@ def _backward(
         added = jax.tree.map(lambda t, d: t + d.astype(t.dtype), total, dparams)
         return added, rows_by_assignment(plan, layout, start, back, dx)
 
-    sums = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
+    sums = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), learned)
     zeros = (sums, jnp.zeros((plan.order.shape[0], width), x.dtype))
     dparams, drows = run_rounds(spec, rounds, step, vary_over(zeros, spec.parallel.axes))
-    dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
+    dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, learned)
     # The gradient rows carry the combine weights already.
     ones = vary_like(jnp.ones(weights.shape, jnp.float32), x)
     dx = combine(plan, drows, ones).astype(x.dtype)

@@ -21,6 +21,9 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+QUANTIZED_DTYPES = ("int8", "float8_e4m3fn")
+
+
 class ExpertFn(Protocol):
     """A pure function of one expert's parameters and its rows: ``[M, D] -> [M, D_out]``.
 
@@ -45,6 +48,9 @@ class FeedForward:
         activation: a name in ``ACTIVATIONS``.
         gated: whether a gate multiplies the hidden activations (Shazeer 2020, arXiv:2002.05202).
         use_bias: whether each projection has a bias.
+        quantized: None, or the dtype in ``QUANTIZED_DTYPES`` that ``quantize_experts`` gave the
+            kernels. Each kernel then has a scale f32 for each output channel beside it
+            (``up_scale`` [E, F]), which multiplies the product. Neither has a gradient.
 
     Example:
         >>> expert_fn = FeedForward(activation="silu", gated=True)
@@ -59,23 +65,36 @@ class FeedForward:
     activation: str = "gelu"
     gated: bool = False
     use_bias: bool = False
+    quantized: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_flag("gated", self.gated)
         check_flag("use_bias", self.use_bias)
+        check_choice("quantized", self.quantized, (None, *QUANTIZED_DTYPES))
 
     def param_axes(self, params: Params, /) -> dict[str, str]:
         """The axes of each parameter of one expert, by name: what ``check_params`` expects."""
         del params  # the flags alone decide
-        return feed_forward_axes(gated=self.gated, use_bias=self.use_bias)
+        return feed_forward_axes(
+            gated=self.gated, use_bias=self.use_bias, quantized=self.quantized is not None
+        )
 
     def init(self, key: Array, *, num_experts: int, d_model: int, d_ff: int) -> Params:
         """Parameters of all experts, float32, with a leading expert axis.
 
         Kernels are ``[E, D, F]`` (gate, up) and ``[E, F, D]`` (down), normal with variance 1/fan-in;
         biases (``gate_bias``, ``up_bias``, ``down_bias``) are zero.
+
+        Raises:
+            ValueError: the kernels are quantised.
         """
+        if self.quantized is not None:
+            raise ValueError(
+                f"quantized: expected None for new parameters, got {self.quantized!r}. Quantised "
+                "kernels are made from trained ones: initialise and train without it, and pass what "
+                "quantize_experts returns: to nnx.MoE as params=, to linen.MoE by expert_init=."
+            )
         names = ("gate", "up", "down") if self.gated else ("up", "down")
         params = {}
         for name, k in zip(names, jax.random.split(key, len(names)), strict=True):
@@ -105,11 +124,14 @@ class FeedForward:
 def _project(params: Params, name: str, rows: Array) -> Array:
     kernel = params[name].astype(rows.dtype)
     out = jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
+    scale = params.get(f"{name}_scale")
+    if scale is not None:
+        out = out * scale.astype(jnp.float32)[None, :]
     bias = params.get(f"{name}_bias")
     return out if bias is None else out + bias.astype(jnp.float32)[None, :]
 
 
-def feed_forward_axes(*, gated: bool, use_bias: bool) -> dict[str, str]:
+def feed_forward_axes(*, gated: bool, use_bias: bool, quantized: bool = False) -> dict[str, str]:
     """The parameters of one feed-forward expert by name, with a letter for each axis.
 
     Example:
@@ -119,9 +141,25 @@ def feed_forward_axes(*, gated: bool, use_bias: bool) -> dict[str, str]:
     axes = {}
     for name in ("gate", "up", "down") if gated else ("up", "down"):
         axes[name] = "F D" if name == "down" else "D F"
+        if quantized:
+            axes[f"{name}_scale"] = axes[name][-1]
         if use_bias:
             axes[f"{name}_bias"] = axes[name][-1]
     return axes
+
+
+def constant_names(expert_fn: Any) -> frozenset[str]:
+    """The parameters of an expert that have no gradient: quantised kernels and their scales.
+
+    Example:
+        >>> sorted(constant_names(FeedForward(use_bias=True, quantized="int8")))
+        ['down', 'down_scale', 'up', 'up_scale']
+        >>> constant_names(FeedForward())
+        frozenset()
+    """
+    if getattr(expert_fn, "quantized", None) is None:
+        return frozenset()
+    return frozenset(n for n in expert_fn.param_axes({}) if not n.endswith("_bias"))
 
 
 def check_expert_fn(expert_fn: Any) -> None:
@@ -155,7 +193,8 @@ def check_params(
         name: what the message calls the parameters.
 
     Raises:
-        TypeError: ``params`` is not a mapping, or holds something that is not an array.
+        TypeError: ``params`` is not a mapping, holds something that is not an array, or a quantised
+            kernel or its scale has another dtype.
         ValueError: a parameter is missing, unknown or of another shape; all are named.
 
     Example:
@@ -199,3 +238,11 @@ def check_params(
                 f"{name}: expected {key} [{', '.join(shown)}], got {describe_array(params[key])}. D "
                 "is the width of x, F that of up."
             )
+        if key in constant_names(expert_fn):
+            quantized = getattr(expert_fn, "quantized", None)
+            dtype = "float32" if key.endswith("_scale") else quantized
+            if params[key].dtype != dtype:
+                raise TypeError(
+                    f"{name}: expected {key} in {dtype} for {expert_fn}, got "
+                    f"{describe_array(params[key])}. Pass what quantize_experts returned."
+                )

@@ -27,20 +27,31 @@ import jax.numpy as jnp
 
 from moe_jax.experts import ragged
 from moe_jax.experts.derivatives import call
-from moe_jax.experts.feed_forward import ACTIVATIONS, ExpertFn, FeedForward, check_params
+from moe_jax.experts.feed_forward import (
+    ACTIVATIONS,
+    ExpertFn,
+    FeedForward,
+    check_params,
+    constant_names,
+)
 from moe_jax.experts.grouped_product import (
     grouped_dot,
     grouped_dot_transposed,
     grouped_outer,
 )
-from moe_jax.experts.implementation import Implementation, mask_rows
+from moe_jax.experts.implementation import (
+    Implementation,
+    learned_params,
+    mask_rows,
+    with_learned,
+)
 from moe_jax.experts.ragged import masked_dot, product
 from moe_jax.experts.tier_loop import sum_over_slots
 from moe_jax.types import Array, DispatchPlan, Params
 
 _TILE = 128
 
-_Product = Callable[[Array, Array, Array], Array]  # (rows, kernels, group sizes) -> rows
+_Product = Callable[..., Array]  # (rows, kernels, group sizes, scales or None) -> rows
 
 
 class _Rows(NamedTuple):
@@ -75,7 +86,10 @@ def _sorted_rows(plan: DispatchPlan) -> _Rows:
 def _project(
     params: Params, name: str, rows: Array, where: _Rows, group_sizes: Array, dot: _Product
 ) -> Array:
-    out = dot(rows, params[name].astype(rows.dtype), group_sizes).astype(rows.dtype)
+    kernel, scales = params[name], params.get(f"{name}_scale")
+    if scales is None:
+        kernel = kernel.astype(rows.dtype)
+    out = dot(rows, kernel, group_sizes, scales).astype(rows.dtype)
     bias = params.get(f"{name}_bias")
     if bias is not None:
         out = (out.astype(jnp.float32) + bias.astype(jnp.float32)[where.experts]).astype(out.dtype)
@@ -122,7 +136,7 @@ class _Grouped:
         self, params: Params, x: Array, weights: Array, plan: DispatchPlan, *, in_place: bool
     ) -> tuple[Array, dict[str, Array]]:
         # Kernels have no derivative of their own; the ragged product has.
-        dot = grouped_dot if in_place else product
+        dot = grouped_dot if in_place else _dequantized(product)
         return self._forward(params, x, weights, plan, dot)
 
     def _forward(
@@ -140,14 +154,29 @@ class _Grouped:
         if in_place:
             return _backward(self.expert_fn, arguments, residuals, cotangents)
         # A derivative of this derivative follows, so it runs in operations that have one.
-        *floats, plan = arguments
-        values = functools.partial(self.run, plan=plan, in_place=False)
-        return (*jax.vjp(values, *floats)[1](cotangents), None)
+        params, x, weights, plan = arguments
+
+        def values(learned: Params, x: Array, weights: Array) -> Array:
+            return self.run(with_learned(params, learned), x, weights, plan, in_place=False)
+
+        pull = jax.vjp(values, learned_params(self.expert_fn, params), x, weights)[1]
+        return (*pull(cotangents), None)
 
     def reference(
         self, params: Params, x: Array, weights: Array, plan: DispatchPlan
     ) -> tuple[Array, dict[str, Array]]:
-        return self._forward(params, x, weights, plan, masked_dot)
+        return self._forward(params, x, weights, plan, _dequantized(masked_dot))
+
+
+def _dequantized(dot: Callable[[Array, Array, Array], Array]) -> _Product:
+    """A product that takes 8-bit matrices with scales too, from one of float matrices."""
+
+    def run(rows: Array, kernels: Array, sizes: Array, scales: Array | None) -> Array:
+        if scales is not None:
+            kernels = (kernels.astype(jnp.float32) * scales[:, None, :]).astype(rows.dtype)
+        return dot(rows, kernels, sizes)
+
+    return run
 
 
 def _backward(
@@ -156,7 +185,7 @@ def _backward(
     """Returns the gradients of (params, x, weights), and None for the plan."""
     params, x, weights, plan = arguments
     a, sizes, dtype = plan.assignments, plan.group_sizes, x.dtype
-    where = _sorted_rows(plan)
+    where, constants = _sorted_rows(plan), constant_names(expert_fn)
     hidden, pull = jax.vjp(functools.partial(_act, expert_fn), projected)
     rows = mask_rows(where.live, x[where.tokens])
     # Kernels take the dtype of x. Rounding first keeps f32[R, D] out of memory.
@@ -165,14 +194,12 @@ def _backward(
 
     # `back` is the gradient of the hidden activations before the combine weight. Its product with
     # them is the gradient of the weight, so neither the outputs nor a second product are needed.
-    down = params["down"].astype(dtype)
-    back = mask_rows(where.live, grouped_dot_transposed(dy_rows, down, sizes))
+    back = mask_rows(where.live, _transposed(params, "down", dy_rows, where, sizes))
     wide = back.astype(jnp.float32)
     row_dweights = (wide * hidden.astype(jnp.float32)).sum(axis=1)
     if "down_bias" in params:
-        row_dweights += (params["down_bias"].astype(jnp.float32)[where.experts] * dy_rows).sum(
-            axis=1
-        )
+        biases = params["down_bias"].astype(jnp.float32)[where.experts]
+        row_dweights += (biases * dy_rows.astype(jnp.float32)).sum(axis=1)
 
     weighted = (dy_rows.astype(jnp.float32) * row_weights).astype(dtype)
     (dprojected,) = pull((wide * row_weights).astype(dtype))
@@ -182,20 +209,32 @@ def _backward(
         ("down", hidden, weighted),
         *((name, rows, dprojected[name]) for name in projected),
     ):
-        kernel = params[name]
         dout = mask_rows(where.live, dout)
-        gradients[name] = grouped_outer(inputs, dout, sizes, kernel.dtype)
+        if name not in constants:
+            gradients[name] = grouped_outer(inputs, dout, sizes, params[name].dtype)
         if f"{name}_bias" in params:
             gradients[f"{name}_bias"] = _bias_gradient(params[f"{name}_bias"], dout, where)
         if name != "down":
-            part = grouped_dot_transposed(dout, kernel.astype(dtype), sizes)
+            part = _transposed(params, name, dout, where, sizes)
             # Summed by token at once: f32[T, D] instead of f32[R, D].
             dx = dx + sum_over_slots(plan, part, None)
 
     sorted_row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)]
     row = jnp.where(plan.kept, sorted_row + plan.position, 0)
     dweights = jnp.where(plan.kept, row_dweights[row], 0.0)
-    return {name: gradients[name] for name in params}, dx.astype(dtype), dweights, None
+    return {name: gradients.get(name) for name in params}, dx.astype(dtype), dweights, None
+
+
+def _transposed(params: Params, name: str, rows: Array, where: _Rows, group_sizes: Array) -> Array:
+    """Each row times the transposed matrix of its expert."""
+    kernel, scales = params[name], params.get(f"{name}_scale")
+    if scales is None:
+        return grouped_dot_transposed(rows, kernel.astype(rows.dtype), group_sizes)
+    # The scales are of the axis that the product sums over, so they multiply the rows before it.
+    scaled = rows.astype(jnp.float32) * scales[where.experts]
+    return grouped_dot_transposed(
+        mask_rows(where.live, scaled).astype(rows.dtype), kernel, group_sizes
+    )
 
 
 def _bias_gradient(bias: Array, dout: Array, where: _Rows) -> Array:

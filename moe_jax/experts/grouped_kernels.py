@@ -1,8 +1,9 @@
 """The kernels under ``grouped_product``: each computes the three forms of ``ProductSpec``.
 
-All take ``(spec, left, right, group_sizes)`` and are traced while a program is lowered. tokamax is an
-optional library (the extra ``accelerator``) and takes seconds to import, so it is imported where it is
-used.
+All take ``(spec, left, right, group_sizes)``, and the scales f32[E, N] of 8-bit matrices in the form
+"rows"; without scales, 8-bit numbers count as they are. All are traced while a program is lowered.
+tokamax is an optional library (the extra ``accelerator``) and takes seconds to import, so it is
+imported where it is used.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +36,9 @@ def has_tokamax() -> bool:
 # --- TPU ----------------------------------------------------------------------------------------
 
 
-def tpu_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Array:
+def tpu_product(
+    spec: Any, left: Array, right: Array, group_sizes: Array, scales: Array | None = None
+) -> Array:
     """A grouped product by Mosaic kernels: tokamax's, or jax's own megablox without tokamax.
 
     Both are versions of the kernels of MegaBlocks (Gale et al. 2022, arXiv:2211.15841). An axis of the
@@ -42,7 +46,14 @@ def tpu_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Arr
     """
     widths = (left.shape[1], *right.shape[1:])
     if min(widths) < _LANES:
-        return xla_product(spec, left, right, group_sizes)
+        return xla_product(spec, left, right, group_sizes, scales)
+    if has_tokamax():
+        return _tpu_product(spec, left, _with_scales(right, scales), group_sizes)
+    # megablox takes no scales and one dtype.
+    return _scaled(_tpu_product, spec, left, right.astype(left.dtype), group_sizes, scales)
+
+
+def _tpu_product(spec: Any, left: Array, right: Any, group_sizes: Array) -> Array:
     rows = left.shape[0]
     # Kernels take whole tiles of rows.
     whole = -(-rows // _LANES) * _LANES
@@ -109,6 +120,31 @@ def _pad_rows(rows: Array, length: int) -> Array:
     return jnp.pad(rows, ((0, length - rows.shape[0]), (0, 0))) if length > rows.shape[0] else rows
 
 
+def _with_scales(right: Array, scales: Array | None) -> Any:
+    """What tokamax's kernels read as 8-bit matrices with a scale for each expert and column."""
+    if scales is None:
+        return right
+    return importlib.import_module("qwix").QArray(qvalue=right, scale=scales[:, None, :])
+
+
+def _scaled(
+    product: Callable[..., Array],
+    spec: Any,
+    left: Array,
+    right: Any,
+    group_sizes: Array,
+    scales: Array | None,
+) -> Array:
+    """``product``, which takes no scales, times the scale of each row's expert and column."""
+    if scales is None:
+        return product(spec, left, right, group_sizes)
+    # Without their scale, sums exceed what float16 holds.
+    wide = spec._replace(dtype=jnp.float32) if left.dtype == jnp.float16 else spec
+    out = product(wide, left, right, group_sizes)
+    by_row = jnp.repeat(scales, group_sizes, axis=0, total_repeat_length=left.shape[0])
+    return (out.astype(jnp.float32) * by_row).astype(spec.dtype)
+
+
 def _tpu_rows() -> Any:
     if has_tokamax():
         kernels = importlib.import_module("tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel")
@@ -160,17 +196,36 @@ def _tpu_outer() -> Any:
 
 
 def gpu_product(
-    spec: Any, left: Array, right: Array, group_sizes: Array, *, device: Any = None
+    spec: Any,
+    left: Array,
+    right: Array,
+    group_sizes: Array,
+    scales: Array | None = None,
+    *,
+    device: Any = None,
 ) -> Array:
     """A grouped product by tokamax's kernels; by ``loop_product`` without tokamax.
 
     Args:
-        spec, left, right, group_sizes: as everywhere here.
+        spec, left, right, group_sizes, scales: as everywhere here.
         device: what code is generated for. Without one (an export from a host without GPU) only the
             Triton kernels can be generated.
     """
     if not has_tokamax():
-        return loop_product(spec, left, right, group_sizes)
+        return loop_product(spec, left, right, group_sizes, scales)
+    if scales is None:
+        right = right.astype(left.dtype)
+    else:
+        # The kernel multiplies matrices by their scales in the dtype of the rows, which would round
+        # them. So it gets ones, and the product is scaled in float32.
+        right = _with_scales(right, jnp.ones(scales.shape, left.dtype))
+    product = functools.partial(_gpu_product, device=device, quantized=scales is not None)
+    return _scaled(product, spec, left, right, group_sizes, scales)
+
+
+def _gpu_product(
+    spec: Any, left: Array, right: Any, group_sizes: Array, *, device: Any, quantized: bool
+) -> Array:
     # tokamax reads its settings from absl's flags, and parses the command line of whatever program
     # runs for them, unless they count as parsed.
     flags = importlib.import_module("absl.flags").FLAGS
@@ -185,9 +240,10 @@ def gpu_product(
         ragged_dot_dimension_numbers=_dimensions(spec),
         preferred_element_type=spec.dtype,
     )
-    # In order of preference: tokamax takes the first that supports the device.
+    # In order of preference: tokamax takes the first that supports the device. Its Mosaic kernels for
+    # 8-bit matrices (0.0.12) do not trace with jax 0.10, which lacks a function that they call.
     if device is not None:
-        return general(implementation=("mosaic", "triton"))
+        return general(implementation="triton" if quantized else ("mosaic", "triton"))
     with tokamax.config.cross_compile(True):
         return general(implementation="triton")
 
@@ -208,8 +264,14 @@ def _dimensions(spec: Any) -> Any:
 # --- any platform -------------------------------------------------------------------------------
 
 
-def xla_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Array:
+def xla_product(
+    spec: Any, left: Array, right: Array, group_sizes: Array, scales: Array | None = None
+) -> Array:
     """A grouped product by ``jax.lax.ragged_dot``: native on TPU, E times the work elsewhere."""
+    return _scaled(_xla_product, spec, left, right.astype(left.dtype), group_sizes, scales)
+
+
+def _xla_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Array:
     out = jax.lax.ragged_dot_general(
         left,
         right,
@@ -220,7 +282,9 @@ def xla_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Arr
     return out.astype(spec.dtype)
 
 
-def loop_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Array:
+def loop_product(
+    spec: Any, left: Array, right: Array, group_sizes: Array, scales: Array | None = None
+) -> Array:
     """A grouped product in a loop over tiles of at most 128 rows of one expert.
 
     The trip count is the number of tiles in use, so experts without rows cost nothing.
@@ -251,8 +315,10 @@ def loop_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Ar
             old = jax.lax.dynamic_index_in_dim(total, expert, keepdims=False)
             return jax.lax.dynamic_update_index_in_dim(total, old + part, expert, 0)
         matrix = jax.lax.dynamic_index_in_dim(right, expert, keepdims=False)
-        matrix = matrix if spec.form == "rows" else matrix.T
+        matrix = (matrix if spec.form == "rows" else matrix.T).astype(block.dtype)
         part = jnp.matmul(block, matrix, preferred_element_type=jnp.float32)
+        if scales is not None:
+            part = part * scales[expert]
         old = jax.lax.dynamic_slice_in_dim(total, first, most)
         # The tile may reach into the rows of the next expert, which keep what they hold.
         part = jnp.where(live, part.astype(total.dtype), old)

@@ -13,6 +13,10 @@ otherwise a loop over tiles of one expert's rows: right everywhere, fast nowhere
 Kernels cannot be partitioned by the compiler. In a program that the compiler splits over several
 devices (no ``shard_map`` around the layer), TPUs get ``jax.lax.ragged_dot`` and the others the loop.
 
+Matrices in 8 bits (``quantize_experts``) are read as they are by tokamax and by the loop, which
+multiply each sum by the scale of its output channel. Other kernels, and those of NVIDIA GPUs for a
+transposed product, take one dtype: all matrices are converted to that of the rows before.
+
 Sums are taken in float32. Rows past the sum of ``group_sizes`` are unspecified and may hold anything:
 callers mask them.
 """
@@ -50,26 +54,30 @@ class ProductSpec(NamedTuple):
     dtype: Any  # of the result
 
 
-def grouped_dot(rows: Array, kernels: Array, group_sizes: Array) -> Array:
+def grouped_dot(
+    rows: Array, kernels: Array, group_sizes: Array, scales: Array | None = None
+) -> Array:
     """Returns [M, N] in the dtype of ``rows``: each row times the matrix of its expert.
 
     Args:
         rows: float[M, K], sorted by expert.
-        kernels: [E, K, N], in the dtype of ``rows``.
+        kernels: [E, K, N], in the dtype of ``rows``, or in 8 bits.
         group_sizes: i32[E], rows of each expert; they may add up to less than M.
+        scales: f32[E, N], multiply the product before it is rounded. None is no scale.
 
     Example:
         >>> rows, kernels = jnp.ones((3, 2)), jnp.arange(8.0).reshape(2, 2, 2)
         >>> grouped_dot(rows, kernels, jnp.array([1, 2])).tolist()
         [[2.0, 4.0], [10.0, 12.0], [10.0, 12.0]]
     """
-    return _bind(rows, kernels, group_sizes, ProductSpec("rows", rows.dtype))
+    spec = ProductSpec("rows", rows.dtype)
+    return _bind(spec, rows, kernels, group_sizes, *(() if scales is None else (scales,)))
 
 
 def grouped_dot_transposed(rows: Array, kernels: Array, group_sizes: Array) -> Array:
     """Returns [M, K] in the dtype of ``rows`` [M, N]: each row times the transposed matrix of its
     expert, of ``kernels`` [E, K, N]."""
-    return _bind(rows, kernels, group_sizes, ProductSpec("transposed", rows.dtype))
+    return _bind(ProductSpec("transposed", rows.dtype), rows, kernels, group_sizes)
 
 
 def grouped_outer(rows: Array, others: Array, group_sizes: Array, dtype: Any) -> Array:
@@ -83,7 +91,7 @@ def grouped_outer(rows: Array, others: Array, group_sizes: Array, dtype: Any) ->
         group_sizes: i32[E].
         dtype: of the result.
     """
-    return _bind(rows, others, group_sizes, ProductSpec("outer", jnp.dtype(dtype)))
+    return _bind(ProductSpec("outer", jnp.dtype(dtype)), rows, others, group_sizes)
 
 
 def result_shape(spec: ProductSpec, left: Any, right: Any, group_sizes: Any) -> tuple[int, ...]:
@@ -98,11 +106,9 @@ def result_shape(spec: ProductSpec, left: Any, right: Any, group_sizes: Any) -> 
 _product_p = Primitive("moe_grouped_product")
 
 
-def _bind(left: Array, right: Array, group_sizes: Array, spec: ProductSpec) -> Array:
-    # Inside `shard_map` the three must differ over the same axes, as for every primitive.
-    together = (left, right, group_sizes)
-    left, right, group_sizes = (vary_like(a, together) for a in together)
-    return _product_p.bind(left, right, group_sizes, spec=spec)
+def _bind(spec: ProductSpec, *operands: Array) -> Array:
+    # Inside `shard_map` all must differ over the same axes, as for every primitive.
+    return _product_p.bind(*(vary_like(a, operands) for a in operands), spec=spec)
 
 
 @functools.cache
@@ -111,13 +117,14 @@ def _compiled(spec: ProductSpec) -> Any:
 
 
 @_product_p.def_impl
-def _run_eagerly(left: Array, right: Array, group_sizes: Array, *, spec: ProductSpec) -> Array:
+def _run_eagerly(*operands: Array, spec: ProductSpec) -> Array:
     # Outside of `jit` there is no lowering to choose a kernel in, so eager calls compile too.
-    return _compiled(spec)(left, right, group_sizes)
+    return _compiled(spec)(*operands)
 
 
 @_product_p.def_abstract_eval
-def _abstract(left: Any, right: Any, group_sizes: Any, *, spec: ProductSpec) -> Any:
+def _abstract(left: Any, right: Any, group_sizes: Any, *scales: Any, spec: ProductSpec) -> Any:
+    del scales
     shape = result_shape(spec, left, right, group_sizes)
     # Under Explicit axes a result needs a sharding. A kernel computes all of it on each device.
     unsplit = left.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(shape)))
@@ -131,7 +138,7 @@ def _batch(args: Any, axes: Any, *, spec: ProductSpec) -> tuple[Array, int]:
     def one(parts: list[Array]) -> Array:
         rest = iter(parts)
         full = [a if d is None else next(rest) for a, d in zip(args, axes, strict=True)]
-        return _bind(full[0], full[1], full[2], spec)
+        return _bind(spec, *full)
 
     return jax.lax.map(one, batched), 0
 

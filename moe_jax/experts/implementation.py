@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.feed_forward import ExpertFn
+from moe_jax.experts.feed_forward import ExpertFn, constant_names
 from moe_jax.types import Array, DispatchPlan, Params, pytree, static
 
 _T = TypeVar("_T")
@@ -72,6 +72,20 @@ def num_experts_of(params: Params) -> int:
     return sizes[0]
 
 
+def learned_params(expert_fn: ExpertFn, params: Params) -> Params:
+    """``params`` with None in the place of those that have no gradient: integers and constants."""
+    constants = constant_names(expert_fn)
+    if constants:
+        return {n: None if n in constants else p for n, p in params.items()}
+    return jax.tree.map(lambda p: p if jnp.issubdtype(p.dtype, jnp.inexact) else None, params)
+
+
+def with_learned(params: Params, learned: Params) -> Params:
+    """``params`` with the arrays of ``learned`` in their places: the inverse of ``learned_params``."""
+    none = lambda leaf: leaf is None  # noqa: E731
+    return jax.tree.map(lambda new, p: p if new is None else new, learned, params, is_leaf=none)
+
+
 def mask_rows(live: Array, rows: Array) -> Array:
     """``rows`` [..., W] where ``live`` bool[...] holds, zeros elsewhere.
 
@@ -87,14 +101,21 @@ def output_shape(expert_fn: ExpertFn, params: Params, x: Array) -> jax.ShapeDtyp
 
 
 def to_bits(array: Array) -> Array:
-    """Returns 16-bit floats as their bits, u16 of the same shape, and any other array unchanged.
+    """Returns floats of 16 and 8 bits as their bits, unsigned integers of the same shape, and any other
+    array unchanged.
 
-    XLA for CPU does not slice or update 16-bit floats: it widens the whole array to float32, in a
-    loop at every step, even for a few rows. It does slice and update their bits in place. No gradient
-    flows through the bits.
+    XLA for CPU does not slice or update such floats: it widens the whole array to float32, in a loop
+    at every step, even for a few rows. It does slice and update their bits in place. No gradient flows
+    through the bits.
     """
-    narrow = array.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.lax.bitcast_convert_type(array, jnp.uint16) if narrow else array
+    if not is_narrow(array.dtype):
+        return array
+    return jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether XLA for CPU cannot slice arrays of this dtype in place, see ``to_bits``."""
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
 
 
 def from_bits(bits: Array, dtype: Any) -> Array:
@@ -105,7 +126,7 @@ def from_bits(bits: Array, dtype: Any) -> Array:
 def one_expert(params: Params, expert: Array, *, in_place: bool = True) -> Params:
     """Returns the parameters of the expert with index ``expert`` i32[].
 
-    With ``in_place``, for written gradients only, the bits of 16-bit floats are sliced, see
+    With ``in_place``, for written gradients only, the bits of narrow floats are sliced, see
     ``to_bits``, and a barrier keeps the reinterpretation, which would be a copy of the whole stack,
     from being moved out of a loop over experts.
     """
@@ -113,7 +134,7 @@ def one_expert(params: Params, expert: Array, *, in_place: bool = True) -> Param
     def pick(stack: Array, expert: Array) -> Array:
         if not in_place:
             return jax.lax.dynamic_index_in_dim(stack, expert, axis=0, keepdims=False)
-        if stack.dtype in (jnp.bfloat16, jnp.float16):
+        if is_narrow(stack.dtype):
             stack, expert = jax.lax.optimization_barrier((stack, expert))
         part = jax.lax.dynamic_index_in_dim(to_bits(stack), expert, axis=0, keepdims=False)
         return from_bits(part, stack.dtype)

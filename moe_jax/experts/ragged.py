@@ -98,7 +98,10 @@ def run_with(
     def project(name: str, rows: Array) -> Array:
         kernel = params[name].astype(rows.dtype)
         out = ragged_dot(rows, kernel, plan.group_sizes, preferred_element_type=jnp.float32)
-        bias = params.get(f"{name}_bias")
+        scale, bias = params.get(f"{name}_scale"), params.get(f"{name}_bias")
+        if scale is not None:
+            # Zero where no row is: the product may hold anything there.
+            out = out * jnp.where(live, scale.astype(jnp.float32)[experts], 0.0)
         if bias is not None:
             out = out + bias.astype(jnp.float32)[experts]
         # Rows past the last group are zeros on one backend and never written on another.

@@ -42,10 +42,12 @@ from moe_jax.experts.implementation import (
     Implementation,
     all_experts,
     from_bits,
+    learned_params,
     mask_rows,
     output_shape,
     to_bits,
     vary_like,
+    with_learned,
 )
 from moe_jax.experts.tier_loop import (
     Rows,
@@ -234,7 +236,7 @@ def _backward(
 ) -> tuple[Any, ...]:
     """Returns the gradients of (params, x, weights), and None for the plan."""
     params, x, weights, plan = arguments
-    a = plan.assignments
+    a, learned = plan.assignments, learned_params(expert_fn, params)
     most = sizes.pieces[-1]
 
     # The gradient of y reaches each row times its combine weight.
@@ -244,11 +246,15 @@ def _backward(
 
     def bulk(size: int) -> tuple[Params, Array]:
         if size == 0:
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), params)
+            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), learned)
             return vary_like((zeros, jnp.zeros(x.shape, jnp.float32)), (params, x, plan, dy))
         rows = bulk_rows(plan, size)
         blocks = mask_rows(rows.live, x[rows.tokens])
-        _, pull = jax.vjp(functools.partial(all_experts, expert_fn), params, blocks)
+
+        def run(learned: Params, blocks: Array) -> Array:
+            return all_experts(expert_fn, with_learned(params, learned), blocks)
+
+        _, pull = jax.vjp(run, learned, blocks)
         dparams, dblocks = pull(gradient_rows(rows))
         # The pieces add to the same sums, so the bulk's gradients take their dtype.
         dparams = jax.tree.map(lambda d: d.astype(wide(d.dtype)), dparams)
@@ -259,7 +265,10 @@ def _backward(
 
     def piece(size: int, one: Params, block: Array, dblock: Array) -> tuple[Params, Array]:
         # The hidden layer runs here again: only outputs were kept, not activations.
-        _, pull = jax.vjp(expert_fn, one, block[:size])
+        def run(learned: Params, block: Array) -> Array:
+            return expert_fn(with_learned(one, learned), block)
+
+        _, pull = jax.vjp(run, learned_params(expert_fn, one), block[:size])
         dexpert, drows = pull(dblock[:size])
         return dexpert, pad_rows(drows, most)
 
@@ -268,7 +277,7 @@ def _backward(
         return add_expert(total[0], expert, gradients[0]), dx
 
     dparams, dx = run_layout(sizes, plan, params, bulk, gather, piece, put)
-    dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, params)
+    dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, learned)
 
     # d y[t] / d weights[n] is the output of assignment n: no expert runs again for it.
     tokens = a.token_indices[plan.order[: plan.num_rows]]

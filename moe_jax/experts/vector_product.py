@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.experts.implementation import one_expert
+from moe_jax.experts.implementation import is_narrow, one_expert
 from moe_jax.types import Array
 
 # Rows of a matrix that one fused sum reads, each a stream of its own. With 32 of them the sum took 1.0
@@ -30,7 +30,7 @@ def vector_product(kernels: Array, expert: Array, row: Array) -> Array:
     the matrix, is summed by a product with ones: XLA would merge a plain sum with the first.
     """
     _, rows, width = kernels.shape
-    if kernels.dtype in (jnp.bfloat16, jnp.float16):  # cannot be read in place, see ``one_expert``
+    if is_narrow(kernels.dtype):  # cannot be read in place, see ``one_expert``
         kernels, expert = one_expert(kernels, expert)[None], jnp.zeros_like(expert)
     s = max(d for d in range(1, _MOST_SLICES + 1) if rows % d == 0)
     stack = kernels.reshape(-1, rows // s, s, width)

@@ -6,6 +6,7 @@ read out of bounds, so a row that no kernel wrote, and that nothing masks, is se
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -14,9 +15,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.experts import FeedForward, dense, grouped, grouped_kernels
+from moe_jax.experts import FeedForward, dense, grouped, grouped_kernels, quantize_experts
+from moe_jax.experts.feed_forward import QUANTIZED_DTYPES
 from moe_jax.experts.grouped_product import ProductSpec, kernel_context
 from moe_jax.routing.dispatch import kept_weights
+from tests.experts.test_quantized_kernels import dequantized
 from tests.experts.test_tiered import plan_of
 
 WIDTH, EXPERTS, TOKENS = 128, 4, 96
@@ -39,8 +42,11 @@ def library(request, monkeypatch):
         yield request.param
 
 
-def of_form(form, left, right, sizes, dtype=None):
-    return interpreted(ProductSpec(form, jnp.dtype(dtype or left.dtype)), left, right, sizes)
+def of_form(form, left, right, sizes, more=None):
+    """``more`` is the dtype of the result for "outer" and scales for "rows"."""
+    if form == "outer":
+        return interpreted(ProductSpec(form, jnp.dtype(more)), left, right, sizes)
+    return interpreted(ProductSpec(form, left.dtype), left, right, sizes, more)
 
 
 def interpreted(*args):
@@ -88,6 +94,32 @@ def test_a_layer_on_tpu_kernels_equals_the_oracle_forward_and_backward(library):
     # A function of its own, so that what another library's kernels made is not reused.
     got = jax.jit(lambda *args: by_kernels(*args))(params, x, weights, plan)
     want = jax.jit(by_oracle)(params, x, weights, plan)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.isfinite(a).all()
+        scale = max(float(np.abs(b).max()), 1e-2)
+        np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED_DTYPES)
+def test_8_bit_kernels_on_tpu_kernels_equal_the_oracle_on_dequantised_ones(library, dtype):
+    plan, (params, x) = skewed_plan(), inputs()
+    weights, small = kept_weights(plan), quantize_experts(params, dtype)
+    # NaN in the scales of the expert without rows reaches nothing.
+    used = jnp.arange(EXPERTS) != 2
+    given = {
+        n: jnp.where(used[:, None], p, jnp.nan) if "scale" in n else p for n, p in small.items()
+    }
+    function = grouped._Grouped(dataclasses.replace(FFN, quantized=dtype))
+
+    def run(params, x, weights, plan):
+        arguments = (params, x, weights, plan)
+        y, residuals = function.forward(*arguments, in_place=True)
+        dparams, *rest = function.backward(arguments, residuals, cotangent(y), in_place=True)[:3]
+        return y, {n: d for n, d in dparams.items() if n.endswith("_bias")}, *rest
+
+    y, (dparams, *rest) = jax.jit(by_oracle)(dequantized(small), x, weights, plan)
+    want = y, {n: d for n, d in dparams.items() if n.endswith("_bias")}, *rest
+    got = jax.jit(run)(given, x, weights, plan)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.isfinite(a).all()
         scale = max(float(np.abs(b).max()), 1e-2)

@@ -238,6 +238,8 @@ def the_rest():
     yield "own shard_map", own_shard_map(router, params)
     yield "noise differs by device", noise()
     yield "flax module", flax_module()
+    for shape in ({"expert": 8}, {"data": 2, "expert": 2, "model": 2}):
+        yield f"quantised, {shape}", quantized_experts(router, sharding.make_mesh(**shape))
 
 
 def emulated_ragged(rows, out, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
@@ -348,6 +350,36 @@ def own_shard_map(router, params):
         "difference": max(jax.tree.leaves(diff)),
         "set_mesh": float(jnp.abs(y - wanted[0][1][0]).max()),
     }
+
+
+def quantized_experts(router, mesh):
+    """int8 experts, routed and shared, over the mesh and on one device: (output, gradients) apart."""
+    expert_fn, (x, mask) = dataclasses.replace(FFN, quantized="int8"), batch()
+    params = layer_params(8, shared_d_ff=F)
+    small = {n: jax.device_get(moe_jax.quantize_experts(params[n])) for n in ("experts", "shared")}
+    params = {**params, **small}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(layer, params, biases, x):
+        def f(biases, x):
+            full = {**params, **{n: {**params[n], **biases[n]} for n in biases}}
+            return layer(router, expert_fn, full, router.init_state(), x, token_mask=mask)[0]
+
+        y, pull = jax.vjp(f, biases, x)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    def on(layer, params):
+        biases = {n: {k: p for k, p in params[n].items() if k.endswith("_bias")} for n in small}
+        return jax.device_get(run(layer, params, biases, x))
+
+    layer = functools.partial(
+        sharded_layer.sharded_moe_layer, mesh=mesh, parallel=sharding.parallel_of(mesh)
+    )
+    spread = sharding.shard(params, mesh)
+    assert spread["experts"]["up"].dtype == jnp.int8
+    got, want = on(layer, spread), on(moe_jax.moe_layer, params)
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), got, want)
+    return {"output": apart[0], "gradient": max(jax.tree.leaves(apart[1]))}
 
 
 def flax_module():

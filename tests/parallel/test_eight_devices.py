@@ -63,6 +63,13 @@ def test_other_layouts_give_one_devices_answer(measured, case):
         assert values[what] <= TOLERANCE, (what, values)
 
 
+@pytest.mark.parametrize("mesh", [{"expert": 8}, {"data": 2, "expert": 2, "model": 2}])
+def test_quantised_experts_give_one_devices_answer(measured, mesh):
+    values = measured[f"quantised, {mesh}"]
+    assert values["output"] <= TOLERANCE
+    assert values["gradient"] <= TOLERANCE
+
+
 def test_two_levels_move_the_same_rows_as_one(measured):
     values = measured["two levels against one"]
     assert values["output"] == 0.0
