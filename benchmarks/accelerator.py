@@ -69,8 +69,12 @@ def ragged_pair(params: Any, rows: jax.Array, group_sizes: jax.Array, ragged: Ca
 def tokamax_ragged() -> Callable | None:
     try:
         import tokamax  # pyright: ignore[reportMissingImports]
+        from absl import flags
     except ImportError:
         return None
+    # Otherwise tokamax parses this script's command line for its settings and fails.
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
     return tokamax.ragged_dot
 
 
@@ -169,7 +173,7 @@ def measure(run: Run, name: str, shape: LayerShape) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=540.0, help="no case starts after this")
