@@ -62,11 +62,11 @@ def _print(verification: Any) -> None:
 
     target = verification.target
     table = Table(
-        *("", "program", "experts by", "passes", "work / 1×", "temp MB", "held MB"),
-        *("model MB", "fits", "kernels", "sent"),
+        *("", "program", "experts by", "passes", "work / 1×", "temp MB", "held MB", "fits"),
+        *("kernels", "sent"),
         title=f"compiled for {target.name}, JAX {jax.__version__}; nothing was run",
         caption=f"held: arguments, results and temporaries of one device, of "
-        f"{target.memory_bytes / 1e6:,.0f} MB; model: held by the model of docs/scaling.md",
+        f"{target.memory_bytes / 1e6:,.0f} MB; in brackets by the model in docs/scaling.md",
     )
     for program in verification.programs:
         table.add_row(*_cells(program.summary()))
@@ -92,20 +92,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
     start = [row["what"], row["implementation"]]
     if "refused" in row:
         reason = f"refused: {row['refused']}".replace("[", r"\[")
-        return ["[dim]-[/dim]", *start, "", "", "", "", "", "", reason, ""]
+        return ["[dim]-[/dim]", *start, "", "", "", "", "", reason, ""]
     start.append(row["passes"])
     if "error" in row:
-        return [
-            "[red]BAD[/red]",
-            *start,
-            "",
-            "",
-            "",
-            "",
-            "",
-            row["error"][:80].replace("[", r"\["),
-            "",
-        ]
+        return ["[red]BAD[/red]", *start, "", "", "", "", row["error"][:80].replace("[", r"\["), ""]
     good = "[green]good[/green]" if row["ok"] else "[red]BAD[/red]"
     work = "-" if row["work"] is None else f"{row['work']:.2f}"
     kernels = ", ".join(f"{count} {name}" for name, count in row["kernels"].items())
@@ -113,6 +103,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     fits = "yes" if row["fits"] else "no"
     if row["expanded"]:
         kernels = "every row with every expert"
-    model = f"{row['model_held_mb']:,.1f}" if "model_held_mb" in row else "-"
-    held = [f"{row['temp_mb']:,.1f}", f"{row['held_mb']:,.1f}", model, fits]
+    model = f" ({row['model_held_mb']:,.1f})" if "model_held_mb" in row else ""
+    held = [f"{row['temp_mb']:,.1f}", f"{row['held_mb']:,.1f}{model}", fits]
     return [good, *start, work, *held, kernels or "-", sent or "-"]

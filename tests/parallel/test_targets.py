@@ -22,6 +22,7 @@ from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.target_verification import verify_target
 from moe_jax.layer import init_moe_layer
 from moe_jax.parallel import target_layers, targets
+from moe_jax.parallel.memory_cost import MemoryCost
 from moe_jax.parallel.sharded_layer import sharded_moe_layer
 from moe_jax.parallel.sharding import parallel_of
 from moe_jax.parallel.target_hlo import (
@@ -270,6 +271,29 @@ def test_the_command_prints_a_table_or_json_and_exits_by_the_default(compiled, m
     table = run(app, ["verify", "--target", "v5e:2x4", "--implementations", "default"])
     assert table.exit_code == 1
     assert "2 default programs fail." in table.stdout
+
+
+def test_the_table_shows_the_model_of_memory_in_brackets():
+    from moe_jax.cli.target_report import _cells
+
+    cost = MemoryCost(argument_bytes=10**6, output_bytes=10**6, temp_bytes=2 * 10**6, step="send")
+    program = targets.TargetProgram(
+        target="v5e:2x4",
+        what="layer",
+        gradient=False,
+        implementation="default",
+        temp_bytes=3 * 10**6,
+        argument_bytes=10**6,
+        output_bytes=10**6,
+        model=cost,
+    )
+    assert "5.0 (4.0)" in _cells(program.summary())
+    assert "5.0" in _cells(dataclasses.replace(program, model=None).summary())
+    # Programs without figures have as many cells, with the reason among the kernels.
+    for reason in ({"error": "no"}, {"refused": "no"}):
+        cells = _cells(dataclasses.replace(program, **reason).summary())
+        assert len(cells) == 10
+        assert cells[8].endswith("no")
 
 
 def test_the_command_says_how_to_install_a_missing_compiler(monkeypatch):
