@@ -16,6 +16,7 @@ import pytest
 from moe_jax import (
     Cosine,
     DynamicK,
+    Elastic,
     ExpertChoiceRouter,
     ExpertThreshold,
     FeedForward,
@@ -43,10 +44,13 @@ from moe_jax import (
     run_experts,
     to_assignments,
 )
+from moe_jax.interop import DriftMonitor
 from moe_jax.interop.rules import MoEPlusPlus
+from moe_jax.routers import with_share, with_similarity
 from moe_jax.routing.difficulty import register_estimator
 from moe_jax.routing.dispatch import plan_in_groups
 from moe_jax.routing.losses import aux_loss, relu_l1_loss, router_z_loss
+from moe_jax.routing.row_budget import batch_design_effect
 from moe_jax.routing.stats import merge_stats
 from moe_jax.types import Params, Routing
 
@@ -618,6 +622,41 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         "^max_k: .*got 2.0",
     ),
     "min as a flag": (TypeError, lambda: TopAny(num_experts=4, min_k=True), "^min_k: .*got True"),
+    "similarity for another rule": (
+        TypeError,
+        lambda: with_similarity(TopK(num_experts=4, k=2).init_state(), jnp.eye(4)),  # pyright: ignore
+        "state: expected .*RerouteState",
+    ),
+    "share above 1": (
+        ValueError,
+        lambda: with_share(Elastic(num_experts=4, k=2).init_state(), 2.0),
+        "0 <= share <= 1, got 2.0",
+    ),
+    "share as text": (
+        TypeError,
+        lambda: with_share(Elastic(num_experts=4, k=2).init_state(), "a"),  # pyright: ignore
+        "share: expected a number, got 'a'",
+    ),
+    "band as text": (
+        TypeError,
+        lambda: DriftMonitor(static=0, dynamic=0, target_mean_k=1.0, band="a"),  # pyright: ignore
+        "band: expected a number, got 'a'",
+    ),
+    "counts as text": (
+        TypeError,
+        lambda: batch_design_effect("abc", num_tokens=1),  # pyright: ignore[reportArgumentType]
+        "counts: expected experts per token",
+    ),
+    "counts of two axes": (
+        ValueError,
+        lambda: batch_design_effect(np.ones((4, 4)), num_tokens=2),
+        r"counts: expected finite numbers \[M\], got float64\[4, 4\]",
+    ),
+    "counts with NaN": (
+        ValueError,
+        lambda: batch_design_effect(np.array([1.0, np.nan, 2.0, 1.0]), num_tokens=2),
+        "with NaN or inf",
+    ),
     "endless step": (
         ValueError,
         lambda: ReLURouter(num_experts=4, target_k=1.0, step=float("inf")),

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.checks import check_number
 from moe_jax.interop.blocks import MoEBlock
 from moe_jax.interop.budget_shares import shared_budget
 from moe_jax.routers import Router, TopK
@@ -294,6 +295,8 @@ class DriftMonitor:
         band: float = 0.1,
         decay: float = 0.9,
     ) -> None:
+        check_number("band", band)
+        check_number("decay", decay)
         if not band > 0 or not 0 <= decay < 1:
             raise ValueError(
                 f"band, decay: expected band > 0 and 0 <= decay < 1, got {band}, {decay}. "
@@ -303,6 +306,7 @@ class DriftMonitor:
         if target_mean_k is None:
             fit = dynamic.state.fit
             target_mean_k = float(fit.achieved_mean_k) if fit.describe()["fitted"] else 0.0
+        check_number("target_mean_k", target_mean_k)
         if not target_mean_k > 0:
             raise ValueError(
                 f"target_mean_k: expected above 0, got {target_mean_k}. Fit the dynamic block first "

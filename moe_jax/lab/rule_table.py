@@ -156,7 +156,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['mean_k']:.2f}",
                 f"{row['balance']:.2f}",
             ]
-        lines.append(f"| {' | '.join([row['rule'], outcome, *cells])} |".replace("|  |", "| |"))
+        filled = (f"| {cell} " if cell else "| " for cell in (row["rule"], outcome, *cells))
+        lines.append(f"{''.join(filled)}|")
     return "\n".join(lines) + "\n"
 
 

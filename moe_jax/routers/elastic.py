@@ -131,11 +131,17 @@ def with_share(states: Any, share: float | Array) -> Any:
             stay as they are.
         share: f32[] in [0, 1], may be traced: ``Schedule.share_at`` gives it. 0 is for serving.
 
+    Raises:
+        TypeError, ValueError: a Python value that is no share.
+
     Example:
         >>> state = Elastic(num_experts=4, k=2).init_state()
         >>> float(with_share({"layer_0": state}, 0.5)["layer_0"].share)
         0.5
     """
+
+    if not hasattr(share, "dtype"):
+        check_share("share", share, fix="1 draws for all.")
 
     def put(state: Any) -> Any:
         if not isinstance(state, ElasticState):

@@ -13,6 +13,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from moe_jax.routing.gate import Gate
 from moe_jax.routing.scoring import Scoring
 
@@ -94,7 +96,7 @@ def load_rule(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         value = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"rule: expected module:Class of a rule that can be imported, got {path!r}: {error}. Give "
             "the module as in an import, and run where it is importable."
@@ -186,7 +188,7 @@ def _changed_fields(value: Any) -> dict[str, Any]:
             v = _changed_fields(v)
         elif callable(v):
             v = f"{v.__module__}.{getattr(v, '__qualname__', type(v).__qualname__)}"
-        out[f.name] = v
+        out[f.name] = _python_value(v)
     return out
 
 
@@ -201,10 +203,15 @@ def _fields_to_json(value: Any) -> dict[str, Any]:
                 f"{f.name}: expected a value that JSON can hold, got the function {v!r}. "
                 "Register it (moe_jax.routing.difficulty.register_estimator) and refer to it by name."
             )
-        elif isinstance(v, tuple):
-            v = list(v)
-        out[f.name] = v
+        out[f.name] = _python_value(v)
     return out
+
+
+def _python_value(value: Any) -> Any:
+    """A field as JSON holds it: a tuple becomes a list, and a NumPy number a Python one."""
+    if isinstance(value, tuple | list):
+        return [_python_value(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _fields_from_json(cls: type, data: dict[str, Any]) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from moe_jax.checks import check_array, check_count, check_number, check_range
+from moe_jax.checks import check_array, check_count, check_instance, check_number, check_range
 from moe_jax.routers.batch_aware import BatchAware, first_ranks, loaded_by
 from moe_jax.routers.token_choice import Slots
 from moe_jax.routing.gate import Gate
@@ -96,7 +96,13 @@ class Reroute(BatchAware):
 
 
 def with_similarity(state: RerouteState, similarity: Array) -> RerouteState:
-    """Returns the state with a calibrated similarity f32[E, E] of its experts."""
+    """Returns the state with a calibrated similarity f32[E, E] of its experts.
+
+    Raises:
+        TypeError: the state of another rule, or no array of floats.
+        ValueError: a similarity of another number of experts.
+    """
+    check_instance("state", state, RerouteState, fix="Pass Reroute(...).init_state().")
     experts = state.expert_bias.shape[0]
     check_array(
         "similarity",

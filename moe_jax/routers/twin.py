@@ -42,7 +42,7 @@ def dynamic_twin(
 
     Raises:
         ValueError: an unknown rule, or one of another number of experts.
-        TypeError: a class with another field that has no default.
+        TypeError: no rule, or a class with another field that has no default.
 
     Example:
         >>> dynamic_twin(TopK(num_experts=8, k=2), "TopP", target_mean_k=1.6).max_k
@@ -71,11 +71,17 @@ def find_dynamic_rule(rule: str | Router | type[Router]) -> str | Router | type[
 
     Raises:
         ValueError: an unknown name.
+        TypeError: neither a name nor a rule.
     """
     if isinstance(rule, str) and ":" in rule:
         return registry.load_rule(rule)
     if isinstance(rule, str):
         check_choice("rule", rule, DYNAMIC_RULES)
+    elif not isinstance(rule, Router) and not (isinstance(rule, type) and issubclass(rule, Router)):
+        raise TypeError(
+            f"rule: expected a name, a routing rule or its class, got {rule!r}. Name one of "
+            f"{', '.join(DYNAMIC_RULES)}, or derive a class from moe_jax.routers.TokenChoice."
+        )
     return rule
 
 

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 
-from moe_jax.checks import check_at_least_0, check_count, check_range
+from moe_jax.checks import check_at_least_0, check_count, check_range, describe_array
 
 
 def row_budget(
@@ -79,13 +79,24 @@ def batch_design_effect(counts: np.ndarray, *, num_tokens: int) -> float:
         num_tokens: T, consecutive tokens in one batch.
 
     Raises:
-        ValueError: fewer than two whole batches.
+        TypeError: no array of numbers.
+        ValueError: another number of axes, NaN, or fewer than two whole batches.
     """
     check_count("num_tokens", num_tokens, fix="It is the number of tokens of a batch.")
-    batches = np.asarray(counts, np.float64)[: len(counts) // num_tokens * num_tokens]
+    fix = "Pass routing.num_experts_per_token of calibration text."
+    try:
+        values = np.asarray(counts, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"counts: expected experts per token [M], got {counts!r}. {fix}") from None
+    if values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(
+            f"counts: expected finite numbers [M], got {describe_array(values)}"
+            f"{'' if np.isfinite(values).all() else ' with NaN or inf'}. {fix}"
+        )
+    batches = values[: values.size // num_tokens * num_tokens]
     if batches.size < 2 * num_tokens:
         raise ValueError(
-            f"counts: expected at least two batches of {num_tokens} tokens, got {len(counts)} "
+            f"counts: expected at least two batches of {num_tokens} tokens, got {values.size} "
             "counts. Give more calibration text."
         )
     independent = batches.var() * num_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -14,9 +15,12 @@ from moe_jax.lab.calibration import find_rules
 from moe_jax.lab.data import load_corpus
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import load_model
+from moe_jax.lab.rule_table import markdown
 from moe_jax.routers import catalog
 from moe_jax.routers.registry import known_kinds
 from moe_jax.routers.twin import dynamic_twin
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_rule_of_the_users_own_is_named_by_its_module():
@@ -27,6 +31,7 @@ def test_a_rule_of_the_users_own_is_named_by_its_module():
     for path, words in (
         ("moe_jax.nowhere:Rule", "module:Class of a rule that can be imported.*nowhere"),
         ("moe_jax.routers:Nothing", "module:Class of a rule that can be imported.*Nothing"),
+        (".rules:Rule", "module:Class of a rule that can be imported.*relative import"),
         ("moe_jax.routers:Traits", "expected a routing rule at"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -42,6 +47,9 @@ def test_a_built_rule_takes_the_gate_and_scoring_of_the_trained_one():
     assert dynamic_twin(trained, ExpertThreshold, target_mean_k=1.5) == ExpertThreshold(
         num_experts=4, target_k=1.5, max_k=2, scoring=Scoring(norm="sum")
     )
+    for rule in (3, int):
+        with pytest.raises(TypeError, match="rule: expected a name, a routing rule or its class"):
+            dynamic_twin(trained, rule, target_mean_k=1.5)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="expected defaults for vocab_size of TokenTable"):
         dynamic_twin(trained, TokenTable, target_mean_k=1.5)
 
@@ -103,6 +111,12 @@ def test_the_command_shows_rules_and_trains_one(tmp_path):
     assert CliRunner().invoke(app, [*own, "--out", str(file)]).exit_code == 2
     refused = CliRunner().invoke(app, ["rules", "--rule", "Nothing"])
     assert refused.exit_code == 2
+
+
+def test_the_page_has_the_stored_table_of_rules():
+    stored = ROOT / "benchmarks" / "results" / "rules_smoke.json"
+    rows = json.loads(stored.read_text(encoding="utf-8"))["rules"]
+    assert markdown(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
 def test_the_smoke_training_leaves_out_rules_that_read_their_model():

@@ -7,6 +7,7 @@ table when it is registered, with usual values; lines in ``CASES`` are for other
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -259,6 +260,14 @@ def learner(case: Case) -> Case:
     if getattr(case.router, "difficulty", "router_entropy") not in ("router_entropy", spread):
         pytest.skip("as with router_entropy")
     return case
+
+
+def test_numpy_numbers_in_a_rule_are_written_as_python_numbers():
+    gate = Gate(disabled_experts=(np.int64(1),))
+    rule = MinP(num_experts=np.int64(4), ratio=np.float32(0.5), max_k=np.int32(2), gate=gate)
+    plain = MinP(num_experts=4, ratio=0.5, max_k=2, gate=Gate(disabled_experts=(1,)))
+    assert json.loads(json.dumps(rule.to_json())) == plain.to_json()
+    assert rule.fingerprint() == plain.fingerprint()
 
 
 def scoring_of(router: Router) -> Scoring:
