@@ -32,7 +32,14 @@ from typing import Any
 
 from moe_jax import checkpoint as checkpoints
 from moe_jax.checkpoint.description import describe_checkpoint, router_sizes, superseded
-from moe_jax.checkpoint.sealed import LIBRARY, PathLike, Seal, checksum_of, sync_folder
+from moe_jax.checkpoint.sealed import (
+    LIBRARY,
+    PathLike,
+    Seal,
+    checksum_of,
+    move_into_place,
+    sync_folder,
+)
 from moe_jax.config import Config, load_config
 
 
@@ -175,11 +182,12 @@ def restore(path: PathLike, releases: PathLike) -> dict[str, Any]:
     """Verifies an export, copies it into ``releases`` and makes it the current release.
 
     The release that was current becomes ``previous``. Restoring what is current already changes
-    nothing.
+    nothing, unless the release was damaged: it is replaced by a copy of the export then.
 
     Returns:
-        ``{"release", "folder", "checkpoint", "current", "previous"}``: its name, its folder, the
-        checkpoint's checksum, and which releases are current and previous now.
+        ``{"release", "folder", "checkpoint", "current", "previous", "repaired"}``: its name, its
+        folder, the checkpoint's checksum, which releases are current and previous now, and whether
+        a damaged release was replaced.
 
     Raises:
         ArchiveError: as ``verify``, or writing fails; the message says which release is current.
@@ -191,13 +199,12 @@ def restore(path: PathLike, releases: PathLike) -> dict[str, Any]:
     beside = root / f".{name}.restoring-{uuid.uuid4().hex}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            verify(folder)  # restored earlier; it must be intact still
-        else:
+        damaged = folder.exists() and not _is_intact(folder)
+        if damaged or not folder.exists():
             shutil.copytree(source, beside)
             verify(beside)  # copying can fail after the source was verified
             sync_folder(beside)
-            os.rename(beside, folder)
+            move_into_place(beside, folder, overwrite=damaged)
         before = _pointed(root, "current")
         if before != name:
             if before is not None:
@@ -218,6 +225,7 @@ def restore(path: PathLike, releases: PathLike) -> dict[str, Any]:
         "checkpoint": manifest["provenance"]["checkpoint"],
         "current": _pointed(root, "current"),
         "previous": _pointed(root, "previous"),
+        "repaired": damaged,
     }
 
 
@@ -225,7 +233,7 @@ def rollback(releases: PathLike) -> dict[str, Any]:
     """Makes the previous release the current one, after verifying it. Doing it twice undoes it.
 
     Returns:
-        As ``restore``.
+        As ``restore``, without ``repaired``.
 
     Raises:
         ArchiveError: there is no previous release, or it is damaged, and nothing has changed; or a
@@ -233,12 +241,29 @@ def rollback(releases: PathLike) -> dict[str, Any]:
     """
     root = Path(releases).resolve()
     current, previous = _pointed(root, "current"), _pointed(root, "previous")
-    if current is None or previous is None:
-        raise ArchiveError(
-            f"{root}: expected a current and a previous release, got current={current}, "
-            f"previous={previous}. There is nothing to go back to: restore an export first."
+    if current is None:
+        got = (
+            "one without current"
+            if root.is_dir()
+            else "a file"
+            if root.exists()
+            else "nothing there"
         )
-    manifest = verify(root / previous)
+        raise ArchiveError(
+            f"{root}: expected a folder of releases, which restore writes, got {got}. Check the path."
+        )
+    if previous is None:
+        raise ArchiveError(
+            f"{root}: expected a previous release, got the current one alone ({current}). There is "
+            "nothing to go back to: restore another export instead."
+        )
+    try:
+        manifest = verify(root / previous)
+    except ArchiveError as error:
+        raise ArchiveError(
+            f"{error} The current release is still {current}. Restoring the export of {previous} "
+            "replaces the damaged release and makes it current."
+        ) from error
     try:
         _point(root, "current", previous)
         _point(root, "previous", current)
@@ -258,6 +283,14 @@ def rollback(releases: PathLike) -> dict[str, Any]:
 
 
 # --- parts ----------------------------------------------------------------------------------
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except ArchiveError:
+        return False
+    return True
 
 
 def _read_baseline(file: Path) -> dict[str, Any]:
@@ -312,6 +345,19 @@ def release_of(checkpoint: PathLike) -> str:
         return checksum_of(SEAL.read(folder))[:16]
     except ArchiveError:  # the checkpoint itself is verified by whoever opens it
         return ""
+
+
+def releases_of(checkpoint: PathLike) -> Path | None:
+    """Returns the folder of releases that a checkpoint lies in, None outside of one.
+
+    Example:
+        >>> releases_of("runs/model") is None
+        True
+    """
+    release = Path(checkpoint).resolve().parent
+    # An export has the same files. Only a folder of releases has a link to the current one.
+    has_current = _pointed(release.parent, "current") is not None
+    return release.parent if has_current and (release / SEAL.manifest).is_file() else None
 
 
 def baseline_of(path: PathLike) -> Path:

@@ -144,7 +144,7 @@ class Seal:
         try:
             beside.mkdir(parents=True)
             yield beside
-            _move_into_place(beside, target, overwrite)
+            move_into_place(beside, target, overwrite)
             sync_folder(target.parent)
         except self.error:
             raise
@@ -169,7 +169,12 @@ class Seal:
         return manifest
 
 
-def _move_into_place(beside: Path, target: Path, overwrite: bool) -> None:
+def move_into_place(beside: Path, target: Path, overwrite: bool) -> None:
+    """Renames a folder to ``target``, which must be free unless ``overwrite`` is set.
+
+    Raises:
+        OSError: ``target`` is taken, or a rename failed. What was at ``target`` is there still.
+    """
     if not (overwrite and target.exists()):
         # An empty folder that appeared meanwhile would be replaced without a word.
         if target.exists():

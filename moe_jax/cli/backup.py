@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,11 @@ def export(
 
     with library_errors_exit_2():
         chosen = None if config is None else load_config(config, env={})
+        in_file = (
+            None
+            if config is None
+            else json.loads(config.read_text("utf-8")).get("router_config", {})
+        )
         manifest = archive.export(folder, checkpoint, config=chosen, baseline=baseline)
     if as_json:
         print_json({"export": str(folder), **manifest})
@@ -48,6 +54,8 @@ def export(
             soft_wrap=True,
         )
         for name, value in manifest["provenance"]["superseded"].items():
+            if in_file is not None and name not in in_file:
+                continue  # a default that nobody set is no contradiction
             notes.print(
                 f"[yellow]not in force:[/yellow] router_config.{name}; the checkpoint has {value}. "
                 "The service goes by the checkpoint: give the configuration its value.",
@@ -70,16 +78,20 @@ def restore(
     with library_errors_exit_2():
         result = archive.restore(folder, releases)
     _tell(result, releases, as_json)
+    if result["repaired"] and not as_json:
+        out.print("The release was there already and was damaged: it was replaced.")
 
 
 @app.command()
 def rollback(releases: Releases, as_json: AsJson = False) -> None:
-    """Make the previous release the current one again."""
+    """Make the previous release the current one again. A second rollback undoes the first."""
     from moe_jax.checkpoint import archive
 
     with library_errors_exit_2():
         result = archive.rollback(releases)
     _tell(result, releases, as_json)
+    if not as_json:
+        out.print(f"Another rollback would make {result['previous']} current again.")
 
 
 def _tell(result: dict[str, Any], releases: Path, as_json: bool) -> None:

@@ -152,15 +152,73 @@ def test_rollback_goes_back_to_the_previous_release_and_forth_again(made, tmp_pa
     assert archive.rollback(releases)["release"] == second["release"]
 
 
+def test_a_rollback_names_what_another_one_would_make_current(made, tmp_path):
+    releases = tmp_path / "releases"
+    first = archive.restore(made / "export-0", releases)["release"]
+    second = archive.restore(made / "export-7", releases)["release"]
+    for before in (second, first):
+        result = runner.invoke(app, ["rollback", str(releases)])
+        assert f"Another rollback would make {before} current again" in result.output
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: _flip(next((f / "checkpoint" / "arrays").rglob("d/*"))),
+        lambda f: (f / "baseline.json").unlink(),
+        lambda f: _truncate(f / "export.json"),
+    ],
+)
+def test_restore_replaces_a_damaged_release_by_the_sound_export(made, tmp_path, damage):
+    releases = tmp_path / "releases"
+    first = archive.restore(made / "export-0", releases)
+    archive.restore(made / "export-7", releases)
+    folder = releases / first["release"]
+    damage(folder)
+    result = runner.invoke(app, ["restore", str(made / "export-0"), "--into", str(releases)])
+    assert result.exit_code == 0, result.output
+    assert "damaged: it was replaced" in " ".join(result.output.split())
+    assert archive.verify(folder)["checksum"].startswith(first["release"])
+    assert os.readlink(releases / "current") == first["release"]
+    assert sorted(releases.glob(".*")) == [], "nothing is left of the damaged one"
+    assert not archive.restore(made / "export-0", releases)["repaired"]
+
+
+def test_a_damaged_release_stays_where_the_export_is_damaged_too(made, tmp_path):
+    releases = tmp_path / "releases"
+    folder = Path(archive.restore(made / "export-0", releases)["folder"])
+    shutil.copytree(made / "export-0", tmp_path / "damaged")
+    for one in (folder, tmp_path / "damaged"):
+        _flip(one / "config.json")
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(archive.ArchiveError, match=r"damaged/config\.json: expected"):
+        archive.restore(tmp_path / "damaged", releases)
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_the_folder_of_releases_is_found_from_a_checkpoint_in_it(made, tmp_path):
+    releases = tmp_path / "releases"
+    release = archive.restore(made / "export-0", releases)["release"]
+    for name in ("current", release):
+        assert archive.releases_of(releases / name / "checkpoint") == releases.resolve()
+    assert archive.releases_of(made / "export-0" / "checkpoint") is None, "an export is no release"
+    assert archive.releases_of(made / "checkpoint-0") is None
+
+
 def test_rollback_to_nothing_or_to_a_damaged_release_is_refused(made, tmp_path):
     releases = tmp_path / "releases"
+    with pytest.raises(archive.ArchiveError, match=r"got nothing there\. Check the path"):
+        archive.rollback(releases)
+    with pytest.raises(archive.ArchiveError, match=r"got one without current"):
+        archive.rollback(tmp_path)
+    first = archive.restore(made / "export-0", releases)
     with pytest.raises(archive.ArchiveError, match="nothing to go back to"):
         archive.rollback(releases)
-    first = archive.restore(made / "export-0", releases)
     second = archive.restore(made / "export-7", releases)
     _flip(releases / first["release"] / "config.json")
-    with pytest.raises(archive.ArchiveError, match="damaged or changed"):
+    with pytest.raises(archive.ArchiveError, match="damaged or changed") as caught:
         archive.rollback(releases)
+    assert f"Restoring the export of {first['release']} replaces" in str(caught.value)
     assert os.readlink(releases / "current") == second["release"]
 
 
@@ -205,6 +263,16 @@ def test_a_configuration_that_the_checkpoint_contradicts_is_kept_and_told(made, 
     kept = json.loads((tmp_path / "out" / "config.json").read_text())["router_config"]
     assert (kept["num_experts"], kept["max_experts"]) == (8, 2)
     assert archive.verify(made / "export-0")["provenance"]["superseded"] == {}
+
+
+def test_settings_that_a_file_leaves_out_are_not_called_contradicted(made, tmp_path):
+    (tmp_path / "config.json").write_text('{"router_config": {"min_experts": 2}}')
+    words = ["export", str(made / "checkpoint-0"), "--config", str(tmp_path / "config.json")]
+    result = runner.invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stderr.split())
+    assert said.count("not in force") == 1
+    assert "router_config.min_experts; the checkpoint has 1" in said
 
 
 def test_a_configuration_that_names_another_router_is_refused(made, tmp_path):

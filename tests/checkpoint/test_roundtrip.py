@@ -469,7 +469,7 @@ def test_a_link_is_followed_not_replaced(tmp_path):
     assert float(restore(path).params[0]) == float(restore(tmp_path / "current").params[0]) == 0
 
 
-@pytest.mark.parametrize("step", ["file_digests", "sealed_text", "sync_folder", "_move_into_place"])
+@pytest.mark.parametrize("step", ["file_digests", "sealed_text", "sync_folder", "move_into_place"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_save_that_fails_at_any_step_changes_nothing(tmp_path, monkeypatch, step, overwrite):
     path = tmp_path / "c"
@@ -494,7 +494,7 @@ import numpy as np
 from moe_jax.checkpoint import Checkpoint, save, sealed
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
-sealed._move_into_place = die
+sealed.move_into_place = die
 save(sys.argv[1], Checkpoint(params=np.zeros(1, np.float32)), overwrite=True)
 """
 
@@ -550,7 +550,7 @@ def test_an_asynchronous_save_tells_its_failure(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sealed, "_move_into_place", full)
+    monkeypatch.setattr(sealed, "move_into_place", full)
     handle = save_async(tmp_path / "d", Checkpoint())
     assert "No space left" in refused(handle.wait)
     assert not (tmp_path / "d").exists()
