@@ -53,6 +53,12 @@ def _needs(extra: str) -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+def _admin_key_hint(what: str, key: str | None) -> str:
+    if key is None:
+        return f"{what} needs the admin key: --admin-key KEY, or MOE_ADMIN_KEY."
+    return "The key that was sent is not the admin key of this service."
+
+
 @app.command()
 def serve(
     config: ConfigFile = None,
@@ -152,7 +158,7 @@ def smoke(
         checks = check(
             url,
             key=key,
-            admin_key=admin_key or key,
+            admin_key=admin_key,
             checkpoint=checkpoint,
             router_name=router_name,
         )
@@ -188,8 +194,14 @@ def reload(
             answer = service.post_json("/admin/reload", asked)
         except Refused as error:
             notes.print(f"[red]refused:[/red] {plain(error)}", highlight=False, soft_wrap=True)
-            if "HTTP 401" in str(error):
-                notes.print("A reload needs the admin key: --admin-key KEY, or MOE_ADMIN_KEY.")
+            if error.status == 401:
+                notes.print(_admin_key_hint("A reload", admin_key))
+            elif error.status == 422 and checkpoint is None:
+                notes.print(
+                    "The configured folder still leads to the refused checkpoint, and the next start "
+                    "would read it. Run moe-jax rollback RELEASES, or put a good checkpoint there.",
+                    soft_wrap=True,
+                )
             raise typer.Exit(1) from None
     if as_json:
         print_json(answer)

@@ -145,7 +145,7 @@ class ServingConfig:
             to serve in all layers, e.g. ``min_p-20``; empty is the checkpoint's default router, and
             beside it all layers of its rule.
         reload_folder: folder below which ``POST /admin/reload`` may name a checkpoint; empty is the
-            parent of ``checkpoint``.
+            folder of releases that ``checkpoint`` lies in, else its parent.
         seed: of untrained weights.
         serve_moe: whether the model ``moe`` is served; ``auto`` is whenever there are experts: those
             of the checkpoint, or seeded ones without a checkpoint.

@@ -17,6 +17,7 @@ from moe_jax.serving.errors import ServingError
 @dataclasses.dataclass(slots=True)
 class _Record:
     times: list[float]  # a deque would take many times the memory for so few
+    codes: list[str]  # of the violations at ``times``; when blocked, of those that blocked
     blocks: int = 0
     until: float = 0.0
 
@@ -37,7 +38,7 @@ class ClientBlocks:
         >>> now = 0.0
         >>> blocks = ClientBlocks(after=2, window=300, first_seconds=60, longest_seconds=3600,
         ...                 clock=lambda: now)
-        >>> blocks.violation("a"), blocks.violation("a")
+        >>> blocks.violation("a", "malformed"), blocks.violation("a", "malformed")
         (False, True)
         >>> now = 61.0
         >>> blocks.check("a")
@@ -62,15 +63,15 @@ class ClientBlocks:
         self._lock = threading.Lock()
         self._records: collections.OrderedDict[str, _Record] = collections.OrderedDict()
 
-    def violation(self, client: str) -> bool:
-        """Counts one; True if it blocked the client."""
+    def violation(self, client: str, code: str) -> bool:
+        """Counts a refusal by its error code; True if it blocked the client."""
         if self._after is None:
             return False
         now = self._clock()
         with self._lock:
             record = self._records.get(client)
             if record is None:
-                record = _Record(times=[])
+                record = _Record(times=[], codes=[])
                 self._records[client] = record
             self._records.move_to_end(client)
             if len(self._records) > self._max:
@@ -79,8 +80,11 @@ class ClientBlocks:
                 return False  # blocked already; a block does not grow while it lasts
             if record.blocks and now - record.until > self._longest:
                 record.blocks = 0
+            if not record.times:
+                record.codes.clear()
             record.times.append(now)
-            del record.times[: -self._after]
+            record.codes.append(code)
+            del record.times[: -self._after], record.codes[: -self._after]
             full = len(record.times) == self._after
             if not full or now - record.times[0] > self._window:
                 return False
@@ -97,12 +101,25 @@ class ClientBlocks:
             return
         left = record.until - self._clock()
         if left > 0:
+            counts = collections.Counter(list(record.codes))
+            refused = ", ".join(f"{count} {code}" for code, count in counts.most_common())
+            advice = []
+            if counts["rate_limited"]:
+                advice.append("wait as long as Retry-After says after each 429")
+            if len(counts) > bool(counts["rate_limited"]):
+                advice.append("correct the other requests" if advice else "correct the requests")
             raise ServingError(
                 "blocked",
-                f"blocked for {left:.0f} more seconds after too many refused or malformed requests. "
-                "Mend what was refused, and wait.",
+                f"blocked for {left:.0f} more seconds, because {counts.total()} requests within "
+                f"{self._window:.0f} seconds were refused: {refused}. When the block ends, "
+                f"{' and '.join(advice)}.",
                 retry_after=left,
             )
+
+    def seconds_left(self, client: str) -> float:
+        """Returns how long the client is blocked still; 0 if it is not."""
+        record = self._records.get(client)
+        return 0.0 if record is None else max(record.until - self._clock(), 0.0)
 
     @property
     def blocked(self) -> int:

@@ -140,7 +140,8 @@ class AccessControl:
             raise error
         # A block does not shut the operator out, who may share an address with whoever is blocked.
         if not self._admin.valid(bearer):
-            message = "expected the admin key as a bearer token."
+            got = "none" if bearer is None else "another key"
+            message = f"expected the admin key as a bearer token, got {got}."
             raise self.refused(ServingError("unauthorized", message), address)
 
     def admit(self, client: Client, *, tokens: int, requests: int) -> None:
@@ -158,6 +159,13 @@ class AccessControl:
     def refused(self, error: ServingError, client: Client) -> ServingError:
         """Counts a refusal and returns it to be raised. Calls in process are never blocked."""
         self._recorder.refused(error)
-        if error.code in VIOLATIONS and client != LOCAL and self.blocks.violation(client.id):
-            self._log.warning("client_blocked", client=client.id, reason=error.code)
+        if error.code not in VIOLATIONS or client == LOCAL:
+            return error
+        if self.blocks.violation(client.id, error.code):
+            self._log.warning(
+                "client_blocked",
+                client=client.id,
+                reason=error.code,
+                seconds=round(self.blocks.seconds_left(client.id)),
+            )
         return error

@@ -22,6 +22,10 @@ from moe_jax.serving.engine.weights import load_weights
 from moe_jax.serving.errors import CODES, ServingError
 
 _CANARY_TOKENS = 64
+_STILL_CONFIGURED = (
+    "MOE_CHECKPOINT still leads to the refused checkpoint, and the next start would read it. Run "
+    "moe-jax rollback RELEASES, or put a good checkpoint there."
+)
 
 
 class UnsoundWeights(CheckpointError):
@@ -220,11 +224,14 @@ class Served:
             try:
                 new = self._prepared(checkpoint)
             except Exception as error:
+                # The next start reads the configured folder, which holds what was refused.
+                hint = {} if checkpoint is not None else {"hint": _STILL_CONFIGURED}
                 log.error(
                     "reload_refused",
                     checkpoint=checkpoint,
                     serving=previous,
                     error=f"{type(error).__name__}: {error}",
+                    **hint,
                 )
                 raise
             self._open_metrics(new)

@@ -16,6 +16,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import moe_jax
+from moe_jax.checkpoint.archive import releases_of
 from moe_jax.serving.engine import RouterEngine
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.http_request import HttpRequest
@@ -213,13 +214,13 @@ def _reload(engine: RouterEngine, name: str | None) -> dict[str, Any]:
     refusal = ServingError(
         "invalid_values",
         "not reloaded: the old checkpoint stays in service. The reason is in the service's log: a "
-        "damaged or unfit checkpoint, or a folder that is neither below MOE_RELOAD_FOLDER nor beside "
-        "the configured one.",
+        "damaged or unfit checkpoint, or a folder that is not below MOE_RELOAD_FOLDER. Without one "
+        "that is the folder of releases of the configured checkpoint, or the folder it lies in.",
     )
     folder = None
     if name is not None:
         serving = engine.config.serving
-        root = serving.reload_folder or (serving.checkpoint and Path(serving.checkpoint).parent)
+        root = serving.reload_folder or _default_reload_folder(serving.checkpoint)
         try:
             folder = str(checkpoint_below(root, name))
         except (ValueError, OSError, RuntimeError) as error:
@@ -232,6 +233,12 @@ def _reload(engine: RouterEngine, name: str | None) -> dict[str, Any]:
     except Exception:  # the engine has logged it
         raise refusal from None
     return {key: value for key, value in report.items() if key != "source"}
+
+
+def _default_reload_folder(checkpoint: str) -> str | Path:
+    """Returns the folder of releases that the configured checkpoint lies in, else its parent."""
+    # The parent of a checkpoint in a release is that release, which holds no other checkpoint.
+    return checkpoint and (releases_of(checkpoint) or Path(checkpoint).parent)
 
 
 def checkpoint_below(root: str | Path, name: str) -> Path:

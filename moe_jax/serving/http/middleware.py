@@ -16,6 +16,7 @@ from moe_jax.serving.http.transport import TransportContext, as_serving_error
 
 # Prometheus and Kubernetes request these paths every few seconds, so they are logged at debug level.
 _QUIET = frozenset({"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
+_MOST_REASON = 500  # characters of a refusal's message in a log line
 _STATUS_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -64,7 +65,9 @@ class RequestMiddleware:
         if (trace := trace_of(request.headers.get("traceparent"))) is not None:
             names |= {"trace_id": trace.trace_id, "parent_id": trace.parent_id}
         with structlog.contextvars.bound_contextvars(**names):
-            code = await self._answered(scope, receive, answer, request)
+            code, refusal = await self._answered(scope, receive, answer, request)
+            # Under strict the client learns only the code, so the log is where the reason is.
+            reason = {} if refusal is None else {"error": refusal[:_MOST_REASON]}
             log = self.transport.engine.log
             (log.debug if request.path in _QUIET else log.info)(
                 "request",
@@ -72,14 +75,15 @@ class RequestMiddleware:
                 path=request.path[:200],
                 status=request.status,
                 code=code,
+                **reason,
                 client=request.client_id,
                 ms=round(1e3 * (time.monotonic() - request.started), 2),
             )
 
     async def _answered(
         self, scope: Scope, receive: Receive, send: Send, request: HttpRequest
-    ) -> str:
-        """Answers a request and returns the code for its log line."""
+    ) -> tuple[str, str | None]:
+        """Answers a request and returns, for its log line, the code and the message of a refusal."""
         try:
             if (name := repeated_header(scope["headers"])) is not None:
                 refusal = ServingError("malformed", f"{name}: expected once, got more than once.")
@@ -93,18 +97,18 @@ class RequestMiddleware:
             refusal = ServingError(code, text)
             self.transport.engine.recorder.refused(refusal)
             await request.send_error(send, refusal, more)
-            return code
+            return code, text
         except Disconnected:
-            return "disconnected"
+            return "disconnected", None
         except Exception as error:
             if request.status:  # the response has begun; uvicorn closes the connection
                 self.transport.engine.log.exception("failed", path=request.path[:200])
                 raise
             return await self._refuse(error, send, request)
-        return "ok"
+        return "ok", None
 
-    async def _refuse(self, error: Exception, send: Send, request: HttpRequest) -> str:
-        """Sends the response to an error and returns its code.
+    async def _refuse(self, error: Exception, send: Send, request: HttpRequest) -> tuple[str, str]:
+        """Sends the response to an error and returns its code and its message.
 
         This is a separate function so that the frame that catches the error binds no second name to
         it. Such a name would form a cycle of error, traceback and frame, which holds the request's
@@ -115,4 +119,4 @@ class RequestMiddleware:
             self.transport.engine.log.exception("failed", path=request.path[:200])
             refusal = ServingError("internal", "an internal error. The service's log describes it.")
         await request.send_error(send, refusal)
-        return refusal.code
+        return refusal.code, refusal.message

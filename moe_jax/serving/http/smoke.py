@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +29,14 @@ def check(
     checkpoint: Path | None = None,
     router_name: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs every check: ``{"check", "ok", "detail"}`` each; where nothing answers, only the first.
+    """Runs every check: ``{"check", "ok", "detail"}`` each.
+
+    Where nothing answers, or the service still warms up, the remaining checks are not tried.
 
     Args:
         url: where the service is.
         key: API key, where it asks for one.
-        admin_key: for metrics under strict.
+        admin_key: for metrics under strict; None sends ``key``.
         checkpoint: what the service should be serving; its routing of a batch is worked out here and
             compared. None compares with nothing.
         router_name: which of the checkpoint's routers; None is the one that the service says it serves.
@@ -42,13 +45,13 @@ def check(
         ValueError: no such URL, or no such checkpoint.
     """
     service = Service(url, key=key, timeout_seconds=30.0)
-    admin = Service(url, key=admin_key, timeout_seconds=30.0)
+    admin = Service(url, key=admin_key or key, timeout_seconds=30.0)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("live", lambda: _status(service, "/v2/health/live")),
         ("ready", lambda: _ready(service)),
         ("health", lambda: str(service.get_json("/health")["status"])),
         ("routes a batch", lambda: _routes(service)),
-        ("metrics", lambda: _metrics(admin)),
+        ("metrics", lambda: _metrics(admin, admin_key)),
     ]
     if checkpoint is not None:
         from moe_jax.checkpoint import open_checkpoint  # loads JAX, which no other check needs
@@ -67,14 +70,19 @@ def check(
             results.append({"check": name, "ok": True, "detail": run()})
         except (Refused, Unreachable, ValueError, AssertionError) as error:
             results.append({"check": name, "ok": False, "detail": str(error)})
-            # Where nothing answered the first question, the others would only say so again.
-            reached = not (name == "live" and isinstance(error, Unreachable))
+            # The other checks would only say so again: nothing answers, or nothing is served yet.
+            nothing = name == "live" and isinstance(error, Unreachable)
+            reached = not (nothing or isinstance(error, _StillWarming))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             detail = (
                 f"expected the answer of this service, got another ({error!r}). Correct the URL."
             )
             results.append({"check": name, "ok": False, "detail": detail})
     return results
+
+
+class _StillWarming(AssertionError):
+    """The service has not finished its start."""
 
 
 def _status(service: Service, path: str) -> str:
@@ -85,8 +93,20 @@ def _status(service: Service, path: str) -> str:
 
 def _ready(service: Service) -> str:
     status, _, body = service.request("GET", "/ready")
+    if status == 503 and _is_warming(body):
+        raise _StillWarming(
+            "the service is still warming: it loads and compiles. Run smoke again once it is ready; "
+            "the log line engine_ready says so"
+        )
     _hold(status == 200, f"expected ready, got {body[:200].decode(errors='replace')}")
     return "yes"
+
+
+def _is_warming(body: bytes) -> bool:
+    try:
+        return json.loads(body)["reasons"] == ["warming"]
+    except (ValueError, KeyError, TypeError):  # of something else, such as a proxy
+        return False
 
 
 def _routes(service: Service) -> str:
@@ -145,8 +165,11 @@ def _by_expert(indices: np.ndarray, weights: np.ndarray, experts: int) -> np.nda
     return table[:, :experts]
 
 
-def _metrics(service: Service) -> str:
+def _metrics(service: Service, key: str | None) -> str:
     status, _, body = service.request("GET", "/metrics")
+    if status == 401 and key is None:
+        _hold(False, "/metrics: needs the admin key: --admin-key KEY, or MOE_ADMIN_KEY")
+    _hold(status != 401, "/metrics: the key that was sent is not the admin key of this service")
     _hold(status == 200, f"/metrics: expected status 200, got {status}")
     text = body.decode(errors="replace")
     missing = [name for name in _METRICS if name not in text]

@@ -212,7 +212,7 @@ def test_a_crowd_of_clients_does_not_grow_memory():  # L03
     )
     for number in range(5000):
         limiter.take(f"client {number}", tokens=1)
-        blocks.violation(f"client {number}")
+        blocks.violation(f"client {number}", "malformed")
     assert limiter.clients == 100
     assert len(limiter._memory.storage.storage) <= 400  # two kinds, two windows
     assert len(blocks) == 100
@@ -231,9 +231,9 @@ def test_blocks_double_and_expire(clock):  # L02
     blocks = make_blocks(clock)
     for length in (60, 120, 240, 480, 960, 1920, 3600, 3600):
         for _ in range(9):
-            assert not blocks.violation("a")
+            assert not blocks.violation("a", "malformed")
         assert code(lambda: blocks.check("a")) == "ok"
-        assert blocks.violation("a")
+        assert blocks.violation("a", "malformed")
         with pytest.raises(ServingError) as caught:
             blocks.check("a")
         assert caught.value.retry_after == pytest.approx(length)
@@ -246,17 +246,42 @@ def test_blocks_double_and_expire(clock):  # L02
         assert blocks.blocked == 0
     clock.now += 3601  # an hour of good behaviour, and the next block is short again
     for _ in range(10):
-        blocks.violation("a")
+        blocks.violation("a", "malformed")
     with pytest.raises(ServingError) as caught:
         blocks.check("a")
     assert caught.value.retry_after == pytest.approx(60)
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        (["rate_limited"] * 3, "refused: 3 rate_limited. When the block ends, wait as long as"),
+        (["malformed"] * 3, "refused: 3 malformed. When the block ends, correct the requests."),
+        (
+            ["unauthorized", "rate_limited", "rate_limited"],
+            "2 rate_limited, 1 unauthorized. When the block ends, wait as long as Retry-After says "
+            "after each 429 and correct the other requests.",
+        ),
+    ],
+)
+def test_a_block_says_which_refusals_led_to_it_and_when_it_ends(clock, codes, said):
+    blocks = make_blocks(clock, after=3)
+    for before in (["invalid_values"] * 3, codes):  # what led to an earlier block does not count
+        for one in before:
+            blocks.violation("a", one)
+        with pytest.raises(
+            ServingError, match=r"blocked for \d+ more seconds, because 3"
+        ) as caught:
+            blocks.check("a")
+        clock.now += blocks.seconds_left("a")
+    assert said in caught.value.message
 
 
 def test_violations_decay(clock):  # S06
     blocks = make_blocks(clock)
     for _ in range(200):  # never ten within five minutes
         clock.now += 34
-        assert not blocks.violation("a")
+        assert not blocks.violation("a", "malformed")
     assert code(lambda: blocks.check("a")) == "ok"
 
 

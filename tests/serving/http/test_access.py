@@ -7,12 +7,16 @@ import time
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from moe_jax.checkpoint import archive
+from moe_jax.cli import app as cli
 from moe_jax.config import load_config
 from moe_jax.serving.engine import RouterEngine, make_logger
 from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.app import create_app
 from moe_jax.serving.http.openapi import document
+from moe_jax.serving.http.smoke import check
 from tests.serving.engine.conftest import Log
 from tests.serving.engine.test_reload import write
 from tests.serving.http.fuzz import ask
@@ -284,6 +288,92 @@ def test_without_a_reload_folder_only_checkpoints_beside_the_configured_one_may_
             app.transport.close()
 
 
+def test_a_service_of_a_release_may_be_told_any_release_beside_it(tmp_path):
+    releases, names = tmp_path / "releases", []
+    for seed in (1, 2):
+        write(tmp_path / f"checkpoint-{seed}", seed=seed)
+        archive.export(tmp_path / f"export-{seed}", tmp_path / f"checkpoint-{seed}")
+        names.append(archive.restore(tmp_path / f"export-{seed}", releases)["release"])
+    write(tmp_path / "outside", seed=3)
+    settings = {"checkpoint": str(releases / "current" / "checkpoint"), "serve_moe": "off"}
+    with small_engine(admin_key="root", **settings) as engine:
+        app = create_app(engine)
+
+        def reload(name):
+            body = json.dumps({"checkpoint": str(name)}).encode()
+            return asked(app, "POST", "/admin/reload", body, authorization="Bearer root")
+
+        for name in names:
+            assert reload(releases / name / "checkpoint")[1]["release"] == name
+        assert reload(f"{names[0]}/checkpoint")[1]["release"] == names[0]
+        assert reload("current/checkpoint")[1]["release"] == names[1]
+        assert reload(tmp_path / "outside")[0] == 422
+        app.transport.close()
+
+
+@pytest.mark.parametrize("level", ["standard", "strict"])
+def test_a_refused_reload_of_the_configured_folder_says_how_to_go_back(tmp_path, level):
+    """``current`` still leads to the refused release, and the next start would read it."""
+    lines, path = Log(), write(tmp_path / "one", seed=1)
+    settings = {"checkpoint": path, "serve_moe": "off", "security_level": level}
+    with served(small_engine(logger=lines, admin_key="root", **settings)) as service:
+        (tmp_path / "one" / "manifest.json").write_text("{}")
+        command = ["reload", service.address, "--admin-key", "root"]
+        refused = CliRunner().invoke(cli, command)
+        assert refused.exit_code == 1
+        assert "moe-jax rollback RELEASES" in " ".join(refused.output.split())
+        [facts] = [facts for _, event, facts in lines.lines if event == "reload_refused"]
+        assert "moe-jax rollback RELEASES" in facts["hint"]
+        named = CliRunner().invoke(cli, [*command, "--checkpoint", "nowhere"])
+        assert named.exit_code == 1
+        assert "rollback" not in named.output, "the configured folder is as it was"
+
+
+def test_smoke_and_reload_say_whether_a_key_is_missing_or_wrong():
+    settings = {"security_level": "strict", "api_keys": "alice", "admin_key": "root"}
+    with served(small_engine(**settings)) as service:
+
+        def said(command, *keys):
+            result = CliRunner().invoke(cli, [command, service.address, *keys], env=NO_KEYS)
+            return result.exit_code, " ".join(result.output.split())
+
+        smoke = ("smoke", "--key", "alice")
+        assert said(*smoke, "--admin-key", "root")[0] == 0
+        code, text = said(*smoke)
+        assert (code, "metrics: needs the admin key: --admin-key KEY" in text) == (1, True)
+        code, text = said(*smoke, "--admin-key", "nope")
+        assert (code, "sent is not the admin key of this service" in text) == (1, True)
+        code, text = said("reload")
+        assert (code, "A reload needs the admin key: --admin-key KEY" in text) == (1, True)
+        code, text = said("reload", "--admin-key", "nope")
+        assert (code, "sent is not the admin key of this service" in text) == (1, True)
+    with small_engine(admin_key="root") as engine:
+        app = create_app(engine)
+        for headers, got in (({}, "none"), ({"authorization": "Bearer x"}, "another key")):
+            answer = asked(app, "POST", "/admin/reload", **headers)[1]
+            assert answer["error"].endswith(f"got {got}.")
+        app.transport.close()
+
+
+NO_KEYS = dict.fromkeys(("ROUTER_API_KEY", "ROUTER_ADMIN_KEY", "MOE_ADMIN_KEY"))
+
+
+@pytest.mark.parametrize("level", ["standard", "strict"])
+def test_the_log_line_of_a_refusal_has_its_reason(level):
+    lines = Log()
+    with small_engine(logger=lines, security_level=level, api_keys="alice") as engine:
+        app = create_app(engine)
+        for body, status in ((b"{}", 400), (BODY, 200)):
+            assert asked(app, "POST", INFER, body, x_api_key="alice")[0] == status
+        assert asked(app, "GET", "/nowhere")[0] == 404
+        app.transport.close()
+    bad, good, lost = [facts for _, event, facts in lines.lines if event == "request"]
+    assert bad["code"] == "malformed"
+    assert "inputs" in bad["error"], bad
+    assert "error" not in good
+    assert lost["error"] == "GET /nowhere: Not Found."
+
+
 @pytest.mark.parametrize(
     ("level", "method", "path", "refused"),
     [
@@ -455,3 +545,19 @@ def test_while_it_warms_up_probes_are_answered_and_requests_told_to_come_back(mo
             time.sleep(0.01)
         assert asked(app, "GET", "/ready")[1]["reasons"] == ["params_missing"]
         app.transport.close()
+
+
+def test_smoke_says_that_the_service_still_warms_and_tries_no_more(monkeypatch):
+    loading = threading.Event()
+
+    def load(*args):
+        loading.wait(60)
+        raise ValueError("no such weights")
+
+    monkeypatch.setattr("moe_jax.serving.engine.served.load_weights", load)
+    with served(RouterEngine(load_config(env={}, **SMALL), background=True)) as service:
+        live, ready, *others = check(service.address)
+        loading.set()
+    assert (live["ok"], ready["ok"]) == (True, False)
+    assert "still warming: it loads and compiles. Run smoke again" in ready["detail"]
+    assert [c["detail"] for c in others] == ["not tried"] * 3
