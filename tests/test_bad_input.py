@@ -979,7 +979,7 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
     "router kind unknown": (
         ValueError,
         lambda: router_from_json({"kind": "Top2"}),
-        "TopK.*got 'Top2'",
+        "got 'Top2'. Did you mean TopP or TopK",
     ),
     "router kind missing": (ValueError, lambda: router_from_json({"num_experts": 4}), "got None"),
     "router field unknown": (

@@ -10,6 +10,7 @@ typer and rich is imported inside its commands, so that ``moe-jax --help`` stays
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import Annotated
@@ -28,7 +29,7 @@ from moe_jax.cli import (
     rules,
     service,
 )
-from moe_jax.cli.output import LibraryErrorsExit2, out
+from moe_jax.cli.output import LibraryErrorsExit2, library_errors_exit_2, out
 
 app = typer.Typer(
     name="moe-jax",
@@ -66,8 +67,30 @@ def options(
             "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="MODULE",
+            help="Module of your own rule, to read what was saved with it; repeat for several.",
+        ),
+    ] = None,
 ) -> None:
     """Dynamic Mixture-of-Experts routing for JAX, with compute budgets that are held."""
+    with library_errors_exit_2():
+        for name in modules or []:
+            _import_rules(name)
+
+
+def _import_rules(module: str) -> None:
+    """Imports a module, whose rules register themselves. Raises ValueError if there is none."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"--import: expected a module that can be imported, such as my_rules, got {module!r}: "
+            f"{error}. Give it as in an import, and run in the folder that holds it."
+        ) from None
 
 
 @app.command()

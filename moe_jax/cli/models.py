@@ -18,6 +18,7 @@ from moe_jax.cli.output import (
     Glob,
     Seed,
     library_errors_exit_2,
+    moe_jax_with,
     notes,
     numbers,
     out,
@@ -185,6 +186,7 @@ def _show_route(report: dict[str, Any]) -> None:
 
 @app.command()
 def train(
+    context: typer.Context,
     folder: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
     data: Data = None,
     glob: Glob = None,
@@ -276,12 +278,11 @@ def train(
             corpus=corpus,
         )
     if process_id == 0:
-        _print_checkpoint(
-            path,
-            summary,
-            as_json,
-            hint=f"moe-jax calibrate {path} --rule MinP --target-saving 0.2 --out {path}-20",
-        )
+        # A dynamic rule is fitted to a fixed k; another rule that was trained is measured as it is.
+        then = f"calibrate {path} --rule MinP --target-saving 0.2 --out {path}-20"
+        if config.rule is not None:
+            then = f"evaluate {path}"
+        _print_checkpoint(path, summary, as_json, hint=f"{moe_jax_with(context, rule)} {then}")
 
 
 def _model_config(file: Path) -> Any:
@@ -312,6 +313,7 @@ def _model_config(file: Path) -> Any:
 
 @app.command()
 def calibrate(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of a trained model.")],
     folder: Annotated[Path, typer.Option("--out", help="Checkpoint folder to write.")],
     rule: Annotated[
@@ -355,7 +357,9 @@ def calibrate(
             console=notes,
             corpus=corpus,
         )
-    _print_checkpoint(path, summary, as_json, hint=f"moe-jax evaluate {path}")
+    _print_checkpoint(
+        path, summary, as_json, hint=f"{moe_jax_with(context, *rule)} evaluate {path}"
+    )
 
 
 def _print_checkpoint(path: Path, summary: dict[str, Any], as_json: bool, *, hint: str) -> None:

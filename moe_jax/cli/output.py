@@ -78,6 +78,18 @@ def plain(error: Exception) -> str:
     return escape(text)
 
 
+def moe_jax_with(context: typer.Context, *rules: str | None) -> str:
+    """Returns ``moe-jax``, with the imports that reading a checkpoint of these rules takes.
+
+    Args:
+        context: of the running command; its ``--import`` is needed again.
+        *rules: values of ``--rule``; those of the form ``module:Class`` need their module.
+    """
+    given = context.find_root().params.get("modules") or []
+    modules = [*given, *(rule.partition(":")[0] for rule in rules if rule and ":" in rule)]
+    return " ".join(["moe-jax", *(f"--import {module}" for module in dict.fromkeys(modules))])
+
+
 def numbers(option: str, text: str) -> list[int]:
     """Returns the whole numbers from 0 of an option such as ``--seeds 0,1,2``.
 

@@ -16,6 +16,7 @@ from moe_jax.cli.output import (
     Glob,
     Seed,
     library_errors_exit_2,
+    moe_jax_with,
     out,
     print_json,
 )
@@ -185,6 +186,7 @@ def evaluate(
 
 @app.command()
 def budget(
+    context: typer.Context,
     folder: Folder,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder to write the budget to.")],
     rule: Annotated[str, typer.Option(help="TopP, MinP, DynamicK or ExpertThreshold.")] = "MinP",
@@ -255,7 +257,8 @@ def budget(
     # The price of a budget is read on text that did not fit it; the standard library has such a part.
     on_text = "" if text is None else " --text HELD_OUT_TEXT"
     out.print(
-        f"budget in {path}; next: moe-jax evaluate {folder}{on_text} --budget {path} --controls",
+        f"budget in {path}; next: {moe_jax_with(context, rule)} evaluate {folder}{on_text} "
+        f"--budget {path} --controls",
         markup=False,
         soft_wrap=True,
     )

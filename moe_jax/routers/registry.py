@@ -7,6 +7,7 @@ rule at the moment its class is defined.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import json
@@ -60,8 +61,11 @@ def known_kinds() -> list[str]:
     return sorted(_registered.keys() | LAZY_RULES.keys())
 
 
-def rule_class(kind: str) -> type[Any]:
+def rule_class(kind: str, module: str | None = None) -> type[Any]:
     """Returns the rule of this name. Imports its module if it is a rule of a single model.
+
+    ``module`` defines the rule, if that is known. It is named in the message and never imported: a
+    file must not decide which code runs.
 
     Raises:
         ValueError: no rule has this name.
@@ -76,11 +80,25 @@ def rule_class(kind: str) -> type[Any]:
         # replaced before (say by a test), the module's attribute is still the rule.
         return getattr(importlib.import_module(module), name)
     if kind not in _registered:
-        raise ValueError(
-            f"router kind: expected one of {', '.join(known_kinds())}, got {kind!r}. "
-            "If it is your own rule, import the module that defines it first."
-        )
+        raise ValueError(_unknown_kind(kind, module))
     return _registered[kind]
+
+
+def _unknown_kind(kind: str, module: str | None) -> str:
+    if module is not None:
+        return (
+            f"rule: expected one that is defined, got {kind!r} of the module {module}, which is not "
+            f"imported. Write moe-jax --import {module} before the command's name, in the folder "
+            f"that holds it, or in Python: import {module}."
+        )
+    names = {name.lower(): name for name in known_kinds()}
+    near = [names[word] for word in difflib.get_close_matches(kind.lower(), names, n=2)]
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known_kinds())}."
+    return (
+        f"rule: expected the name of a rule, got {kind!r}. {hint} A rule of your own is chosen as "
+        "module:Class. To read what was saved with one, import its module first: "
+        "moe-jax --import MODULE before the command's name, or import in Python."
+    )
 
 
 def load_rule(path: str) -> Any:
@@ -114,10 +132,20 @@ def load_rule(path: str) -> Any:
 def to_json(rule: Any) -> dict[str, Any]:
     """Returns a JSON object with ``kind`` and every field of a rule.
 
+    A rule that is not the library's has its ``module`` too, for the message where it is not imported.
+
     Raises:
         TypeError: a field is a function, such as an estimator that is not registered.
     """
-    return {"kind": type(rule).__name__, **_fields_to_json(rule)}
+    module = {"module": type(rule).__module__} if _has_module(type(rule)) else {}
+    return {"kind": type(rule).__name__, **module, **_fields_to_json(rule)}
+
+
+def _has_module(cls: type[Any]) -> bool:
+    """Whether ``to_json`` notes the module: not for the library's rules, nor for those of a script."""
+    if cls.__module__ == "__main__" or cls.__module__.startswith("moe_jax."):
+        return False
+    return "module" not in {f.name for f in dataclasses.fields(cls)}
 
 
 def from_json(data: Any) -> Any:
@@ -138,7 +166,11 @@ def from_json(data: Any) -> Any:
             f"router kind: expected one of {', '.join(known_kinds())}, got {kind!r}. "
             "Give the name of a rule under 'kind'."
         )
-    return _fields_from_json(rule_class(kind), fields)
+    module = fields.get("module")
+    cls = rule_class(kind, module if isinstance(module, str) else None)
+    if _has_module(cls):
+        fields.pop("module", None)
+    return _fields_from_json(cls, fields)
 
 
 def identity(rule: Any) -> str:

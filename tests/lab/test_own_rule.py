@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,17 @@ from typer.testing import CliRunner
 
 from moe_jax import ExpertThreshold, MinP, Scoring, TopK
 from moe_jax.cli import app
+from moe_jax.config import load_config
 from moe_jax.interop.rules import TokenTable
 from moe_jax.lab.calibration import find_rules
 from moe_jax.lab.data import load_corpus
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.model_files import load_model
-from moe_jax.lab.rule_table import markdown
-from moe_jax.routers import catalog
+from moe_jax.lab.rule_table import markdown, rule_to_train
+from moe_jax.routers import catalog, registry
 from moe_jax.routers.registry import known_kinds
 from moe_jax.routers.twin import dynamic_twin
+from moe_jax.serving.engine.weights import load_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +68,71 @@ def test_a_model_is_trained_with_a_rule_by_name(tmp_path):
     assert loaded.config.rule == MinP(num_experts=4, max_k=3)
     assert loaded.routers == (MinP(num_experts=4, max_k=3),)
     assert CliRunner().invoke(app, [*command, "Nothing"]).exit_code == 2
+
+
+OWN_RULE = """
+import dataclasses
+from moe_jax import Gate, Scoring
+from moe_jax.routers import NoState, TokenChoice
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneLess(TokenChoice):
+    num_experts: int
+    min_k: int = 1
+    max_k: int = 4
+    gate: Gate = Gate()
+    scoring: Scoring = Scoring()
+
+    def init_state(self):
+        return NoState()
+
+    def select(self, params, state, slots, x, context):
+        keep = slots.slot_probs >= slots.slot_probs[:, self.max_k - 2 : self.max_k - 1]
+        return keep, self.weights(slots, keep)
+"""
+
+
+def test_what_an_own_rule_wrote_is_read_by_every_command_that_imports_it(tmp_path, monkeypatch):
+    (tmp_path / "rules_of_mine.py").write_text(OWN_RULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    sizes = {"num_layers": 1, "d_model": 16, "num_heads": 2, "num_experts": 4, "k": 3, "d_ff": 8}
+    model, own = tmp_path / "model.json", tmp_path / "own"
+    model.write_text(json.dumps({**sizes, "length": 16, "batch_size": 2}), encoding="utf-8")
+    train = ["train", "--out", str(own), "--model", str(model), "--steps", "2"]
+    done = CliRunner().invoke(app, [*train, "--rule", "rules_of_mine:OneLess"])
+    assert done.exit_code == 0, done.output
+    assert "next: moe-jax --import rules_of_mine evaluate" in done.stdout
+
+    def forget():  # as a new process, which has not imported the rule
+        sys.modules.pop("rules_of_mine", None)
+        registry._registered.pop("OneLess", None)
+
+    for command in (
+        ["inspect", str(own)],
+        ["evaluate", str(own), "--limit", "64"],
+        ["export", str(own), "--out", str(tmp_path / "backup")],
+    ):
+        forget()
+        refused = CliRunner().invoke(app, command)
+        assert refused.exit_code == 2, command
+        said = " ".join(refused.stderr.split())
+        assert "'OneLess' of the module rules_of_mine, which is not imported" in said, command
+        assert "Write moe-jax --import rules_of_mine before" in said, command
+        done = CliRunner().invoke(app, ["--import", "rules_of_mine", *command])
+        assert done.exit_code == 0, done.output
+    assert load_weights(load_config(env={}, checkpoint=str(own))).router.max_k == 3
+    forget()
+    refused = CliRunner().invoke(app, ["--import", "rules_of_nobody", "inspect", str(own)])
+    assert refused.exit_code == 2
+    assert "expected a module that can be imported" in " ".join(refused.stderr.split())
+
+
+def test_a_misspelt_rule_names_the_nearest_and_the_way_to_an_own_one():
+    for name in ("Topp", "topp"):
+        with pytest.raises(ValueError, match=r"Did you mean TopP.*module:Class"):
+            rule_to_train(LMConfig(), name)
+    with pytest.raises(ValueError, match=r"Known: .*TopAny"):
+        rule_to_train(LMConfig(), "Nothing")
 
 
 def test_every_rule_of_the_library_is_in_the_catalogue_with_its_source():
