@@ -35,6 +35,7 @@ from moe_jax.cli.published_options import (
     Work,
     layer_bar,
     note_high_loss,
+    note_seen_files,
     read_text,
     show_rules,
 )
@@ -152,10 +153,14 @@ def evaluate(
                     target_saving=target_saving,
                     target_mean_k=target_mean_k,
                     share=share,
+                    calibration_files=calibration.file_digests,
                     batch_size=batch,
                     progress=progress,
                     work=None if work is None else work / "fit",
                 )
+        if fitted is not None:
+            seen = fitted.files_fitted_on(tokens)
+            note_seen_files(tokens, seen, "the budget was fitted on", "--text")
         with layer_bar(layers, "evaluate") as progress:
             result = compare(
                 opened,
@@ -231,6 +236,7 @@ def budget(
                 target_saving=target_saving,
                 target_mean_k=target_mean_k,
                 share=share,
+                calibration_files=tokens.file_digests,
                 batch_size=batch,
                 progress=progress,
                 work=work,
@@ -247,7 +253,8 @@ def budget(
     if as_json:
         targets = {str(n): k for n, k in fitted.target_mean_k.items()}
         note = {"target_mean_k_per_layer": targets, "calibration_mean_k_per_layer": reached}
-        print_json({"budget": str(path), **fitted.metadata, **note})
+        metadata = {**fitted.metadata, "calibration_files": tokens.files}
+        print_json({"budget": str(path), **metadata, **note})
         return
     table = Table("layer", "trained k", "target", "reached")
     for n, mean in fitted.target_mean_k.items():

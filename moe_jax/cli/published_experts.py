@@ -22,8 +22,10 @@ from moe_jax.cli.published_options import (
     Text,
     Work,
     layer_bar,
+    note_seen_files,
     read_text,
     show_rules,
+    text_name,
 )
 
 app = typer.Typer()
@@ -80,8 +82,7 @@ def experts(
                 work=work,
             )
         rule = "as trained" if fitted is None else f"under {fitted.metadata['rule']}"
-        source = "the Python standard library" if text is None else text.name
-        note = f"{opened.config.model_type}, {rule}, on {source}: {tokens.files} files."
+        note = f"{opened.config.model_type}, {rule}, on {text_name(text)}: {tokens.files} files."
         page = experts_page(report, out_folder / "index.html", note=note)
         values = report.to_json()
         with (out_folder / "experts.json").open("w") as file:
@@ -147,6 +148,8 @@ def prune(
         check_pruning(totals, keep, method=method, counts=counts, least=least, groups=groups)
         tokens = read_text(opened, text, length, limit, part="calibration")
         held_out = read_text(opened, held_out_text, length, limit)
+        seen = held_out.files_among(tokens.file_digests)
+        note_seen_files(held_out, seen, "experts are removed by", "--held-out-text")
         layers = opened.config.num_layers
         with layer_bar(layers, "saliency") as progress:
             saliency = expert_saliency(
@@ -174,6 +177,9 @@ def prune(
     report |= {
         "model": str(path),
         "method": method,
+        "text": text_name(text, "calibration"),
+        "held_out_text": text_name(held_out_text),
+        "fitted_on_files": seen,
         "kept": {str(layer): rows.tolist() for layer, rows in kept.items()},
     }
     if as_json:
@@ -181,6 +187,12 @@ def prune(
         return
     numbers = ", ".join(f"{layer}: {len(rows)}" for layer, rows in kept.items())
     out.print(f"experts kept by layer: {numbers}", soft_wrap=True)
+    out.print(
+        f"experts chosen on {report['text']}; loss measured on {report['held_out_text']}: "
+        f"{held_out.files} files",
+        soft_wrap=True,
+        highlight=False,
+    )
     show_rules(report)
     out.print(
         f"model in {path}; next: moe-jax evaluate {path} --text DIR", markup=False, soft_wrap=True

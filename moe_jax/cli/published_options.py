@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,6 +83,26 @@ def read_text(
     return tokenize_files(files, tokenizer, length=length, limit=limit)
 
 
+def text_name(text: Path | None, part: str = "held_out") -> str:
+    """What ``read_text`` reads, for reports."""
+    if text is not None:
+        return text.name
+    return f"Python's standard library, {part.replace('_', '-')} part"
+
+
+def note_seen_files(text: Any, seen: Sequence[str], what: str, option: str) -> None:
+    """Prints a note if files of a text are among those that ``what`` was done on."""
+    if seen:
+        shown = ", ".join(seen[:3]) + (", ..." if len(seen) > 3 else "")
+        notes.print(
+            f"note: {len(seen)} of {text.files} files ({shown}) are files that {what}. The price of "
+            f"the saving is measured on other text: name some with {option}.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 def note_high_loss(loss: float, vocab_size: int) -> None:
     """Prints a note if a uniform guess of every token would have a lower loss."""
     guess = math.log(vocab_size)
@@ -97,8 +117,18 @@ def note_high_loss(loss: float, vocab_size: int) -> None:
 
 def show_rules(report: dict[str, Any]) -> None:
     """Prints the rows of ``Comparison.report`` as a table, with tails and drift below it."""
+    # Headings of short words, which wrap where the terminal is narrow.
     table = Table(
-        "rule", "mean k", "saved", "bits/byte", "change (95 %)", "verdict", "expert FLOPs", "time"
+        "rule",
+        "mean k",
+        "saved",
+        "bits a byte",
+        "change (95 %)",
+        "verdict",
+        "used",
+        "run",
+        "time",
+        pad_edge=False,
     )
     base = report["rules"][0]
     for row in report["rules"]:
@@ -116,10 +146,17 @@ def show_rules(report: dict[str, Any]) -> None:
             f"{row['bits_per_byte']:.4f}",
             change,
             verdict,
-            f"{used:.1%} used, {executed:.1%} executed",
+            f"{used:.0%}",
+            f"{executed:.0%}",
             f"{row['seconds']:.1f} s",
         )
     print_whole(out, table)
+    if report["fitted_on_files"]:
+        out.print(
+            f"{len(report['fitted_on_files'])} of {report['files']} files are not new to the rule: the "
+            "change is no price on other text.",
+            soft_wrap=True,
+        )
     for row in report["rules"][1:2]:
         tails = row["tails"]
         layers = ", ".join(f"{n}: {k:.2f}" for n, k in row["mean_k_per_layer"].items())
@@ -136,4 +173,8 @@ def show_rules(report: dict[str, Any]) -> None:
             f"on the second text: mean k {row['mean_k']:.3f} ({row['mean_k_drift']:+.1%}, {word}), "
             f"{row['bits_per_byte']:.4f} bits a byte ({row['relative_loss']:+.2%} against trained)"
         )
-    out.print(f"Intervals: {report['interval']}.")
+    out.print(
+        "used: operations of the experts that tokens chose, against those of the trained rule; run: "
+        f"what this machine computed for them, padding included. Intervals: {report['interval']}.",
+        soft_wrap=True,
+    )

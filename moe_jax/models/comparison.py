@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,15 @@ class Comparison:
         evaluations: by rule.
         other: the same on a second text, empty without one.
         other_text: the second text, or None.
+        fitted_on: paths of the files of ``text`` that the budget was fitted on: what the budget costs
+            on them is no price on new text.
     """
 
     text: TokenizedText
     evaluations: Mapping[str, Evaluation]
     other_text: TokenizedText | None = None
     other: Mapping[str, Evaluation] = dataclasses.field(default_factory=dict)
+    fitted_on: Sequence[str] = ()
 
     def report(self) -> dict[str, Any]:
         """Everything as JSON values, as ``moe-jax evaluate --json`` prints it."""
@@ -48,6 +51,7 @@ class Comparison:
             "tokens": base.tokens,
             "bytes": self.text.bytes,
             "files": self.text.files,
+            "fitted_on_files": list(self.fitted_on),
             "interval": "95 %, paired bootstrap over "
             + ("files" if self.text.files >= FEWEST_FILES else "sequences"),
             "rules": rows,
@@ -223,7 +227,10 @@ def compare(
     results = {name: counts.evaluation(first) for name, counts in lanes.items()}
     other = {} if other_text is None else {n: c.evaluation(second) for n, c in lanes.items()}
     stream.finish()
-    return Comparison(text=text, evaluations=results, other_text=other_text, other=other)
+    fitted_on = () if budget is None else budget.files_fitted_on(text)
+    return Comparison(
+        text=text, evaluations=results, other_text=other_text, other=other, fitted_on=fitted_on
+    )
 
 
 def _control(block: MoEBlock, drop: str, mean_k: float) -> MoEBlock:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -163,6 +163,21 @@ def _attention_entries(config: DecoderConfig) -> Iterator[TensorEntry]:
         yield TensorEntry(("attention", "sinks"), "self_attn.sinks", (heads,))
 
 
+def check_present(names: Collection[str], entry: TensorEntry, *, where: str) -> None:
+    """Checks that an entry's tensor is among these names inside its layer.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if entry.name in names:
+        return
+    near = sorted(n for n in names if n.split(".")[0] == entry.name.split(".")[0])
+    raise ValueError(
+        f"{where}: expected a tensor {entry.name!r} of shape {list(entry.shape)}, got none. There are "
+        f"{', '.join(near[:8]) or 'none of that module'}. Check the config against the checkpoint."
+    )
+
+
 def take(
     tensors: Mapping[str, Tensor], entries: Iterator[TensorEntry], *, dtype: Any, where: str
 ) -> dict[str, Any]:
@@ -179,13 +194,7 @@ def take(
     """
     out: dict[str, Any] = {}
     for entry in entries:
-        if entry.name not in tensors:
-            near = sorted(n for n in tensors if n.split(".")[0] == entry.name.split(".")[0])
-            raise ValueError(
-                f"{where}: expected a tensor {entry.name!r} of shape {list(entry.shape)}, got none. "
-                f"There are {', '.join(near[:8]) or 'none of that module'}. Check the config against "
-                "the checkpoint."
-            )
+        check_present(tensors, entry, where=where)
         tensor = tensors[entry.name]
         check_plain(f"{where}, {entry.name!r}", tensor)
         if tuple(tensor.shape) != entry.shape:

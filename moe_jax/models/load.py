@@ -27,6 +27,7 @@ from moe_jax.models.hub_layout import (
     LAYER,
     HubSource,
     TensorRecord,
+    check_present,
     check_unused,
     end_entries,
     layer_entries,
@@ -51,7 +52,8 @@ class HubFolder:
     Raises:
         FileNotFoundError: no config, no safetensors, or a shard is missing; pickled weights are never
             read.
-        ValueError: a model or a setting that is not implemented; see ``decoder_config``.
+        ValueError: a model or a setting that is not implemented, see ``decoder_config``; or a layer
+            lacks a tensor that it has outside its experts, or all experts.
     """
 
     def __init__(self, folder: str | Path, *, dtype: Any = None) -> None:
@@ -83,6 +85,8 @@ class HubFolder:
                 beyond.setdefault(int(match[1]), []).append(match[2])
         _check_beyond(beyond, self.raw, str(self.folder))
         self._row = row
+        for number in range(self.config.num_layers):
+            self._check_complete(number)
         self.dtype = jnp.dtype(_dtype(self._stored() if dtype is None else dtype))
 
     def _stored(self) -> str:
@@ -115,14 +119,30 @@ class HubFolder:
         check_unused([s for s in tensors if s not in wanted and s not in unused], where=where)
         params = take(tensors, iter(entries), dtype=self.dtype, where=where)
         if layer.experts:
-            if not inside:
-                raise ValueError(
-                    f"{where}: expected experts, got none. Check the config against the checkpoint."
-                )
             block = {prefix + s: self._tensors[f] for s, f in inside.items()}
             config = config_of_layer(self.raw, number)
             params["moe"] = _cast(moe_block_from_hf(config, block, prefix), self.dtype)
         return params
+
+    def _check_complete(self, number: int) -> None:
+        """Finds a missing tensor by its name, before hours are spent on the layers below it."""
+        where = f"{self.folder}, layer {number}"
+        if number not in self._by_layer:
+            raise ValueError(
+                f"{self.folder}: expected {self.config.num_layers} layers, as num_hidden_layers in "
+                f"config.json states, got no tensor of layer {number} (layers count from 0). Config "
+                "and weights belong to different models: download both again."
+            )
+        layer = self.config.layers[number]
+        outside, inside, _ = self._split(number)
+        if layer.experts and not inside:
+            raise ValueError(
+                f"{where}: expected experts, got none. Check the config against the checkpoint."
+            )
+        # Names of quantised weights depend on the format, which dequantize tells.
+        if not any(part_of(name) for name in outside):
+            for entry in layer_entries(self.config, layer):
+                check_present(outside, entry, where=where)
 
     def _plain(self, names: Mapping[str, str], prefix: str, *, where: str) -> dict[str, Any]:
         """The tensors of those names, quantised weights restored."""

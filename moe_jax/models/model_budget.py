@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from moe_jax.models.streaming import (
     unpack_state,
     with_rule,
 )
+from moe_jax.models.text import TokenizedText
 from moe_jax.routers import Router
 from moe_jax.routers.base import router_from_json
 from moe_jax.routers.twin import dynamic_twin, find_dynamic_rule, fit_twin
@@ -54,6 +55,10 @@ class Budget:
     trained_k: Mapping[int, int]
     target_mean_k: Mapping[int, float]
     metadata: Mapping[str, Any]
+
+    def files_fitted_on(self, text: TokenizedText) -> list[str]:
+        """Paths of the files of a text that the budget was fitted on, by their content."""
+        return text.files_among(self.metadata.get("calibration_files", ()))
 
     def block(self, layer: int, block: MoEBlock) -> MoEBlock:
         """Returns a layer's block with the fitted rule.
@@ -85,6 +90,7 @@ def fit_budget(
     share: str = "uniform",
     steps: int = 6,
     difficulty: str = "router_entropy",
+    calibration_files: Sequence[str] = (),
     batch_size: int = 8,
     dtype: Any = None,
     implementation: Implementation = None,
@@ -106,6 +112,8 @@ def fit_budget(
             (arXiv:2509.02753), but with the fitted rule and a greedy allocation.
         steps: resolution of a layer's budget, for "measured" and "profile".
         difficulty: estimator for ``DynamicK``.
+        calibration_files: ``TokenizedText.file_digests`` of the calibration text. The budget records
+            them, and ``compare`` says which files of its text are the same.
         batch_size: see ``evaluate``.
         dtype: see ``HubFolder``.
         implementation: how experts run, see ``moe_jax.experts``.
@@ -198,6 +206,7 @@ def fit_budget(
             "target_mean_k": target_mean_k,
             "target_saving": target_saving,
             "calibration_tokens": int(stream.mask.sum()),
+            "calibration_files": list(calibration_files),
         },
     )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ class TokenizedText:
         paths: the files' paths.
         file_bytes: i64[files], sizes of their text in UTF-8.
         file_tokens: i64[files], how many tokens each makes.
+        file_digests: of each file's whole content, also where a limit cuts it: the first 64 bits of
+            SHA-256 as hexadecimal digits. Empty for tokens that are from no file.
     """
 
     input_ids: np.ndarray
@@ -94,6 +97,12 @@ class TokenizedText:
     paths: tuple[str, ...]
     file_bytes: np.ndarray
     file_tokens: np.ndarray
+    file_digests: tuple[str, ...] = ()
+
+    def files_among(self, digests: Collection[str]) -> list[str]:
+        """Paths of the files whose content is among these ``file_digests``, whatever their name."""
+        known = set(digests)
+        return [p for p, d in zip(self.paths, self.file_digests, strict=False) if d in known]
 
     @property
     def files(self) -> int:
@@ -147,6 +156,7 @@ def tokenize_files(
         raise ValueError(f"length: expected at least 2 tokens a sequence, got {length}.")
     rows: list[list[int]] = []
     files: list[str] = []
+    digests: list[str] = []
     owner: list[int] = []
     sizes: list[tuple[int, int]] = []
     for file in paths:
@@ -162,6 +172,7 @@ def tokenize_files(
             ) from None
         if not text.strip():
             continue
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         left = None if limit is None else limit - sum(tokens for _, tokens in sizes)
         if left is None:
             ids = tokenizer.encode(text)
@@ -173,6 +184,7 @@ def tokenize_files(
         rows += pieces
         owner += [len(files)] * len(pieces)
         sizes.append((len(text.encode()), len(ids)))
+        digests.append(digest)
         files.append(str(file.relative_to(path)) if file != path else file.name)
     if not files:
         raise ValueError(
@@ -190,6 +202,7 @@ def tokenize_files(
         paths=tuple(files),
         file_bytes=counts[:, 0],
         file_tokens=counts[:, 1],
+        file_digests=tuple(digests),
     )
 
 

@@ -243,10 +243,20 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(tmp_path):
     folder = copy("mixtral", tmp_path / "a")
     rewrite(folder, lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"))
     with pytest.raises(ValueError, match=r"layer 1: expected a tensor 'self_attn\.k_proj\.weight'"):
-        load_model(folder)
+        HubFolder(folder)  # before the first layer is read
     folder = copy("mixtral", tmp_path / "b", num_key_value_heads=4)
     with pytest.raises(ValueError, match=r"k_proj.*float\[32, 32\], got float32\[16, 32\]"):
         load_model(folder)
+
+
+def test_a_layer_without_tensors_is_named_before_the_first_is_read(tmp_path):
+    folder = copy("mixtral", tmp_path / "a", num_hidden_layers=3)
+    with pytest.raises(ValueError, match=r"expected 3 layers, as num_hidden.*no tensor of layer 2"):
+        HubFolder(folder)
+    folder = copy("mixtral", tmp_path / "b")
+    rewrite(folder, lambda t: [t.pop(n) for n in list(t) if n.startswith("model.layers.1.block")])
+    with pytest.raises(ValueError, match="layer 1: expected experts, got none"):
+        HubFolder(folder)
 
 
 def test_layers_beyond_the_last_are_refused_unless_they_predict_further_tokens(tmp_path):

@@ -91,12 +91,30 @@ def test_budget_evaluate_generate_and_experts_work_together(folder, text, tmp_pa
     assert not list(tmp_path.glob(".budget.work*"))
     ran = run("evaluate", folder, *options, "--budget", budget, "--controls", "--json")
     assert ran.exit_code == 0, ran.output
-    rules = {row["rule"]: row for row in json.loads(ran.stdout)["rules"]}
+    report = json.loads(ran.stdout)
+    # A price on the text of the fit is no price on other text, and says so.
+    assert report["fitted_on_files"] == ["a.txt", "b.txt"]
+    assert "2 of 2 files (a.txt, b.txt) are files that the budget was fitted on" in ran.stderr
+    rules = {row["rule"]: row for row in report["rules"]}
     assert rules["budget"]["mean_k"] == pytest.approx(1.6, abs=0.05)
     assert {"mix of k and k-1", "random drop"} < set(rules)
     ran = run("evaluate", folder, *options, "--budget", budget)
     assert ran.exit_code == 0, ran.output
-    assert "bits/byte" in ran.stdout, "a table in a pipe cuts no header"
+    assert "2 of 2 files are not new to the rule" in ran.stdout
+    assert "bits a byte" in ran.stdout, "a table in a pipe cuts no header"
+    again = (*options, "--rule", "MinP", "--target-saving", 0.2, "--calibration-text", text)
+    assert "the budget was fitted on" in run("evaluate", folder, *again).stderr
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "a.txt").write_text("A text with a known name.")
+    (new / "copy.txt").write_text((text / "b.txt").read_text())
+    ran = run("evaluate", folder, "--text", new, "--length", 10, "--budget", budget, "--json")
+    # The content tells, not the name, the length of sequences or a limit.
+    assert json.loads(ran.stdout)["fitted_on_files"] == ["copy.txt"]
+    (new / "copy.txt").unlink()
+    ran = run("evaluate", folder, "--text", new, "--length", 12, "--budget", budget, "--json")
+    assert json.loads(ran.stdout)["fitted_on_files"] == []
+    assert "fitted on" not in ran.stderr
     ran = run("generate", folder, "Hello", "--budget", budget, "--max-new-tokens", 2, "--json")
     assert ran.exit_code == 0, ran.output
     ran = run("evaluate", budget)
@@ -120,6 +138,9 @@ def test_prune_writes_a_model_and_says_what_it_costs(folder, text, tmp_path):
     assert ran.exit_code == 0, ran.output
     report = json.loads(ran.stdout)
     assert {len(rows) for rows in report["kept"].values()} == {4}
+    assert report["text"] == report["held_out_text"] == text.name
+    assert report["fitted_on_files"] == ["a.txt", "b.txt"]
+    assert "2 of 2 files (a.txt, b.txt) are files that experts are removed by" in ran.stderr
     ran = run("evaluate", small, "--text", text, "--length", 12, "--batch", 3, "--json")
     assert ran.exit_code == 0, ran.output
     assert json.loads(ran.stdout)["loss"] == pytest.approx(report["rules"][1]["loss"], abs=1e-6)
