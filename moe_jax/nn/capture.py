@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from flax import nnx
+from flax import linen, nnx
 
-from moe_jax.checks import check_instance
+from moe_jax.checks import describe_value
 from moe_jax.layer import LayerAux
 from moe_jax.nn.nnx import MoE
 from moe_jax.types import Array
@@ -34,7 +34,17 @@ def check_has_layers(model: nnx.Module) -> dict[str, MoE]:
         TypeError: not an NNX model.
         ValueError: the model has no MoE layer.
     """
-    check_instance("model", model, nnx.Module, fix="Pass the nnx model itself, before nnx.split.")
+    if isinstance(model, linen.Module):
+        raise TypeError(
+            f"model: expected an NNX model, got the Linen module {type(model).__name__}. Of a Linen "
+            "model, fit each layer's rule with router.fit and put its state into the variables, see "
+            "docs/how-to/own-model.md."
+        )
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model: expected an NNX model, got {describe_value(model)}. Pass the nnx model itself, "
+            "before nnx.split."
+        )
     layers = moe_layers(model)
     if not layers:
         raise ValueError(

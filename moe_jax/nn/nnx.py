@@ -64,6 +64,10 @@ class _Routed(nnx.Module):
     def _routing_rule(self) -> Rule:
         raise NotImplementedError
 
+    def _width(self) -> int:
+        """D."""
+        raise NotImplementedError
+
     def regularization(
         self, aux: LayerAux | Routing | ExpertChoice, *, axis_name: Axes = None
     ) -> Array:
@@ -84,7 +88,7 @@ class _Routed(nnx.Module):
 
     def fit_router(self, x: Array, *, target_mean_k: float, **kwargs: Any) -> None:
         """Calibrates the router on x float[..., D], outside of ``jit``; see ``moe_jax.Router.fit``."""
-        x, kwargs = tokens_of(x, kwargs)
+        x, kwargs = tokens_of(x, kwargs, self._width())
         params, state = arrays(self.router), self.router_state.get_value()
         rule = self._routing_rule()
         self.router_state.set_value(
@@ -111,7 +115,7 @@ class Router(_Routed):
         check_instance("router", router, Rule, fix="Pass a rule such as TopK(num_experts=8, k=2).")
         check_instance("rngs", rngs, nnx.Rngs, fix="Pass rngs=nnx.Rngs(0).")
         check_count("d_model", d_model, fix="Pass the width of x.")
-        self.rule = router
+        self.rule, self.d_model = router, d_model
         self.router = hold(router.init(rngs.params(), d_model), "router")
         self.router_state = RouterState(router.init_state())
 
@@ -131,6 +135,9 @@ class Router(_Routed):
 
     def _routing_rule(self) -> Rule:
         return self.rule
+
+    def _width(self) -> int:
+        return self.d_model
 
 
 class MoE(_Routed):
@@ -242,6 +249,9 @@ class MoE(_Routed):
 
     def _routing_rule(self) -> Rule:
         return self.spec.router
+
+    def _width(self) -> int:
+        return self.spec.d_model
 
 
 class DynamicMoE(MoE):

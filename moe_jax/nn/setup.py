@@ -10,7 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.checks import check_count, check_hidden_states, check_instance, flat_token_mask
+from moe_jax.checks import (
+    check_count,
+    check_hidden_states,
+    check_instance,
+    describe_array,
+    flat_token_mask,
+)
 from moe_jax.experts import ExpertFn, FeedForward, check_expert_fn
 from moe_jax.layer import LayerAux, LayerOptions, init_moe_layer
 from moe_jax.parallel.sharded_layer import layer_over
@@ -41,14 +47,29 @@ class CallArguments(TypedDict, total=False):
     context: Context | None
 
 
-def tokens_of(x: Array, arguments: dict[str, Any]) -> tuple[Array, dict[str, Any]]:
+def check_width(x: Array, d_model: int) -> None:
+    """Checks hidden states before they are flattened, so that a message shows the caller's shape.
+
+    Raises:
+        TypeError: x is not an array of floats.
+        ValueError: its last axis is not ``d_model``.
+    """
+    check_hidden_states(x)
+    if x.shape[-1] != d_model:
+        raise ValueError(
+            f"x: expected float[..., D={d_model}], got {describe_array(x)}. Pass hidden states as wide "
+            "as the module's d_model, with any leading axes."
+        )
+
+
+def tokens_of(x: Array, arguments: dict[str, Any], d_model: int) -> tuple[Array, dict[str, Any]]:
     """Returns hidden states [..., D] as tokens [T, D], and the arguments with their mask as bool[T].
 
     Raises:
         TypeError: x or the mask is not an array of the right dtype.
-        ValueError: the mask has other leading axes than x.
+        ValueError: x is not ``d_model`` wide, or the mask has other leading axes than x.
     """
-    check_hidden_states(x)
+    check_width(x, d_model)
     mask = flat_token_mask(arguments.get("token_mask"), x.shape[:-1])
     return x.reshape(-1, x.shape[-1]), {**arguments, "token_mask": mask}
 
@@ -154,6 +175,7 @@ class LayerDefinition:
         self, params: dict[str, Params], state: Any, x: Array, **arguments: Any
     ) -> tuple[Array, LayerAux]:
         """``moe_layer``, over the devices of the mesh if there is one."""
+        check_width(x, self.d_model)
         layer = layer_over(self.mesh)
         return layer(
             self.router, self.expert_fn, params, state, x, options=self.options, **arguments

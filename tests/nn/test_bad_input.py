@@ -345,6 +345,21 @@ TABLE: dict[str, tuple[type[Exception], Any, str]] = {
         lambda: nnx_layer().update_router(X),
         "stats: expected RoutingStats",
     ),
+    "nnx: another width": (
+        ValueError,
+        lambda: nnx_layer()(jnp.ones((2, 4, 16))),
+        r"x: expected float\[\.\.\., D=8\], got float32\[2, 4, 16\].*any leading axes",
+    ),
+    "nnx: a fit on another width": (
+        ValueError,
+        lambda: nnx_layer().fit_router(jnp.ones((2, 4, 16)), target_mean_k=1.5),
+        r"x: expected float\[\.\.\., D=8\], got float32\[2, 4, 16\]",
+    ),
+    "linen: another width": (
+        ValueError,
+        lambda: made(moe_linen.MoE).init(jax.random.key(0), jnp.ones((2, 4, 16))),
+        r"x: expected float\[\.\.\., D=8\], got float32\[2, 4, 16\]",
+    ),
     "nnx: a fit on a list": (
         TypeError,
         lambda: nnx_layer().fit_router([1.0], target_mean_k=1.5),
@@ -359,7 +374,7 @@ TABLE: dict[str, tuple[type[Exception], Any, str]] = {
     "patching a Linen module": (
         TypeError,
         lambda: patch_model_with_dynamic_routing(nn.Dense(2)),
-        "model: expected Module, got a Dense",
+        "model: expected an NNX model, got the Linen module Dense",
     ),
     "patching to a ratio as text": (
         TypeError,
@@ -376,10 +391,15 @@ TABLE: dict[str, tuple[type[Exception], Any, str]] = {
         lambda: fit_model(nnx_layer(), X, target_mean_k="1.5"),
         "target_mean_k.*got '1.5'",
     ),
+    "fitting a Linen module": (
+        TypeError,
+        lambda: fit_model(nn.Dense(2), X, target_mean_k=1.5),  # pyright: ignore
+        "expected an NNX model, got the Linen module Dense",
+    ),
     "profiling a Linen module": (
         TypeError,
         lambda: FLOPProfiler(nn.Dense(2), baseline="dense").__enter__(),
-        "model: expected Module",
+        "model: expected an NNX model",
     ),
     "profiling against nothing": (
         ValueError,
