@@ -294,6 +294,10 @@ def check_k(*, num_experts: int, min_k: int, max_k: int) -> None:
         raise ValueError(
             f"min_k, max_k: expected min_k <= max_k, got min_k={min_k}, max_k={max_k}. Swap them?"
         )
+    if low == high and not 1 <= max_k <= num_experts:
+        raise ValueError(
+            f"k: expected 1 <= k <= num_experts={num_experts}, got {max_k}. Lower k or add experts."
+        )
     if not (min_k >= 0 and 1 <= max_k <= num_experts):
         raise ValueError(
             f"k: expected 0 <= min_k and 1 <= max_k <= num_experts={num_experts}, "

@@ -34,6 +34,7 @@ from moe_jax.cli.published_options import (
     Text,
     Work,
     layer_bar,
+    note_beyond_positions,
     note_high_loss,
     note_seen_files,
     read_text,
@@ -130,6 +131,7 @@ def evaluate(
                 "--target-saving: expected it with --rule, got it alone. Name the rule."
             )
         opened = HubFolder(folder, dtype=dtype)
+        note_beyond_positions(opened, length)
         fitted = None if budget is None else load_budget(budget)
         if rule is not None:
             check_budget(
@@ -194,7 +196,9 @@ def budget(
     context: typer.Context,
     folder: Folder,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder to write the budget to.")],
-    rule: Annotated[str, typer.Option(help="TopP, MinP, DynamicK or ExpertThreshold.")] = "MinP",
+    rule: Annotated[
+        str, typer.Option(help="TopP, MinP, DynamicK, ExpertThreshold or your module:Class.")
+    ] = "MinP",
     target_saving: Saving = None,
     target_mean_k: MeanK = None,
     share: Share = "uniform",
@@ -221,6 +225,7 @@ def budget(
     with library_errors_exit_2():
         check_free(out_folder, overwrite)
         opened = HubFolder(folder, dtype=dtype)
+        note_beyond_positions(opened, length)
         check_budget(
             opened, rule=rule, target_mean_k=target_mean_k, target_saving=target_saving, share=share
         )
@@ -299,6 +304,8 @@ def generate(
         ids = tokenizer.encode(prompt)
         if not ids:
             raise ValueError("prompt: expected some text, got none. Give at least one word.")
+        wanted = len(ids) + max_new_tokens
+        note_beyond_positions(opened, wanted, "--max-new-tokens with the prompt")
         fitted = None if budget is None else load_budget(budget)
         eos_ids = end_of_text(folder)
         model = load_model(opened)

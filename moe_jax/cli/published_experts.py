@@ -22,6 +22,7 @@ from moe_jax.cli.published_options import (
     Text,
     Work,
     layer_bar,
+    note_beyond_positions,
     note_seen_files,
     read_text,
     show_rules,
@@ -56,6 +57,7 @@ def experts(
     batch: Batch = 4,
     dtype: Dtype = None,
     work: Work = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a report at --out.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which expert fires where on your text: one HTML page, and its numbers as JSON."""
@@ -65,7 +67,14 @@ def experts(
     from moe_jax.models.text import TextTokenizer
 
     with library_errors_exit_2():
+        for file in (out_folder / "index.html", out_folder / "experts.json"):
+            if file.exists() and not overwrite:
+                raise FileExistsError(
+                    f"--out: expected a folder without a report, got one with {file}. Choose another, "
+                    "or add --overwrite."
+                )
         opened = HubFolder(folder, dtype=dtype)
+        note_beyond_positions(opened, length)
         fitted = None if budget is None else load_budget(budget)
         tokens = read_text(opened, text, length, limit)
         tokenizer = TextTokenizer(folder, vocab_size=opened.config.vocab_size)
@@ -143,6 +152,7 @@ def prune(
     with library_errors_exit_2():
         check_new(out_folder)
         opened = HubFolder(folder)
+        note_beyond_positions(opened, length)
         least, groups = pruning_limits(opened)
         totals = {n: opened.num_experts(n) for n in opened.config.moe_layers}
         check_pruning(totals, keep, method=method, counts=counts, least=least, groups=groups)

@@ -30,7 +30,9 @@ Work = Annotated[
     Path | None,
     typer.Option(help="Keep the state after each layer here; the same command continues from it."),
 ]
-Rule = Annotated[str | None, typer.Option(help="TopP, MinP, DynamicK or ExpertThreshold.")]
+Rule = Annotated[
+    str | None, typer.Option(help="TopP, MinP, DynamicK, ExpertThreshold or your module:Class.")
+]
 Saving = Annotated[
     float | None, typer.Option("--target-saving", help="Share of expert calls to save, e.g. 0.2.")
 ]
@@ -81,6 +83,19 @@ def read_text(
     files = standard_library(part)
     limit = 32_768 if limit is None else limit
     return tokenize_files(files, tokenizer, length=length, limit=limit)
+
+
+def note_beyond_positions(opened: Any, length: int, got: str = "--length") -> None:
+    """Prints a note if sequences of ``length`` tokens are longer than those of the training."""
+    longest = opened.raw.get("max_position_embeddings")
+    if longest and length > longest:
+        notes.print(
+            f"note: {got} asks for up to {length} tokens a sequence; config.json states "
+            f"max_position_embeddings {longest}. Beyond them the model may predict poorly.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def text_name(text: Path | None, part: str = "held_out") -> str:

@@ -438,6 +438,18 @@ def build_router(family: Family, c: HFConfig) -> Router:
     Raises:
         ValueError: see ``router_from_hf``.
     """
-    router = family.router(c)
+    try:
+        router = family.router(c)
+    except ValueError as error:
+        if str(error).startswith("config of"):
+            raise
+        # A rule speaks of its own fields; a reader of config.json needs the keys that state them.
+        sizes = ("num_experts", "k", "groups", "top_groups")
+        stated = {key: c.value(key) for name in sizes if (key := c.key_of(name)) is not None}
+        listed = ", ".join(f"{key}={value}" for key, value in stated.items())
+        raise ValueError(
+            f"config of {c.model_type!r}: expected sizes that fit each other, got {listed} ({error}). "
+            "Correct config.json."
+        ) from None
     check_router_keys(family, c, router)
     return router

@@ -148,6 +148,8 @@ class ConfigKeys:
             ValueError: it is missing or something else.
         """
         value = self.get(key)
+        if value is None:
+            raise self.error(key, COUNT.words, value)
         check_value(COUNT, value, model_type=self.model_type, key=key)
         return value
 
@@ -159,7 +161,12 @@ class ConfigKeys:
             raise self.error(key, listed, value)
 
     def error(self, key: str, wanted: str, value: Any) -> ValueError:
-        """The error for a value that the decoder does not implement."""
+        """The error for a value that the decoder does not implement, or for a missing one (None)."""
+        if value is None:
+            return ValueError(
+                f"config of {self.model_type!r}: expected {key} to be {wanted}, got none. Add it to "
+                "config.json."
+            )
         return ValueError(
             f"config of {self.model_type!r}: expected {key} to be {wanted}, got {value!r}. The "
             "model would give other numbers; nothing else is implemented."

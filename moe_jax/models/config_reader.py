@@ -107,7 +107,10 @@ def decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     heads = keys.number("num_attention_heads")
     kv_heads = keys.get("num_key_value_heads", heads)
     if heads % kv_heads:
-        raise keys.error("num_key_value_heads", f"a divisor of {heads} heads", kv_heads)
+        raise ValueError(
+            f"config of {model_type!r}: expected num_key_value_heads to divide num_attention_heads="
+            f"{heads}, got {kv_heads}. Correct config.json."
+        )
     head_dim = keys.get("head_dim") or width // heads
     latent = None
     if row.latent:

@@ -103,7 +103,7 @@ def fit_budget(
         model: see ``evaluate``. A folder is read once, twice where ``share`` is not "uniform".
         input_ids: i32[N, S], calibration text.
         attention_mask: bool or int[N, S], 0 for padding.
-        rule: ``TopP``, ``MinP``, ``DynamicK`` or ``ExpertThreshold``.
+        rule: ``TopP``, ``MinP``, ``DynamicK`` or ``ExpertThreshold``; or ``module:Class`` of your own.
         target_mean_k: experts per token, the mean over layers; or
         target_saving: share of expert calls to save against the trained k.
         share: how layers share the target. "uniform" gives each layer the same; "measured" saves

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from moe_jax.checks import check_choice
 from moe_jax.routers import registry
 from moe_jax.routers.base import Router
 from moe_jax.routers.dynamic_k import DynamicK
@@ -75,9 +74,13 @@ def find_dynamic_rule(rule: str | Router | type[Router]) -> str | Router | type[
     """
     if isinstance(rule, str) and ":" in rule:
         return registry.load_rule(rule)
-    if isinstance(rule, str):
-        check_choice("rule", rule, DYNAMIC_RULES)
-    elif not isinstance(rule, Router) and not (isinstance(rule, type) and issubclass(rule, Router)):
+    if isinstance(rule, str) and rule not in DYNAMIC_RULES:
+        raise ValueError(
+            f"rule: expected one of {', '.join(DYNAMIC_RULES)}, or module:Class of a rule of your own, "
+            f"got {rule!r}. Choose one of these, or see docs/write_a_rule.md."
+        )
+    known = isinstance(rule, (str, Router))
+    if not known and not (isinstance(rule, type) and issubclass(rule, Router)):
         raise TypeError(
             f"rule: expected a name, a routing rule or its class, got {rule!r}. Name one of "
             f"{', '.join(DYNAMIC_RULES)}, or derive a class from moe_jax.routers.TokenChoice."

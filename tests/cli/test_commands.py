@@ -276,7 +276,10 @@ OLMOE = "tests/goldens/models/olmoe"
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("budget MODEL --out OUT --target-saving 0.2 --rule TopQ", "rule: expected one of 'TopP'"),
+        (
+            "budget MODEL --out OUT --target-saving 0.2 --rule TopQ",
+            "ExpertThreshold, or module:Class of a rule of your own, got 'TopQ'",
+        ),
         (
             "budget MODEL --out OUT --target-saving 0.2 --share some",
             "share: expected one of uniform",
@@ -284,7 +287,10 @@ OLMOE = "tests/goldens/models/olmoe"
         ("budget MODEL --out OUT --target-saving 0.9", "target_saving: expected above 0"),
         ("budget MODEL --out OUT --target-mean-k 9", "expected a mean strictly between 1 and"),
         ("budget MODEL --out OUT", "target: expected one of target_mean_k and target_saving"),
-        ("evaluate MODEL --rule TopQ --target-saving 0.2", "rule: expected one of 'TopP'"),
+        (
+            "evaluate MODEL --rule TopQ --target-saving 0.2",
+            "ExpertThreshold, or module:Class of a rule of your own, got 'TopQ'",
+        ),
         ("evaluate MODEL --rule MinP", "target: expected one of target_mean_k and target_saving"),
         ("evaluate MODEL --budget OUT", "expected a checkpoint"),
         ("prune MODEL --out OUT --keep 2", "keep: expected a share above 0"),

@@ -137,6 +137,14 @@ def test_different_values_never_give_the_same_rule(model_type):
             {"model_type": "mixtral", "num_experts_per_tok": 0},
             "num_experts_per_tok: .*at least 1, got 0",
         ),
+        (
+            {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 9},
+            "got num_local_experts=4, num_experts_per_tok=9 .*1 <= k <= num_experts=4, got 9",
+        ),
+        (
+            {"model_type": "deepseek_v3", "n_routed_experts": 8, "n_group": 3, "topk_group": 1},
+            "got n_routed_experts=8, n_group=3, topk_group=1",
+        ),
         ({"model_type": "mixtral", "num_experts_per_tok": -2}, "num_experts_per_tok: .*at least 1"),
         ({"model_type": "deepseek_v3", "n_group": 2.5}, "n_group: expected a whole number"),
         (

@@ -173,6 +173,19 @@ def test_a_number_that_the_formulas_cannot_take_is_refused_by_name(name, changes
         decoder_config(config_of(name, **changes))
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_a_key_that_is_missing_is_asked_for(key):
+    config = config_of("mixtral")
+    config.pop(key)
+    with pytest.raises(
+        ValueError, match=f"expected {key} to be a whole.*got none. Add it"
+    ) as error:
+        decoder_config(config)
+    assert "nothing else" not in str(error.value)
+    with pytest.raises(ValueError, match=r"num_attention_heads=4, got 3\. Correct config"):
+        decoder_config(config_of("mixtral", num_key_value_heads=3))
+
+
 def test_a_null_in_rope_parameters_states_nothing():
     stated = {"rope_theta": 5e5, "mrope_section": None, "factor": None}
     plain = decoder_config(config_of("mixtral", rope_parameters={"rope_theta": 5e5}))

@@ -124,6 +124,12 @@ def test_budget_evaluate_generate_and_experts_work_together(folder, text, tmp_pa
     ran = run("experts", folder, *options, "--budget", budget, "--out", report)
     assert ran.exit_code == 0, ran.output
     values = json.loads((report / "experts.json").read_text())
+    ran = run("experts", folder, *options, "--out", report)
+    assert ran.exit_code == 2
+    assert "--overwrite" in ran.output
+    # The second run reads the text, so that one that is missing shows that it got past the check.
+    missing = ("--text", tmp_path / "missing", "--out", report, "--overwrite")
+    assert "no such path" in run("experts", folder, *missing).output
     assert sum(values["experts_per_token_histogram"][0]) == 32
     assert (report / "index.html").stat().st_size > 10_000
     ran = run("evaluate", folder, *options, "--target-saving", 0.2)
@@ -149,11 +155,22 @@ def test_prune_writes_a_model_and_says_what_it_costs(folder, text, tmp_path):
 def test_generate_continues_a_prompt(folder):
     ran = run("generate", folder, "Hello", "--max-new-tokens", 4, "--json")
     assert ran.exit_code == 0, ran.output
+    assert "note:" not in ran.stderr
     report = json.loads(ran.stdout)
     ids = np.array([[ord(c) - 32 for c in "Hello"]])
     made = generate(load_model(folder), ids, max_new_tokens=4, eos_ids=(2,))[0].tolist()
     assert report["tokens"] == made
     assert report["text"] == "".join(chr(32 + i) for i in made if i < 95)
+
+
+def test_sequences_beyond_the_positions_of_the_model_are_noted(folder, text):
+    longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    ran = run("generate", folder, "Hello", "--max-new-tokens", longest)
+    assert ran.exit_code == 0, ran.output
+    said = f"up to {longest + 5} tokens a sequence; config.json states max_position_embeddings"
+    assert said in ran.stderr
+    ran = run("evaluate", folder, "--text", text, "--length", longest + 1)
+    assert f"--length asks for up to {longest + 1} tokens" in ran.stderr
 
 
 def test_wrong_text_and_tokenizers_are_named(folder, text, tmp_path, monkeypatch):
