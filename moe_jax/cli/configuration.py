@@ -23,12 +23,20 @@ app = typer.Typer(no_args_is_help=True, help="Check and show configuration.")
 
 @app.command("check")
 def config_check(
-    file: Annotated[Path, typer.Argument(help="Configuration file (JSON).")],
+    file: Annotated[Path | None, typer.Argument(help="Configuration file (JSON).")] = None,
+    config: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a configuration file as the service would; exit code 1 if it is bad, 2 if there is none."""
     from moe_jax.config import ConfigError, ConfigFileError, build_router, load_config
 
+    if (file is None) == (config is None):
+        with library_errors_exit_2():
+            raise ValueError(
+                f"config check: expected one file, got {'none' if file is None else 'two'}. "
+                "Give FILE, or --config FILE."
+            )
+    file = file or config
     try:
         router = build_router(load_config(file))
     except ConfigFileError as error:
@@ -53,6 +61,7 @@ def _k_range(router: Any) -> str:
 
 @app.command("show")
 def config_show(
+    file: Annotated[Path | None, typer.Argument(help="Configuration file (JSON).")] = None,
     config: ConfigFile = None,
     preset: Annotated[
         str | None,
@@ -63,6 +72,11 @@ def config_show(
     from moe_jax.config import PRESETS, load_config
 
     with library_errors_exit_2():
+        if sum(one is not None for one in (file, config, preset)) > 1:
+            raise ValueError(
+                "config show: expected one file, or one --preset, or neither, got more. Leave the "
+                "others out."
+            )
         if preset is not None:
             if preset not in PRESETS:
                 raise ValueError(
@@ -71,5 +85,5 @@ def config_show(
                 )
             chosen = PRESETS[preset]
         else:
-            chosen = load_config(config)
+            chosen = load_config(file or config)
     print_json(chosen.to_json())

@@ -139,6 +139,11 @@ def _read_json(path: Path) -> Any:
             f"{path}: expected a JSON file in UTF-8, got {type(error).__name__}: {error}. "
             "Check the path, or write the file again."
         ) from error
+    if not text.strip():
+        raise ConfigError(
+            f"{path}: expected JSON, got an empty file. Write {{}} for the defaults, or begin with a "
+            "copy of configs/production.json."
+        )
     try:
         return json.loads(text, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:

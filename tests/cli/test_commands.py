@@ -117,6 +117,23 @@ def test_config_check_of_what_is_no_file_is_wrong_input(tmp_path, name, got):
     assert "Errno" not in result.stderr
 
 
+def test_config_check_and_show_take_a_file_with_and_without_the_option(tmp_path):
+    file = str(_write(tmp_path / "one.json", b'{"router_config": {"num_experts": 5}}'))
+    for given in ([file], ["--config", file]):
+        shown = runner.invoke(app, ["config", "show", *given])
+        assert json.loads(shown.stdout)["router_config"]["num_experts"] == 5
+        assert runner.invoke(app, ["config", "check", *given]).exit_code == 0
+    for command in (
+        ["check"],
+        ["check", file, "--config", file],
+        ["show", file, "--config", file],
+        ["show", file, "--preset", "mixed"],
+    ):
+        result = runner.invoke(app, ["config", *command])
+        assert result.exit_code == 2
+        assert "expected one file" in " ".join(result.stderr.split())
+
+
 def test_config_show_prints_presets_and_refuses_unknown_ones():
     result = runner.invoke(app, ["config", "show", "--preset", "high_accuracy"])
     assert json.loads(result.stdout)["router_config"]["num_experts"] == 16

@@ -453,6 +453,8 @@ def test_a_file_with_a_number_of_thousands_of_digits_is_refused_in_a_sentence(tm
         ({"security": []}, ["security", "JSON object", "got []"]),
         ([], ["JSON object", "got []"]),
         ("{", ["expected JSON", "line 1 column"]),
+        ("", ["expected JSON, got an empty file", "Write {} for the defaults"]),
+        (" \n", ["got an empty file"]),
         ('{"log_level": "INFO", "log_level": "DEBUG"}', ["every key once", "log_level"]),
         ({"router_config": {"min_experts": 5}}, ["min_experts=5", "max_experts=4 (default)"]),
         ({"log_level": "x" * 1000}, ["xxx..."]),

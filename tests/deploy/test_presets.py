@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.config import PRESETS, load_config
-from moe_jax.config.settings import SETTINGS
+from moe_jax.config.settings import SECRETS, SETTINGS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -47,3 +47,28 @@ def test_every_knob_of_the_manual_is_a_setting():
     named = set(re.findall(r"\bMOE_[A-Z_]+\b", text))
     assert len(named) > 20
     assert named <= names, sorted(named - names)
+
+
+def test_the_defaults_in_the_manual_are_the_settings_defaults():
+    text = (CONFIGS.parent / "docs" / "operations.md").read_text()
+    table = text.split("| variable | default | meaning |")[1].split("\n\n")[0]
+    stated = {}
+    for row in table.splitlines()[2:]:
+        _, variables, cell, _ = row.split("|", 3)
+        names = re.findall(r"MOE_([A-Z_]+)", variables)
+        words = [word.strip() for word in (cell.split(",") if len(names) > 1 else [cell])]
+        stated |= dict(
+            zip(names, words if len(words) == len(names) else words * len(names), strict=True)
+        )
+    for name, word in re.findall(r"`MOE_([A-Z_]+)` \((\d[\d.]*)\)", text):
+        assert float(word) == SETTINGS[name.lower()][1].default, name
+    for name, word in stated.items():
+        default = SETTINGS[name.lower()][1].default
+        if default == "":
+            assert not re.match(r"[\dA-Z]+$", word), name
+        elif isinstance(default, int | float) and not isinstance(default, bool):
+            assert float(word) == default, name
+        else:
+            assert word.lower() == str(default).lower(), name
+    # `config show` lists every other setting, and no secret.
+    assert {name.upper() for name in SECRETS} <= stated.keys()
