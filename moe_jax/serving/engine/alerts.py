@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from moe_jax.serving.metrics import WINDOW_SECONDS
+
 ERROR_RATE = 0.05
 P95_MS = 500.0
 BALANCE = 0.5
@@ -37,16 +39,17 @@ def firing(
         {'circuit_open': 'the circuit breaker is open'}
     """
     active = {}
+    window = f" in the last {WINDOW_SECONDS / 60:.0f} minutes"
     if recent["requests"] >= MIN_REQUESTS:
         if recent["error_rate"] > ERROR_RATE:
             active["high_error_rate"] = (
-                f"error rate {recent['error_rate']:.1%}, over {ERROR_RATE:.0%}"
+                f"error rate {recent['error_rate']:.1%}{window}, over {ERROR_RATE:.0%}"
             )
         if recent["p95_ms"] > P95_MS:
-            active["high_latency"] = f"p95 {recent['p95_ms']:.0f} ms, over {P95_MS:.0f} ms"
+            active["high_latency"] = f"p95 {recent['p95_ms']:.0f} ms{window}, over {P95_MS:.0f} ms"
     if recent["batches"] >= MIN_BATCHES and recent["load_balance_score"] < BALANCE:
         active["poor_load_balance"] = (
-            f"load balance score {recent['load_balance_score']:.2f}, under {BALANCE}"
+            f"load balance score {recent['load_balance_score']:.2f}{window}, under {BALANCE}"
         )
     used = memory.get("used_ratio") or 0.0
     if memory["spike_ratio"] > MEMORY_SPIKE or used > MEMORY_USED:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from moe_jax.serving.engine.weights import load_weights
 from moe_jax.serving.errors import CODES, ServingError
 
 _CANARY_TOKENS = 64
+_PROGRESS_SECONDS = 10.0  # between two log lines of a start
 _STILL_CONFIGURED = (
     "MOE_CHECKPOINT still leads to the refused checkpoint, and the next start would read it. Run "
     "moe-jax rollback RELEASES, or put a good checkpoint there."
@@ -145,14 +148,27 @@ class Served:
     def _prepared(self, checkpoint: str | None) -> Snapshot:
         """Returns a snapshot that is loaded, compiled and has passed the canary batch."""
         config = self._parts.config
+        self._parts.log.info("loading", checkpoint=checkpoint or config.serving.checkpoint or None)
         weights = load_weights(config, checkpoint)
         self._check_stop()
         snapshot = build_snapshot(config, weights, host_fallback=self._host_fallback)
         if self.current is not None:
             _check_compatible(self.current, snapshot)
-        snapshot.warm(self._check_stop)
+        snapshot.warm(self._check_stop, self._progress())
         check_canary(snapshot)
         return snapshot
+
+    def _progress(self) -> Callable[[int, int], None]:
+        """Returns a function that logs how many programs are compiled, at most every ten seconds."""
+        logged_at = -math.inf
+
+        def progress(compiled: int, total: int) -> None:
+            nonlocal logged_at
+            if time.monotonic() - logged_at >= _PROGRESS_SECONDS:
+                logged_at = time.monotonic()
+                self._parts.log.info("compiling", compiled=compiled, total=total)
+
+        return progress
 
     def _check_stop(self) -> None:
         if self._parts.lifecycle.draining:

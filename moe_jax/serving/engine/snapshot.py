@@ -51,12 +51,18 @@ class Snapshot:
     models: dict[str, Buckets]
     host_models: dict[str, Buckets] | None = None
 
-    def warm(self, check_stop: Callable[[], None] = lambda: None) -> None:
+    def warm(
+        self,
+        check_stop: Callable[[], None] = lambda: None,
+        progress: Callable[[int, int], None] = lambda compiled, total: None,
+    ) -> None:
         """Compiles everything, several functions at once, and runs it once.
 
         Args:
             check_stop: called before each compilation and run; what it raises ends the warming, after
                 the compilations under way.
+            progress: called with the number of programs that are compiled and the number of all, at
+                the begin and after each compilation.
         """
         models = [*self.models.values(), *(self.host_models or {}).values()]
         every = list({id(buckets): buckets for buckets in models}.values())
@@ -66,8 +72,11 @@ class Snapshot:
             buckets, size = task
             buckets.compile(size)
 
+        todo = _largest_first(every)
+        progress(0, len(todo))
         with ThreadPoolExecutor(_COMPILERS, "moe-compile") as pool:
-            list(pool.map(compile_one, _largest_first(every)))
+            for compiled, _ in enumerate(pool.map(compile_one, todo), start=1):
+                progress(compiled, len(todo))
         for buckets in every:
             check_stop()
             buckets.warm()

@@ -66,7 +66,12 @@ def run(*, config_file: Path | None, grpc_port: int | None = None, **settings: A
             event.wait()
         ended = engine.shutdown()
         if engine.cannot_start:
-            raise ValueError(engine.load_error)
+            in_log = config.log_level != "CRITICAL" and not engine.parts.log_failure
+            raise ValueError(
+                "the service cannot start. The log line load_failed says why."
+                if in_log
+                else engine.load_error
+            )
     if not ended:
         # A thread is still in XLA's code: compiling, or waiting for a device that hangs. The end of
         # the interpreter under it would crash the process. Logs are written through, so nothing is

@@ -88,6 +88,17 @@ def test_defaults_that_the_checkpoint_knows_better_are_no_warning(make_engine, t
     assert "configuration_superseded" not in log.events()
 
 
+def test_a_start_logs_how_many_programs_it_has_to_compile(make_engine, monkeypatch, log):
+    monkeypatch.setattr("moe_jax.serving.engine.served._PROGRESS_SECONDS", 0.0)
+    make_engine(buckets="16,64")
+    started = log.lines[: log.events().index("engine_ready")]
+    assert started[0][1] == "loading"
+    counts = [
+        (facts["compiled"], facts["total"]) for _, event, facts in started if event == "compiling"
+    ]
+    assert counts == [(0, 2), (1, 2), (2, 2)]
+
+
 def test_a_missing_checkpoint_names_the_setting(make_engine, tmp_path):
     with pytest.raises(CheckpointError, match=r"MOE_CHECKPOINT \(or --checkpoint\): .*nowhere"):
         make_engine(checkpoint=str(tmp_path / "nowhere"))

@@ -187,6 +187,16 @@ def test_wrong_input_is_exit_code_2_and_says_what_to_do(tmp_path, arguments, sai
     assert said in " ".join(result.stderr.split())
 
 
+def test_a_failed_start_says_why_once():
+    result = runner.invoke(app, ["serve", "--checkpoint", "/nowhere/at/all", "--port", "0"])
+    assert result.exit_code == 2, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    [failed] = [line for line in lines if line["event"] == "load_failed"]
+    assert "MOE_CHECKPOINT (or --checkpoint): /nowhere/at/all" in failed["error"]
+    assert "cannot start. The log line load_failed says why" in " ".join(result.stderr.split())
+    assert "/nowhere" not in result.stderr
+
+
 def test_a_port_that_is_taken_is_exit_code_2():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
