@@ -41,7 +41,9 @@ def vector_product(kernels: Array, expert: Array, row: Array) -> Array:
     def term(i: int) -> Array:
         at = (expert, zero, jnp.full_like(expert, i), zero)
         part = jax.lax.dynamic_slice(stack, at, (1, rows // s, 1, width))[0, :, 0]
-        return part.astype(row.dtype).astype(jnp.float32) * factors[:, i, None].astype(jnp.float32)
+        # Every number of 8 bits is also one of 16, so it need not be rounded to the dtype of the row.
+        part = part if part.dtype.itemsize == 1 else part.astype(row.dtype)
+        return part.astype(jnp.float32) * factors[:, i, None].astype(jnp.float32)
 
     partial = functools.reduce(jnp.add, [term(i) for i in range(s)])
     return jnp.ones((rows // s,), jnp.float32) @ partial

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from functools import partial
 
@@ -16,8 +17,11 @@ from moe_jax import FeedForward, LayerOptions, init_moe_layer, moe_layer, quanti
 from moe_jax.checkpoint import Checkpoint, LayerSpec, restore, save
 from moe_jax.experts import IMPLEMENTATIONS, run_experts
 from moe_jax.experts.feed_forward import QUANTIZED_DTYPES
+from moe_jax.experts.grouped_kernels import has_tokamax
+from moe_jax.experts.grouped_product import grouped_dot
 from moe_jax.nn.linen import MoE as LinenMoE
 from moe_jax.nn.nnx import MoE
+from moe_jax.parallel.targets import compile_program, open_target
 from tests.experts.test_contract import (
     PLANS,
     D,
@@ -278,6 +282,31 @@ def test_one_token_reads_8_bit_weights_in_place():
     assert not re.search(rf"f32\[{E},(64,128|128,64)", compiled.as_text())
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < args[0]["up"][0].nbytes
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install libtpu"
+)
+def test_a_tpu_kernel_reads_8_bits_and_no_converted_copy(dtype):
+    struct, experts, width = jax.ShapeDtypeStruct, 4, 512
+    if not has_tokamax():
+        pytest.skip("megablox takes one dtype: pip install 'moe_jax[accelerator]'")
+    program = compile_program(
+        open_target("v5e:2x4"),
+        grouped_dot,
+        (
+            struct((256, width), jnp.bfloat16),
+            struct((experts, width, width), dtype),
+            struct((experts,), jnp.int32),
+            struct((experts, width), jnp.float32),
+        ),
+        what="product",
+        gradient=False,
+        implementation="grouped",
+    )
+    assert program.error is None
+    assert program.kernels == {"tpu_custom_call": 1}
+    assert program.temp_bytes < 2 * experts * width * width  # the copy in bfloat16
 
 
 # --- refusals -------------------------------------------------------------------------------
