@@ -182,8 +182,8 @@ TABLE: dict[str, tuple[type[Exception], Callable[[], Any], str]] = {
         r"token_mask.*bool\[T=6\], got bool\[2\]",
     ),
     # --- k and experts
-    "k above E": (ValueError, lambda: TopK(num_experts=4, k=5), "num_experts=4.*max_k=5"),
-    "k of 0": (ValueError, lambda: TopK(num_experts=4, k=0), "max_k=0"),
+    "k above E": (ValueError, lambda: TopK(num_experts=4, k=5), "num_experts=4.*got 5"),
+    "k of 0": (ValueError, lambda: TopK(num_experts=4, k=0), "k <= num_experts=4, got 0"),
     "no experts": (ValueError, lambda: TopK(num_experts=0, k=1), "num_experts.*got 0"),
     "quantiles with every expert": (
         ValueError,
