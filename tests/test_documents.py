@@ -95,11 +95,22 @@ with RouterFactory.create_from_environment(checkpoint="runs/linen", **quiet) as 
 """
 
 
+NESTED = """
+from moe_jax.checkpoint import open_checkpoint
+np.testing.assert_array_equal(y, net.apply(variables, batch))
+stored = open_checkpoint("runs/linen-net").layer("layer_1")
+np.testing.assert_array_equal(
+    stored.layer["experts"]["up"], variables["params"]["moe_1"]["experts"]["up"]
+)
+"""
+AFTER = {'save("runs/linen", ': SERVED, 'save("runs/linen-net", ': NESTED}
+
+
 def test_the_how_to_pages_run(tmp_path):
     """One process for all, as each page stands alone but imports the same library."""
     pages = ROOT / "docs" / "how-to"
     code = "\n".join(
-        block + (SERVED if "runs/linen" in block else "")
+        block + "".join(more for line, more in AFTER.items() if line in block)
         for name in ("own-text", "own-model", "budget")
         for block in blocks(pages / f"{name}.md", "python")
     ).replace("runs/linen", str(tmp_path / "linen"))
