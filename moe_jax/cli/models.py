@@ -223,7 +223,9 @@ def train(
     patience: Annotated[
         float, typer.Option(help="Seconds of silence after which a process counts as lost.")
     ] = 20.0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint at --out.")
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -326,7 +328,9 @@ def calibrate(
     data: Data = None,
     glob: Glob = None,
     allow_other_data: AllowOtherData = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint at --out.")
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:

@@ -213,7 +213,9 @@ def budget(
     limit: Limit = None,
     batch: Batch = 4,
     dtype: Dtype = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint at --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint at --out.")
+    ] = False,
     work: Work = None,
     as_json: AsJson = False,
 ) -> None:

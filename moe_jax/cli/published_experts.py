@@ -57,7 +57,9 @@ def experts(
     batch: Batch = 4,
     dtype: Dtype = None,
     work: Work = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a report at --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a report at --out.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which expert fires where on your text: one HTML page, and its numbers as JSON."""

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from moe_jax.checkpoint import Checkpoint, save
@@ -349,6 +350,20 @@ def test_a_wrong_argument_is_refused_before_any_text_is_read(tmp_path, monkeypat
     assert result.exit_code == 2, result.output
     assert said in " ".join(result.stderr.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+def _commands(command, path=()):
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _commands(below, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path
+
+
+@pytest.mark.parametrize("path", list(_commands(get_command(app))), ids=" ".join)
+def test_help_of_80_columns_cuts_no_option(path):
+    shown = runner.invoke(app, [*path, "--help"], env={"COLUMNS": "80"})
+    assert shown.exit_code == 0
+    assert "…" not in shown.output
 
 
 def test_a_log_gets_a_line_for_layers_and_cases(capsys):
