@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import chex
 import jax
@@ -13,6 +15,36 @@ import jax.numpy as jnp
 import numpy as np
 
 _KINDS = {"float": jnp.floating, "int": jnp.integer, "bool": jnp.bool_}
+
+
+class NamedArguments:
+    """A base of dataclasses: an argument that a class does not have is refused with those it has.
+
+    Example:
+        >>> import moe_jax
+        >>> try:
+        ...     moe_jax.LossWeights(entropies=0.1)
+        ... except TypeError as error:
+        ...     print(str(error).partition("got")[2])
+         entropies. Did you mean entropy?
+    """
+
+    __slots__ = ()
+
+    # Before __init__, which dataclasses and Flax write themselves.
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        parameters = inspect.signature(cls.__init__).parameters
+        unknown = [name for name in kwargs if name not in parameters]
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if unknown and not open_ended:
+            names = [name for name in parameters if name not in ("self", "parent", "name")]
+            near = difflib.get_close_matches(unknown[0], names, n=1)
+            raise TypeError(
+                f"{cls.__name__}: expected arguments among {', '.join(names)}, got "
+                f"{', '.join(unknown)}. "
+                + (f"Did you mean {near[0]}?" if near else "Correct the name, or leave it out.")
+            )
+        return super().__new__(cls)
 
 
 def describe_array(value: Any) -> str:

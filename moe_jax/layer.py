@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.checks import (
+    NamedArguments,
     check_array,
     check_choice,
     check_count,
@@ -64,7 +65,7 @@ from moe_jax.types import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerOptions:
+class LayerOptions(NamedArguments):
     """How a layer runs its experts, as a static value: hashable, compared by value.
 
     Args:

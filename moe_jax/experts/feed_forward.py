@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_choice, check_flag, describe_array, describe_value
+from moe_jax.checks import NamedArguments, check_choice, check_flag, describe_array, describe_value
 from moe_jax.types import Array, Params
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -38,7 +38,7 @@ class ExpertFn(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeedForward:
+class FeedForward(NamedArguments):
     """``down(act(up(x)))``, or ``down(act(gate(x)) * up(x))`` when gated (SwiGLU, GEGLU).
 
     Products are accumulated in float32 and the hidden activations return to the dtype of the

@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from moe_jax.checks import check_count, check_instance
+from moe_jax.checks import NamedArguments, check_count, check_instance
 from moe_jax.experts import ExpertFn, FeedForward
 from moe_jax.layer import LayerAux, LayerOptions
 from moe_jax.nn import serialization as serialization  # registers router states with Flax
@@ -45,7 +45,7 @@ def _boxed(params: Params, root: str) -> Params:
     return jax.tree_util.tree_map_with_path(box, params)
 
 
-class Router(nn.Module):
+class Router(NamedArguments, nn.Module):
     """A routing rule with its parameters and state.
 
     Example:
@@ -97,7 +97,7 @@ class Router(nn.Module):
         _write(self, self.router, aux)
 
 
-class _MoELayer(nn.Module, kw_only=True):
+class _MoELayer(NamedArguments, nn.Module, kw_only=True):
     """The common part of ``MoE`` and ``DynamicMoE``, which differ in how they give their rule."""
 
     d_model: int

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 
 import jax.numpy as jnp
 
-from moe_jax.checks import check_instance, check_k
+from moe_jax.checks import NamedArguments, check_instance, check_k
 from moe_jax.routers import registry
 from moe_jax.routers.arguments import check_arguments_of
 from moe_jax.routing.difficulty import Context
@@ -59,7 +59,7 @@ class Traits:
     budget: str
 
 
-class Router(abc.ABC):
+class Router(NamedArguments, abc.ABC):
     """The contract of a routing rule.
 
     A rule is a frozen dataclass in a file of its own: hashable, equal by value and writable as JSON by

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.checks import (
+    NamedArguments,
     check_array,
     check_at_least_0,
     check_count,
@@ -23,7 +24,7 @@ from moe_jax.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gate:
+class Gate(NamedArguments):
     """The linear map from tokens to router logits, as a value that a router holds.
 
     ``logits = softcap(multiplier * (norm(x) @ kernel + bias))``, computed in float32 whatever the

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_count, check_finite, check_instance, check_number
+from moe_jax.checks import NamedArguments, check_count, check_finite, check_instance, check_number
 from moe_jax.routing.numerics import entropy, unit_vectors
 from moe_jax.types import Array, ExpertChoice, Routing
 
@@ -22,7 +22,7 @@ Axes = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossWeights:
+class LossWeights(NamedArguments):
     """Coefficients of the auxiliary losses; 0 leaves a term out of the computation altogether.
 
     Usual values: load balancing 1e-2 (Switch), router z 1e-3 (ST-MoE), entropy 1e-4 (top-p).

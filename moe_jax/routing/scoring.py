@@ -8,7 +8,14 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from moe_jax.checks import check_at_least_0, check_choice, check_count, check_finite, check_number
+from moe_jax.checks import (
+    NamedArguments,
+    check_at_least_0,
+    check_choice,
+    check_count,
+    check_finite,
+    check_number,
+)
 from moe_jax.routing.numerics import divide
 from moe_jax.routing.selection import group_limit
 from moe_jax.types import Array
@@ -26,7 +33,7 @@ _LOW_LOGIT = -41.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scoring:
+class Scoring(NamedArguments):
     """One spec for the routers of the published model families, as a value that a rule holds.
 
     ``s = score(logits)``; selection looks at ``s`` (or the logits) plus the state's expert bias,

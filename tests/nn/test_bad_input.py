@@ -305,7 +305,29 @@ TABLE: dict[str, tuple[type[Exception], Any, str]] = {
         lambda: moe_nnx.DynamicMoE(E, d_model=D, d_ff=F, rngs=nnx.Rngs(0), min_experts=1),
         "options among.*got min_experts.*are min_k and max_k",
     ),
-    "linen: unknown option": (TypeError, lambda: made(moe_linen.MoE, ffn=FFN), "argument 'ffn'"),
+    "linen: unknown option": (
+        TypeError,
+        lambda: made(moe_linen.MoE, capcity_factor=1.25),
+        "MoE: expected arguments among .*got capcity_factor.*mean capacity_factor",
+    ),
+    "linen: unknown option of DynamicMoE": (
+        TypeError,
+        lambda: moe_linen.DynamicMoE(E, FFN, 1, 3, d_model=D, d_ff=F, experts=1),  # pyright: ignore
+        "DynamicMoE: expected arguments among .*got experts",
+    ),
+    "a coefficient misspelt": (
+        TypeError,
+        lambda: moe_jax.LossWeights(load_balance=0.1),  # pyright: ignore
+        "LossWeights: expected arguments among load_balancing.*mean load_balancing",
+    ),
+    **{
+        f"a field of {cls.__name__} misspelt": (
+            TypeError,
+            functools.partial(cls, num_expert=8),
+            f"{cls.__name__}: expected arguments among .*got num_expert",
+        )
+        for cls in (moe_jax.MinP, FeedForward, LayerOptions, moe_jax.Gate, moe_jax.Scoring)
+    },
     "nnx: a key for rngs": (
         TypeError,
         lambda: made(moe_nnx.MoE, rngs=jax.random.key(0)),
@@ -487,8 +509,7 @@ def test_a_wrong_use_is_refused_in_a_sentence(case):
         cause()
     message = str(caught.value)
     assert re.search(words, message, re.DOTALL), message
-    if case != "linen: unknown option":  # Python's sentence, for the dataclass that a module is
-        assert re.search(r"expected .+ got .+[.?)] ?[A-Z(0-9].*[.?)]$", message, re.DOTALL), message
+    assert re.search(r"expected .+ got .+[.?)] ?[A-Z(0-9].*[.?)]$", message, re.DOTALL), message
 
 
 @pytest.mark.parametrize("kind", list(PAIRS))
