@@ -41,6 +41,18 @@ def rule_of(name: str) -> str | None:
     return None if match is None else match[1] or ""
 
 
+def own_rule(metadata: Mapping[str, Any]) -> str | None:
+    """Returns the name of the rule of ``layer_0`` ..., which ``moe-jax calibrate`` was given first.
+
+    Example:
+        >>> own_rule({"calibration": {"rules": ["min_p", "top_p"]}})
+        'min_p'
+    """
+    calibration = metadata.get("calibration")
+    rules = calibration.get("rules") if isinstance(calibration, Mapping) else None
+    return str(rules[0]) if isinstance(rules, list) and rules else None
+
+
 def layers_of_rule(routers: Iterable[str], rule: str) -> list[str]:
     """Returns the routers of a rule, "" for the model's own, in the order of their layers.
 

@@ -19,6 +19,7 @@ from moe_jax.checkpoint.layers import (
     layers_of_rule,
     locate_layers,
     natural_order,
+    own_rule,
     rule_of,
     stored_layer,
 )
@@ -156,8 +157,9 @@ class OpenCheckpoint:
         """Returns the name of the router that is meant.
 
         Args:
-            name: a router; or a rule, the part before ``/layer_3``, whose first layer is meant; or None
-                for the checkpoint's default: see ``moe_jax.checkpoint.layers.default_router``.
+            name: a router; or a rule, the part before ``/layer_3`` or the rule of ``layer_3`` itself,
+                whose first layer is meant; or None for the checkpoint's default, see
+                ``moe_jax.checkpoint.layers.default_router``.
 
         Raises:
             ValueError: no such router or rule.
@@ -171,10 +173,14 @@ class OpenCheckpoint:
             return default_router(routers)
         if name in routers:
             return name
+        first = own_rule(self.content.metadata)
         layers = layers_of_rule(routers, name) if name else []
+        if not layers and name and name == first:
+            layers = layers_of_rule(routers, "")
         if not layers:
             rules = dict.fromkeys(filter(None, map(rule_of, routers)))
-            choices = [*(one for one in routers if not rule_of(one)), *rules]
+            own = [one for one in routers if not rule_of(one)]
+            choices = [*([first] if first and own else []), *own, *rules]
             single = ", or RULE/layer_N for one layer of a rule" if rules else ""
             raise ValueError(
                 f"router: expected one of {', '.join(choices)}{single}, got {name!r}. See moe-jax "

@@ -439,7 +439,7 @@ def calibrate(
         for one in chosen:
             routers = (one.build(config, target_mean_k),) * config.num_moe_layers
             fitted[one.name] = (routers, fit_layers(model, routers, blocks, target_mean_k))
-            advance(one.label)
+            advance(one.name)
     fits = {name: [s.fit.describe() for s in states] for name, (_, states) in fitted.items()}
     first = fitted.pop(names[0])
     text = corpus.describe()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax import checkpoint
+from moe_jax.checkpoint.layers import own_rule
 from moe_jax.checkpoint.sealed import PathLike
 from moe_jax.lab.data import Corpus, corpus_of_checkpoint
 from moe_jax.lab.lm_config import LMConfig
@@ -85,7 +86,8 @@ def load_variants(path: PathLike, names: Sequence[str] | None = None) -> dict[st
 
     Args:
         path: the checkpoint.
-        names: variants; ``""`` is the model itself, None is all of them.
+        names: variants; ``""`` is the model itself, and so is the first rule of its calibration. None
+            is all of them, each once.
 
     Returns:
         A model for each name. The parameters are read once and shared.
@@ -100,21 +102,24 @@ def load_variants(path: PathLike, names: Sequence[str] | None = None) -> dict[st
             "without one. Restore it by moe_jax.checkpoint.restore instead."
         )
     config = LMConfig.from_json(saved.metadata["model"])
-    accepted = ["", *saved.metadata["variants"]]
-    names = accepted if names is None else names
-    unknown = [name for name in names if name not in accepted]
+    prefixes = {name: name for name in ("", *saved.metadata["variants"])}
+    first = own_rule(saved.metadata)
+    if first is not None:  # the rule that calibrate was given first has the model's own routers
+        prefixes.setdefault(first, "")
+    names = ["", *saved.metadata["variants"]] if names is None else names
+    unknown = [name for name in names if name not in prefixes]
     if unknown:
         raise ValueError(
-            f"variant: expected one of {', '.join(accepted[1:]) or 'none'}, got {unknown[0]!r}. "
-            "Leave it out for the model itself."
+            f"variant: expected one of {', '.join(filter(None, prefixes)) or 'none'}, got "
+            f"{unknown[0]!r}. Leave it out for the model itself."
         )
     layers = range(config.num_moe_layers)
     return {
         name: Model(
             config=config,
             params=saved.params,
-            routers=tuple(saved.routers[_layer_name(name, i)] for i in layers),
-            states=tuple(saved.states[_layer_name(name, i)] for i in layers),
+            routers=tuple(saved.routers[_layer_name(prefixes[name], i)] for i in layers),
+            states=tuple(saved.states[_layer_name(prefixes[name], i)] for i in layers),
             metadata=saved.metadata,
         )
         for name in names

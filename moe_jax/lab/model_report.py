@@ -62,11 +62,8 @@ def evaluate_checkpoint(
         CheckpointError: the checkpoint cannot be read.
     """
     models = load_variants(path)
-    if variant not in models:
-        names = ", ".join(name for name in models if name) or "none"
-        raise ValueError(
-            f"--variant: expected one of {names}, got {variant!r}. Leave it out for the first rules."
-        )
+    if variant not in models:  # the name of the first rules, or none at all
+        models |= load_variants(path, [variant])
     model = models[variant]
     trained = _trained(models, model)
     if corpus is None:

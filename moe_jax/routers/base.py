@@ -122,6 +122,7 @@ class Router(NamedArguments, abc.ABC):
 
         A rule with further checks calls ``super().__post_init__()`` first.
         """
+        check_declared(self, "num_experts", "min_k", "max_k", "gate")
         check_instance("gate", self.gate, Gate, fix="Write Gate(use_bias=True), for example.")
         if self.max_k is None:
             object.__setattr__(self, "max_k", self.num_experts)
@@ -252,6 +253,16 @@ class Router(NamedArguments, abc.ABC):
         default, changes none.
         """
         return registry.fingerprint(self)
+
+
+def check_declared(rule: Router, *names: str) -> None:
+    """Raises TypeError if a rule lacks one of the fields (or properties) that every rule has."""
+    missing = [name for name in names if not hasattr(rule, name)]
+    if missing:
+        raise TypeError(
+            f"{type(rule).__name__}: expected the fields {', '.join(names)}, got none of "
+            f"{', '.join(missing)}. Declare them as in docs/write_a_rule.md: min_k: int = 1."
+        )
 
 
 check_arguments_of(Router)  # for the methods that rules inherit

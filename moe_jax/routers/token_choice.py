@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.checks import check_at_least_0, check_instance
+from moe_jax.checks import check_at_least_0, check_instance, describe_array
 from moe_jax.routers.arguments import check_classes, check_concrete, check_context, check_state
-from moe_jax.routers.base import BiasState, Router, State, Traits
+from moe_jax.routers.base import BiasState, Router, State, Traits, check_declared
 from moe_jax.routers.fit import finish_fit, real_tokens
 from moe_jax.routing.balancing import loss_free_bias
 from moe_jax.routing.budget import check_target
@@ -83,6 +83,7 @@ class TokenChoice(Router, abc.ABC):
     balance_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        check_declared(self, "num_experts", "min_k", "max_k", "gate", "scoring")
         check_instance(
             "scoring", self.scoring, Scoring, fix="Write Scoring(norm='sum'), for example."
         )
@@ -319,7 +320,20 @@ class TokenChoice(Router, abc.ABC):
     ) -> Routing:
         slots = self.score(params, state, x, key=key, token_mask=token_mask, context=context)
         keep, weights = self.select(params, state, slots, x, context or {})
+        self._check_selection(slots, keep, weights)
         return self.build(slots, keep & slots.available, weights)
+
+    def _check_selection(self, slots: Slots, keep: Any, weights: Any) -> None:
+        """Raises TypeError unless ``select`` returned keep bool[T, K] and weights float[T, K]."""
+        shape = slots.slot_probs.shape
+        for value, kind in ((keep, jnp.bool_), (weights, jnp.floating)):
+            if np.shape(value) == shape and jnp.issubdtype(jnp.result_type(value), kind):
+                continue
+            raise TypeError(
+                f"{type(self).__name__}.select: expected keep bool{list(shape)} and weights "
+                f"float32{list(shape)}, one value a slot, got keep {describe_array(keep)} and weights "
+                f"{describe_array(weights)}. Return (keep, self.weights(slots, keep))."
+            )
 
     def fit(
         self,

@@ -108,7 +108,8 @@ def check_router(
             f"skip: expected names among {', '.join(PROMISES)}, got {', '.join(unknown)}."
         )
     case = build_case(router, params=params, state=state, context_of=context_of)
-    checked, broken = [], []
+    checked: list[str] = []
+    broken: dict[str, list[str]] = {}  # a reason that several promises share is printed once
     for name, promise in PROMISES.items():
         if name in skip:
             continue
@@ -116,10 +117,12 @@ def check_router(
             promise(case)
         except Exception as error:  # whatever a broken rule raises is its report
             lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-            broken.append(f"{name}: {type(error).__name__}: {'; '.join(lines[:6])}")
+            reason = f"{type(error).__name__}: {'; '.join(lines[:6])}"
+            broken.setdefault(reason, []).append(name)
         checked.append(name)
     if broken:
         raise AssertionError(
-            f"{router!r} breaks {len(broken)} of {len(checked)} promises:\n" + "\n".join(broken)
+            f"{router!r} breaks {sum(map(len, broken.values()))} of {len(checked)} promises:\n"
+            + "\n".join(f"{', '.join(names)}: {reason}" for reason, names in broken.items())
         )
     return tuple(checked)

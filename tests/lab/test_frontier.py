@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 import moe_jax
-from moe_jax.checkpoint import CheckpointError
+from moe_jax.checkpoint import CheckpointError, open_checkpoint
 from moe_jax.lab import calibration, demo, frontier, model_files, model_report, seeds
 from moe_jax.lab import language_model as model_of
 from moe_jax.lab import training as lm
@@ -134,6 +134,15 @@ def test_calibrate_saves_rules_with_their_provenance(tmp_path, source, corpus):
     fit = one.states[1].fit.describe()
     assert fit == report["fits"]["top_p"][1]
     assert fit["achieved_mean_k"] == pytest.approx(3.0, rel=0.01)
+    # The first rule has a name too, for a variant and for the router of a service.
+    assert model_files.load_model(path, "top_p").routers == one.routers
+    assert open_checkpoint(path).router_name("top_p") == "layer_0"
+    with pytest.raises(ValueError, match="one of dynamic_k_margin, trained, top_p, got 'min_p'"):
+        model_files.load_model(path, "min_p")
+    with pytest.raises(
+        ValueError, match="one of top_p, layer_0, layer_1, dynamic_k_margin, trained"
+    ):
+        open_checkpoint(path).router_name("min_p")
     assert model_files.load_model(path, "trained").routers == (TINY.router(),) * 2
     assert model_files.load_model(path, "dynamic_k_margin").routers[0].difficulty == "router_margin"
     # What was calibrated once can be calibrated again, from the trained rule.

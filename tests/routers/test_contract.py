@@ -51,6 +51,7 @@ from moe_jax.routers import (
     TopP,
     Traits,
     expert_similarity,
+    registry,
     router_from_json,
     with_similarity,
 )
@@ -737,6 +738,41 @@ def test_check_router_names_the_promise_that_a_rule_breaks(select, traits, promi
     for name in promises:
         assert f"\n{name}: " in str(caught.value)
     assert registered_rules().keys() - rules.keys() <= {"Broken"}
+
+
+def test_a_mean_over_the_whole_batch_is_no_batch_invariant_rule():
+    def above_the_mean(self, params, state, slots, x, context):
+        keep = slots.slot_probs > slots.slot_probs.mean()
+        return keep.at[:, 0].set(True), slots.scores
+
+    case = build_case(broken("Broken", above_the_mean)(num_experts=E))
+    with pytest.raises(AssertionError, match=r"the traits say batch_invariant=True.*WholeBatch"):
+        decisions.batch_invariance_as_the_traits_say(case)
+
+
+def test_a_selection_of_another_form_is_refused_once_with_the_form_that_is_expected():
+    def float_mask(self, params, state, slots, x, context):
+        return slots.slot_probs, slots.scores
+
+    def too_wide(self, params, state, slots, x, context):
+        return jnp.ones((x.shape[0], E), bool), slots.scores
+
+    few = {"rules_are_frozen", "batch_invariance_as_the_traits_say", "causality_as_the_traits_say"}
+    for select, got in ((float_mask, r"float32\[24, 2\]"), (too_wide, r"bool\[24, 8\]")):
+        form = rf"select: expected keep bool\[24, 2\] and weights float32\[24, 2\].*got keep {got}"
+        with pytest.raises(AssertionError, match=form) as caught:
+            check_router(broken("Broken", select)(num_experts=E), skip=[*set(PROMISES) - few])
+        assert str(caught.value).count("select: expected") == 1
+
+
+def test_a_rule_without_a_field_that_every_rule_has_is_told_which():
+    whole = {field: vars(OneIfSure)[field] for field in ("gate", "scoring", "init_state", "select")}
+    cls = type("NoLeast", (TokenChoice,), {**whole, "__module__": __name__, "max_k": 2})
+    cls.__annotations__ = {"num_experts": int, "max_k": int, "gate": Gate, "scoring": Scoring}
+    rule = dataclasses.dataclass(frozen=True, kw_only=True)(cls)  # pyright: ignore
+    registry._registered.pop("NoLeast")  # no other test can build it
+    with pytest.raises(TypeError, match=r"NoLeast: expected the fields .*, got none of min_k"):
+        rule(num_experts=E)  # pyright: ignore
 
 
 def test_a_rule_of_decoding_steps_is_judged_on_few_tokens_too():

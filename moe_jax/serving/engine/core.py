@@ -285,7 +285,10 @@ class RouterEngine:
 
         False for weights that load and are unsound: a reload with another checkpoint ends that.
         """
-        return self.load_error is not None and self.served.reason == "params_missing"
+        return self.load_error is not None and self.served.reason in (
+            "params_missing",
+            "misconfigured",
+        )
 
     @property
     def compilations(self) -> int:
@@ -294,7 +297,7 @@ class RouterEngine:
 
     def readiness(self) -> tuple[bool, list[str]]:
         """Returns whether requests should be sent to this engine, and if not, why not: warming,
-        params_missing, params_unsound, draining, circuit_open, overloaded."""
+        params_missing, misconfigured, params_unsound, draining, circuit_open, overloaded."""
         return report.readiness(self.parts, self.served)
 
     def live(self) -> bool:

@@ -15,12 +15,13 @@ import numpy as np
 import moe_jax
 from moe_jax.checkpoint import CheckpointError
 from moe_jax.checkpoint.description import set_otherwise
-from moe_jax.checkpoint.layers import natural_order
+from moe_jax.checkpoint.layers import natural_order, rule_of
+from moe_jax.config import ConfigError
 from moe_jax.routers import RandomSkip
 from moe_jax.serving import admission, metrics
 from moe_jax.serving.engine.parts import Parts
 from moe_jax.serving.engine.snapshot import Snapshot, build_snapshot, version_of
-from moe_jax.serving.engine.weights import load_weights
+from moe_jax.serving.engine.weights import Weights, load_weights
 from moe_jax.serving.errors import CODES, ServingError
 
 _CANARY_TOKENS = 64
@@ -48,7 +49,8 @@ class Served:
         limits: size limits of a request, with the width of what is served.
         load_error: why the start failed, or None.
         reason: the word of ``readiness`` while nothing is served: ``warming``, ``params_missing``
-            (they cannot be loaded) or ``params_unsound`` (they fail the canary batch).
+            (they cannot be loaded), ``misconfigured`` (a setting rules them out) or
+            ``params_unsound`` (they fail the canary batch).
     """
 
     def __init__(self, parts: Parts, *, host_fallback: bool | None) -> None:
@@ -127,10 +129,14 @@ class Served:
             if self._parts.lifecycle.draining:
                 self._parts.log.info("load_stopped")
                 return
-            self.reason = (
-                "params_unsound" if isinstance(error, UnsoundWeights) else "params_missing"
-            )
-            self.load_error = f"{type(error).__name__}: {error}"
+            self.reason = "params_missing"
+            if isinstance(error, UnsoundWeights):
+                self.reason = "params_unsound"
+            elif isinstance(error, ConfigError):
+                self.reason = "misconfigured"
+            # The library's messages are whole sentences; of another error the class says the most.
+            own = isinstance(error, CheckpointError | ConfigError)
+            self.load_error = str(error) if own else f"{type(error).__name__}: {error}"
             self._parts.log.error("load_failed", reason=self.reason, error=self.load_error)
 
     def close(self, timeout_seconds: float) -> bool:
@@ -205,8 +211,7 @@ class Served:
         if others and not config.serving.checkpoint_router:
             log.info(
                 "serving_one_rule",
-                hint="the checkpoint has further routers. Set MOE_CHECKPOINT_ROUTER to a rule, such as "
-                "min_p-20, to serve all layers of it, or to a router to serve it alone.",
+                hint=_other_routers(weights),
                 serving=snapshot.weights.name,
                 others=others[:32],
             )
@@ -269,6 +274,16 @@ class Served:
                 "source": new.weights.source,
                 "seconds": seconds,
             }
+
+
+def _other_routers(weights: Weights) -> str:
+    """Returns how to serve another router of a checkpoint, with names that it has."""
+    rules = [rule for rule in weights.rules if rule != rule_of(weights.name)]
+    rule = f"a rule, such as {rules[0]}, to serve all layers of it, or to " if rules else ""
+    return (
+        f"the checkpoint has further routers. Set MOE_CHECKPOINT_ROUTER to {rule}a router to serve it "
+        "alone."
+    )
 
 
 def _build_of(snapshot: Snapshot) -> dict[str, str]:

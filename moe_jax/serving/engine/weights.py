@@ -15,7 +15,7 @@ from moe_jax.checkpoint.layers import layers_of_rule, rule_of
 from moe_jax.config import Config, ConfigError, build_router
 from moe_jax.experts import FeedForward
 from moe_jax.layer import init_moe_layer
-from moe_jax.routers import DynamicK, ExpertChoiceRouter, Router
+from moe_jax.routers import DynamicK, ExpertChoiceRouter, RandomSkip, Router
 from moe_jax.routing import budget
 from moe_jax.types import Params
 
@@ -38,6 +38,7 @@ class Weights:
         source: the checkpoint folder or the seed, for reports.
         name: name of the router in the checkpoint, such as ``layer_0``; ``untrained`` without one.
         names: names of all routers in the checkpoint.
+        rules: names of its further rules that are no control.
         chosen_by: what chose this router: ``MOE_CHECKPOINT_ROUTER``, ``default`` (the checkpoint's), or
             ``no checkpoint``.
         checkpoint: 16 digits of the checkpoint's checksum; "" without one.
@@ -55,6 +56,7 @@ class Weights:
     source: str
     name: str = "untrained"
     names: tuple[str, ...] = ()
+    rules: tuple[str, ...] = ()
     chosen_by: str = "no checkpoint"
     checkpoint: str = ""
     release: str = ""
@@ -138,7 +140,14 @@ def _from_checkpoint(config: Config, folder: str) -> Weights:
             raise
         # The message names the folder only; the operator has to know which setting named it.
         raise type(error)(f"MOE_CHECKPOINT (or --checkpoint): {error}") from error
-    layer = opened.layer(config.serving.checkpoint_router or None)
+    try:
+        layer = opened.layer(config.serving.checkpoint_router or None)
+    except ValueError as error:
+        if not config.serving.checkpoint_router:
+            raise
+        raise ConfigError(
+            f"MOE_CHECKPOINT_ROUTER: {str(error).removeprefix('router: ')}"
+        ) from error
     served = config.serving.serve_moe != "off" and layer.layer is not None
     if config.serving.serve_moe == "on" and not served:
         raise ConfigError(
@@ -162,6 +171,8 @@ def _from_checkpoint(config: Config, folder: str) -> Weights:
 
 def _stored(opened: OpenCheckpoint, layer: StoredLayer, folder: str) -> Weights:
     """Returns a layer of a checkpoint, without its experts."""
+    routers = opened.content.routers
+    rules = (rule_of(name) for name, rule in routers.items() if not isinstance(rule, RandomSkip))
     return Weights(
         router=layer.router,
         params=layer.params,
@@ -171,7 +182,8 @@ def _stored(opened: OpenCheckpoint, layer: StoredLayer, folder: str) -> Weights:
         trained=True,
         source=folder,
         name=layer.name,
-        names=tuple(opened.content.routers),
+        names=tuple(routers),
+        rules=tuple(dict.fromkeys(filter(None, rules))),
     )
 
 

@@ -198,8 +198,34 @@ def test_a_control_that_is_served_is_a_warning_and_an_unknown_rule_names_all(
     [warning] = [facts for _, event, facts in log.lines if event == "control_served"]
     assert warning["serving"] == "control-10/layer_0"
     assert engine.health_check()["components"]["router"]["control"]
-    with pytest.raises(ValueError, match="one of layer_0, control-10, rule-20, or RULE/layer_N"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^MOE_CHECKPOINT_ROUTER: expected one of layer_0, control-10, rule-20, or ",
+    ):
         make_engine(checkpoint=path, checkpoint_router="top_p", buckets="16")
+
+
+def test_the_hint_to_another_rule_names_one_that_the_checkpoint_has(make_engine, tmp_path, log):
+    path = several(tmp_path / "several", ["layer_0", "control-10/layer_0", "rule-20/layer_0"])
+    make_engine(checkpoint=path, buckets="16")
+    [facts] = [facts for _, event, facts in log.lines if event == "serving_one_rule"]
+    assert "to a rule, such as rule-20, to serve" in facts["hint"]
+    one = several(tmp_path / "routers", ["first", "second"])
+    make_engine(checkpoint=one, buckets="16")
+    [_, facts] = [facts for _, event, facts in log.lines if event == "serving_one_rule"]
+    assert "MOE_CHECKPOINT_ROUTER to a router to serve it alone" in facts["hint"]
+
+
+def test_a_router_that_the_checkpoint_does_not_have_is_a_matter_of_the_settings(
+    make_engine, tmp_path
+):
+    path = several(tmp_path / "several", ["layer_0", "rule-20/layer_0"])
+    settings = {"checkpoint": path, "checkpoint_router": "top_p"}
+    engine = make_engine(**settings, engine={"background": True})
+    assert engine.served.close(60.0)
+    assert engine.load_error.startswith("MOE_CHECKPOINT_ROUTER: expected one of")
+    assert engine.readiness() == (False, ["misconfigured"])
+    assert engine.cannot_start
 
 
 @pytest.mark.parametrize("is_described", [True, False])
