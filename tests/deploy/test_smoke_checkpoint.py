@@ -8,16 +8,18 @@ import pytest
 from moe_jax.checkpoint import Checkpoint, open_checkpoint, save
 from moe_jax.config import Config, RouterConfig, build_router, load_config
 from moe_jax.serving.engine import RouterEngine
+from moe_jax.serving.http.client import Service
 from moe_jax.serving.http.smoke import _as_expected, _by_expert, _served_layer
 
 D = 16
 CONFIG = Config(router_config=RouterConfig(input_dim=D, max_experts=3))
 
 
-class Local:
+class Local(Service):
     """What smoke asks of a service, answered by an engine in this process."""
 
     def __init__(self, engine: RouterEngine, change=lambda arrays: arrays) -> None:
+        super().__init__("http://unused")
         self._engine, self._change = engine, change
 
     def get_json(self, path: str):
@@ -25,7 +27,7 @@ class Local:
             return self._engine.health_check()
         return self._engine.describe(path.rsplit("/", 1)[1])
 
-    def infer(self, model, inputs):
+    def infer(self, model, inputs, outputs=()):
         arrays = dict(self._engine.infer(model, inputs["hidden_states"]).arrays)
         return self._change(arrays), {}
 
