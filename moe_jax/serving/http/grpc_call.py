@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 from urllib.parse import unquote
 
 import grpc
@@ -57,6 +58,14 @@ class GrpcCall:
     def turn(self) -> str:
         """Whose messages arrive one at a time: the client's; the peer's until the client is known."""
         return peer_of(self.context.peer()) if self._client is None else self._client.id
+
+    def log_facts(self) -> dict[str, Any]:
+        """Returns what a log line says of every call."""
+        return {
+            "request_id": self.request_id,
+            "client": self.turn,
+            "ms": round(1e3 * (time.monotonic() - self.started), 2),
+        }
 
     def admit(self, requests: int) -> None:
         """Admits the client, and counts ``requests`` against its limits."""

@@ -21,9 +21,10 @@ from moe_jax.serving.errors import ServingError
 from moe_jax.serving.http.byte_account import Lease, Turns
 from moe_jax.serving.http.connection import MIN_RATE, WRITE_SECONDS
 from moe_jax.serving.http.deadlines import Deadlines
-from moe_jax.serving.http.grpc_call import GrpcCall
+from moe_jax.serving.http.grpc_call import GrpcCall, peer_of
 from moe_jax.serving.http.grpc_messages import MESSAGES, SERVICE, split_raw_contents
 from moe_jax.serving.http.grpc_methods import LIMITED, METHODS, UNREAD, GrpcMethod
+from moe_jax.serving.http.middleware import MOST_REASON
 from moe_jax.serving.http.strict_json import malformed
 from moe_jax.serving.http.transport import TransportContext, as_serving_error, retry_after
 
@@ -40,6 +41,8 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+# Probes call these every few seconds, so they are logged at debug level.
+_QUIET = frozenset({"ServerLive", "ServerReady", "ModelReady"})
 # Threads beyond those of inference, so that probes are answered while it is busy.
 _SPARE_THREADS = 4
 
@@ -122,7 +125,9 @@ class GrpcServer:
             call: GrpcCall | None = None
             try:
                 call = GrpcCall(self.transport, context)
-                return self._answer(name, method, call, messages)
+                answer = self._answer(name, method, call, messages)
+                self._log(name, call, context, "ok")
+                return answer
             except Exception as error:
                 refusal = self._refusal(name, call, error, context)
                 if refusal is None:
@@ -150,11 +155,32 @@ class GrpcServer:
             refusal = ServingError("internal", "an internal error, which is in the log.")
         if call is not None and call.refuses:
             self.transport.engine.violation(call.client(), refusal.code)
+        self._log(name, call, context, refusal.code, error=refusal.message[:MOST_REASON])
         trailing = [("moe-code", refusal.code)]
         if (seconds := retry_after(refusal)) is not None:
             trailing.append(("retry-after", seconds))
         context.set_trailing_metadata(tuple(trailing))
         return _CODES[refusal.status], self.transport.message(refusal)
+
+    def _log(
+        self,
+        name: str,
+        call: GrpcCall | None,
+        context: grpc.ServicerContext,
+        code: str,
+        **reason: str,
+    ) -> None:
+        """Writes the log line of a call, as the middleware does for a request over HTTP."""
+        log = self.transport.engine.log
+        facts = {} if call is None else call.log_facts()
+        (log.debug if name in _QUIET else log.info)(
+            "request",
+            **{"client": peer_of(context.peer()), **facts},
+            protocol="grpc",
+            method=name,
+            code=code,
+            **reason,
+        )
 
     def _answer(
         self, name: str, method: GrpcMethod, call: GrpcCall, messages: Iterator[bytes]

@@ -16,7 +16,8 @@ from moe_jax.serving.http.transport import TransportContext, as_serving_error
 
 # Prometheus and Kubernetes request these paths every few seconds, so they are logged at debug level.
 _QUIET = frozenset({"/health", "/ready", "/metrics", "/v2/health/live", "/v2/health/ready"})
-_MOST_REASON = 500  # characters of a refusal's message in a log line
+MOST_REASON = 500
+"""Most characters of a refusal's message in a log line."""
 _STATUS_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -67,7 +68,7 @@ class RequestMiddleware:
         with structlog.contextvars.bound_contextvars(**names):
             code, refusal = await self._answered(scope, receive, answer, request)
             # Under strict the client learns only the code, so the log is where the reason is.
-            reason = {} if refusal is None else {"error": refusal[:_MOST_REASON]}
+            reason = {} if refusal is None else {"error": refusal[:MOST_REASON]}
             log = self.transport.engine.log
             (log.debug if request.path in _QUIET else log.info)(
                 "request",

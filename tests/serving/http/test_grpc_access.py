@@ -1,5 +1,7 @@
 """Keys and limits hold over gRPC as over HTTP, with gRPC's own words."""
 
+import contextlib
+
 import grpc
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from moe_jax.serving.http.grpc_messages import MESSAGES, SERVICE
 from moe_jax.serving.http.grpc_server import GrpcServer
 from moe_jax.serving.http.transport import TransportContext
+from tests.serving.engine.conftest import Log
 from tests.serving.served import WIDTH, small_engine
 
 X = np.ones((1, 2, WIDTH), np.float32)
@@ -34,6 +37,33 @@ def call():
             yield ask
         server.stop(1.0).wait()
         transport.close()
+
+
+def test_every_call_has_a_log_line_and_a_refused_one_its_reason():
+    lines = Log()
+    with small_engine(logger=lines, security_level="strict", api_keys="alice") as engine:
+        transport = TransportContext(engine)
+        server = GrpcServer(transport, "127.0.0.1", 0)
+        server.start()
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            made = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            key = ("authorization", "Bearer alice")
+            for data, metadata in (
+                (request().SerializeToString(), [key, ("x-request-id", "seven")]),
+                (b"", [key]),
+                (b"", []),
+            ):
+                with contextlib.suppress(grpc.RpcError):
+                    made(data, metadata=metadata, timeout=60)
+        server.stop(1.0).wait()
+        transport.close()
+    good, bad, unknown = [facts for _, event, facts in lines.lines if event == "request"]
+    assert (good["method"], good["code"], good["request_id"]) == ("ModelInfer", "ok", "seven")
+    assert "error" not in good
+    assert bad["code"] != "ok"
+    assert "expected" in bad["error"]
+    assert bad["client"] == good["client"] != unknown["client"]
+    assert (unknown["code"], unknown["client"]) == ("unauthorized", "127.0.0.1")
 
 
 def request():
