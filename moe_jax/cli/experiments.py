@@ -34,6 +34,7 @@ def experiment(
 ) -> None:
     """Run a declared experiment; a run that was stopped goes on where it was."""
     import dataclasses
+    import shlex
 
     from rich.markdown import Markdown
 
@@ -47,12 +48,16 @@ def experiment(
         if seeds is not None:
             declared = dataclasses.replace(declared, seeds=tuple(numbers("--seeds", seeds)))
         place = folder / declared.name
+        words = ["moe-jax", "experiment", name]
+        words += [word for one in rule or [] for word in ("--rule", one)]
+        words += [] if seeds is None else ["--seeds", seeds]
         results = run_experiment(
             declared,
             place,
             progress=notes.is_terminal,
             note=lambda text: notes.print(text, highlight=False),
             seconds=None if minutes is None else 60 * minutes,
+            command=shlex.join(words),
         )
     if as_json:
         print_json({"folder": str(place), "done": results["done"], "planned": results["planned"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from moe_jax.checks import check_count, check_finite
@@ -202,12 +203,20 @@ class LMConfig:
         """
         accepted = {f.name for f in dataclasses.fields(LMConfig)}
         unknown = sorted(set(data) - accepted)
-        if unknown:
-            raise ValueError(
-                f"LMConfig: expected fields among {', '.join(sorted(accepted))}, got "
-                f"{', '.join(unknown)}. Use the version of the library that wrote it."
-            )
         values = dict(data)
+        if unknown:
+            near = [get_close_matches(name, accepted, n=1) for name in unknown]
+            meant = [f"Did you mean {match[0]}? " for match in near if match]
+            problem = (
+                f"LMConfig: expected fields among {', '.join(sorted(accepted))}, got "
+                f"{', '.join(unknown)}. {''.join(meant)}Correct the name, or, if the library wrote the "
+                "file, use the version that wrote it."
+            )
+            try:  # what is wrong besides is said at once
+                LMConfig.from_json({k: v for k, v in values.items() if k in accepted})
+            except (TypeError, ValueError) as error:
+                problem = f"{problem}\n{error}"
+            raise ValueError(problem)
         if isinstance(values.get("rule"), Mapping):
             values["rule"] = router_from_json(values["rule"])
         if isinstance(values.get("schedule"), Mapping):

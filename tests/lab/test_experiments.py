@@ -28,7 +28,7 @@ from moe_jax.lab.experiments.drift_texts import REFERENCE, drift_text
 from moe_jax.lab.experiments.layer_shares import STEPS, change_curves, shared_rule
 from moe_jax.lab.experiments.measures import MEASURES
 from moe_jax.lab.experiments.recipes import distil
-from moe_jax.lab.experiments.runner import run_experiment
+from moe_jax.lab.experiments.runner import _check_models, run_experiment
 from moe_jax.lab.experiments.tables import page_of, write_page, write_results
 from moe_jax.lab.language_model import init, init_states
 from moe_jax.lab.lm_config import LMConfig
@@ -112,6 +112,32 @@ def test_an_experiment_runs_resumes_and_writes_its_tables(tmp_path):
     # Another declaration of the same name measures again what it changed.
     other = declared("tiny", changed(rules=["drop_lowest"]))
     assert write_results(other, [], tmp_path / "other")["done"] == 0
+
+
+def test_a_partial_report_names_the_command_that_goes_on(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(TINY), encoding="utf-8")
+    words = ["experiment", str(file), "--rule", "top_p", "--seeds", "0,1", "--minutes", "0"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert f"`moe-jax experiment {file} --rule top_p --seeds 0,1` · 0 of" in done.stdout
+
+
+def test_a_copy_with_other_sizes_does_not_train_into_the_models_of_another_experiment(tmp_path):
+    for name in experiment_files():
+        _check_models(load(name))  # what is declared fits
+    copied = declared("mine", changed(models="e2", recipes={"fixed_4": {}}, reference="fixed_4"))
+    with pytest.raises(
+        ValueError, match=r"recipes of e2.*got another fixed_4. Remove the line models"
+    ):
+        run_experiment(copied, tmp_path / "mine", progress=False)
+    assert not (tmp_path / "e2").exists()
+
+
+def test_outside_of_a_clone_the_message_says_where_experiments_are(monkeypatch):
+    monkeypatch.setattr("moe_jax.lab.experiments.declaration.experiment_files", dict)
+    with pytest.raises(ValueError, match="in configs/experiments of a clone of the repository"):
+        load("e1")
 
 
 def test_a_decode_experiment_counts_distinct_experts(tmp_path):

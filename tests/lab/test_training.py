@@ -177,5 +177,8 @@ def test_configuration_as_json():
     assert LMConfig.from_json(TINY.to_json()) == TINY
     with pytest.raises(ValueError, match=r"LMConfig: expected fields among.*got depth"):
         LMConfig.from_json({"depth": 3})
+    both = r"(?s)got num_layer\. Did you mean num_layers\?.*d_model: expected .*'64'"
+    with pytest.raises(ValueError, match=both):
+        LMConfig.from_json({"num_layer": 2, "d_model": "64"})
     with pytest.raises(ValueError, match="expected 1 <= until <= steps"):
         lm.train(TINY, "unused", 3, until=4)

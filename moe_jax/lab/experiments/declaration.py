@@ -107,9 +107,11 @@ def load(name: str | Path) -> Experiment:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
+        known = f"one of {', '.join(sorted(files))} in {FOLDER}, or " if files else ""
+        where = f"The declared experiments are in {FOLDER} of a clone of the repository: run there."
         raise ValueError(
-            f"experiment: expected one of {', '.join(sorted(files)) or 'no file'} in {FOLDER}, or the "
-            f"path of a JSON file, got {str(name)!r}."
+            f"experiment: expected {known}the path of a JSON file, got {str(name)!r}. "
+            f"{'Correct the name.' if files else where}"
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(

@@ -19,7 +19,13 @@ from moe_jax.lab.calibration import calibration_blocks, find_rules
 from moe_jax.lab.data import Corpus, load_corpus
 from moe_jax.lab.experiments.budget_table import AS_TRAINED, budget_rows
 from moe_jax.lab.experiments.cost_table import cost_rows
-from moe_jax.lab.experiments.declaration import Experiment, Recipe, fingerprint
+from moe_jax.lab.experiments.declaration import (
+    Experiment,
+    Recipe,
+    experiment_files,
+    fingerprint,
+    load,
+)
 from moe_jax.lab.experiments.decode_table import check_decode, decode_rows
 from moe_jax.lab.experiments.difficulty_table import difficulty_rows
 from moe_jax.lab.experiments.drift_table import check_drift, drift_rows
@@ -47,6 +53,7 @@ def run_experiment(
     note: Callable[[str], None] = lambda text: None,
     corpus: Corpus | None = None,
     seconds: float | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Runs what is left of an experiment and writes its tables.
 
@@ -58,6 +65,7 @@ def run_experiment(
         note: called with a line of text for each finished unit.
         corpus: the text; None is the standard library's source.
         seconds: start no further unit after so long; None runs all.
+        command: what the report names as the command that goes on; by default that of its name.
 
     Returns:
         What ``results.json`` holds: see ``tables.write_results``.
@@ -72,6 +80,7 @@ def run_experiment(
     check_decode(experiment)
     if experiment.kind == "drift":
         check_drift(experiment)
+    _check_models(experiment)
     check_free(folder / "models" / "model", overwrite=True)
     corpus = load_corpus() if corpus is None else corpus
     todo = units(experiment)
@@ -89,7 +98,21 @@ def run_experiment(
                 os.replace(temporary, path)
                 note(f"{label}: {unit['seconds']:.0f} s")
             advance(label)
-    return write_results(experiment, list(finished_units(experiment, folder)), folder)
+    done = list(finished_units(experiment, folder))
+    return write_results(experiment, done, folder, command=command)
+
+
+def _check_models(experiment: Experiment) -> None:
+    """Raises ValueError if the models of a declared experiment would be trained in another way."""
+    if experiment.models not in experiment_files():
+        return
+    theirs = load(experiment.models).recipes
+    other = [name for name, recipe in experiment.recipes.items() if theirs.get(name) != recipe]
+    if other:
+        raise ValueError(
+            f"experiment {experiment.name}: expected the recipes of {experiment.models}, whose models "
+            f"it takes, got another {', '.join(other)}. Remove the line models: it then trains its own."
+        )
 
 
 def run_unit(

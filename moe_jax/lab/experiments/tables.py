@@ -18,7 +18,11 @@ MIX = "drop_lowest"  # the control that drops what weighs least, by chance
 
 
 def write_results(
-    experiment: Experiment, units: Sequence[Mapping[str, Any]], folder: Path
+    experiment: Experiment,
+    units: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    command: str = "",
 ) -> dict[str, Any]:
     """Writes ``results.json``, ``results.csv``, ``results.md`` and ``results.png`` into ``folder``.
 
@@ -26,6 +30,7 @@ def write_results(
         experiment: the declaration.
         units: finished recipes and seeds, see ``runner.run_unit``.
         folder: of the results.
+        command: that ran the experiment; "" is ``moe-jax experiment`` with its name.
 
     Returns:
         What ``results.json`` holds: ``name``, ``done`` and ``planned`` units, ``machine``, and
@@ -34,6 +39,7 @@ def write_results(
     rows = summary(experiment, units)
     results = {
         "name": experiment.name,
+        "command": command or f"moe-jax experiment {experiment.name}",
         "kind": experiment.kind,
         "title": experiment.title,
         "question": experiment.question,
@@ -214,6 +220,11 @@ adjusted for the number of cells.
 """
 
 
+def _command(results: Mapping[str, Any]) -> str:
+    # Results that were kept before the command was noted are of declared experiments.
+    return results.get("command") or f"moe-jax experiment {results['name']}"
+
+
 def write_page(folder: Path, data: Path, page: Path) -> list[str]:
     """Copies the results of experiments to ``data`` and writes the page of all that are there.
 
@@ -272,7 +283,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         results["question"],
         "",
-        f"`moe-jax experiment {results['name']}` · {results['done']} of {results['planned']} runs "
+        f"`{_command(results)}` · {results['done']} of {results['planned']} runs "
         f"(a recipe with a seed each) · {results['seconds'] / 60:.0f} minutes of run time",
         "",
     ]
