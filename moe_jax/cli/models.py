@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from moe_jax.cli.output import (
     AllowOtherData,
@@ -396,7 +396,7 @@ def inspect(
         f"checkpoint {report['checksum'][:16]}",
         soft_wrap=True,
     )
-    table = Table("rule", "budget", "reached", "tokens", "data", "weights")
+    table = Table(Column("rule", overflow="fold"), "budget", "reached", "tokens", "data", "weights")
     # With --layers names are what route --router takes, so they are never cut: each has the first
     # column to itself.
     groups = routers_by_rule(report["routers"], layers=layers)
@@ -416,9 +416,7 @@ def inspect(
     if len(groups) < len(report["routers"]):
         out.print(f"{len(report['routers'])} routers in all; each on its own: add --layers.")
     for key, value in report["metadata"].items():
-        text = json.dumps(value)
-        short = text if len(text) <= 200 else text[:197] + "..."
-        out.print(f"{key}: {short}", markup=False, soft_wrap=True)
+        out.print(f"{key}: {_brief(value)}", soft_wrap=True, markup=False)
     out.print("Everything, fingerprints in full: add --json.")
 
 
@@ -429,5 +427,20 @@ def _span(values: list[Any], shown: str) -> str:
 
 
 def _same(words: list[str]) -> str:
+    """The one fingerprint that all have; layers have their own, since each sees other inputs."""
     kinds = sorted(set(words))
-    return kinds[0] if len(kinds) == 1 else f"{len(kinds)} differ" if kinds else ""
+    return kinds[0] if len(kinds) == 1 else "by layer" if kinds else ""
+
+
+def _brief(value: Any) -> str:
+    """A value of the metadata in words: plain values of a mapping, and how much else is in it."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{name} ({len(item)} values)"
+            if isinstance(item, dict | list) and item
+            else f"{name}={item}"
+            for name, item in value.items()
+        )
+    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
+        return ", ".join(map(str, value))
+    return f"{len(value)} values" if isinstance(value, list) else str(value)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from moe_jax.checkpoint import Checkpoint, save
 from moe_jax.cli import app
-from moe_jax.routers import TopK
+from moe_jax.routers import MinP, TopK
 
 runner = CliRunner()
 
@@ -540,3 +540,26 @@ def test_what_the_library_refuses_in_a_bench_is_told_without_a_traceback(monkeyp
     result = runner.invoke(app, ["bench", "route"])
     assert result.exit_code == 2
     assert "error: x: expected [1], got 2." in result.stderr
+
+
+def test_inspect_says_what_differs_by_layer_and_cuts_no_metadata(tmp_path):
+    rule, width = MinP(num_experts=4, max_k=2), 8
+    params = {f"layer_{i}": rule.init(jax.random.key(i), width) for i in range(2)}
+    x = jax.random.normal(jax.random.key(9), (64, width))
+    states = {
+        name: rule.fit(p, rule.init_state(), x, target_mean_k=1.5) for name, p in params.items()
+    }
+    history = [{"loss": float(i)} for i in range(100)]
+    content = Checkpoint(
+        params=params,
+        routers=dict.fromkeys(params, rule),
+        states=states,
+        metadata={"training": {"steps": 100, "history": history}, "variants": ["top_p"]},
+    )
+    path = save(tmp_path / "two", content)
+    done = runner.invoke(app, ["inspect", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "2 differ" not in done.stdout
+    assert "by layer" in done.stdout
+    assert "training: steps=100, history (100 values)" in done.stdout
+    assert "variants: top_p" in done.stdout
