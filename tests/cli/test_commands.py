@@ -561,5 +561,5 @@ def test_inspect_says_what_differs_by_layer_and_cuts_no_metadata(tmp_path):
     assert done.exit_code == 0, done.output
     assert "2 differ" not in done.stdout
     assert "by layer" in done.stdout
-    assert "training: steps=100, history (100 values)" in done.stdout
+    assert "training: history (100 values), steps=100" in done.stdout
     assert "variants: top_p" in done.stdout
