@@ -257,7 +257,9 @@ class Router(NamedArguments, abc.ABC):
 
 def check_declared(rule: Router, *names: str) -> None:
     """Raises TypeError if a rule lacks one of the fields (or properties) that every rule has."""
-    missing = [name for name in names if not hasattr(rule, name)]
+    # Of the class: reading a property may fail over a wrong value of another field.
+    fields = {field.name for field in dataclasses.fields(rule)}  # pyright: ignore[reportArgumentType]
+    missing = [name for name in names if name not in fields and not hasattr(type(rule), name)]
     if missing:
         raise TypeError(
             f"{type(rule).__name__}: expected the fields {', '.join(names)}, got none of "

@@ -167,8 +167,9 @@ def test_evaluate_prints_loss_controls_layers_and_tails(monkeypatch, checkpoint,
     ],
 )
 def test_evaluate_tells_checkpoints_from_published_models(
-    tmp_path, checkpoint, name, options, message
+    monkeypatch, tmp_path, text, checkpoint, name, options, message
 ):
+    about(monkeypatch, text)
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "config.json").write_text("{}", encoding="utf-8")
     (tmp_path / "empty").mkdir()
