@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
@@ -33,11 +34,10 @@ class NamedArguments:
 
     # Before __init__, which dataclasses and Flax write themselves.
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        parameters = inspect.signature(cls.__init__).parameters
-        unknown = [name for name in kwargs if name not in parameters]
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if unknown and not open_ended:
-            names = [name for name in parameters if name not in ("self", "parent", "name")]
+        accepted = _accepted(cls)
+        unknown = [] if accepted is None else [name for name in kwargs if name not in accepted]
+        if accepted and unknown:
+            names = [name for name in accepted if name not in ("self", "parent", "name")]
             near = difflib.get_close_matches(unknown[0], names, n=1)
             raise TypeError(
                 f"{cls.__name__}: expected arguments among {', '.join(names)}, got "
@@ -45,6 +45,15 @@ class NamedArguments:
                 + (f"Did you mean {near[0]}?" if near else "Correct the name, or leave it out.")
             )
         return super().__new__(cls)
+
+
+@functools.cache
+def _accepted(cls: type) -> tuple[str, ...] | None:
+    """The arguments of a class, None if it takes any; kept, as each call makes options."""
+    parameters = inspect.signature(cls.__init__).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return tuple(parameters)
 
 
 def describe_array(value: Any) -> str:

@@ -83,7 +83,7 @@ def options(
 
 
 def _import_rules(module: str) -> None:
-    """Imports a module, whose rules register themselves. Raises ValueError if there is none."""
+    """Imports a module, whose rules register themselves. Raises ValueError if it cannot be found."""
     try:
         importlib.import_module(module)
     except (ImportError, ValueError) as error:

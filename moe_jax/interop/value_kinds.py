@@ -24,13 +24,13 @@ class ValueKind:
 
 
 def is_whole(value: Any, *, least: int) -> bool:
-    """Returns whether a value is a whole number of at least ``least``. ``True`` is none."""
+    """Returns whether a value is a whole number of at least ``least``; ``True`` is not."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     return whole and bool(value >= least)
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number. ``True`` is none."""
+    """Returns whether a value is a finite number; ``True`` is not."""
     return (
         isinstance(value, (int, float, np.number))
         and not isinstance(value, bool)

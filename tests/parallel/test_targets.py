@@ -150,20 +150,25 @@ def test_an_error_of_a_compiler_is_a_line_of_the_report():
     assert program.summary()["error"] == program.error
 
 
+def squared(memory_bytes: int):
+    """The square of a matrix, compiled for this CPU as a target with so much memory."""
+    here = targets.Target(
+        name="cpu", platform="cpu", devices=tuple(jax.devices()), memory_bytes=memory_bytes
+    )
+    return targets.compile_program(
+        here,
+        lambda x: x @ x,
+        (jax.ShapeDtypeStruct((64, 64), "float32"),),
+        what="x",
+        gradient=False,
+        implementation="y",
+        useful_flops=2.0 * 64**3,
+    )
+
+
 def test_a_program_that_exceeds_the_memory_does_not_fit():
     for memory, fits in ((10**9, True), (10, False)):
-        here = targets.Target(
-            name="cpu", platform="cpu", devices=tuple(jax.devices()), memory_bytes=memory
-        )
-        program = targets.compile_program(
-            here,
-            lambda x: x @ x,
-            (jax.ShapeDtypeStruct((64, 64), "float32"),),
-            what="x",
-            gradient=False,
-            implementation="y",
-            useful_flops=2.0 * 64**3,
-        )
+        program = squared(memory)
         assert program.fits is fits
         assert program.ok is fits
         assert program.work == pytest.approx(1.0, abs=0.05)
@@ -176,19 +181,8 @@ def test_a_program_that_exceeds_the_memory_does_not_fit():
 def test_a_program_that_is_not_written_out_is_counted_if_its_products_are_kernels(
     monkeypatch, lowered, counted
 ):
-    here = targets.Target(
-        name="cpu", platform="cpu", devices=tuple(jax.devices()), memory_bytes=10**9
-    )
     monkeypatch.setattr(targets, "_text_of", lambda compiled, before: (lowered, False))
-    program = targets.compile_program(
-        here,
-        lambda x: x @ x,
-        (jax.ShapeDtypeStruct((64, 64), "float32"),),
-        what="x",
-        gradient=False,
-        implementation="y",
-        useful_flops=2.0 * 64**3,
-    )
+    program = squared(10**9)
     assert not program.readable
     assert (program.work is not None) is counted
 
