@@ -68,11 +68,18 @@ def _print(verification: Any) -> None:
         caption=f"held: arguments, results and temporaries of one device, of "
         f"{target.memory_bytes / 1e6:,.0f} MB; in brackets by the model in docs/scaling.md",
     )
+    excused = verification.too_large
     for program in verification.programs:
-        table.add_row(*_cells(program.summary()))
+        table.add_row(*_cells(program.summary(), excused=program in excused))
     out.print(table)
     failed, unread = len(verification.failed), verification.unread
     out.print(f"{failed} default programs fail." if failed else "All default programs hold.")
+    if excused:
+        out.print(
+            f"Programs that exceed the memory of one device: {len(excused)}. They do not count, "
+            f"because the target has {len(verification.target.devices)} devices. The programs over all "
+            "of them are checked."
+        )
     if unread:
         out.print(
             f"The compiler did not write out the HLO of {unread} programs: their arrays and "
@@ -81,22 +88,26 @@ def _print(verification: Any) -> None:
 
 
 def _note(program: Any) -> None:
-    if program.refused is None:
+    if program.refused is None and program.too_large is None:
         notes.print(
             f"compiled {program.what}, {program.implementation}: {program.seconds:.0f} s",
             highlight=False,
         )
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], *, excused: bool = False) -> list[str]:
     start = [row["what"], row["implementation"]]
+    bad = "[dim]-[/dim]" if excused else "[red]BAD[/red]"
     if "refused" in row:
         reason = f"refused: {row['refused']}".replace("[", r"\[")
         return ["[dim]-[/dim]", *start, "", "", "", "", "", reason, ""]
+    if "too_large" in row:
+        reason = f"not compiled: {row['too_large']}"
+        return ["[dim]-[/dim]", *start, row["passes"], "", "", "", "no", reason, ""]
     start.append(row["passes"])
     if "error" in row:
-        return ["[red]BAD[/red]", *start, "", "", "", "", row["error"][:80].replace("[", r"\["), ""]
-    good = "[green]good[/green]" if row["ok"] else "[red]BAD[/red]"
+        return [bad, *start, "", "", "", "", row["error"][:80].replace("[", r"\["), ""]
+    good = "[green]good[/green]" if row["ok"] else bad
     work = "-" if row["work"] is None else f"{row['work']:.2f}"
     kernels = ", ".join(f"{count} {name}" for name, count in row["kernels"].items())
     sent = ", ".join(f"{s['count']} {kind}" for kind, s in row["collectives"].items())

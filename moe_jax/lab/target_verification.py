@@ -14,6 +14,7 @@ from moe_jax.parallel.target_layers import (
     LAYERS,
     LayerShape,
     experts_program,
+    memory_excess,
     parallel_program,
     plan_shapes,
     refusal,
@@ -33,10 +34,25 @@ class TargetVerification:
         """The programs of the default choice that are not ok.
 
         An implementation that was asked for by name may be unfit for a target; the default must not.
+        Those in ``too_large`` are not among them.
         """
+        excused = self.too_large
         return tuple(
-            p for p in self.programs if p.implementation.startswith("default") and not p.ok
+            p
+            for p in self.programs
+            if p.implementation.startswith("default") and not p.ok and p not in excused
         )
+
+    @property
+    def too_large(self) -> tuple[TargetProgram, ...]:
+        """The programs that exceed one device of a target that has several.
+
+        A layer that is spread over many devices need not fit into one. The program over all of them is
+        judged, and on a target of one device the program of one.
+        """
+        if len(self.target.devices) == 1:
+            return ()
+        return tuple(p for p in self.programs if p.devices == 1 and p.lacks_memory)
 
     @property
     def unread(self) -> int:
@@ -51,6 +67,7 @@ class TargetVerification:
             "memory_mb": round(self.target.memory_bytes / 1e6, 1),
             "ok": not self.failed,
             "unread": self.unread,
+            "too_large": len(self.too_large),
             "programs": [p.summary() for p in self.programs],
         }
 
@@ -67,7 +84,8 @@ def verify_target(
     """Compiles a layer and the training step of the small model for devices that need not exist.
 
     Each is compiled for one device and, where the target has several, spread over all of them. Layers
-    are compiled forward, and forward with the gradient.
+    are compiled forward, and forward with the gradient. Where one of several devices cannot hold the
+    arguments and results of a layer, its program for one device is not compiled.
 
     Args:
         name: the target, see ``open_target``.
@@ -112,7 +130,17 @@ def _programs(
             yield _refused(target, layer, name, reason)
             continue
         for gradient in (False, True):
-            yield experts_program(target, layer, shape, implementation=name, gradient=gradient)
+            reason = memory_excess(target, shape, gradient=gradient) if several else None
+            if reason is None:
+                yield experts_program(target, layer, shape, implementation=name, gradient=gradient)
+            else:
+                yield TargetProgram(
+                    target=target.name,
+                    what=layer,
+                    gradient=gradient,
+                    implementation=name or "default",
+                    too_large=reason,
+                )
         # Rows that arrive are planned without a capacity, which `capacity` needs.
         for gradient in (False, True) if several and name != "capacity" else ():
             count = len(target.devices)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,6 +41,9 @@ _MEMORY = {
     "h100": 80 * 10**9,
 }
 _RESERVED = 0.05
+
+# The word by which the compiler of TPUs says that a program exceeds the memory of a device.
+_OUT_OF_MEMORY = "CompileTimeHbmOom"
 
 # Operations over those of the rows in use; the rest is padding to tiles.
 _MOST_WORK = 1.1
@@ -152,9 +157,11 @@ class TargetProgram:
     readable: bool = True  # False: the HLO is unreadable, and kernels are those before optimisation
     seconds: float = 0.0  # of lowering and compilation
     error: str | None = None  # why it did not compile
-    refused: str | None = (
-        None  # why the implementation is not for this target; nothing was compiled
-    )
+    # Why nothing was compiled: the implementation is not for this target, or a device cannot hold the
+    # arguments and results.
+    refused: str | None = None
+    too_large: str | None = None
+    devices: int = 1  # that run the program together
 
     @property
     def held_bytes(self) -> int:
@@ -165,13 +172,27 @@ class TargetProgram:
     def ok(self) -> bool:
         """Whether it compiles, fits, and multiplies no row by experts that it does not use.
 
-        Where ``readable`` is False, expansion is judged by ``work`` alone. A program that was refused
-        is not ok.
+        Where ``readable`` is False, expansion is judged by ``work`` alone. A program that was not
+        compiled is not ok.
         """
-        if self.refused is not None:
-            return False
-        useful = self.work is None or self.work <= _MOST_WORK
-        return self.error is None and self.fits and useful and not self.expanded
+        return self._compiled and self.fits and not self._multiplies
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether all that it lacks is memory: it does not fit, or the compiler says that it cannot."""
+        if self.error is not None:
+            return _OUT_OF_MEMORY in self.error
+        unfit = self._compiled and not self.fits and not self._multiplies
+        return self.too_large is not None or unfit
+
+    @property
+    def _compiled(self) -> bool:
+        return self.error is None and self.refused is None and self.too_large is None
+
+    @property
+    def _multiplies(self) -> bool:
+        """Whether it multiplies rows by experts that they do not use."""
+        return self.expanded or (self.work is not None and self.work > _MOST_WORK)
 
     def summary(self) -> dict[str, Any]:
         """The fields for JSON and tables: bytes as MB, and what was measured only."""
@@ -181,6 +202,8 @@ class TargetProgram:
             model["model_held_mb"] = round(self.model.held_bytes / 1e6, 1)
         if self.refused is not None:
             figures: dict[str, Any] = {"refused": self.refused}
+        elif self.too_large is not None:
+            figures = {"too_large": self.too_large}
         elif self.error is not None:
             figures = {"error": self.error}
         else:
@@ -243,34 +266,36 @@ def compile_program(
     Returns:
         The report; an error of the compiler is part of it.
     """
+    devices = 1 if in_shardings is None else len(target.devices)
     if in_shardings is None:
         in_shardings = out_shardings = jax.sharding.SingleDeviceSharding(target.devices[0])
     report = TargetProgram(
-        target=target.name, what=what, gradient=gradient, implementation=implementation
+        target=target.name,
+        what=what,
+        gradient=gradient,
+        implementation=implementation,
+        devices=devices,
     )
-    # Autotuning would time kernels on a device, which this machine does not have.
-    options: dict[str, str | bool] | None = (
-        {"xla_gpu_autotune_level": "0"} if target.platform == "cuda" else None
-    )
-    start = time.perf_counter()
-    try:
-        # Kernel libraries ask the default device what to generate code for.
-        with jax.default_device(target.devices[0]):
-            jitted = jax.jit(
-                step,
-                in_shardings=in_shardings,
-                out_shardings=out_shardings,
-                donate_argnums=donate_argnums,
-            )
-            lowered = jitted.lower(*arguments)
-        compiled = lowered.compile(compiler_options=options)
-    except Exception as error:  # whatever it is, the table must say it and go on
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return dataclasses.replace(report, error=f"{type(error).__name__}: {first[:300]}")
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as dump:
+        start = time.perf_counter()
+        try:
+            # Kernel libraries ask the default device what to generate code for.
+            with jax.default_device(target.devices[0]):
+                jitted = jax.jit(
+                    step,
+                    in_shardings=in_shardings,
+                    out_shardings=out_shardings,
+                    donate_argnums=donate_argnums,
+                )
+                lowered = jitted.lower(*arguments)
+            compiled = lowered.compile(compiler_options=_compiler_options(target.platform, dump))
+        except Exception as error:  # whatever it is, the table must say it and go on
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return dataclasses.replace(report, error=f"{type(error).__name__}: {first[:300]}")
+        seconds = time.perf_counter() - start
+        text, complete = _text_of(compiled, lowered, Path(dump))
     memory = compiled.memory_analysis()
     assert memory is not None, "the compilers of TPUs and GPUs report memory"
-    text, complete = _text_of(compiled, lowered)
     # Loops and ragged products have no count, and do not show where the HLO is not written out. A
     # program whose experts run by kernels has neither.
     countable = not is_uncountable(text) if complete else bool(kernels_of(text))
@@ -298,15 +323,28 @@ def compile_program(
     return dataclasses.replace(program, fits=program.held_bytes <= target.memory_bytes)
 
 
-def _text_of(compiled: Any, lowered: Any) -> tuple[str, bool]:
-    """The compiled HLO and True; what was handed to the compiler and False if it cannot be written.
+def _compiler_options(platform: str, dump: str) -> dict[str, str | bool] | None:
+    """Options of one compilation; ``dump`` is a folder in which the compiler may write."""
+    if platform == "cuda":
+        # Autotuning would time kernels on a device, which this machine does not have.
+        return {"xla_gpu_autotune_level": "0"}
+    if platform == "tpu":
+        return {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+    return None
 
-    libtpu 0.0.52 compiles some programs for v5p and v6e whose HLO it then fails to write out (a
-    RET_CHECK on an async-update). Their memory and operations are known all the same.
+
+def _text_of(compiled: Any, lowered: Any, dump: Path) -> tuple[str, bool]:
+    """The compiled HLO and True, or what was handed to the compiler and False.
+
+    libtpu 0.0.52 compiles some programs for v5p and v6e whose HLO its client then fails to write out
+    (a RET_CHECK on an async-update). The compiler itself has written the same HLO to ``dump``.
     """
     try:
         return compiled.as_text() or "", True
     except jax.errors.JaxRuntimeError:
+        dumped = list(dump.glob("*.after_optimizations.txt"))
+        if len(dumped) == 1:
+            return dumped[0].read_text(), True
         return lowered.as_text(), False
 
 

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -181,10 +182,27 @@ def test_a_program_that_exceeds_the_memory_does_not_fit():
 def test_a_program_that_is_not_written_out_is_counted_if_its_products_are_kernels(
     monkeypatch, lowered, counted
 ):
-    monkeypatch.setattr(targets, "_text_of", lambda compiled, before: (lowered, False))
+    monkeypatch.setattr(targets, "_text_of", lambda compiled, before, dump: (lowered, False))
     program = squared(10**9)
     assert not program.readable
     assert (program.work is not None) is counted
+
+
+class Unwritable:
+    """A compiled program whose HLO its client fails to write out."""
+
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+
+def test_hlo_that_the_client_cannot_write_is_read_from_the_compilers_dump(tmp_path):
+    lowered = jax.jit(lambda x: x).lower(1.0)
+    assert targets._text_of(Unwritable(), lowered, tmp_path) == (lowered.as_text(), False)
+    (tmp_path / "module_0000.jit_f.before_optimizations.txt").write_text("before")
+    (tmp_path / "module_0000.jit_f.after_optimizations.txt").write_text(HLO)
+    assert targets._text_of(Unwritable(), lowered, tmp_path) == (HLO, True)
+    (tmp_path / "module_0001.jit_g.after_optimizations.txt").write_text("another program")
+    assert targets._text_of(Unwritable(), lowered, tmp_path) == (lowered.as_text(), False)
 
 
 # --- the verification of a target -------------------------------------------------------------
@@ -210,15 +228,17 @@ def compiled(monkeypatch):
         return program("layer", target, implementation, gradient)
 
     def parallel(target, name, shape, *, data, implementation, gradient):
-        return program(f"parallel, data={data}", target, implementation, gradient)
+        what = f"parallel, data={data}"
+        return program(what, target, implementation, gradient, devices=len(target.devices))
 
     def step(target, model, *, implementation, all_devices=False):
         work = 1.3 if model.num_layers == 7 else 1.0
-        what = "step over all" if all_devices else "step"
-        return program(what, target, implementation, True, work=work)
+        what, devices = ("step over all", len(target.devices)) if all_devices else ("step", 1)
+        return program(what, target, implementation, True, work=work, devices=devices)
 
     def target(name):
-        return targets.Target(name=name, platform="tpu", devices=(None,) * 8, memory_bytes=10**9)
+        devices = (None,) * math.prod(int(n) for n in name.partition(":")[2].split("x"))
+        return targets.Target(name=name, platform="tpu", devices=devices, memory_bytes=10**9)
 
     monkeypatch.setattr(target_verification, "open_target", target)
     monkeypatch.setattr(target_verification, "experts_program", layer)
@@ -253,6 +273,74 @@ def test_only_an_unfit_default_fails_a_verification(compiled):
         verify_target("v5e:2x4", implementations=["what"])
 
 
+def changed(monkeypatch, name, **fields):
+    """Every program that ``name`` compiles has these fields."""
+    made = getattr(target_verification, name)
+    monkeypatch.setattr(
+        target_verification,
+        name,
+        lambda *args, **options: dataclasses.replace(made(*args, **options), **fields),
+    )
+
+
+OUT_OF_MEMORY = "JaxRuntimeError: RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory"
+OUT_OF_VMEM = "JaxRuntimeError: RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:"
+
+
+@pytest.mark.parametrize(
+    ("fields", "excused"),
+    [
+        ({"fits": False}, True),
+        ({"error": OUT_OF_MEMORY, "fits": False}, True),
+        ({"error": OUT_OF_VMEM, "fits": False}, False),
+        ({"fits": False, "expanded": True}, False),
+        ({"fits": False, "work": 8.0}, False),
+        ({"work": 8.0}, False),
+    ],
+)
+def test_a_layer_too_large_for_one_of_many_devices_fails_for_no_other_reason(
+    compiled, monkeypatch, fields, excused
+):
+    changed(monkeypatch, "experts_program", **fields)
+    many = verify_target("v5e:2x4", implementations=[None])
+    assert many.summary()["ok"] is excused
+    assert many.summary()["too_large"] == (2 if excused else 0)
+    one = verify_target("v5e:1x1", implementations=[None])
+    assert not one.summary()["ok"]
+    assert len(one.failed) == 2
+    assert one.too_large == ()
+
+
+def test_a_layer_whose_arguments_exceed_one_of_many_devices_is_not_compiled_for_one(
+    compiled, monkeypatch
+):
+    # 0.8 GB of experts in a device of 1 GB, and as many bytes of gradients.
+    shape = dataclasses.replace(LAYERS["small"], d_model=1024, d_ff=4096, num_experts=32)
+    many = verify_target("v5e:2x4", shape, implementations=[None])
+    assert ("layer", None, False) in compiled
+    assert ("layer", None, True) not in compiled
+    assert many.summary()["ok"]
+    (row,) = [p for p in many.summary()["programs"] if "too_large" in p]
+    assert row["too_large"] == (
+        "forward + backward needs 1,617 MB for arguments and results, one device has 1,000"
+    )
+    sizes = ["--d-model", "1024", "--d-ff", "4096", "--num-experts", "32"]
+    command = ["verify", "--target", "v5e:2x4", "--implementations", "default", *sizes]
+    table = CliRunner().invoke(app, command)
+    assert table.exit_code == 0
+    assert "Programs that exceed the memory of one device: 1." in table.stdout
+    # On a target of one device it is compiled, and its verdict counts.
+    compiled.clear()
+    verify_target("v5e:1x1", shape, implementations=[None])
+    assert ("layer", None, True) in compiled
+
+
+@pytest.mark.parametrize("fields", [{"fits": False}, {"error": OUT_OF_MEMORY, "fits": False}])
+def test_a_program_over_all_devices_that_exceeds_them_fails(compiled, monkeypatch, fields):
+    changed(monkeypatch, "parallel_program", **fields)
+    assert len(verify_target("v5e:2x4", implementations=[None]).failed) == 2
+
+
 def test_the_command_prints_a_table_or_json_and_exits_by_the_default(compiled, monkeypatch):
     run = CliRunner().invoke
     good = run(app, ["verify", "--target", "v5e:2x4", "--json", "--tokens", "64"])
@@ -260,7 +348,7 @@ def test_the_command_prints_a_table_or_json_and_exits_by_the_default(compiled, m
     rows = json.loads(good.stdout)["programs"]
     assert {"refused", "what", "implementation", "ok"} <= set(rows[-1])
     monkeypatch.setattr(target_verification, "layer_shape", lambda model: LAYERS["small"])
-    bad = dataclasses.replace(verify_target("v5e:2x4").programs[0], fits=False)
+    bad = dataclasses.replace(verify_target("v5e:2x4").programs[0], expanded=True)
     monkeypatch.setattr(target_verification, "experts_program", lambda *args, **_: bad)
     table = run(app, ["verify", "--target", "v5e:2x4", "--implementations", "default"])
     assert table.exit_code == 1
@@ -284,7 +372,7 @@ def test_the_table_shows_the_model_of_memory_in_brackets():
     assert "5.0 (4.0)" in _cells(program.summary())
     assert "5.0" in _cells(dataclasses.replace(program, model=None).summary())
     # Programs without figures have as many cells, with the reason among the kernels.
-    for reason in ({"error": "no"}, {"refused": "no"}):
+    for reason in ({"error": "no"}, {"refused": "no"}, {"too_large": "no"}):
         cells = _cells(dataclasses.replace(program, **reason).summary())
         assert len(cells) == 10
         assert cells[8].endswith("no")
@@ -384,6 +472,15 @@ def test_a_cpu_host_compiles_the_default_for_a_tpu_to_grouped_kernels():
     assert program.implementation == "default (grouped)"
     assert program.kernels == {"tpu_custom_call": 3}
     assert program.work == pytest.approx(1.0, abs=0.1)
+    assert program.ok
+
+
+@needs_libtpu
+def test_the_kernels_of_a_program_for_v6e_are_read_although_its_client_cannot_write_them():
+    program = experts_program(open_target("v6e:2x4"), "small", LAYERS["small"])
+    assert program.error is None
+    assert program.readable
+    assert program.kernels == {"tpu_custom_call": 3}
     assert program.ok
 
 
