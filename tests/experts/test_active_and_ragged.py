@@ -9,6 +9,7 @@ from moe_jax import experts
 from moe_jax.experts import active, dense, ragged
 from moe_jax.experts.feed_forward import FeedForward
 from moe_jax.experts.implementation import one_expert
+from moe_jax.experts.vector_product import vector_product
 from tests.experts.test_tiered import (
     FFN,
     PLANS,
@@ -146,15 +147,32 @@ def test_half_precision_weights_are_picked_bit_by_bit(dtype):
 
 
 def test_no_copy_of_all_experts_is_made_to_decode():
-    """Beside its arguments XLA holds part of an expert; in bfloat16 one in use, but never all 32."""
+    """Beside its arguments XLA holds a part of one expert in float32, of every dtype."""
     plan = plan_of(draw(1, 32, 2), 32)
-    for dtype, most in ((jnp.float32, 1), (jnp.bfloat16, 3)):
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn):
         params = {
             "up": jnp.ones((32, 64, 128), dtype),
             "down": jnp.ones((32, 128, 64), dtype),
         }
         step = jax.jit(active.run, static_argnums=0)
-        lowered = step.lower(FFN, params, jnp.ones((1, 64), dtype), plan, kept_weights(plan))
-        memory = lowered.compile().memory_analysis()
-        one = sum(p.nbytes for p in params.values()) // 32
-        assert memory.temp_size_in_bytes < most * one
+        x = jnp.ones((1, 64), jnp.bfloat16 if jnp.dtype(dtype).itemsize == 1 else dtype)
+        memory = step.lower(FFN, params, x, plan, kept_weights(plan)).compile().memory_analysis()
+        one = sum(p.size for p in params.values()) // 32
+        assert memory.temp_size_in_bytes < 4 * one, dtype
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("rows", [1, 7, 8, 22])
+def test_a_row_times_the_matrix_of_its_expert(dtype, rows):
+    kernels = jax.random.normal(jax.random.key(0), (3, rows, 5)).astype(dtype)
+    row = jax.random.normal(jax.random.key(1), (rows,))
+    for e in range(3):
+        got = jax.jit(vector_product)(kernels, jnp.int32(e), row)
+        expected = np.asarray(row, np.float64) @ np.asarray(kernels[e], np.float64)
+        np.testing.assert_allclose(got, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_every_number_of_float8_keeps_its_value():
+    numbers = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8), jnp.float8_e4m3fn)
+    got = jax.jit(vector_product)(numbers[None, None], jnp.int32(0), jnp.ones((1,)))
+    np.testing.assert_array_equal(got, numbers.astype(jnp.float32))

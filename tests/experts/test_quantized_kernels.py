@@ -273,7 +273,7 @@ def test_a_derivative_of_a_shared_experts_kernels_is_refused_too():
 
 
 def test_one_token_reads_8_bit_weights_in_place():
-    """Of the stacks of all experts `active` makes no copy in another dtype, nor slices a whole one."""
+    """`active` makes no copy of all experts in another dtype, and none of one; sums take 1/8 of it."""
     expert_fn, plan = KINDS["gated"], PLANS["T=1"]()
     params = expert_fn.init(jax.random.key(0), num_experts=E, d_model=64, d_ff=128)
     run = partial(run_experts, implementation="active")
@@ -281,7 +281,8 @@ def test_one_token_reads_8_bit_weights_in_place():
     compiled = jax.jit(run, static_argnums=0).lower(quantized(expert_fn, "int8"), *args).compile()
     assert not re.search(rf"f32\[{E},(64,128|128,64)", compiled.as_text())
     memory = compiled.memory_analysis()
-    assert memory.temp_size_in_bytes < args[0]["up"][0].nbytes
+    one_in_16_bits = 2 * args[0]["up"][0].nbytes
+    assert memory.temp_size_in_bytes < one_in_16_bits
 
 
 @pytest.mark.skipif(
