@@ -265,17 +265,33 @@ def run_experts(
         return ExpertsOutput(y=y, slots_executed=executed, implementation=named(where.name))
     # The platform is unknown until lowering, so the trace holds what each would choose, and lowering
     # keeps one. GPUs of other makers run what CPUs run, unless the caller states the platform.
-    kernels, loops = named("tpu"), named("cpu")
-    sized = IMPLEMENTATIONS[loops].sized_by_platform
-    if kernels == loops and not sized:
+    names = {name: named(name) for name in ("cpu", "tpu", "cuda")}
+    if len(set(names.values())) == 1 and not IMPLEMENTATIONS[names["cpu"]].sized_by_platform:
         y, executed = run("cpu", *args)
-        return ExpertsOutput(y=y, slots_executed=executed, implementation=loops)
+        return ExpertsOutput(y=y, slots_executed=executed, implementation=names["cpu"])
     on_tpu, on_cuda = functools.partial(run, "tpu"), functools.partial(run, "cuda")
     y, executed = jax.lax.platform_dependent(
         *args,
         tpu=on_tpu,
-        cuda=on_tpu if kernels == "grouped" else on_cuda,
+        # One trace serves both, as the kernel of `grouped` is chosen while it is lowered.
+        cuda=on_tpu if names["tpu"] == names["cuda"] == "grouped" else on_cuda,
         default=functools.partial(run, "cpu"),
     )
-    name = loops if kernels == loops else f"{loops} (cpu), {kernels} (tpu, cuda)"
-    return ExpertsOutput(y=y, slots_executed=executed, implementation=name)
+    return ExpertsOutput(y=y, slots_executed=executed, implementation=_by_platform(names))
+
+
+def _by_platform(names: dict[str, str]) -> str:
+    """What runs on which platform.
+
+    Example:
+        >>> _by_platform({"cpu": "tiered", "tpu": "grouped", "cuda": "grouped"})
+        'tiered (cpu), grouped (tpu, cuda)'
+        >>> _by_platform({"cpu": "dense", "tpu": "dense", "cuda": "dense"})
+        'dense'
+    """
+    platforms: dict[str, list[str]] = {}
+    for platform, name in names.items():
+        platforms.setdefault(name, []).append(platform)
+    if len(platforms) == 1:
+        return names["cpu"]
+    return ", ".join(f"{name} ({', '.join(where)})" for name, where in platforms.items())

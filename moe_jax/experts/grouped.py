@@ -263,9 +263,11 @@ def slots_executed(plan: DispatchPlan) -> Array:
 
 
 def refuse(expert_fn: ExpertFn, plan: DispatchPlan, platform: str) -> str | None:
-    """Refuses experts other than ``FeedForward``, and platforms without kernels."""
+    """Refuses experts other than ``FeedForward``, symbolic rows, and platforms without kernels."""
     if not isinstance(expert_fn, FeedForward):
         return "runs FeedForward only: a grouped product cannot run an expert that is a function"
+    if jax.export.is_symbolic_dim(plan.num_rows):
+        return "has tiles that need a number of rows, and this plan has a symbolic one"
     if platform in ("tpu", "cuda"):
         return None
     return f"has no kernel for {platform}, where it is a loop over tiles"

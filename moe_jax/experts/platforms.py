@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 PLATFORMS = ("cpu", "tpu", "cuda", "rocm")
 
@@ -26,8 +27,9 @@ def platform_of(tree: Any = (), *, platform: str | None = None) -> Platform:
     """Returns the platform that the running trace is compiled for.
 
     In this order: ``platform`` itself, the mesh of ``jax.set_mesh`` or ``jax.shard_map``, the mesh in
-    the type of an array (Explicit axes), the devices of an array that is no tracer. Outside of ``jit``
-    arrays without devices run on the default device. Otherwise the platform is unknown until lowering.
+    the type of an array (Explicit axes). Outside of ``jit`` the devices of an array that is no tracer,
+    else the default device. Inside ``jit`` an array that is no tracer is a constant of the program,
+    which may be lowered for other devices than the array is on, so the platform is unknown until then.
 
     Args:
         tree: the arrays that the program computes with.
@@ -48,7 +50,8 @@ def platform_of(tree: Any = (), *, platform: str | None = None) -> Platform:
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return Platform(_name_of(device), "the devices of the mesh in use")
-    traced = False
+    staged = _is_staging()
+    traced = staged
     for leaf in jax.tree.leaves(tree):
         if isinstance(leaf, jax.core.Tracer):  # pyright: ignore[reportAttributeAccessIssue]
             traced = True
@@ -56,11 +59,20 @@ def platform_of(tree: Any = (), *, platform: str | None = None) -> Platform:
             device = None if sharding is None else sharding.mesh.abstract_device
             if device is not None:
                 return Platform(_name_of(device), "the mesh in the type of an argument")
-        elif isinstance(leaf, jax.Array):
+        elif isinstance(leaf, jax.Array) and not staged:
             return Platform(_name_of(next(iter(leaf.devices()))), "the devices of the arguments")
     if traced:
         return Platform(None, "unknown while tracing: lowering decides")
     return Platform(_name_of(default_device()), "the default device")
+
+
+def _is_staging() -> bool:
+    """Whether operations become part of a program (``jit``, ``scan``, ``export``) instead of running.
+
+    Within ``jit`` every operation is staged, even one of constants. ``grad`` and ``vmap`` alone run an
+    operation of constants at once.
+    """
+    return isinstance(jnp.zeros(()), jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def default_device() -> Any:

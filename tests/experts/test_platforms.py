@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh, AxisType
 from moe_jax.experts import FeedForward, choose, explain_choice, platform_of, run_experts
 from moe_jax.experts.grouped_product import grouped_dot
 from moe_jax.layer import LayerOptions
-from moe_jax.routing.dispatch import kept_weights
+from moe_jax.routers import TopK
+from moe_jax.routing.dispatch import kept_weights, plan_dispatch, to_assignments
 from tests.experts.test_tiered import draw, plan_of
 
 FFN = FeedForward(activation="silu", gated=True)
@@ -74,6 +75,52 @@ def test_an_export_holds_the_own_choice_of_each_platform():
     assert "tpu_custom_call" in exported({"platform": "tpu"}, ("tpu",))
     assert "tpu_custom_call" not in exported({"platform": "cpu"}, ("tpu",))
     assert "tpu_custom_call" not in exported({"implementation": "tiered"})
+
+
+@pytest.mark.parametrize("outside", ["params", "x", "all"])
+def test_an_array_that_a_program_closes_over_does_not_decide(outside):
+    params, x, plan, weights = parts()
+    scale = jnp.ones(())
+    step, given = {
+        "params": (lambda x: run(params, x, plan, weights).y, x),
+        "x": (lambda params: run(params, x, plan, weights).y, params),
+        "all": (lambda scale: run(params, x, plan, weights).y * scale, scale),
+    }[outside]
+    for transformed in (step, lambda given: jax.checkpoint(step)(given)):
+        module = jax.export.export(jax.jit(transformed), platforms=("tpu",))(given).mlir_module()
+        assert "tpu_custom_call" in module
+    # Outside of a program the same arrays run where they are.
+    assert platform_of((x, params)).name == "cpu"
+    seen = []
+    jax.grad(lambda x: seen.append(platform_of((x, params)).name) or x.sum())(x)
+    jax.vmap(lambda x: seen.append(platform_of((x, params)).name) or x)(x)
+    assert seen == ["cpu", "cpu"]
+
+
+def test_a_symbolic_number_of_rows_has_no_grouped_kernel_and_the_choice_says_so():
+    (b,) = jax.export.symbolic_shape("b")
+    params = parts()[0]
+    router = TopK(num_experts=4, k=2)
+    gate = router.init(jax.random.key(2), WIDTH)
+    seen = {}
+
+    def step(x):
+        plan = plan_dispatch(to_assignments(router(gate, router.init_state(), x)))
+        seen.update({p: str(explain_choice(plan, platform=p)) for p in ("tpu", "cuda", "cpu")})
+        out = run(params, x, plan, kept_weights(plan))
+        seen["ran"] = out.implementation
+        return out.y
+
+    shape = jax.ShapeDtypeStruct((b, WIDTH), jnp.float32)
+    module = jax.export.export(jax.jit(step), platforms=("tpu", "cuda"))(shape).mlir_module()
+    assert seen["ran"] == "tiered (cpu, cuda), ragged (tpu)"
+    assert "ragged: chosen" in seen["tpu"]
+    assert "tiered: chosen" in seen["cuda"]
+    assert "grouped: has tiles that need a number of rows" in seen["cuda"]
+    # XLA's product does E times the work on a GPU.
+    alone = jax.export.export(jax.jit(step), platforms=("cuda",))(shape).mlir_module()
+    assert "ragged_dot" in module
+    assert "ragged_dot" not in alone
 
 
 def test_what_is_not_compiled_for_costs_the_cpu_nothing():
