@@ -23,9 +23,6 @@ RUNNERS: Mapping[str, tuple[str, str]] = {
 Imported when they are asked for.
 """
 
-REFERENCES = ("balanced",)
-"""Values of a row's ``implementation`` that are floors, not cases."""
-
 # What names a row; the rest of it was measured.
 _NAMES = (
     "rule",
@@ -174,6 +171,8 @@ def compare(
         >>> change.change, round(change.low, 2), round(change.high, 2), lost
         (2.0, 1.64, 2.44, [])
     """
+    from moe_jax.bench.workload import REFERENCES  # imports JAX
+
     current = {name_of(row): row for row in now if "not_run" not in row}
     changes, lost = [], []
     for old in before:

@@ -131,7 +131,10 @@ def layer(
     load: Annotated[str, typer.Option(help="uniform,zipf")] = "uniform,zipf",
     passes: Annotated[str, typer.Option("--pass", help="fwd,bwd")] = "fwd,bwd",
     implementations: Annotated[
-        str, typer.Option(help="Beside the default; balanced is a reference, not a layer.")
+        str,
+        typer.Option(
+            help="Beside the default; balanced, sliced and separate are references, not layers."
+        ),
     ] = "capacity,balanced",
     mean_k: Annotated[
         float | None, typer.Option(min=1, help="Dynamic k with this mean, at most k.")
@@ -155,7 +158,7 @@ def layer(
     from moe_jax.bench.layer_cost import PROMISED, bench_layer
     from moe_jax.bench.measure import write_results
     from moe_jax.bench.peers import missing
-    from moe_jax.bench.workload import DTYPES, LOADS
+    from moe_jax.bench.workload import DTYPES, LOADS, REFERENCES
     from moe_jax.experts import ACTIVATIONS, IMPLEMENTATIONS
 
     settings: dict[str, Any] = dict(
@@ -168,7 +171,7 @@ def layer(
         loads=split_words(load, LOADS, "--load"),
         passes=split_words(passes, ("fwd", "bwd"), "--pass"),
         implementations=split_words(
-            implementations, (*IMPLEMENTATIONS, "balanced"), "--implementations"
+            implementations, (*IMPLEMENTATIONS, *REFERENCES), "--implementations"
         ),
         activation=split_words(activation, tuple(ACTIVATIONS), "--activation")[0],
         gated=gated,

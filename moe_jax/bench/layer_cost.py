@@ -15,9 +15,10 @@ from moe_jax.bench.measure import compile_for, interleave
 from moe_jax.bench.peers import peer_cases, versions
 from moe_jax.bench.workload import (
     DTYPES,
-    balanced_floor,
+    REFERENCES,
     dense_floor,
     random_array,
+    reference_case,
     sample_routing,
 )
 from moe_jax.experts import FeedForward, choose, run_experts
@@ -96,9 +97,11 @@ def bench_layer(
     """Times the default implementation and others over a grid; one row each.
 
     The floor is one dense feed-forward of the same kind over ``tokens * k`` rows (``tokens * mean_k``
-    where given), in the same dtype. ``balanced`` in ``implementations`` is no implementation but a
-    reference: a batched product in which every expert gets exactly its share. ``ratio_balanced`` is
-    the ratio to it, the fairer one in bf16 on CPU and where all experts' weights must be streamed.
+    where given), in the same dtype. Three ``implementations`` are references and route nothing:
+    ``balanced``, a batched product in which every expert gets exactly its share; ``sliced`` and
+    ``separate``, the same share for one expert after another, whose weights are slices of the stack
+    or arrays of their own. ``ratio_balanced`` is the ratio to ``balanced``, the fairer one in bf16 on
+    CPU and where all experts' weights must be streamed.
     ``so_far`` is called with all rows after each point of the grid, so that a long run may be cut.
     A point that takes longer than ``most_seconds`` ends with fewer rounds, three at least.
 
@@ -175,15 +178,15 @@ def _grid_point(
     one = jax.tree.map(lambda p: p[:1], params)
 
     floor = functools.partial(dense_floor, expert_fn)
-    even = functools.partial(balanced_floor, expert_fn)
     if backward:
-        floor, even = _both(floor), _both(even)
+        floor = _both(floor)
 
     cases: dict[str, Callable[[], Any]] = {}
     details: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys((default, *implementations)):
-        if name == "balanced":
-            cases[name], size = compile_for(even, params, shares)
+        if name in REFERENCES:
+            even, *arguments = reference_case(name, expert_fn, params, shares)
+            cases[name], size = compile_for(_both(even) if backward else even, *arguments)
             details[name] = {"temp_mb": _mb(size), "dropped": 0.0}
             continue
         capacity = expert_capacity(tokens, experts, k, 1.25) if name == "capacity" else None

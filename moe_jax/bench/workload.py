@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,9 +67,34 @@ def dense_floor(expert_fn: FeedForward, params: Params, rows: Array) -> Array:
     return expert_fn(jax.tree.map(lambda p: p[0], params), rows)
 
 
-def balanced_floor(expert_fn: FeedForward, params: Params, rows: Array) -> Array:
+def balanced(expert_fn: FeedForward, params: Params, rows: Array) -> Array:
     """Runs a perfectly balanced batched feed-forward over the experts: [E, M, D] -> [E, M, D]."""
     return jax.vmap(expert_fn)(params, rows)
+
+
+def sliced(expert_fn: FeedForward, params: Params, rows: Array) -> Array:
+    """``balanced`` one expert after another, each a slice of the stacked parameters."""
+    return jax.lax.map(lambda one: expert_fn(*one), (params, rows))
+
+
+def separate(expert_fn: FeedForward, params: list[Params], rows: list[Array]) -> Array:
+    """``balanced`` one expert after another, with parameters that are arrays of their own."""
+    return jnp.stack([expert_fn(p, r) for p, r in zip(params, rows, strict=True)])
+
+
+# What a layer is compared with beside the dense floor: no routing, an equal share for every expert.
+REFERENCES = {"balanced": balanced, "sliced": sliced, "separate": separate}
+
+
+def reference_case(
+    name: str, expert_fn: FeedForward, params: Params, rows: Array
+) -> tuple[Callable[..., Array], Any, Any]:
+    """Returns the function of a reference and the parameters and rows that it takes."""
+    run = functools.partial(REFERENCES[name], expert_fn)
+    if name != "separate":
+        return run, params, rows
+    each = range(rows.shape[0])
+    return run, [jax.tree.map(lambda p, e=e: p[e], params) for e in each], [rows[e] for e in each]
 
 
 def random_array(shape: tuple[int, ...], dtype: str, seed: int) -> Array:

@@ -397,7 +397,7 @@ def test_a_log_gets_a_line_for_layers_and_cases(capsys):
             "--rounds",
             "2",
             "--implementations",
-            "capacity,balanced,dense",
+            "capacity,balanced,sliced,separate,dense",
         ],
         [
             "decode",
