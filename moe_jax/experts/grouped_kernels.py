@@ -8,6 +8,7 @@ imported where it is used.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -194,6 +195,8 @@ def _tpu_outer() -> Any:
 
 # --- NVIDIA -------------------------------------------------------------------------------------
 
+_MOSAIC_BLOCK = 64  # what rows and widths of Mosaic products are multiples of
+
 
 def gpu_product(
     spec: Any,
@@ -234,18 +237,52 @@ def _gpu_product(
     tokamax = importlib.import_module("tokamax")
     general = functools.partial(
         tokamax.ragged_dot_general,
-        left,
-        right,
         group_sizes=group_sizes,
         ragged_dot_dimension_numbers=_dimensions(spec),
         preferred_element_type=spec.dtype,
     )
-    # In order of preference: tokamax takes the first that supports the device. Its Mosaic kernels for
-    # 8-bit matrices (0.0.12) do not trace with jax 0.10, which lacks a function that they call.
-    if device is not None:
-        return general(implementation="triton" if quantized else ("mosaic", "triton"))
-    with tokamax.config.cross_compile(True):
-        return general(implementation="triton")
+    # tokamax's Mosaic kernels for 8-bit matrices (0.0.12) do not trace with jax 0.10, which lacks a
+    # function that they call.
+    widths = (left.shape[1], *right.shape[1:])
+    if device is not None and not quantized and all(w % _MOSAIC_BLOCK == 0 for w in widths):
+        rows = left.shape[0]
+        whole = -(-rows // _MOSAIC_BLOCK) * _MOSAIC_BLOCK
+        operands = _pad_rows(left, whole), right
+        if spec.form == "outer":
+            operands = operands[0], _pad_rows(right, whole)
+        try:
+            out = general(*operands, implementation=mosaic_product)
+        except NotImplementedError:  # the device or the dtype has no Mosaic kernel
+            pass
+        else:
+            return out if spec.form == "outer" else out[:rows]
+    # Without a device, code is generated for one that is not there.
+    with tokamax.config.cross_compile(device is None):
+        out = general(left, right, implementation="triton")
+    if spec.form != "outer":
+        return out
+    # The kernel (0.0.12) gives an expert without rows the sum of the rows before its own.
+    return jnp.where((group_sizes > 0)[:, None, None], out, jnp.zeros((), out.dtype))
+
+
+def mosaic_product(left: Array, right: Array, **options: Any) -> Array:
+    """tokamax's Mosaic product, with blocks that divide the axis which is summed over.
+
+    The kernel of Hopper (0.0.12) sums over whole blocks only: of 192 numbers it leaves out the last 64
+    without an error.
+
+    Args:
+        left, right: operands, whose widths are multiples of 64.
+        options: what ``tokamax.ragged_dot_general`` gives to an implementation.
+    """
+    module = importlib.import_module("tokamax._src.ops.ragged_dot.pallas_mosaic_gpu")
+    kernel = module.PallasMosaicGpuRaggedDot()
+    config = kernel.bind(left, right, **options).default_config
+    if right.ndim == 3:  # otherwise rows are summed over, and the kernel masks the last block
+        width = left.shape[1]
+        blocks = (b for b in (config.block_k, 128, _MOSAIC_BLOCK) if width % b == 0)
+        kernel = kernel.replace(config=dataclasses.replace(config, block_k=next(blocks)))
+    return kernel(left, right, **options)
 
 
 def _dimensions(spec: Any) -> Any:
