@@ -11,10 +11,16 @@ What a score or a weight is, is said by ``scoring.Scoring``.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from moe_jax.types import Array, ExpertChoice, Routing
+
+# On a CPU the search for the K best of E experts is written out up to this E x K. It takes about half
+# of the time of ``lax.top_k`` at E x K = 128, too, but adds a second to the compile time there.
+_MOST_COMPARISONS = 32
 
 
 def top_slots(selection_scores: Array, max_k: int) -> tuple[Array, Array]:
@@ -28,8 +34,53 @@ def top_slots(selection_scores: Array, max_k: int) -> tuple[Array, Array]:
     clean = jnp.where(jnp.isnan(selection_scores), lowest, selection_scores)
     # Choosing is discrete. The gradient reaches the router through the weights, which are gathered
     # from scores.
-    values, indices = jax.lax.top_k(jax.lax.stop_gradient(clean), max_k)
-    return indices.astype(jnp.int32), values
+    clean = jax.lax.stop_gradient(clean)
+
+    def library(scores: Array) -> tuple[Array, Array]:
+        values, indices = jax.lax.top_k(scores, max_k)
+        return indices.astype(jnp.int32), values
+
+    experts = clean.shape[1]
+    few = experts > 1 and 1 <= max_k <= experts and experts * max_k <= _MOST_COMPARISONS
+    if not few or clean.dtype != jnp.float32:
+        return library(clean)
+    written_out = functools.partial(_top_slots_written_out, max_k=max_k)
+    return jax.lax.platform_dependent(clean, cpu=written_out, default=library)
+
+
+def _top_slots_written_out(scores: Array, *, max_k: int) -> tuple[Array, Array]:
+    """Returns what ``lax.top_k`` returns, bit for bit, for scores f32[T, E] of few experts; for CPUs.
+
+    XLA for CPU sorts the tokens' scores one token at a time, on one core. Here each expert in turn is
+    inserted among the best ones before it, by vector instructions that serve many tokens at once.
+    """
+
+    # Integers in the order of ``lax.top_k``, which puts -0.0 below 0.0. The map is its own inverse.
+    def reorder(bits: Array) -> Array:
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    keys = reorder(jax.lax.bitcast_convert_type(scores, jnp.int32))
+    best: list[tuple[Array, Array]] = []  # (key, expert) of each slot so far, i32[T] each
+    for expert in range(scores.shape[1]):
+        new = keys[:, expert]
+        moving = new, jnp.full_like(new, expert)
+        for slot, kept in enumerate(best):
+            # True from the first slot that the new expert takes: those that follow move back by one.
+            # A tie leaves the earlier expert in its slot.
+            above = new > kept[0]
+            best[slot] = _choose(above, moving, kept)
+            moving = _choose(above, kept, moving)
+        if len(best) < max_k:
+            best.append(moving)
+    values = reorder(jnp.stack([key for key, _ in best], axis=1))
+    indices = jnp.stack([expert for _, expert in best], axis=1)
+    return indices, jax.lax.bitcast_convert_type(values, jnp.float32)
+
+
+def _choose(
+    condition: Array, yes: tuple[Array, Array], no: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    return jnp.where(condition, yes[0], no[0]), jnp.where(condition, yes[1], no[1])
 
 
 def first_k(counts: Array, max_k: int) -> Array:

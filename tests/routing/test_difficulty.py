@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,6 +36,69 @@ def test_large_activation_share():
     close(difficulty.large_activation_share(X, {}), [1.0, 0.0, 0.5])
 
 
+def values_around_1(width: int, dtype) -> jax.Array:
+    """[9, width] with both neighbours of 1 and -1, NaN and infinities; NaN where a dtype has no inf."""
+    one = jnp.ones((), dtype)
+    more = jnp.finfo(dtype).eps
+    edges = [one, -one, one + more, -one - more, one - more / 2, 0.0, jnp.nan, jnp.inf, -jnp.inf]
+    edges = jnp.stack([jnp.asarray(e, dtype) for e in edges])
+    x = jax.random.normal(jax.random.key(width), (9, width), jnp.float32).astype(dtype)
+    places = jax.random.randint(jax.random.key(1), (9, width), 0, 18)
+    return jnp.where(places < 9, edges[jnp.minimum(places, 8)], x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 97, 384, 768, 769, 1201])
+def test_large_activation_share_is_exact_for_every_width_and_dtype(width, dtype):
+    """Also where the sum is split: widths with and without a rest, 1 itself, NaN, infinities."""
+    x = values_around_1(width, dtype)
+    want = (np.abs(np.asarray(x, np.float32)) > 1).sum(axis=1)
+    got = np.asarray(jax.jit(difficulty.large_activation_share)(x, {}))
+    np.testing.assert_array_equal(np.rint(got * width), want)
+    np.testing.assert_allclose(got, want / width, rtol=2e-7)
+    plain = jax.jit(lambda x: (jnp.abs(x.astype(jnp.float32)) > 1).mean(-1, dtype=jnp.float32))
+    np.testing.assert_array_equal(got, plain(x))
+    # With a router's logits, as in a router, the sum waits for them; no value of theirs changes it.
+    logits = jnp.array([0.0, -0.0, 1.0, -1.0, jnp.nan, -jnp.nan, jnp.inf, -jnp.inf, 1e-45])[:, None]
+    for value in (logits, logits + jnp.zeros((1, 3))):
+        beside = jax.jit(difficulty.large_activation_share)(x, {"router_logits": value})
+        np.testing.assert_array_equal(beside, got)
+    many = jax.vmap(lambda x: difficulty.large_activation_share(x, {}))(jnp.stack([x, -x, x * 0]))
+    np.testing.assert_array_equal(many[:2], np.stack([got, got]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["activation_norm", "large_activation_share"])
+def test_estimators_of_x_make_no_array_as_large_as_x_on_a_cpu(name, dtype):
+    """The comparisons of 4096 x 768 values, written out, took twice the time of the routing itself."""
+    x = jax.ShapeDtypeStruct((4096, 768), dtype)
+    f = jax.jit(lambda x: raw_difficulty(name, x, {}))
+    memory = f.lower(x).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < x.size * x.dtype.itemsize / 4
+
+
+def test_other_platforms_get_the_plain_share():
+    """Their compilers fuse comparison and sum; slices would be in their way."""
+    x = jax.ShapeDtypeStruct((64, 768), jnp.float32)
+    f = jax.jit(lambda x: difficulty.large_activation_share(x, {}))
+    for platform in ("tpu", "cuda"):
+        assert "slice" not in f.trace(x).lower(lowering_platforms=(platform,)).as_text()
+    assert "slice" in f.trace(x).lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_estimators_of_x_take_a_symbolic_number_of_tokens():
+    pytest.importorskip("flatbuffers", reason="pip install flatbuffers: jax.export needs it")
+    (t,) = jax.export.symbolic_shape("t")
+    x = values_around_1(97, jnp.float32)
+    for name in ("activation_norm", "large_activation_share"):
+        f = jax.jit(lambda x, name=name: raw_difficulty(name, x, {}))
+        exported = jax.export.export(f)(jax.ShapeDtypeStruct((t, 97), jnp.float32))
+        np.testing.assert_array_equal(
+            jax.export.deserialize(exported.serialize()).call(x), f(x), strict=True
+        )
+
+
 # --- from the router ------------------------------------------------------------------------
 
 P = np.array([[0.5, 0.5, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.8, 0.1, 0.1]])
@@ -50,11 +114,27 @@ def test_router_margin():
     close(difficulty.router_margin(X, {"router_logits": LOGITS}), [1.0, 1.0, 0.3])
 
 
-def test_router_margin_is_that_of_the_two_largest_wherever_they_are():
-    logits = jax.random.normal(jax.random.key(2), (64, 5)).at[:8, 4].set(9.0)
-    top = np.sort(np.asarray(jax.nn.softmax(logits, axis=-1)), axis=-1)
-    got = difficulty.router_margin(X, {"router_logits": logits})
+@pytest.mark.parametrize("experts", [2, 3, 5, 64, 128, 160])
+def test_router_margin_is_that_of_the_two_largest_wherever_they_are(experts):
+    logits = jax.random.normal(jax.random.key(2), (64, experts)).at[:8, -1].set(9.0)
+    logits = logits.at[8:16, :2].set(9.0)  # a tie
+    p = jax.jit(lambda z: jax.nn.softmax(z, axis=-1))(logits)
+    top = np.sort(np.asarray(p), axis=-1)
+    got = jax.jit(difficulty.router_margin)(jnp.zeros((64, 2)), {"router_logits": logits})
     np.testing.assert_array_equal(got, 1.0 - (top[:, -1] - top[:, -2]))
+    np.testing.assert_array_equal(got[8:16], 1.0)
+
+
+def test_router_margin_searches_no_place_on_a_cpu():
+    """The place of each row's maximum took a quarter of the time of the product and top-k at E = 64."""
+    logits = jax.ShapeDtypeStruct((32, 64), jnp.float32)
+    f = jax.jit(lambda z: difficulty.router_margin(z, {"router_logits": z}))
+    searches = {
+        platform: "stablehlo.compare"
+        in f.trace(logits).lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cpu", "tpu", "cuda")
+    }
+    assert searches == {"cpu": False, "tpu": True, "cuda": True}
 
 
 def test_one_expert_is_never_difficult():
