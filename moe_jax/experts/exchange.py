@@ -29,6 +29,9 @@ _WITHOUT_RAGGED = ("cpu",)
 # Row counts travel as digits in the dtype of the buffer: 0 to 255 is exact even in bfloat16.
 _BASE, COUNT_DIGITS = 256, 3
 
+# TPUs store the last two axes of an array in tiles of 8 x 128.
+_TILE_ROWS, _TILE_COLUMNS = 8, 128
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertParallel:
@@ -165,6 +168,37 @@ def send_sizes(
     return ascending, ascending[-1] == bound
 
 
+class CountsPlace(NamedTuple):
+    """What the counts add to a buffer [S, width]. One of both is 0."""
+
+    rows: int  # in front of the buffer
+    columns: int  # beside it
+
+
+def counts_place(*, size: int, width: int, local: int) -> CountsPlace:
+    """Returns where the counts of L experts travel with a buffer of S rows.
+
+    They are rows in front, unless those begin a new tile of 8 rows on a TPU and one tile of columns has
+    fewer numbers. So S = 32 rows do not become 40.
+
+    Args:
+        size: S.
+        width: of a row, D or 2 D.
+        local: L, experts of each device.
+
+    Example:
+        >>> counts_place(size=32, width=7168, local=1), counts_place(size=512, width=7168, local=4)
+        (CountsPlace(rows=0, columns=128), CountsPlace(rows=1, columns=0))
+    """
+    digits = COUNT_DIGITS * local
+    rows = -(-digits // width)
+    new_tile = -(-(size + rows) // _TILE_ROWS) > -(-size // _TILE_ROWS)
+    whole = width % _TILE_COLUMNS == 0 and digits <= _TILE_COLUMNS
+    if new_tile and whole and size * _TILE_COLUMNS < rows * width:
+        return CountsPlace(0, _TILE_COLUMNS)
+    return CountsPlace(rows, 0)
+
+
 # --- where rows go --------------------------------------------------------------------------
 
 
@@ -217,22 +251,41 @@ def counts_sent(layout: SendLayout, start: Array, size: int) -> Array:
     return _window(layout.ends, start, size) - _window(layout.ends - layout.sizes, start, size)
 
 
-def _write_counts(counts: Array, width: int, dtype: Any) -> Array:
-    """Counts [P, L] as whole rows [P, H, width] of digits, to be sent in front of the buffer."""
+def _write_counts(counts: Array, numbers: int, dtype: Any) -> Array:
+    """Counts [P, L] as digits [P, numbers], zeros behind them."""
     # Three digits of base 256 hold every count below 2**24, in a dtype that cannot hold the count
     # itself.
     digits = [counts // _BASE**i % _BASE for i in range(COUNT_DIGITS)]
     flat = jnp.stack(digits, axis=-1).reshape(counts.shape[0], -1).astype(dtype)
-    rows = -(-flat.shape[1] // width)
-    flat = jnp.pad(flat, ((0, 0), (0, rows * width - flat.shape[1])))
-    return flat.reshape(counts.shape[0], rows, width)
+    return jnp.pad(flat, ((0, 0), (0, numbers - flat.shape[1])))
 
 
-def _read_counts(rows: Array, local: int) -> Array:
+def _read_counts(flat: Array, local: int) -> Array:
     """i32[P, L]: the counts that ``_write_counts`` wrote."""
-    flat = rows.reshape(rows.shape[0], -1)[:, : local * COUNT_DIGITS].astype(jnp.int32)
+    digits = flat[:, : local * COUNT_DIGITS].astype(jnp.int32)
     scale = jnp.asarray([_BASE**i for i in range(COUNT_DIGITS)], jnp.int32)
-    return (flat.reshape(-1, local, COUNT_DIGITS) * scale[None, None, :]).sum(axis=-1)
+    return (digits.reshape(-1, local, COUNT_DIGITS) * scale[None, None, :]).sum(axis=-1)
+
+
+def _join_counts(rows: Array, counts: Array) -> Array:
+    """The rows [P, S, W] of a buffer with their counts [P, L], see ``counts_place``."""
+    devices, size, width = rows.shape
+    place = counts_place(size=size, width=width, local=counts.shape[1])
+    if place.columns:
+        first = _write_counts(counts, place.columns, rows.dtype)[:, None]
+        return jnp.concatenate([rows, jnp.pad(first, ((0, 0), (0, size - 1), (0, 0)))], axis=2)
+    # In front of the rows, at a place that does not depend on how many there are.
+    head = _write_counts(counts, place.rows * width, rows.dtype)
+    return jnp.concatenate([head.reshape(devices, place.rows, width), rows], axis=1)
+
+
+def _split_counts(both: Array, *, size: int, width: int, local: int) -> tuple[Array, Array]:
+    """The counts i32[P, L] and rows [P, S, W] that ``_join_counts`` joined."""
+    place = counts_place(size=size, width=width, local=local)
+    if place.columns:
+        return _read_counts(both[:, 0, width:], local), both[:, :, :width]
+    head = both[:, : place.rows].reshape(both.shape[0], -1)
+    return _read_counts(head, local), both[:, place.rows :]
 
 
 def plan_received(counts: Array, size: int) -> DispatchPlan:
@@ -359,12 +412,9 @@ def send(
         rows = build(size)
         if counts is None:
             return None, _pad_slots(_swap(spec.parallel, rows), spec.sizes[-1])
-        # In front of the rows, at a place that does not depend on how many there are.
-        head = _write_counts(counts, rows.shape[2], rows.dtype)
-        both = _swap(spec.parallel, jnp.concatenate([head, rows], axis=1))
-        lines = head.shape[1]
-        arrived = _read_counts(both[:, :lines], counts.shape[1])
-        return arrived, _pad_slots(both[:, lines:], spec.sizes[-1])
+        both = _swap(spec.parallel, _join_counts(rows, counts))
+        arrived, rows = _split_counts(both, size=size, width=rows.shape[2], local=counts.shape[1])
+        return arrived, _pad_slots(rows, spec.sizes[-1])
 
     if len(spec.sizes) == 1:
         return exchange(spec.sizes[0])

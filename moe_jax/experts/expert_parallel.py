@@ -7,7 +7,7 @@ decided per source device), and then:
 1. sorts its kept rows by expert, which puts the rows for one device next to each other, and writes
    them into a buffer of static size S for each device;
 2. *all-to-all*: the buffers go to the devices that hold the experts. The count of rows for which
-   expert travels in the first rows of the same buffer, so it costs no third message;
+   expert travels in the same buffer, in front of the rows or beside them, so it costs no third message;
 3. treats each row that arrived as a token with one expert, plans again, and runs its experts by
    any implementation of this package;
 4. *all-to-all*: the results go back, and every token sums its own.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from moe_jax.experts.exchange import COUNT_DIGITS
+from moe_jax.experts.exchange import counts_place
 from moe_jax.parallel.planning import exchange_cost
 
 # The steps of a layer in the order in which they run, as far as buffers are concerned.
@@ -194,7 +194,7 @@ def _buffers(
     itemsize: int,
 ) -> Iterator[Buffer]:
     """The buffers of one layer. S rows go to each of P devices, so P * S rows arrive."""
-    counts = -(-COUNT_DIGITS * local // d_model)
+    counts = counts_place(size=size, width=d_model, local=local)
 
     def eights(n: int) -> int:
         # TPUs store arrays in tiles of 8 rows, those of [P, S, D] in each of the P.
@@ -202,7 +202,7 @@ def _buffers(
 
     # [P, S, D], and the same rows in order of experts.
     wide = devices * eights(size) * d_model * itemsize
-    framed = devices * eights(size + counts) * d_model * itemsize
+    framed = devices * eights(size + counts.rows) * (d_model + counts.columns) * itemsize
     hidden = eights(devices * size) * d_ff * itemsize
     each = eights(tokens * k) * d_model * itemsize  # [T * K, D]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.experts import FeedForward
-from moe_jax.experts.exchange import COUNT_DIGITS, ExpertParallel, send_sizes
+from moe_jax.experts.exchange import ExpertParallel, counts_place, send_sizes
 from moe_jax.routing.dispatch import expert_capacity
 
 
@@ -86,15 +86,19 @@ def exchange_cost(
         shares=shares,
     )
     buffer = sizes[size]
-    # Counts travel in whole rows in front of the buffer, so they round up to the row's width.
-    digits = COUNT_DIGITS * local
-    row = d_model * itemsize
+
+    def buffer_numbers(width: int) -> int:
+        """Numbers of a buffer for one device, with its counts."""
+        place = counts_place(size=buffer, width=width, local=local)
+        return (buffer + place.rows) * (width + place.columns)
+
+    without = buffer * d_model
     # There and back, with the counts on the way there.
-    forward = devices * row * (2 * buffer + -(-digits // d_model))
+    forward = devices * itemsize * (buffer_numbers(d_model) + without)
     if len(sizes) == 1 and bounded:  # what arrived was kept: gradients alone travel
-        backward = devices * row * 2 * buffer
+        backward = devices * itemsize * 2 * without
     else:  # rows beside their gradients, with the counts once more
-        backward = devices * row * (3 * buffer + 2 * -(-digits // (2 * d_model)))
+        backward = devices * itemsize * (buffer_numbers(2 * d_model) + without)
     return ExchangeCost(
         buffer_rows=buffer,
         forward_bytes=forward,

@@ -234,6 +234,8 @@ def the_rest():
     jax.lax.ragged_all_to_all = original
     exchange._WITHOUT_RAGGED = without
 
+    for factor, options in WIDE.items():
+        yield f"wide rows, factor {factor}", wide_rows(mesh, factor, **options)
     yield "accumulated", accumulated(router, params, wanted)
     yield "own shard_map", own_shard_map(router, params)
     yield "noise differs by device", noise()
@@ -256,6 +258,42 @@ def emulated_ragged(rows, out, input_offsets, send_sizes, output_offsets, recv_s
         out = jnp.where(here[:, None], taken, out)
     # The receiver's own account of the sizes must agree, or the real one would read out of bounds.
     return jnp.where((recv_sizes == sizes[:, me]).all(), out, jnp.nan)
+
+
+# Rows so wide, and so few for each device (16 with a capacity, else 24), that their counts travel in
+# columns. The size without capacity is half a balanced load, so there are several rounds.
+WIDE_SHAPE = {"tokens": 512, "width": 4096, "d_ff": 8, "experts": 8}
+WIDE = {1.0: {}, None: {"send_shares": (0.5,)}}
+
+
+def wide_rows(mesh, factor, **options):
+    """Output and gradients against one device."""
+    router = moe_jax.TopK(num_experts=WIDE_SHAPE["experts"], k=2)
+    init = functools.partial(moe_jax.init_moe_layer, router, FFN, d_model=4096, d_ff=8)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: rng.normal(size=p.shape, scale=0.02).astype(np.float32),
+        jax.eval_shape(init, jax.random.key(0)),
+    )
+    x = rng.normal(size=(WIDE_SHAPE["tokens"], 4096)).astype(np.float32)
+
+    def run(layer, groups, params, x):
+        chosen = moe_jax.LayerOptions(capacity_factor=factor, groups=groups, implementation="dense")
+
+        def f(params, x):
+            y = layer(router, FFN, params, router.init_state(), x, options=chosen)[0]
+            return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)).sum(), y
+
+        return jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(params, x)
+
+    layer = functools.partial(
+        sharded_layer.sharded_moe_layer, mesh=mesh, parallel=sharding.parallel_of(mesh, **options)
+    )
+    spread = sharding.shard(params, mesh)
+    many = jax.device_get(jax.jit(functools.partial(run, layer, 1))(spread, x))
+    one = jax.device_get(jax.jit(functools.partial(run, moe_jax.moe_layer, 8))(params, x))
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), many, one)
+    return {"output": apart[0][1], "gradient": max(jax.tree.leaves(apart[1]))}
 
 
 def accumulated(router, params, wanted):
@@ -464,6 +502,7 @@ def the_programs():
         ("dropless", flat, None, {}),
         ("dropless, one size", flat, None, {"send_shares": (1.5,)}),
         ("two levels", hosts, 1.25, {"two_level": True}),
+        *((f"wide rows, factor {f}", flat, f, options | WIDE_SHAPE) for f, options in WIDE.items()),
     ):
         for gradient in (False, True):
             program = compiled(mesh, factor, gradient=gradient, **options)

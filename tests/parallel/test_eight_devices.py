@@ -6,10 +6,12 @@ eight_devices.py measures everything once, in a separate process that runs besid
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 
+from moe_jax.experts.exchange import CountsPlace, counts_place
 from moe_jax.parallel.planning import exchange_cost
 from tests.parallel import eight_devices, measurement
 
@@ -70,6 +72,13 @@ def test_quantised_experts_give_one_devices_answer(measured, mesh):
     assert values["gradient"] <= TOLERANCE
 
 
+@pytest.mark.parametrize("factor", [1.0, None])
+def test_rows_with_their_counts_beside_them_give_one_devices_answer(measured, factor):
+    values = measured[f"wide rows, factor {factor}"]
+    assert values["output"] <= TOLERANCE
+    assert values["gradient"] <= TOLERANCE
+
+
 def test_two_levels_move_the_same_rows_as_one(measured):
     values = measured["two levels against one"]
     assert values["output"] == 0.0
@@ -97,6 +106,16 @@ def test_a_flax_module_takes_a_mesh(measured):
 
 def test_every_device_draws_its_own_noise(measured):
     assert measured["noise differs by device"]["distinct"] == 8
+
+
+def test_counts_travel_where_they_begin_no_new_tile_of_a_tpu():
+    place = functools.partial(counts_place, width=4096)
+    assert place(size=16, local=1) == CountsPlace(rows=0, columns=128)
+    assert place(size=17, local=1) == CountsPlace(rows=1, columns=0)  # a tile has room for it
+    assert place(size=32, local=1) == CountsPlace(rows=1, columns=0)  # as many numbers as a row
+    assert place(size=16, local=43) == CountsPlace(rows=1, columns=0)  # 129 digits
+    assert place(size=8, local=1, width=4100) == CountsPlace(rows=1, columns=0)  # no whole tiles
+    assert place(size=8, local=8, width=16) == CountsPlace(rows=2, columns=0)
 
 
 # --- messages and memory --------------------------------------------------------------------
@@ -155,6 +174,31 @@ def test_the_cost_model_is_the_compiled_program_to_the_byte(measured, case, fact
         capacity_factor=factor,
         send_shares=shares,
     )
+    assert sent(measured, case) == (cost.forward_bytes, cost.backward_bytes)
+
+
+@pytest.mark.parametrize(("factor", "shares", "rows"), [(1.0, None, 16), (None, (0.5,), 24)])
+def test_the_cost_model_knows_the_counts_beside_the_rows(measured, factor, shares, rows):
+    cost = exchange_cost(
+        tokens=64,
+        num_experts=8,
+        k=2,
+        d_model=4096,
+        devices=8,
+        itemsize=4,
+        capacity_factor=factor,
+        send_shares=shares,
+    )
+    assert cost.buffer_rows == rows
+    assert cost.forward_bytes == 8 * 4 * rows * (4096 + 128 + 4096)
+    assert sent(measured, f"wide rows, factor {factor}") == (
+        cost.forward_bytes,
+        cost.backward_bytes,
+    )
+
+
+def sent(measured, case):
+    """Bytes of the all-to-alls, forward and backward."""
     forward = measured[f"program: {case}, forward"]["sends"]["all-to-all"][1]
     both = measured[f"program: {case}, forward and backward"]["sends"]["all-to-all"][1]
-    assert (forward, both - forward) == (cost.forward_bytes, cost.backward_bytes)
+    return forward, both - forward

@@ -134,6 +134,17 @@ def test_memory_of_a_layer_is_arguments_results_and_the_step_that_holds_most():
     assert both.held_bytes == both.argument_bytes + both.output_bytes + both.temp_bytes
 
 
+def test_counts_beside_few_wide_rows_take_a_tile_of_columns_and_none_of_rows():
+    """DeepSeek-V3 on 256 devices: S = 32 rows do not become 40."""
+    sizes = {"tokens": 1024, "num_experts": 256, "k": 8, "d_model": 7168, "devices": 256}
+    cost = exchange_cost(**sizes, capacity_factor=1.0)
+    assert cost.buffer_rows == 32
+    assert cost.forward_bytes == 256 * 32 * (7168 + 128 + 7168) * 2
+    assert cost.backward_bytes == 256 * 32 * 2 * 7168 * 2
+    forward = memory_cost(**sizes, d_ff=2048, capacity_factor=1.0, gradient=False)
+    assert (forward.temp_bytes, forward.step) == (2 * 256 * 32 * (7168 + 128) * 2, "send")
+
+
 def test_wide_experts_hold_most_between_their_products():
     wide = SMALL | {"d_ff": 2048}
     forward = memory_cost(**wide, capacity_factor=1.0, gradient=False)
