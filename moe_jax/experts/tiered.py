@@ -63,8 +63,10 @@ from moe_jax.experts.tier_loop import (
     scan_pieces,
     sort_bulk,
     sum_bulk,
+    sum_expert,
     sum_over_slots,
     wide,
+    zero_sums,
 )
 from moe_jax.types import Array, DispatchPlan, Params
 
@@ -238,15 +240,17 @@ def _backward(
     params, x, weights, plan = arguments
     a, learned = plan.assignments, learned_params(expert_fn, params)
     most = sizes.pieces[-1]
+    # Without a bulk, an expert's gradient is the sum over its pieces.
+    one_by_one = sizes.bulk == (0,)
 
     # The gradient of y reaches each row times its combine weight.
     def gradient_rows(rows: Rows) -> Array:
         scaled = dy[rows.tokens] * weights[rows.assignments][..., None]
         return mask_rows(rows.live, scaled).astype(outputs.dtype)
 
-    def bulk(size: int) -> tuple[Params, Array]:
+    def bulk(size: int) -> tuple[Any, Array]:
         if size == 0:
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), learned)
+            zeros = zero_sums(learned) if one_by_one else _wide_zeros(learned)
             return vary_like((zeros, jnp.zeros(x.shape, jnp.float32)), (params, x, plan, dy))
         rows = bulk_rows(plan, size)
         blocks = mask_rows(rows.live, x[rows.tokens])
@@ -273,11 +277,17 @@ def _backward(
         return dexpert, pad_rows(drows, most)
 
     def put(total, expert, row, rows, gradients):
-        dx = add_rows(total[1], rows, gradients[1].astype(jnp.float32))
-        return add_expert(total[0], expert, gradients[0]), dx
+        (sums, dx), (dexpert, drows) = total, gradients
+        dx = add_rows(dx, rows, drows.astype(jnp.float32))
+        if one_by_one:
+            return sum_expert(sums, expert, row == plan.group_offsets[expert], dexpert), dx
+        return add_expert(sums, expert, dexpert), dx
 
-    dparams, dx = run_layout(sizes, plan, params, bulk, gather, piece, put)
-    dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), dparams, learned)
+    sums, dx = run_layout(sizes, plan, params, bulk, gather, piece, put)
+    if one_by_one:
+        dparams = jax.tree.map(lambda d, p: from_bits(d, p.dtype), sums.stack, learned)
+    else:
+        dparams = jax.tree.map(lambda d, p: d.astype(p.dtype), sums, learned)
 
     # d y[t] / d weights[n] is the output of assignment n: no expert runs again for it.
     tokens = a.token_indices[plan.order[: plan.num_rows]]
@@ -285,6 +295,10 @@ def _backward(
     row = plan.group_offsets[jnp.minimum(a.expert_indices, a.num_experts - 1)] + plan.position
     dweights = jnp.where(plan.kept, sorted_dweights[jnp.where(plan.kept, row, 0)], 0.0)
     return dparams, dx.astype(x.dtype), dweights, None
+
+
+def _wide_zeros(learned: Params) -> Params:
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, wide(p.dtype)), learned)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="platform")
