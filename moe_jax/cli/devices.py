@@ -40,8 +40,11 @@ def verify(
         ),
     ] = None,
     layer: Annotated[
-        str, typer.Option(help="With --target: small, mixtral, olmoe or deepseek_v3.")
-    ] = "small",
+        str | None,
+        typer.Option(
+            help="With --target: small, mixtral, olmoe or deepseek_v3. Default: small.",
+        ),
+    ] = None,
     d_model: Annotated[int | None, typer.Option(min=1, help="With --target: D.")] = None,
     d_ff: Annotated[int | None, typer.Option(min=1, help="With --target: F.")] = None,
     num_experts: Annotated[int | None, typer.Option(min=1, help="With --target: E.")] = None,
@@ -65,12 +68,19 @@ def verify(
 
     Exit code 1 if a check fails.
     """
+    sizes = dict(d_model=d_model, d_ff=d_ff, num_experts=num_experts, k=k, tokens=tokens)
+    with library_errors_exit_2():
+        of_target = {"layer": layer, **sizes, "implementations": implementations}
+        _check_target_options(target, devices, of_target)
     if target is not None:
         from moe_jax.cli.target_report import print_verification
 
-        sizes = dict(d_model=d_model, d_ff=d_ff, num_experts=num_experts, k=k, tokens=tokens)
         print_verification(
-            target, layer=layer, sizes=sizes, implementations=implementations, as_json=as_json
+            target,
+            layer=layer or "small",
+            sizes=sizes,
+            implementations=implementations,
+            as_json=as_json,
         )
         return
     import jax
@@ -106,6 +116,23 @@ def verify(
         )
     if failed:
         raise typer.Exit(1)
+
+
+def _check_target_options(
+    target: str | None, devices: int | None, of_target: dict[str, Any]
+) -> None:
+    """Raises if options were given that the command would not read."""
+    if target is not None and devices is not None:
+        raise ValueError(
+            f"--devices: expected none with --target, got {devices}. The target says how many devices "
+            "there are, such as h100x8."
+        )
+    given = [f"--{n.replace('_', '-')}" for n, value in of_target.items() if value is not None]
+    if target is None and given:
+        raise ValueError(
+            f"--target: expected one with {', '.join(given)}, got none. Name what to compile for, such "
+            "as v5e:2x4; without it this machine is checked, which has no such options."
+        )
 
 
 @contextlib.contextmanager

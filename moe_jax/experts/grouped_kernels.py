@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from moe_jax.types import Array
 
 _LANES = 128  # TPU kernels take tiles of multiples of this, and no axis below it
+_TPU_DTYPES = {"bfloat16", "float32"}  # of rows and results
 _VMEM_BYTES = (
     12 * 2**20
 )  # what the tiles of one kernel may take; v5e and v5p allow 16 MB by default
@@ -43,10 +44,11 @@ def tpu_product(
     """A grouped product by Mosaic kernels: tokamax's, or jax's own megablox without tokamax.
 
     Both are versions of the kernels of MegaBlocks (Gale et al. 2022, arXiv:2211.15841). An axis of the
-    matrices below 128 is left to XLA.
+    matrices below 128 is left to XLA, and so are dtypes that Mosaic cannot load, such as float16.
     """
     widths = (left.shape[1], *right.shape[1:])
-    if min(widths) < _LANES:
+    dtypes = {jnp.dtype(left.dtype).name, jnp.dtype(spec.dtype).name}
+    if min(widths) < _LANES or not dtypes <= _TPU_DTYPES:
         return xla_product(spec, left, right, group_sizes, scales)
     if has_tokamax():
         return _tpu_product(spec, left, _with_scales(right, scales), group_sizes)

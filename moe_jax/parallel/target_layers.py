@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.checks import check_count
 from moe_jax.experts import IMPLEMENTATIONS, FeedForward, choose, run_experts
 from moe_jax.experts.grouped_kernels import tpu_tiles
 from moe_jax.experts.grouped_product import ProductSpec
@@ -39,13 +40,27 @@ _CAPACITY_FACTOR = 1.25
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """Sizes of a layer of gated experts in bfloat16, and the tokens that one device computes."""
+    """Sizes of a layer of gated experts in bfloat16, and the tokens that one device computes.
+
+    Raises:
+        TypeError, ValueError: a size that is no integer of at least 1, or more experts a token than
+            there are.
+    """
 
     d_model: int
     d_ff: int
     num_experts: int
     k: int
     tokens: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            check_count(field.name, getattr(self, field.name), fix="Pass the sizes of a layer.")
+        if self.k > self.num_experts:
+            raise ValueError(
+                f"k: expected at most num_experts={self.num_experts}, got {self.k}. A token uses an "
+                "expert once."
+            )
 
     @property
     def rows(self) -> int:

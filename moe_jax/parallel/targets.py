@@ -65,8 +65,8 @@ dnn_version_info { major: 9 minor: 7 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
-_TPU_NAME = re.compile(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+){1,2})")
-_GPU_NAME = re.compile(r"h100(?:x(\d+))?")
+_TPU_NAME = re.compile(r"(v4|v5e|v5p|v6e):([1-9]\d*(?:x[1-9]\d*){1,2})")
+_GPU_NAME = re.compile(r"h100(?:x([1-9]\d*))?")
 
 
 class CompilerMissing(ValueError):
@@ -92,10 +92,10 @@ def open_target(name: str) -> Target:
 
     Raises:
         CompilerMissing: the compiler is not installed.
-        ValueError: an unknown name, or a topology that the compiler does not know.
+        ValueError: an unknown name, a topology that the compiler does not know, or a compiler that JAX
+            did not load. JAX loads that of NVIDIA GPUs on a machine without one only if
+            ``jax_platforms`` is ``"cpu"`` before its first use.
     """
-    from jax.experimental import topologies
-
     if tpu := _TPU_NAME.fullmatch(name):
         if importlib.util.find_spec("libtpu") is None:
             raise CompilerMissing(
@@ -104,8 +104,8 @@ def open_target(name: str) -> Target:
         prepare_tpu_compiler()
         sizes = [int(n) for n in tpu[2].split("x")] + [1]
         bounds = (min(sizes[0], 2), min(sizes[1], 2), 1)
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, chips_per_host_bounds=bounds
+        described = _describe(
+            name, platform="tpu", topology_name=name, chips_per_host_bounds=bounds
         )
         kind, platform = tpu[1], "tpu"
     elif gpu := _GPU_NAME.fullmatch(name):
@@ -115,8 +115,12 @@ def open_target(name: str) -> Target:
                 f"install --no-deps jax-cuda12-plugin=={jax.__version__} "
                 f"jax-cuda12-pjrt=={jax.__version__}"
             )
-        described = topologies.get_topology_desc(
-            "h100", "cuda", target_config=_H100, topology=f"1x{gpu[1] or 1}x1"
+        described = _describe(
+            name,
+            platform="cuda",
+            topology_name="h100",
+            target_config=_H100,
+            topology=f"1x{gpu[1] or 1}x1",
         )
         kind, platform = "h100", "cuda"
     else:
@@ -130,6 +134,25 @@ def open_target(name: str) -> Target:
         devices=tuple(described.devices),
         memory_bytes=int(_MEMORY[kind] * (1 - _RESERVED)),
     )
+
+
+def _describe(name: str, **topology: Any) -> Any:
+    """JAX's description of the devices of a target."""
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(**topology)
+    except NotImplementedError as error:  # no plugin of the platform was registered
+        raise ValueError(
+            f"target {name}: expected JAX to have loaded the compiler of {topology['platform']}, got: "
+            f"{error}. On a machine without such a device, set JAX_PLATFORMS=cpu before JAX starts."
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"target {name}: expected a topology that the compiler knows, got: {first}. A topology is "
+            "the slice's chips along its axes, such as v5e:2x4 or v5p:2x2x1."
+        ) from error
 
 
 # --- one program ----------------------------------------------------------------------------

@@ -151,6 +151,22 @@ def test_each_product_on_tpu_kernels_keeps_experts_apart(library, form):
         np.testing.assert_allclose(got[t], wide[t] @ matrix, atol=2e-2)
 
 
+def test_what_mosaic_cannot_load_on_a_tpu_is_left_to_xla(monkeypatch):
+    monkeypatch.setattr(grouped_kernels, "_tpu_product", lambda *_: "kernel")
+    monkeypatch.setattr(grouped_kernels, "_xla_product", lambda *_: "xla")
+    monkeypatch.setattr(grouped_kernels, "has_tokamax", lambda: True)
+    sizes = jnp.array([8, 8], jnp.int32)
+    for rows, out, by in (
+        ("bfloat16", "float32", "kernel"),
+        ("float32", "bfloat16", "kernel"),
+        ("float16", "float16", "xla"),
+        ("float32", "float16", "xla"),
+    ):
+        left, right = jnp.ones((16, 128), rows), jnp.ones((2, 128, 128), rows)
+        spec = ProductSpec("rows", jnp.dtype(out))
+        assert grouped_kernels.tpu_product(spec, left, right, sizes) == by
+
+
 def test_tiles_fit_the_memory_of_a_kernel_and_have_whole_lanes():
     struct = jax.ShapeDtypeStruct
     for d_model, d_ff, experts, rows in (

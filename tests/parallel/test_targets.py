@@ -21,7 +21,7 @@ from moe_jax.experts import IMPLEMENTATIONS, FeedForward
 from moe_jax.lab import target_step, target_verification
 from moe_jax.lab.lm_config import LMConfig
 from moe_jax.lab.target_verification import verify_target
-from moe_jax.layer import init_moe_layer
+from moe_jax.layer import init_moe_layer, moe_layer
 from moe_jax.parallel import target_layers, targets
 from moe_jax.parallel.memory_cost import MemoryCost
 from moe_jax.parallel.sharded_layer import sharded_moe_layer
@@ -115,7 +115,9 @@ def test_the_trips_of_a_loop_are_read_from_its_condition_where_the_compiler_does
     assert not is_uncountable(with_product)
 
 
-@pytest.mark.parametrize("name", ["v5", "v5e", "h100x", "a100", "v5e:2"])
+@pytest.mark.parametrize(
+    "name", ["v5", "v5e", "h100x", "a100", "v5e:2", "h100x0", "v5e:0x2", "v7:2x4", ""]
+)
 def test_an_unknown_target_is_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match=r"target: expected v4, v5e, v5p or v6e.*h100x8, got"):
         open_target(name)
@@ -128,6 +130,51 @@ def test_a_missing_compiler_is_named_with_the_command_that_installs_it(monkeypat
     version = jax.__version__
     with pytest.raises(CompilerMissing, match=f"jax-cuda12-plugin=={version} jax-cuda12-pjrt"):
         open_target("h100")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (NotImplementedError("not implemented for cuda"), "set JAX_PLATFORMS=cpu"),
+        (
+            jax.errors.JaxRuntimeError("layout is not divisible\nmore"),
+            "got: layout is not divisible",
+        ),
+    ],
+)
+def test_a_target_that_jax_or_a_compiler_refuses_is_a_value_error(monkeypatch, error, words):
+    def refuses(**_):
+        raise error
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuses)
+    for name in ("v5e:2x3", "h100"):
+        with pytest.raises(ValueError, match=f"target {name}: expected .*{words}"):
+            open_target(name)
+    result = CliRunner().invoke(app, ["verify", "--target", "v5e:2x3"])
+    assert result.exit_code == 2
+    assert "target v5e:2x3: expected" in result.stderr
+
+
+def test_sizes_that_no_layer_has_are_refused():
+    with pytest.raises(ValueError, match="k: expected at most num_experts=8, got 9"):
+        dataclasses.replace(LAYERS["small"], k=9)
+    with pytest.raises(ValueError, match="tokens: expected"):
+        dataclasses.replace(LAYERS["small"], tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--layer", "olmoe", "--d-model", "64"], "--target: expected one with --layer, --d-model"),
+        (["--target", "h100", "--devices", "2"], "--devices: expected none with --target, got 2"),
+        (["--target", "h100", "--k", "9"], "k: expected at most num_experts=8, got 9"),
+    ],
+)
+def test_options_that_the_command_would_not_read_are_refused(given, words):
+    result = CliRunner().invoke(app, ["verify", *given])
+    assert result.exit_code == 2
+    assert words in result.stderr
 
 
 def test_an_error_of_a_compiler_is_a_line_of_the_report():
@@ -482,6 +529,29 @@ def test_the_kernels_of_a_program_for_v6e_are_read_although_its_client_cannot_wr
     assert program.readable
     assert program.kernels == {"tpu_custom_call": 3}
     assert program.ok
+
+
+@needs_libtpu
+def test_float16_compiles_for_a_tpu_whose_kernels_cannot_load_it():
+    ffn = FeedForward(gated=True)
+    router = TopK(num_experts=4, k=2)
+    params = jax.eval_shape(
+        functools.partial(init_moe_layer, router, ffn, d_model=128, d_ff=128), jax.random.key(0)
+    )
+    x = jax.ShapeDtypeStruct((16, 128), jnp.float16)
+
+    def loss(params, x):
+        return moe_layer(router, ffn, params, router.init_state(), x)[0].astype(jnp.float32).sum()
+
+    program = targets.compile_program(
+        open_target("v5e:2x2"),
+        jax.grad(loss),
+        (params, x),
+        what="float16",
+        gradient=True,
+        implementation="default",
+    )
+    assert program.error is None
 
 
 @needs_libtpu
