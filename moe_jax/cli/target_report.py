@@ -101,9 +101,9 @@ def _cells(row: dict[str, Any], *, excused: bool = False) -> list[str]:
     if "refused" in row:
         reason = f"refused: {row['refused']}".replace("[", r"\[")
         return ["[dim]-[/dim]", *start, "", "", "", "", "", reason, ""]
-    if "too_large" in row:
-        reason = f"not compiled: {row['too_large']}"
-        return ["[dim]-[/dim]", *start, row["passes"], "", "", "", "no", reason, ""]
+    if "too_large_mb" in row:
+        held = f"> {row['too_large_mb']:,.1f}"
+        return [bad, *start, row["passes"], "", "", held, "no", "not compiled", ""]
     start.append(row["passes"])
     if "error" in row:
         return [bad, *start, "", "", "", "", row["error"][:80].replace("[", r"\["), ""]

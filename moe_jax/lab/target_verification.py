@@ -130,8 +130,8 @@ def _programs(
             yield _refused(target, layer, name, reason)
             continue
         for gradient in (False, True):
-            reason = memory_excess(target, shape, gradient=gradient) if several else None
-            if reason is None:
+            needed = memory_excess(target, shape, gradient=gradient) if several else None
+            if needed is None:
                 yield experts_program(target, layer, shape, implementation=name, gradient=gradient)
             else:
                 yield TargetProgram(
@@ -139,7 +139,7 @@ def _programs(
                     what=layer,
                     gradient=gradient,
                     implementation=name or "default",
-                    too_large=reason,
+                    too_large=needed,
                 )
         # Rows that arrive are planned without a capacity, which `capacity` needs.
         for gradient in (False, True) if several and name != "capacity" else ():

@@ -126,21 +126,15 @@ def refusal(
     return IMPLEMENTATIONS[implementation].refuse(expert_fn, plan, platform)
 
 
-def memory_excess(target: Target, shape: LayerShape, *, gradient: bool) -> str | None:
-    """Why one device of a target cannot hold ``experts_program``, or None if it may.
+def memory_excess(target: Target, shape: LayerShape, *, gradient: bool) -> int | None:
+    """Bytes of arguments and results of ``experts_program`` if one device cannot hold them, else None.
 
-    Arguments and results alone count: temporaries are known after compilation only.
+    Temporaries are known after compilation only, so a program may exceed a device all the same.
     """
     experts = 3 * shape.num_experts * shape.d_model * shape.d_ff * 2
     rows = shape.tokens * shape.d_model * 2
     needed = 2 * experts + 3 * rows if gradient else experts + 2 * rows
-    if needed <= target.memory_bytes:
-        return None
-    passes = "forward + backward" if gradient else "forward"
-    return (
-        f"{passes} needs {needed / 1e6:,.0f} MB for arguments and results, one device has "
-        f"{target.memory_bytes / 1e6:,.0f}"
-    )
+    return needed if needed > target.memory_bytes else None
 
 
 def tile_padding(shape: LayerShape) -> float:

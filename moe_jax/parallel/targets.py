@@ -180,10 +180,10 @@ class TargetProgram:
     readable: bool = True  # False: the HLO is unreadable, and kernels are those before optimisation
     seconds: float = 0.0  # of lowering and compilation
     error: str | None = None  # why it did not compile
-    # Why nothing was compiled: the implementation is not for this target, or a device cannot hold the
-    # arguments and results.
+    # Why nothing was compiled: the implementation is not for this target, or a device cannot hold so
+    # many bytes of arguments and results.
     refused: str | None = None
-    too_large: str | None = None
+    too_large: int | None = None
     devices: int = 1  # that run the program together
 
     @property
@@ -226,7 +226,7 @@ class TargetProgram:
         if self.refused is not None:
             figures: dict[str, Any] = {"refused": self.refused}
         elif self.too_large is not None:
-            figures = {"too_large": self.too_large}
+            figures = {"too_large_mb": round(self.too_large / 1e6, 1)}
         elif self.error is not None:
             figures = {"error": self.error}
         else:

@@ -367,10 +367,9 @@ def test_a_layer_whose_arguments_exceed_one_of_many_devices_is_not_compiled_for_
     assert ("layer", None, False) in compiled
     assert ("layer", None, True) not in compiled
     assert many.summary()["ok"]
-    (row,) = [p for p in many.summary()["programs"] if "too_large" in p]
-    assert row["too_large"] == (
-        "forward + backward needs 1,617 MB for arguments and results, one device has 1,000"
-    )
+    (row,) = [p for p in many.summary()["programs"] if "too_large_mb" in p]
+    # 32 experts of 3 matrices and 1,024 tokens, both with their gradients, and as many outputs.
+    assert row["too_large_mb"] == round((2 * 32 * 3 * 1024 * 4096 + 3 * 1024 * 1024) * 2 / 1e6, 1)
     sizes = ["--d-model", "1024", "--d-ff", "4096", "--num-experts", "32"]
     command = ["verify", "--target", "v5e:2x4", "--implementations", "default", *sizes]
     table = CliRunner().invoke(app, command)
@@ -419,10 +418,13 @@ def test_the_table_shows_the_model_of_memory_in_brackets():
     assert "5.0 (4.0)" in _cells(program.summary())
     assert "5.0" in _cells(dataclasses.replace(program, model=None).summary())
     # Programs without figures have as many cells, with the reason among the kernels.
-    for reason in ({"error": "no"}, {"refused": "no"}, {"too_large": "no"}):
+    for reason in ({"error": "no"}, {"refused": "no"}):
         cells = _cells(dataclasses.replace(program, **reason).summary())
         assert len(cells) == 10
         assert cells[8].endswith("no")
+    cells = _cells(dataclasses.replace(program, too_large=10**9).summary(), excused=True)
+    assert cells[0] == "[dim]-[/dim]"
+    assert cells[6:] == ["> 1,000.0", "no", "not compiled", ""]
 
 
 def test_the_command_says_how_to_install_a_missing_compiler(monkeypatch):
