@@ -159,9 +159,13 @@ def _lowering(platform: str) -> Any:
             # Axes that `shard_map` does not map are left to the compiler's partitioner.
             split = mesh.size > 1 and set(where.manual_axes) != set(mesh.axis_names)
         device = _device(platform, mesh)
+        # Kernels take no float64.
+        wide = any(
+            jnp.dtype(d).itemsize > 4 for d in (spec.dtype, *(a.dtype for a in ctx.avals_in))
+        )
         if platform == "tpu":
             product = xla_product if split else tpu_product
-        elif platform == "cuda" and not split:
+        elif platform == "cuda" and not split and not wide:
             product = functools.partial(gpu_product, device=device)
         else:
             product = loop_product
@@ -176,7 +180,9 @@ def _lowering(platform: str) -> Any:
             avals_in=[_untyped(a) for a in ctx.avals_in],
             avals_out=[_untyped(a) for a in ctx.avals_out],
         )
-        return mlir.lower_fun(traced, multiple_results=False)(clean, *operands)
+        # Kernel libraries count in 32 bits, which `jax_enable_x64` would mix with 64.
+        with jax.enable_x64(wide):
+            return mlir.lower_fun(traced, multiple_results=False)(clean, *operands)
 
     return rule
 

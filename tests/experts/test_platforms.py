@@ -18,6 +18,7 @@ from moe_jax.routing.dispatch import kept_weights, plan_dispatch, to_assignments
 from tests.experts.test_tiered import draw, plan_of
 
 FFN = FeedForward(activation="silu", gated=True)
+CHECKS = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
 WIDTH = 128  # the narrowest that the kernels of TPUs take
 
 
@@ -155,3 +156,13 @@ def test_a_product_of_a_batch_is_a_batch_of_products():
         np.testing.assert_allclose(
             got[i, :kept], grouped_dot(rows[i], kernels, sizes[i])[:kept], rtol=1e-5
         )
+
+
+def test_kernels_lower_in_a_program_of_64_bits():
+    with jax.enable_x64(True):
+        params, x, plan, weights = parts()
+        step = jax.jit(jax.grad(lambda x: run(params, x, plan, weights).y.sum()))
+        module = jax.export.export(step, platforms=("tpu", "cuda"), disabled_checks=CHECKS)(x)
+        assert "tpu_custom_call" in module.mlir_module()
+        wide = jax.export.export(step, platforms=("tpu", "cuda"))(x.astype(jnp.float64))
+        assert "tpu_custom_call" not in wide.mlir_module()  # kernels take no float64
