@@ -9,9 +9,13 @@ hidden activations [R, F] only: rows are gathered again, and the gradient of a c
 ``hidden . (dy @ down.T)``, so the experts' outputs are not kept. Everything moves by gathers. Forward
 mode and derivatives of derivatives run by ``jax.lax.ragged_dot``, see ``derivatives.call``.
 
-Kernels never write rows past the last expert's, so these are masked after every product. The number of
-rows is the row budget of the plan in whole tiles; kernels skip the tiles past the kept rows, so a
-smaller dynamic k computes less without a budget.
+Where no gradient follows, the first product of experts without gate and bias applies the activation to
+its sums, and the second reads what it wrote. A gate or a bias needs a pass over the hidden activations,
+which applies the activation too.
+
+Kernels never write rows past the last expert's, so these are masked after every product whose rows an
+operation other than a product reads. The number of rows is the row budget of the plan in whole tiles;
+kernels skip the tiles past the kept rows, so a smaller dynamic k computes less without a budget.
 """
 
 from __future__ import annotations
@@ -83,12 +87,16 @@ def _sorted_rows(plan: DispatchPlan) -> _Rows:
     return _Rows(live, n, a.token_indices[n], experts)
 
 
+def _matrices(params: Params, name: str, dtype: Any) -> tuple[Array, Array | None]:
+    """(kernels, scales or None) of one projection; float kernels in the dtype of the rows."""
+    kernel, scales = params[name], params.get(f"{name}_scale")
+    return kernel if scales is not None else kernel.astype(dtype), scales
+
+
 def _project(
     params: Params, name: str, rows: Array, where: _Rows, group_sizes: Array, dot: _Product
 ) -> Array:
-    kernel, scales = params[name], params.get(f"{name}_scale")
-    if scales is None:
-        kernel = kernel.astype(rows.dtype)
+    kernel, scales = _matrices(params, name, rows.dtype)
     out = dot(rows, kernel, group_sizes, scales).astype(rows.dtype)
     bias = params.get(f"{name}_bias")
     if bias is not None:
@@ -119,6 +127,18 @@ def _projected(
     return {name: _project(params, name, rows, where, sizes, dot) for name in names}
 
 
+def _hidden(
+    expert_fn: FeedForward, params: Params, x: Array, plan: DispatchPlan, where: _Rows
+) -> Array:
+    """Returns the hidden activations [R, F] for a product; rows that are not live may hold anything."""
+    if expert_fn.gated or expert_fn.use_bias:
+        return _act(expert_fn, _projected(expert_fn, params, x, plan, where, grouped_dot))
+    rows = mask_rows(where.live, x[where.tokens])
+    kernel, scales = _matrices(params, "up", rows.dtype)
+    # A mask would be a pass over memory of its own. It is not needed: a product keeps rows apart.
+    return grouped_dot(rows, kernel, plan.group_sizes, scales, activation=expert_fn.activation)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Grouped:
     """The weighted sum over every token's kept rows, as a ``DifferentiableFunction``."""
@@ -130,7 +150,12 @@ class _Grouped:
     def run(
         self, params: Params, x: Array, weights: Array, plan: DispatchPlan, *, in_place: bool
     ) -> Array:
-        return self.forward(params, x, weights, plan, in_place=in_place)[0]
+        if not in_place:
+            return self.forward(params, x, weights, plan, in_place=False)[0]
+        where = _sorted_rows(plan)
+        hidden = _hidden(self.expert_fn, params, x, plan, where)
+        outputs = _project(params, "down", hidden, where, plan.group_sizes, grouped_dot)
+        return sum_over_slots(plan, outputs, weights)
 
     def forward(
         self, params: Params, x: Array, weights: Array, plan: DispatchPlan, *, in_place: bool

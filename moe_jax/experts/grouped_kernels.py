@@ -1,9 +1,9 @@
 """The kernels under ``grouped_product``: each computes the three forms of ``ProductSpec``.
 
 All take ``(spec, left, right, group_sizes)``, and the scales f32[E, N] of 8-bit matrices in the form
-"rows"; without scales, 8-bit numbers count as they are. All are traced while a program is lowered.
-tokamax is an optional library (the extra ``accelerator``) and takes seconds to import, so it is
-imported where it is used.
+"rows"; without scales, 8-bit numbers count as they are. All apply ``spec.activation`` to the scaled
+product, and all are traced while a program is lowered. tokamax is an optional library (the extra
+``accelerator``) and takes seconds to import, so it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.experts.feed_forward import ACTIVATIONS
 from moe_jax.types import Array
 
 _LANES = 128  # TPU kernels take tiles of multiples of this, and no axis below it
@@ -33,6 +34,53 @@ _LOOP_ROWS = 128
 def has_tokamax() -> bool:
     """Whether tokamax is installed."""
     return importlib.util.find_spec("tokamax") is not None
+
+
+# --- activations --------------------------------------------------------------------------------
+# In operations that the compilers of kernels know: without erfc, and without a derivative of their own.
+# They have names because tokamax writes the names of its arguments into its programs, for tuning.
+
+
+def _gelu(x: Array) -> Array:
+    # By erf instead of erfc it is off by up to 1e-6 far below zero, where 1 + erf cancels.
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _relu(x: Array) -> Array:
+    return jnp.maximum(x, 0.0)
+
+
+def _relu2(x: Array) -> Array:
+    return jnp.square(_relu(x))
+
+
+def _silu(x: Array) -> Array:
+    return x * jax.lax.logistic(x)
+
+
+IN_KERNELS: dict[str, Callable[[Array], Array]] = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+    "relu2": _relu2,
+    "silu": _silu,
+}
+
+
+def _in_kernel(spec: Any) -> Callable[[Array], Array] | None:
+    """The activation for a kernel that applies it to its sums in float32."""
+    return None if spec.activation is None else IN_KERNELS[spec.activation]
+
+
+def _activated(spec: Any, out: Array) -> Array:
+    """The activation of a product that was computed without, in the dtype of the result."""
+    if spec.activation is not None:
+        out = ACTIVATIONS[spec.activation](out.astype(jnp.float32))
+    return out.astype(spec.dtype)
 
 
 # --- TPU ----------------------------------------------------------------------------------------
@@ -65,8 +113,7 @@ def _tpu_product(spec: Any, left: Array, right: Any, group_sizes: Array) -> Arra
     left = _pad_rows(left, whole)
     if spec.form == "outer":
         return _tpu_outer()(left, _pad_rows(right, whole), group_sizes, spec.dtype, tiles)
-    product = _tpu_rows()(left, right, group_sizes, spec.dtype, tiles, spec.form == "transposed")
-    return product[:rows]
+    return _tpu_rows()(left, right, group_sizes, spec, tiles)[:rows]
 
 
 def tpu_tiles(spec: Any, rows: int, left: Any, right: Any, experts: int) -> tuple[int, int, int]:
@@ -142,32 +189,35 @@ def _scaled(
     if scales is None:
         return product(spec, left, right, group_sizes)
     # Without their scale, sums exceed what float16 holds.
-    wide = spec._replace(dtype=jnp.float32) if left.dtype == jnp.float16 else spec
-    out = product(wide, left, right, group_sizes)
+    wide = jnp.float32 if left.dtype == jnp.float16 else spec.dtype
+    out = product(spec._replace(dtype=wide, activation=None), left, right, group_sizes)
     by_row = jnp.repeat(scales, group_sizes, axis=0, total_repeat_length=left.shape[0])
-    return (out.astype(jnp.float32) * by_row).astype(spec.dtype)
+    return _activated(spec, out.astype(jnp.float32) * by_row)
 
 
 def _tpu_rows() -> Any:
     if has_tokamax():
         kernels = importlib.import_module("tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel")
 
-        def product(left, right, group_sizes, dtype, tiles, transposed):
+        def product(left, right, group_sizes, spec, tiles) -> Any:
             return kernels.gmm(
                 left,
                 right,
                 group_sizes=group_sizes,
                 precision=(jax.lax.Precision.DEFAULT,) * 2,
-                out_dtype=dtype,
+                out_dtype=spec.dtype,
                 tiling=tiles,
-                transpose_rhs=transposed,
+                transpose_rhs=spec.form == "transposed",
+                activation=_in_kernel(spec),
             )
 
         return product
     kernels = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 
-    def product(left, right, group_sizes, dtype, tiles, transposed):
-        return kernels.gmm(left, right, group_sizes, dtype, tiles, transpose_rhs=transposed)
+    def product(left, right, group_sizes, spec, tiles) -> Any:
+        transposed = spec.form == "transposed"
+        out = kernels.gmm(left, right, group_sizes, spec.dtype, tiles, transpose_rhs=transposed)
+        return _activated(spec, out)
 
     return product
 
@@ -253,7 +303,7 @@ def _gpu_product(
         if spec.form == "outer":
             operands = operands[0], _pad_rows(right, whole)
         try:
-            out = general(*operands, implementation=mosaic_product)
+            out = general(*operands, implementation=mosaic_product, activation=_in_kernel(spec))
         except NotImplementedError:  # the device or the dtype has no Mosaic kernel
             pass
         else:
@@ -262,7 +312,8 @@ def _gpu_product(
     with tokamax.config.cross_compile(device is None):
         out = general(left, right, implementation="triton")
     if spec.form != "outer":
-        return out
+        # The kernel (0.0.12) drops its activation where a tuned setting splits the sum.
+        return _activated(spec, out)
     # The kernel (0.0.12) gives an expert without rows the sum of the rows before its own.
     return jnp.where((group_sizes > 0)[:, None, None], out, jnp.zeros((), out.dtype))
 
@@ -279,7 +330,8 @@ def mosaic_product(left: Array, right: Array, **options: Any) -> Array:
     """
     module = importlib.import_module("tokamax._src.ops.ragged_dot.pallas_mosaic_gpu")
     kernel = module.PallasMosaicGpuRaggedDot()
-    config = kernel.bind(left, right, **options).default_config
+    # Settings are tuned, and looked up, for products without activation.
+    config = kernel.bind(left, right, **{**options, "activation": None}).default_config
     if right.ndim == 3:  # otherwise rows are summed over, and the kernel masks the last block
         width = left.shape[1]
         blocks = (b for b in (config.block_k, 128, _MOSAIC_BLOCK) if width % b == 0)
@@ -318,7 +370,7 @@ def _xla_product(spec: Any, left: Array, right: Array, group_sizes: Array) -> Ar
         ragged_dot_dimension_numbers=_dimensions(spec),
         preferred_element_type=jnp.float32,
     )
-    return out.astype(spec.dtype)
+    return _activated(spec, out)
 
 
 def loop_product(
@@ -358,9 +410,10 @@ def loop_product(
         part = jnp.matmul(block, matrix, preferred_element_type=jnp.float32)
         if scales is not None:
             part = part * scales[expert]
+        part = _activated(spec, part)
         old = jax.lax.dynamic_slice_in_dim(total, first, most)
         # The tile may reach into the rows of the next expert, which keep what they hold.
-        part = jnp.where(live, part.astype(total.dtype), old)
+        part = jnp.where(live, part, old)
         return jax.lax.dynamic_update_slice_in_dim(total, part, first, 0)
 
     total = jnp.zeros(shape, jnp.float32 if outer else spec.dtype)

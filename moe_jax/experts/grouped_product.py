@@ -17,6 +17,9 @@ Matrices in 8 bits (``quantize_experts``) are read as they are by tokamax and by
 multiply each sum by the scale of its output channel. Other kernels, and those of NVIDIA GPUs for a
 transposed product, take one dtype: all matrices are converted to that of the rows before.
 
+tokamax's Mosaic kernels, ``ragged_dot`` and the loop apply an activation to the sums in float32. After
+megablox, Triton kernels and products with scales on NVIDIA GPUs it is a pass over the rounded sums.
+
 Sums are taken in float32. Rows past the sum of ``group_sizes`` are unspecified and may hold anything:
 callers mask them.
 """
@@ -52,10 +55,16 @@ class ProductSpec(NamedTuple):
 
     form: str
     dtype: Any  # of the result
+    activation: str | None = None  # of the result, a name in ``ACTIVATIONS``; for "rows" only
 
 
 def grouped_dot(
-    rows: Array, kernels: Array, group_sizes: Array, scales: Array | None = None
+    rows: Array,
+    kernels: Array,
+    group_sizes: Array,
+    scales: Array | None = None,
+    *,
+    activation: str | None = None,
 ) -> Array:
     """Returns [M, N] in the dtype of ``rows``: each row times the matrix of its expert.
 
@@ -64,13 +73,14 @@ def grouped_dot(
         kernels: [E, K, N], in the dtype of ``rows``, or in 8 bits.
         group_sizes: i32[E], rows of each expert; they may add up to less than M.
         scales: f32[E, N], multiply the product before it is rounded. None is no scale.
+        activation: a name in ``ACTIVATIONS``, applied to the scaled product. None is none.
 
     Example:
         >>> rows, kernels = jnp.ones((3, 2)), jnp.arange(8.0).reshape(2, 2, 2)
         >>> grouped_dot(rows, kernels, jnp.array([1, 2])).tolist()
         [[2.0, 4.0], [10.0, 12.0], [10.0, 12.0]]
     """
-    spec = ProductSpec("rows", rows.dtype)
+    spec = ProductSpec("rows", rows.dtype, activation)
     return _bind(spec, rows, kernels, group_sizes, *(() if scales is None else (scales,)))
 
 

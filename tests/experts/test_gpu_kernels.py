@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from moe_jax.experts import FeedForward, grouped, grouped_kernels, quantize_experts
-from moe_jax.experts.feed_forward import QUANTIZED_DTYPES
+from moe_jax.experts.feed_forward import ACTIVATIONS, QUANTIZED_DTYPES
 from moe_jax.experts.grouped_product import ProductSpec, kernel_context
 from moe_jax.routing.dispatch import kept_weights
 from tests.experts import test_kernels as tpu
@@ -123,6 +123,17 @@ def test_mosaic_kernels_equal_the_product_of_each_expert(form, rows, d, f):
     """Also where the axis that is summed over has no whole number of 128, the kernel's own block."""
     left, right = operands(form, rows, d, f, "bfloat16")
     check(form, run(mosaic, form, left, right, SIZES), expected(form, left, right))
+
+
+@pytest.mark.parametrize("interpreter", [triton, mosaic])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_an_activation_is_that_of_the_product(interpreter, activation):
+    left, right = operands("rows", 192, 128, 128, "bfloat16")
+    spec = ProductSpec("rows", jnp.dtype("float32"), activation)
+    with interpreter() as product:
+        got = jax.jit(functools.partial(product, spec))(left, right, SIZES)
+    want = jnp.asarray(expected("rows", left, right), jnp.float32)
+    check("rows", got, np.asarray(ACTIVATIONS[activation](want), np.float64))
 
 
 @pytest.mark.parametrize(("d", "f", "mosaics"), [(192, 256, True), (72, 128, False)])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,11 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from moe_jax.experts import FeedForward, dense, grouped, grouped_kernels, quantize_experts
-from moe_jax.experts.feed_forward import QUANTIZED_DTYPES
-from moe_jax.experts.grouped_product import ProductSpec, kernel_context
+from moe_jax.experts.feed_forward import ACTIVATIONS, QUANTIZED_DTYPES
+from moe_jax.experts.grouped_kernels import IN_KERNELS
+from moe_jax.experts.grouped_product import ProductSpec, grouped_dot, kernel_context
+from moe_jax.parallel.target_hlo import kernels_of
+from moe_jax.parallel.targets import CompilerMissing, open_target
 from moe_jax.routing.dispatch import kept_weights
 from tests.experts.test_quantized_kernels import dequantized
 from tests.experts.test_tiered import plan_of
@@ -42,11 +47,11 @@ def library(request, monkeypatch):
         yield request.param
 
 
-def of_form(form, left, right, sizes, more=None):
+def of_form(form, left, right, sizes, more=None, activation=None):
     """``more`` is the dtype of the result for "outer" and scales for "rows"."""
     if form == "outer":
         return interpreted(ProductSpec(form, jnp.dtype(more)), left, right, sizes)
-    return interpreted(ProductSpec(form, left.dtype), left, right, sizes, more)
+    return interpreted(ProductSpec(form, left.dtype, activation), left, right, sizes, more)
 
 
 def interpreted(*args):
@@ -165,6 +170,127 @@ def test_what_mosaic_cannot_load_on_a_tpu_is_left_to_xla(monkeypatch):
         left, right = jnp.ones((16, 128), rows), jnp.ones((2, 128, 128), rows)
         spec = ProductSpec("rows", jnp.dtype(out))
         assert grouped_kernels.tpu_product(spec, left, right, sizes) == by
+
+
+@pytest.mark.parametrize("dtype", [None, *QUANTIZED_DTYPES])
+def test_ungated_experts_without_a_gradient_equal_the_oracle(library, dtype):
+    """The second product reads what the first left unwritten, and the matrices of no unused expert."""
+    expert_fn, plan = FeedForward(activation="silu"), skewed_plan()
+    params = expert_fn.init(jax.random.key(0), num_experts=EXPERTS, d_model=WIDTH, d_ff=2 * WIDTH)
+    x, weights, given = inputs()[1], kept_weights(plan), params
+    if dtype is not None:
+        given = quantize_experts(params, dtype)
+        expert_fn, params = dataclasses.replace(expert_fn, quantized=dtype), dequantized(given)
+    used = (jnp.arange(EXPERTS) != 2)[:, None]
+    given = {
+        n: jnp.where(used if p.ndim == 2 else used[..., None], p, jnp.nan)
+        if p.dtype == jnp.float32
+        else p
+        for n, p in given.items()
+    }
+    function = grouped._Grouped(expert_fn)
+    run = jax.jit(lambda *args: function.run(*args, in_place=True))
+    want = dense.run(dataclasses.replace(expert_fn, quantized=None), params, x, plan, weights)
+    np.testing.assert_allclose(run(given, x, weights, plan), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_an_activation_is_that_of_the_sums_in_float32(library, activation):
+    """tokamax's kernels round once, after it; megablox has none, so its sums are rounded before."""
+    sizes = jnp.array([100, 0, 57, 9], jnp.int32)
+    owner = np.repeat(np.arange(EXPERTS), np.asarray(sizes))
+    rows = np.random.default_rng(1).normal(size=(256, WIDTH)).astype(jnp.bfloat16)
+    kernels = np.random.default_rng(2).normal(size=(EXPERTS, WIDTH, WIDTH)).astype(jnp.bfloat16)
+    kernels = (kernels / WIDTH**0.5).astype(jnp.bfloat16)
+    kernels[1] = np.nan
+    sums = np.einsum(
+        "tm,tmn->tn", rows[: owner.size].astype(np.float32), kernels[owner].astype(np.float32)
+    )
+    want = np.asarray(ACTIVATIONS[activation](jnp.asarray(sums)))
+
+    def product(dtype):
+        run = functools.partial(interpreted, ProductSpec("rows", jnp.dtype(dtype), activation))
+        return jax.jit(run)(jnp.asarray(rows), jnp.asarray(kernels), sizes)[: owner.size]
+
+    np.testing.assert_allclose(product("float32"), want, atol=5e-6)
+    if activation == "silu":
+        once = np.asarray(product("bfloat16") == jnp.asarray(want).astype(jnp.bfloat16)).mean()
+        assert once > 0.98 if library == "tokamax" else 0.5 < once < 0.95
+
+
+def test_activations_in_kernels_are_the_activations_and_have_a_name_to_import():
+    assert set(IN_KERNELS) == set(ACTIVATIONS)
+    x = jnp.linspace(-20.0, 20.0, 4001)
+    for name, function in IN_KERNELS.items():
+        np.testing.assert_allclose(function(x), ACTIVATIONS[name](x), atol=1e-6, rtol=1e-6)
+        module = importlib.import_module(function.__module__)
+        assert getattr(module, function.__qualname__) is function
+
+
+def test_ungated_experts_pass_over_their_hidden_activations_in_products_only():
+    """Where no gradient follows: XLA for an accelerator runs a pass of its own for anything else."""
+
+    def hidden_operations(expert_fn, gradient):
+        params = expert_fn.init(jax.random.key(0), num_experts=EXPERTS, d_model=6, d_ff=10)
+        plan = skewed_plan()
+        x, function = jnp.ones((TOKENS, 6)), grouped._Grouped(expert_fn)
+        run = function.forward if gradient else function.run
+        args = params, x, kept_weights(plan), plan
+        jaxpr = jax.make_jaxpr(lambda *args: run(*args, in_place=True))(*args)
+        shape = (grouped.padded_rows(plan), 10)
+        return [e.primitive.name for e in jaxpr.eqns if e.outvars[0].aval.shape == shape]
+
+    assert hidden_operations(FeedForward(), False) == ["moe_grouped_product"]
+    assert len(hidden_operations(FeedForward(), True)) > 1
+    assert len(hidden_operations(FeedForward(use_bias=True), False)) > 1
+    assert len(hidden_operations(FeedForward(gated=True), False)) > 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ["gelu", "relu2"])
+def test_values_are_those_of_the_program_that_a_gradient_follows(activation, dtype):
+    """Without a gradient sums are not rounded before the activation: closer in 16 bits, not equal."""
+    expert_fn, plan = FeedForward(activation=activation), skewed_plan()
+    params = expert_fn.init(jax.random.key(0), num_experts=EXPERTS, d_model=WIDTH, d_ff=WIDTH)
+    x, weights = inputs()[1].astype(dtype), kept_weights(plan)
+    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    run = jax.jit(lambda p, x, w: grouped.run(expert_fn, p, x, plan, w))
+    alone, (with_gradient, _) = run(params, x, weights), jax.vjp(run, params, x, weights)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    want = dense.run(expert_fn, wide, x.astype(jnp.float32), plan, weights)
+    if dtype == "float32":
+        np.testing.assert_allclose(alone, with_gradient, rtol=1e-5, atol=1e-6)
+        return
+    largest = float(jnp.abs(want).max())
+    np.testing.assert_allclose(alone, with_gradient, atol=0.01 * largest)
+    assert jnp.square(alone - want).sum() < jnp.square(with_gradient - want).sum()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jax, for names that tokamax uses
+@pytest.mark.parametrize("name", ["v5e:2x4", "h100"])
+def test_the_compilers_of_accelerators_take_each_activation_in_a_kernel(name):
+    if not grouped_kernels.has_tokamax():
+        pytest.skip("tokamax is not installed: pip install 'moe_jax[accelerator]'")
+    try:
+        target = open_target(name)
+    except (CompilerMissing, NotImplementedError) as error:
+        pytest.skip(str(error))
+    width, struct = 256, jax.ShapeDtypeStruct
+    arguments = (
+        struct((width, width), jnp.bfloat16),
+        struct((EXPERTS, width, width), jnp.bfloat16),
+        struct((EXPERTS,), jnp.int32),
+    )
+    where = jax.sharding.SingleDeviceSharding(target.devices[0])
+    cuda = target.platform == "cuda"
+    options: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"} if cuda else {}
+    for activation in ACTIVATIONS:
+        product = functools.partial(grouped_dot, activation=activation)
+        with jax.default_device(target.devices[0]):
+            lowered = jax.jit(product, in_shardings=where, out_shardings=where).lower(*arguments)
+        text = lowered.compile(compiler_options=options).as_text() or ""
+        assert sum(kernels_of(text).values()) == 1
+        assert not re.search(rf"= \w+\[{width},{width}\]\S* fusion\(", text)  # a pass over the sums
 
 
 def test_tiles_fit_the_memory_of_a_kernel_and_have_whole_lanes():
