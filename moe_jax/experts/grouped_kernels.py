@@ -111,9 +111,11 @@ def _tpu_product(spec: Any, left: Array, right: Any, group_sizes: Array) -> Arra
     tiles = tpu_tiles(spec, whole, left, right, group_sizes.shape[0])
     whole = -(-rows // tiles[0]) * tiles[0]
     left = _pad_rows(left, whole)
-    if spec.form == "outer":
-        return _tpu_outer()(left, _pad_rows(right, whole), group_sizes, spec.dtype, tiles)
-    return _tpu_rows()(left, right, group_sizes, spec, tiles)[:rows]
+    # megablox takes the precision that is in force, of which it has only these two.
+    with jax.default_matmul_precision(_precision(left).name.lower()):
+        if spec.form == "outer":
+            return _tpu_outer()(left, _pad_rows(right, whole), group_sizes, spec.dtype, tiles)
+        return _tpu_rows()(left, right, group_sizes, spec, tiles)[:rows]
 
 
 def tpu_tiles(spec: Any, rows: int, left: Any, right: Any, experts: int) -> tuple[int, int, int]:
@@ -204,7 +206,7 @@ def _tpu_rows() -> Any:
                 left,
                 right,
                 group_sizes=group_sizes,
-                precision=(jax.lax.Precision.DEFAULT,) * 2,
+                precision=(_precision(left),) * 2,
                 out_dtype=spec.dtype,
                 tiling=tiles,
                 transpose_rhs=spec.form == "transposed",
@@ -222,6 +224,15 @@ def _tpu_rows() -> Any:
     return product
 
 
+def _precision(rows: Array) -> jax.lax.Precision:
+    """What ``jax.default_matmul_precision`` asks for, as far as TPU kernels have it: one pass in
+    bfloat16 or, for every finer one, float32. Rows of 16 bits have nothing finer."""
+    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    coarse = (None, "default", "bfloat16", "BF16_BF16_F32")
+    fine = rows.dtype.itemsize >= 4 and asked not in coarse
+    return jax.lax.Precision.HIGHEST if fine else jax.lax.Precision.DEFAULT
+
+
 def _tpu_outer() -> Any:
     if has_tokamax():
         kernels = importlib.import_module("tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel")
@@ -231,7 +242,7 @@ def _tpu_outer() -> Any:
                 left.T,
                 right,
                 group_sizes=group_sizes,
-                precision=(jax.lax.Precision.DEFAULT,) * 2,
+                precision=(_precision(left),) * 2,
                 out_dtype=dtype,
                 tiling=tiles,
             )

@@ -326,3 +326,21 @@ def test_row_padding_to_tiles_is_at_most_a_tenth_where_tiles_can_be_chosen():
     spec = ProductSpec("rows", jnp.dtype("bfloat16"))
     tall = grouped_kernels.tpu_tiles(spec, 131072, left, right, 64)[0]
     assert 64 * tall <= 0.1 * 131072
+
+
+@pytest.mark.parametrize("form", ["rows", "outer"])
+@pytest.mark.parametrize(("dtype", "follows"), [(jnp.float32, True), (jnp.bfloat16, False)])
+def test_tpu_kernels_follow_the_precision_that_is_asked_for(library, form, dtype, follows):
+    """``jax.default_matmul_precision`` holds for products of experts as for all others."""
+    right = jnp.ones((EXPERTS, WIDTH, WIDTH) if form == "rows" else (WIDTH, WIDTH), dtype)
+    operands = jnp.ones((WIDTH, WIDTH), dtype), right, jnp.full((EXPERTS,), 32, jnp.int32)
+
+    def program(precision):
+        spec = ProductSpec(form, jnp.dtype("float32"))
+        with jax.default_matmul_precision(precision), kernel_context("tpu"):
+            run = jax.jit(lambda *operands: grouped_kernels.tpu_product(spec, *operands))
+            return run.trace(*operands).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert program("default") == program("bfloat16")
+    assert (program("default") != program("highest")) == follows
+    assert program("highest") == program("float32") == program("high")
