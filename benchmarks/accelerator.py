@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 
 from moe_jax.bench.layer_cost import experts_step, with_gradients
 from moe_jax.bench.measure import interleave, write_results
+from moe_jax.bench.script_options import at_least, file_to_write
 from moe_jax.bench.workload import sample_routing
 from moe_jax.experts import FeedForward
 from moe_jax.parallel.target_layers import LAYERS, LayerShape
@@ -174,9 +174,11 @@ def measure(run: Run, name: str, shape: LayerShape) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=540.0, help="no case starts after this")
+    parser.add_argument("--out", type=file_to_write, required=True)
+    parser.add_argument("--rounds", type=at_least(1), default=10)
+    parser.add_argument(
+        "--seconds", type=at_least(0.0), default=540.0, help="no case starts after this"
+    )
     parser.add_argument("--only", choices=sorted(LAYERS))
     parser.add_argument("--small", action="store_true", help="toy shapes, any backend")
     args = parser.parse_args()

@@ -25,12 +25,11 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from moe_jax.experts import IMPLEMENTATIONS
+from moe_jax.bench.script_options import at_least, file_to_write, read_rows, some_of
 from moe_jax.parallel.target_layers import LAYERS, experts_program, refusal, tile_padding
 from moe_jax.parallel.targets import open_target
 
@@ -169,12 +168,15 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--targets", default=",".join(TARGETS))
-    parser.add_argument("--layers", default=",".join(LAYERS_OF_THE_TABLE))
-    parser.add_argument("--implementations", default=",".join(ORDER))
+    parser.add_argument("--out", type=file_to_write)
+    for option, words in (
+        ("--targets", TARGETS),
+        ("--layers", LAYERS_OF_THE_TABLE),
+        ("--implementations", ORDER),
+    ):
+        parser.add_argument(option, type=some_of(words), default=list(words))
     parser.add_argument("--passes", choices=("forward", "both"), default="both")
-    parser.add_argument("--seconds", type=float, default=300.0, help="the most for one row")
+    parser.add_argument("--seconds", type=at_least(1.0), default=300.0, help="the most for one row")
     parser.add_argument("--check", action="store_true", help="check the rows of the file only")
     parser.add_argument(
         "--skip", metavar="REASON", help="add the rows that are missing, with a reason"
@@ -187,23 +189,22 @@ def main() -> None:
         return
     if args.out is None:
         parser.error("--out: expected the file of the rows, got nothing.")
-    names = args.implementations.split(",")
-    unknown = sorted(set(names) - {"default", *IMPLEMENTATIONS})
-    if unknown:
-        parser.error(
-            f"--implementations: expected default, {', '.join(IMPLEMENTATIONS)}, got {unknown}"
-        )
+    names = args.implementations
     rows: list[dict[str, Any]] = []
-    if args.out.exists():
-        rows = json.loads(args.out.read_text())["rows"]
+    if args.out.exists() or args.check:  # a check of no rows would hold
+        fields = {"target": TARGETS, "what": LAYERS_OF_THE_TABLE, "asked": ORDER, "passes": PASSES}
+        try:
+            rows = read_rows(args.out, "compiled", fields)
+        except ValueError as error:
+            parser.error(f"--out: {error}")
     if not args.check:
         rows = [r for r in rows if "skipped" not in r]
     done = {(r["target"], r["what"], r["asked"], r["passes"]) for r in rows}
     keys = [
         (target, layer, name, passes)
         for name in names
-        for target in args.targets.split(",")
-        for layer in args.layers.split(",")
+        for target in args.targets
+        for layer in args.layers
         for passes in PASSES[: 1 if args.passes == "forward" else 2]
     ]
     for key in keys if not args.check else ():

@@ -22,11 +22,12 @@ import jax.numpy as jnp
 from moe_jax.bench.decode_cost import Rotating
 from moe_jax.bench.layer_cost import experts_step
 from moe_jax.bench.measure import interleave
+from moe_jax.bench.script_options import at_least
 from moe_jax.bench.workload import DTYPES, random_array, sample_routing
 from moe_jax.experts import FeedForward, quantize_experts, run_experts
 from moe_jax.experts.feed_forward import QUANTIZED_DTYPES
 from moe_jax.parallel.target_layers import LAYERS, plan_shapes
-from moe_jax.parallel.targets import bfloat16_shapes, compile_program, open_target
+from moe_jax.parallel.targets import Target, bfloat16_shapes, compile_program, open_target
 from moe_jax.types import Params
 
 FLOAT = FeedForward(activation="silu", gated=True)
@@ -71,9 +72,9 @@ def decode(rounds: int) -> None:
     print(f"load {os.getloadavg()[0]:.1f}")
 
 
-def compile_layer(target_name: str, layer: str) -> None:
+def compile_layer(target: Target, layer: str) -> None:
     """Prints the memory of one layer's forward pass for each dtype of the kernels."""
-    target, shape = open_target(target_name), LAYERS[layer]
+    shape = LAYERS[layer]
     init = functools.partial(
         FLOAT.init, num_experts=shape.num_experts, d_model=shape.d_model, d_ff=shape.d_ff
     )
@@ -101,7 +102,7 @@ def compile_layer(target_name: str, layer: str) -> None:
             useful_flops=shape.flops,
         )
         print(
-            f"{target_name} {layer}, {name} kernels: arguments {program.argument_bytes / 1e6:,.1f} MB, "
+            f"{target.name} {layer}, {name} kernels: arguments {program.argument_bytes / 1e6:,.1f} MB, "
             f"temporary {program.temp_bytes / 1e6:,.1f} MB, kernels {program.kernels}"
             f"{f', {program.error}' if program.error else ''}"
         )
@@ -111,7 +112,7 @@ def main() -> None:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("decode").add_argument("--rounds", type=int, default=100)
+    commands.add_parser("decode").add_argument("--rounds", type=at_least(1), default=100)
     compiler = commands.add_parser("compile")
     compiler.add_argument("--target", default="v5e:2x4")
     compiler.add_argument("--layer", default="olmoe", choices=sorted(LAYERS))
@@ -119,7 +120,11 @@ def main() -> None:
     if arguments.command == "decode":
         decode(arguments.rounds)
     else:
-        compile_layer(arguments.target, arguments.layer)
+        try:
+            target = open_target(arguments.target)
+        except ValueError as error:
+            compiler.error(f"--target: {error}")
+        compile_layer(target, arguments.layer)
 
 
 if __name__ == "__main__":

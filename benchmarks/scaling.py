@@ -17,8 +17,9 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from moe_jax.bench.script_options import at_least, file_to_write
 
 D, F, K, TOKENS = 64, 128, 2, 256  # tokens of each device
 CASES = (("capacity 1.25", 1.25, None), ("dropless, one size", None, (1.5,)))
@@ -122,10 +123,11 @@ def measure(devices: int, timed: bool, rounds: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--devices", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--timed-up-to", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--out", type=file_to_write)
+    devices = [1, 2, 4, 8, 16, 32, 64]
+    parser.add_argument("--devices", type=at_least(1), nargs="+", default=devices)
+    parser.add_argument("--timed-up-to", type=at_least(0), default=8)
+    parser.add_argument("--rounds", type=at_least(2), default=20, help="2 have a middle half")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import platform
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from moe_jax.bench.script_options import at_least, file_to_write
 from moe_jax.interop import moe_block_from_hf
 from moe_jax.models import CausalLM, compare, decoder_config, fit_budget
 from moe_jax.models.causal_lm import forward
@@ -199,14 +199,16 @@ def one_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--tokens", type=int, default=150_000, help="of each text")
-    parser.add_argument("--letters-per-file", type=int, default=3_000)
+    parser.add_argument("--json", type=file_to_write)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--steps", type=at_least(1), default=600)
+    parser.add_argument("--tokens", type=at_least(1), default=150_000, help="of each text")
+    parser.add_argument("--letters-per-file", type=at_least(1), default=3_000)
     parser.add_argument("--rule", default="MinP")
     parser.add_argument("--savings", type=float, nargs="+", default=[0.2, 0.4])
     args = parser.parse_args()
+    if not all(0 < saving < 1 for saving in args.savings):
+        parser.error(f"--savings: expected shares between 0 and 1, got {args.savings}.")
     rows = [row for seed in range(args.seeds) for row in one_seed(seed, args)]
     if args.json is not None:
         result = {

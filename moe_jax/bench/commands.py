@@ -385,7 +385,9 @@ def serve(
     d_model: Size = 768,
     parts: Annotated[str, typer.Option("--part", help="wrapper,http")] = "wrapper,http",
     clients: Annotated[str, typer.Option(help="At once over HTTP, e.g. 1,8.")] = "1,8",
-    seconds: Annotated[float, typer.Option(min=0.01, help="Of load a case and round.")] = 0.4,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, max=3600, help="Of load a case and round.")
+    ] = 0.4,
     rounds: Rounds = 5,
     json: Json = None,
 ) -> None:
