@@ -23,6 +23,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -66,7 +67,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             without.setdefault(reason, []).append(row)
             continue
         if "error" in row:
-            lines.append(f"{start} does not compile: {row['error'][:90]} | | | | | |")
+            lines.append(f"{start} {_failure(row['error'])} | | | | | |")
             continue
         work = "–" if row["work"] is None else f"{row['work']:.2f}"
         kernels = ", ".join(f"{n} {name}" for name, n in row["kernels"].items()) or "–"
@@ -78,6 +79,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines += [""] if without else []
     lines += [f"- {reason}: {places(some)}." for reason, some in without.items()]
     return "\n".join(lines)
+
+
+def _failure(error: str) -> str:
+    """A compiler's error, cut to what a table has room for."""
+    if "CompileTimeHbmOom" in error:
+        needs = re.search(r"\((\S+)G\) exceeds available HBM \((\S+)G\)", error)
+        detail = f": {needs[1]} GiB of temporaries, {needs[2]} GiB of memory" if needs else ""
+        return f"does not fit{detail}"
+    return f"does not compile: {error[:90]}"
 
 
 def places(rows: list[dict[str, Any]]) -> str:
