@@ -1,13 +1,13 @@
 """What a device holds during one expert-parallel layer: buffers and their lifetimes, on paper.
 
 Host-side arithmetic for a layer with a capacity, gated experts, the ``grouped`` implementation and one
-all-to-all each way on a TPU. ``docs/scaling.md`` compares it with the compiler.
+all-to-all each way on a TPU, as libtpu 0.0.52 lays it out. ``docs/scaling.md`` compares both.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from moe_jax.experts.exchange import counts_place
 from moe_jax.parallel.planning import exchange_cost
@@ -61,10 +61,6 @@ class Buffer:
         """Whether the buffer takes memory in a step."""
         return _STEPS.index(self.first) <= _STEPS.index(step) <= _STEPS.index(self.last)
 
-    def meets(self, other: Buffer) -> bool:
-        """Whether both take memory in some step."""
-        return self.held_in(other.first) or other.held_in(self.first)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryCost:
@@ -91,14 +87,15 @@ def memory_cost(
     devices: int,
     capacity_factor: float,
     gradient: bool,
+    data: int = 1,
     itemsize: int = 2,
 ) -> MemoryCost:
     """Returns what a device holds during a layer of gated experts that P devices share.
 
     Buffers of at least a row of D or F per assignment count; routing does not, whose [T, E] arrays
-    are small beside them. Buffers that fit into the memory of a result before it is written take none.
-    Of buffers that fit into on-chip memory only the gradient of y is taken to be there, so a small
-    layer holds less. Memory that the allocator loses between buffers does not count.
+    are small beside them. Of buffers that fit into on-chip memory only the gradient of y is taken to
+    be there, so a small layer holds less. Memory that the allocator loses between buffers does not
+    count, and no buffer lies in the memory of a result.
 
     Args:
         tokens: T of one device.
@@ -109,6 +106,7 @@ def memory_cost(
         devices: P, that share the experts.
         capacity_factor: of each device's plan.
         gradient: whether the gradient of parameters and tokens is computed too.
+        data: devices along the data axis, each with the same experts. They sum their gradients.
         itemsize: bytes of one number of tokens and experts; the router is float32.
 
     Example:
@@ -139,15 +137,12 @@ def memory_cost(
                 capacity_factor=capacity_factor,
             ).buffer_rows,
             gradient=gradient,
+            data=data,
             itemsize=itemsize,
         )
     )
-    matrix = local * d_model * d_ff * itemsize
-    down, others = "gradient of down", "gradients of gate and up"
-    results = [(matrix, down), (matrix, others), (matrix, others)] if gradient else []
-    remaining = outside_results(buffers, results)
     held = {
-        step: sum(b.num_bytes for b in remaining if b.held_in(step))
+        step: sum(b.num_bytes for b in buffers if b.held_in(step))
         for step in (_STEPS if gradient else _FORWARD)
     }
     most = max(held, key=lambda step: held[step])
@@ -157,28 +152,6 @@ def memory_cost(
         temp_bytes=held[most],
         step=most,
     )
-
-
-def outside_results(buffers: Sequence[Buffer], results: Sequence[tuple[int, str]]) -> list[Buffer]:
-    """Returns the buffers that do not fit into the memory of results that are not written yet.
-
-    The compiler gives the memory of a result to temporaries that end before it, the largest first.
-
-    Args:
-        buffers: temporaries.
-        results: bytes of each result, and the step that writes it.
-    """
-    sharing: list[list[Buffer]] = [[] for _ in results]
-    left = []
-    for buffer in sorted(buffers, key=lambda b: -b.num_bytes):
-        for (size, step), others in zip(results, sharing, strict=True):
-            early = _STEPS.index(buffer.last) < _STEPS.index(step)
-            if early and buffer.num_bytes <= size and not any(map(buffer.meets, others)):
-                others.append(buffer)
-                break
-        else:
-            left.append(buffer)
-    return left
 
 
 def _buffers(
@@ -191,6 +164,7 @@ def _buffers(
     local: int,
     size: int,
     gradient: bool,
+    data: int,
     itemsize: int,
 ) -> Iterator[Buffer]:
     """The buffers of one layer. S rows go to each of P devices, so P * S rows arrive."""
@@ -241,11 +215,15 @@ def _buffers(
     yield one("sent gradients", wide, "send gradients", "send gradients")
     yield one("arrived gradients", wide, "send gradients", "sort gradients")
     yield one("gradient rows", wide, "sort gradients", "back through down")
-    yield one("weighted gradients", wide, "gradient of down", "gradient of down")
     yield one("gradient of hidden", hidden, "back through down", "back through the activation")
     yield one("gradient of gate", hidden, "back through the activation", "back through gate")
     yield one("gradient of up", hidden, "back through the activation", "back through up")
     yield one("gradient by gate", wide, "back through gate", "send gradients back")
     yield one("gradient by up", wide, "back through up", "send gradients back")
+    if data > 1:
+        # A device's own gradient of a stack of matrices [L, D, F]; the sum over the data axis is the
+        # result. Those of gate and up follow one after the other, when fewer other buffers are left.
+        stack = local * d_model * d_ff * itemsize
+        yield one("own gradient of down", stack, "gradient of down", "gradient of down")
     yield one("returned gradients", wide, "send gradients back", "pick gradients")
     yield one("gradients", each, "pick gradients", "pick gradients")

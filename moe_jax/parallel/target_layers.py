@@ -267,7 +267,7 @@ def parallel_program(
         expansion = (count, local, (shape.d_model, shape.d_ff)) if local > 1 else None
         # The model follows the buffers of this program on a TPU v5e and was compared with no other.
         v5e = target.name.startswith("v5e")
-        if v5e and (chosen, exchange, data) == ("grouped", "all_to_all", 1):
+        if v5e and (chosen, exchange) == ("grouped", "all_to_all") and cost.devices > 1:
             model = memory_cost(
                 tokens=shape.tokens,
                 num_experts=shape.num_experts,
@@ -277,6 +277,7 @@ def parallel_program(
                 devices=cost.devices,
                 capacity_factor=capacity_factor,
                 gradient=gradient,
+                data=data,
             )
     y = shardings(rows, mesh)
     dropping = "dropless" if capacity_factor is None else f"capacity {capacity_factor:g}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.parallel.collectives import CollectiveTraffic, collectives_of
-from moe_jax.parallel.memory_cost import Buffer, memory_cost, outside_results
+from moe_jax.parallel.memory_cost import memory_cost
 from moe_jax.parallel.planning import break_even_width, exchange_cost, plan_placement
 
 
@@ -150,8 +150,21 @@ def test_wide_experts_hold_most_between_their_products():
     forward = memory_cost(**wide, capacity_factor=1.0, gradient=False)
     assert (forward.temp_bytes, forward.step) == (X + 2 * 16 * G, "project")
     both = memory_cost(**wide, capacity_factor=1.0, gradient=True)
-    # Rows, gate, up and hidden. What comes later takes the memory of results, which are larger than X.
-    assert (both.temp_bytes, both.step) == (X + 3 * 16 * G, "activate")
+    assert both.temp_bytes == X + 3 * 16 * G + X + 2 * X
+    assert both.step == "gradient of the weights"
+
+
+def test_a_gradient_that_is_summed_over_a_data_axis_takes_memory_beside_its_sum():
+    few = SMALL | {"tokens": 128, "d_ff": 1024, "capacity_factor": 1.0, "gradient": True}
+    rows, hidden, matrix = 2 * 64 * 256 * 2, 128 * 1024 * 2, 2 * 256 * 1024 * 2
+    alone, summed = memory_cost(**few), memory_cost(**few, data=2)
+    assert alone.temp_bytes == rows + 3 * hidden + rows + 2 * rows
+    # The rows and their gradients, gate, up and hidden, and the device's own gradient of one matrix.
+    assert (summed.temp_bytes, summed.step) == (2 * rows + 3 * hidden + matrix, "gradient of down")
+    assert summed.output_bytes == alone.output_bytes
+    # Forward nothing is summed.
+    forward = few | {"gradient": False}
+    assert memory_cost(**forward, data=2) == memory_cost(**forward)
 
 
 def test_memory_of_rows_follows_tokens_and_capacity():
@@ -166,16 +179,3 @@ def test_memory_of_rows_follows_tokens_and_capacity():
     scale = 128
     large = memory_cost(**SMALL | {"tokens": 1024 * scale}, capacity_factor=1.0, gradient=True)
     assert large.temp_bytes == scale * base.temp_bytes + 4 * 1024 * scale * 256
-
-
-def test_buffers_that_end_before_a_result_is_written_take_its_memory():
-    large = Buffer(name="large", num_bytes=16, first="send", last="send")
-    early = Buffer(name="early", num_bytes=8, first="send", last="send")
-    beside = Buffer(name="beside", num_bytes=8, first="send", last="project")
-    after = Buffer(name="after", num_bytes=4, first="project", last="activate")
-    late = Buffer(name="late", num_bytes=4, first="unsort", last="gradient of down")
-    buffers, down = [late, after, beside, early, large], "gradient of down"
-    assert outside_results(buffers, [(8, down), (8, down)]) == [large, late]
-    assert outside_results(buffers, [(8, down)]) == [large, early, late, after]
-    assert outside_results([late, after, early, large], [(8, down)]) == [large, late]
-    assert outside_results(buffers, []) == sorted(buffers, key=lambda b: -b.num_bytes)
