@@ -46,7 +46,12 @@ def print_verification(
         changed = {key: value for key, value in sizes.items() if value is not None}
         shape = dataclasses.replace(LAYERS[layer], **changed)
         verification = verify_target(
-            name, shape, layer=layer, implementations=names, on_program=_note
+            name,
+            shape,
+            layer=layer,
+            implementations=names,
+            on_start=_note_start,
+            on_program=_note_end,
         )
     failed = verification.failed
     if as_json:
@@ -87,12 +92,23 @@ def _print(verification: Any) -> None:
         )
 
 
-def _note(program: Any) -> None:
-    if program.refused is None and program.too_large is None:
-        notes.print(
-            f"compiled {program.what}, {program.implementation}: {program.seconds:.0f} s",
-            highlight=False,
-        )
+def _note_start(number: int, total: int, program: Any) -> None:
+    passes = "forward + backward" if program.gradient else "forward"
+    devices = "1 device" if program.devices == 1 else f"{program.devices} devices"
+    _note(
+        f"{number} of {total}: compiling {program.what}, {program.implementation}, {passes}, {devices}"
+    )
+
+
+def _note_end(program: Any) -> None:
+    if program.error is not None:
+        _note(f"  does not compile: {program.error[:200]}")
+    elif program.refused is None and program.too_large is None:
+        _note(f"  compiled in {program.seconds:.0f} s")
+
+
+def _note(line: str) -> None:
+    notes.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(row: dict[str, Any], *, excused: bool = False) -> list[str]:

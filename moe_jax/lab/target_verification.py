@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.experts import IMPLEMENTATIONS, choose
 from moe_jax.lab.lm_config import LMConfig
@@ -79,6 +80,7 @@ def verify_target(
     layer: str = "layer",
     implementations: Sequence[str | None] | None = None,
     model: LMConfig = LMConfig(),
+    on_start: Callable[[int, int, TargetProgram], None] = lambda number, total, program: None,
     on_program: Callable[[TargetProgram], None] = lambda program: None,
 ) -> TargetVerification:
     """Compiles a layer and the training step of the small model for devices that need not exist.
@@ -96,7 +98,9 @@ def verify_target(
             each that refuses is a row with its reason. An implementation that is named is compiled
             whatever it says.
         model: the small model.
-        on_program: is called with every program as soon as it is compiled.
+        on_start: is called before a program is compiled, which takes seconds to minutes: with its
+            number from 1, the number of programs that will be compiled, and what is known of it.
+        on_program: is called with every row of the report, as soon as it is compiled if it is.
 
     Raises:
         CompilerMissing: the compiler is not installed; the message has the command that installs it.
@@ -110,55 +114,74 @@ def verify_target(
                 f"{', '.join(unknown)}."
             )
     target = open_target(name)
+    tasks = list(_tasks(target, shape, layer, implementations, model))
+    total = sum(task.compile is not None for task in tasks)
     programs: list[TargetProgram] = []
-    for program in _programs(target, shape, layer, implementations, model):
+    number = 0
+    for task in tasks:
+        if task.compile is None:
+            program = task.report
+        else:
+            number += 1
+            on_start(number, total, task.report)
+            program = task.compile()
         programs.append(program)
         on_program(program)
     return TargetVerification(target=target, programs=tuple(programs))
 
 
-def _programs(
+class _Task(NamedTuple):
+    """One row of the report."""
+
+    report: TargetProgram  # what is known of the program before it is compiled
+    compile: Callable[[], TargetProgram] | None = None  # None: the report says why it is not
+
+
+def _tasks(
     target: Target,
     shape: LayerShape,
     layer: str,
     implementations: Sequence[str | None] | None,
     model: LMConfig,
-) -> Iterator[TargetProgram]:
-    several = len(target.devices) > 1
+) -> Iterator[_Task]:
+    count = len(target.devices)
+    several = count > 1
     for name, reason in _selected(target, shape, implementations):
+        known = _known(target, layer, name)
         if reason is not None:
-            yield _refused(target, layer, name, reason)
+            yield _Task(dataclasses.replace(known, refused=reason))
             continue
         for gradient in (False, True):
             needed = memory_excess(target, shape, gradient=gradient) if several else None
-            if needed is None:
-                yield experts_program(target, layer, shape, implementation=name, gradient=gradient)
-            else:
-                yield TargetProgram(
-                    target=target.name,
-                    what=layer,
-                    gradient=gradient,
-                    implementation=name or "default",
-                    too_large=needed,
-                )
+            here = dataclasses.replace(known, gradient=gradient, too_large=needed)
+            how = {"implementation": name, "gradient": gradient}
+            make = functools.partial(experts_program, target, layer, shape, **how)
+            yield _Task(here, make if needed is None else None)
         # Rows that arrive are planned without a capacity, which `capacity` needs.
         for gradient in (False, True) if several and name != "capacity" else ():
-            count = len(target.devices)
-            yield parallel_program(
-                target,
-                layer,
-                shape,
-                data=count // math.gcd(shape.num_experts, count),
-                implementation=name,
-                gradient=gradient,
+            data = count // math.gcd(shape.num_experts, count)
+            how = {"implementation": name, "gradient": gradient, "data": data}
+            yield _Task(
+                dataclasses.replace(known, gradient=gradient, devices=count),
+                functools.partial(parallel_program, target, layer, shape, **how),
             )
     for name, reason in _selected(target, layer_shape(model), implementations, step=True):
+        known = _known(target, "training step of the small model", name)
         if reason is not None:
-            yield _refused(target, "training step of the small model", name, reason)
+            yield _Task(dataclasses.replace(known, refused=reason))
             continue
-        yield training_program(target, model, implementation=name)
+        known = dataclasses.replace(known, gradient=True)
+        make = functools.partial(training_program, target, model, implementation=name)
+        yield _Task(known, make)
         if several:
-            yield training_program(target, model, implementation=name, all_devices=True)
+            over_all = functools.partial(make, all_devices=True)
+            yield _Task(dataclasses.replace(known, devices=count), over_all)
+
+
+def _known(target: Target, what: str, name: str | None) -> TargetProgram:
+    return TargetProgram(
+        target=target.name, what=what, gradient=False, implementation=name or "default"
+    )
 
 
 def _selected(
@@ -181,13 +204,3 @@ def _selected(
             yield name, "the training step drops nothing, so its plans have no capacity"
         else:
             yield name, refusal(target.platform, shape, name)
-
-
-def _refused(target: Target, what: str, name: str | None, reason: str) -> TargetProgram:
-    return TargetProgram(
-        target=target.name,
-        what=what,
-        gradient=False,
-        implementation=name or "default",
-        refused=reason,
-    )

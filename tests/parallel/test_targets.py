@@ -389,6 +389,22 @@ def test_a_layer_whose_arguments_exceed_one_of_many_devices_is_not_compiled_for_
     assert ("layer", None, True) in compiled
 
 
+def test_every_program_is_announced_before_it_is_compiled(compiled):
+    events = []
+    report = verify_target(
+        "v5e:2x4",
+        on_start=lambda number, total, p: events.append((number, total, p.gradient, len(compiled))),
+        on_program=lambda p: events.append(None),
+    )
+    started = [e for e in events if e is not None]
+    assert [(number, before) for number, _, _, before in started] == [
+        (i + 1, i) for i in range(len(compiled))
+    ]
+    assert {total for _, total, _, _ in started} == {len(compiled)}
+    assert [gradient for _, _, gradient, _ in started] == [gradient for _, _, gradient in compiled]
+    assert events.count(None) == len(report.programs) > len(compiled)
+
+
 @pytest.mark.parametrize("fields", [{"fits": False}, {"error": OUT_OF_MEMORY, "fits": False}])
 def test_a_program_over_all_devices_that_exceeds_them_fails(compiled, monkeypatch, fields):
     changed(monkeypatch, "parallel_program", **fields)
@@ -399,7 +415,12 @@ def test_the_command_prints_a_table_or_json_and_exits_by_the_default(compiled, m
     run = CliRunner().invoke
     good = run(app, ["verify", "--target", "v5e:2x4", "--json", "--tokens", "64"])
     assert good.exit_code == 0
-    rows = json.loads(good.stdout)["programs"]
+    rows = json.loads(good.stdout)["programs"]  # progress is on standard error
+    made = [row for row in rows if "refused" not in row]
+    lines = good.stderr.splitlines()
+    assert lines[0] == f"1 of {len(made)}: compiling small, default, forward, 1 device"
+    assert f"4 of {len(made)}: compiling small, default, forward + backward, 8 devices" in lines
+    assert lines.count("  compiled in 0 s") == len(made) == len(lines) // 2
     assert {"refused", "what", "implementation", "ok"} <= set(rows[-1])
     monkeypatch.setattr(target_verification, "layer_shape", lambda model: LAYERS["small"])
     bad = dataclasses.replace(verify_target("v5e:2x4").programs[0], expanded=True)
