@@ -190,11 +190,28 @@ def _lowering(platform: str) -> Any:
             avals_in=[_untyped(a) for a in ctx.avals_in],
             avals_out=[_untyped(a) for a in ctx.avals_out],
         )
+        if ctx.dim_var_values and jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+            clean = _without_platform_index(clean, platform)
         # Kernel libraries count in 32 bits, which `jax_enable_x64` would mix with 64.
         with jax.enable_x64(wide):
             return mlir.lower_fun(traced, multiple_results=False)(clean, *operands)
 
     return rule
+
+
+def _without_platform_index(ctx: Any, platform: str) -> Any:
+    """The context without the arguments that say which platform runs, and which sizes are symbolic.
+
+    An export for several platforms hands them to every function that it calls, in 64 bits where the
+    program has these; functions that are lowered in 32 bits would expect 32. A kernel needs none. The
+    functions of the two kinds differ in their arguments, so they are not to be found for each other.
+    """
+    alone = ctx.module_context.replace(
+        shape_poly_state=mlir.ShapePolyLoweringState((), (platform,)),
+        lowering_cache={},
+        cached_primitive_lowerings={},
+    )
+    return ctx.replace(module_context=alone, dim_var_values=())
 
 
 @contextlib.contextmanager

@@ -167,5 +167,8 @@ def test_kernels_lower_in_a_program_of_64_bits():
             for p in ("tpu", "cuda")
         ]
         assert "tpu_custom_call" in modules[0]
+        both = jax.export.export(step, platforms=("tpu", "cuda", "cpu"), disabled_checks=CHECKS)(x)
+        assert "tpu_custom_call" in both.mlir_module()
+        np.testing.assert_allclose(jax.jit(both.call)(x), step(x), rtol=1e-5, atol=1e-6)
         wide = jax.export.export(step, platforms=("tpu", "cuda"))(x.astype(jnp.float64))
         assert "tpu_custom_call" not in wide.mlir_module()  # kernels take no float64
