@@ -367,7 +367,7 @@ def _text_of(compiled: Any, lowered: Any, dump: Path) -> tuple[str, bool]:
     except jax.errors.JaxRuntimeError:
         dumped = list(dump.glob("*.after_optimizations.txt"))
         if len(dumped) == 1:
-            return dumped[0].read_text(), True
+            return dumped[0].read_text("utf-8"), True
         return lowered.as_text(), False
 
 
