@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -228,10 +229,12 @@ def kernel_context(platform: str, device: Any = None) -> Iterator[None]:
         kind = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
     with (
+        warnings.catch_warnings(category=DeprecationWarning, action="ignore"),
         jax.sharding.use_abstract_mesh(mesh),
         config._check_vma(False),
         jax.default_device(device),
-        # Kernel libraries are not written for the strict modes that a user's program may set.
+        # Kernel libraries are not written for the strict modes that a user's program may set, such as
+        # warnings that are errors.
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):

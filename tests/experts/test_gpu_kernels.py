@@ -22,15 +22,10 @@ from moe_jax.experts.grouped_product import ProductSpec, kernel_context
 from moe_jax.routing.dispatch import kept_weights
 from tests.experts import test_kernels as tpu
 
-pytestmark = [
-    pytest.mark.skipif(
-        not grouped_kernels.has_tokamax(),
-        reason="tokamax is not installed: pip install 'moe_jax[accelerator]'",
-    ),
-    # tokamax 0.0.12 calls Pallas as older releases of JAX wanted it.
-    pytest.mark.filterwarnings("ignore:jax.experimental.pallas.dot was moved:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The out_shape and scratch_shapes:DeprecationWarning"),
-]
+pytestmark = pytest.mark.skipif(
+    not grouped_kernels.has_tokamax(),
+    reason="tokamax is not installed: pip install 'moe_jax[accelerator]'",
+)
 FORMS = ("rows", "transposed", "outer")
 SIZES = jnp.array([37, 0, 90, 0, 23], jnp.int32)
 

@@ -266,7 +266,7 @@ def test_values_are_those_of_the_program_that_a_gradient_follows(activation, dty
     assert jnp.square(alone - want).sum() < jnp.square(with_gradient - want).sum()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jax, for names that tokamax uses
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jax, while a target is opened
 @pytest.mark.parametrize("name", ["v5e:2x4", "h100"])
 def test_the_compilers_of_accelerators_take_each_activation_in_a_kernel(name):
     if not grouped_kernels.has_tokamax():
