@@ -97,7 +97,7 @@ def read_rows(file: Path, bench: str, fields: dict[str, tuple[str, ...]]) -> lis
     found = content.get("bench") if isinstance(content, dict) else None
     if found != bench:
         raise ValueError(f"{file}: expected rows of bench {bench!r}, got {found!r}. {advice}")
-    rows = content.get("rows")
+    rows: Any = content.get("rows")
     good = isinstance(rows, list) and all(
         isinstance(row, dict) and all(row.get(name) in values for name, values in fields.items())
         for row in rows
