@@ -11,6 +11,12 @@ from rich.table import Table
 
 from moe_jax.cli.output import library_errors_exit_2, notes, out, print_json
 
+_COLUMNS = (
+    *("", "program", "experts by", "passes", "work / 1×", "temp MB", "held MB", "fits"),
+    *("kernels", "sent"),
+)
+_LEAST_WIDTH = 140  # of a terminal for a table of them; below it a program takes two lines
+
 
 def print_verification(
     name: str,
@@ -65,18 +71,23 @@ def print_verification(
 def _print(verification: Any) -> None:
     import jax
 
-    target = verification.target
-    table = Table(
-        *("", "program", "experts by", "passes", "work / 1×", "temp MB", "held MB", "fits"),
-        *("kernels", "sent"),
-        title=f"compiled for {target.name}, JAX {jax.__version__}; nothing was run",
-        caption=f"held: arguments, results and temporaries of one device, of "
-        f"{target.memory_bytes / 1e6:,.0f} MB; in brackets by the model in docs/scaling.md",
+    target, excused = verification.target, verification.too_large
+    title = f"compiled for {target.name}, JAX {jax.__version__}; nothing was run"
+    caption = (
+        f"held: arguments, results and temporaries of one device, of "
+        f"{target.memory_bytes / 1e6:,.0f} MB; in brackets by the model in docs/scaling.md"
     )
-    excused = verification.too_large
-    for program in verification.programs:
-        table.add_row(*_cells(program.summary(), excused=program in excused))
-    out.print(table)
+    rows = [_cells(p.summary(), excused=p in excused) for p in verification.programs]
+    if out.width >= _LEAST_WIDTH:
+        table = Table(*_COLUMNS, title=title, caption=caption)
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)
+    else:
+        out.print(title)
+        for row in rows:
+            out.print("\n".join(_lines(row)), highlight=False, soft_wrap=True)
+        out.print(caption)
     failed, unread = len(verification.failed), verification.unread
     out.print(f"{failed} default programs fail." if failed else "All default programs hold.")
     if excused:
@@ -90,6 +101,14 @@ def _print(verification: Any) -> None:
             f"The compiler did not write out the HLO of {unread} programs: their arrays and "
             "collectives were not checked, only memory and the count of operations."
         )
+
+
+def _lines(cells: list[str]) -> list[str]:
+    """A program's cells as a line of what it is and one of what the compiler says."""
+    good, *what = cells[:4]
+    figures = zip(_COLUMNS[4:], cells[4:], strict=True)
+    said = ", ".join(f"{name} {cell}" for name, cell in figures if cell)
+    return [f"{good} {', '.join(filter(None, what))}", f"     {said}"]
 
 
 def _note_start(number: int, total: int, program: Any) -> None:

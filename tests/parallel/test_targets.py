@@ -428,6 +428,11 @@ def test_the_command_prints_a_table_or_json_and_exits_by_the_default(compiled, m
     table = run(app, ["verify", "--target", "v5e:2x4", "--implementations", "default"])
     assert table.exit_code == 1
     assert "2 default programs fail." in table.stdout
+    # Two lines a program where a table of ten columns has no room.
+    lines = table.stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("BAD "))
+    assert "work / 1×" in lines[first + 1]
+    assert "fits yes" in lines[first + 1]
 
 
 def test_the_table_shows_the_model_of_memory_in_brackets():
