@@ -158,37 +158,25 @@ def test_memory_of_experts_and_rows_falls_as_the_devices_grow(measured):
             assert fewer <= more / 2 * 1.1, (what, sizes)
 
 
+def cost_of(*, num_experts, d_model, factor, shares):
+    """The model of a layer in float32 over eight devices, 64 tokens each."""
+    sizes = dict(num_experts=num_experts, d_model=d_model, tokens=64, k=2, devices=8, itemsize=4)
+    return exchange_cost(**sizes, capacity_factor=factor, send_shares=shares)
+
+
 @pytest.mark.parametrize(
     ("case", "factor", "shares"),
     [("dropping", 1.25, None), ("dropless", None, None), ("dropless, one size", None, (1.5,))],
 )
 def test_the_cost_model_is_the_compiled_program_to_the_byte(measured, case, factor, shares):
     """Of a conditional the largest size is counted, which is what the model gives too."""
-    cost = exchange_cost(
-        tokens=64,
-        num_experts=16,
-        k=2,
-        d_model=8,
-        devices=8,
-        itemsize=4,
-        capacity_factor=factor,
-        send_shares=shares,
-    )
+    cost = cost_of(num_experts=16, d_model=8, factor=factor, shares=shares)
     assert sent(measured, case) == (cost.forward_bytes, cost.backward_bytes)
 
 
 @pytest.mark.parametrize(("factor", "shares", "rows"), [(1.0, None, 16), (None, (0.5,), 24)])
 def test_the_cost_model_knows_the_counts_beside_the_rows(measured, factor, shares, rows):
-    cost = exchange_cost(
-        tokens=64,
-        num_experts=8,
-        k=2,
-        d_model=4096,
-        devices=8,
-        itemsize=4,
-        capacity_factor=factor,
-        send_shares=shares,
-    )
+    cost = cost_of(num_experts=8, d_model=4096, factor=factor, shares=shares)
     assert cost.buffer_rows == rows
     assert cost.forward_bytes == 8 * 4 * rows * (4096 + 128 + 4096)
     assert sent(measured, f"wide rows, factor {factor}") == (
