@@ -74,7 +74,7 @@ def grouped_dot(
         kernels: [E, K, N], in the dtype of ``rows``, or in 8 bits.
         group_sizes: i32[E], rows of each expert; they may add up to less than M.
         scales: f32[E, N], multiply the product before it is rounded. None is no scale.
-        activation: a name in ``ACTIVATIONS``, applied to the scaled product. None is none.
+        activation: a name in ``ACTIVATIONS``, applied to the scaled product, or None.
 
     Example:
         >>> rows, kernels = jnp.ones((3, 2)), jnp.arange(8.0).reshape(2, 2, 2)

@@ -250,8 +250,8 @@ def zero_sums(learned: Params) -> ExpertSums:
 def sum_expert(total: ExpertSums, expert: Array, first: Array, update: Params) -> ExpertSums:
     """Adds the gradient of a piece; ``first`` bool[] says that it is the first one of its expert.
 
-    Reading and adding to the stack in float32 would move twice the memory in float32, and six times in
-    bfloat16. The sum of one expert stays in the cache.
+    To add to the stack would read and write all of it in float32, even for bfloat16, which is then
+    converted. The sum of one expert is small enough for the cache.
     """
 
     def add(old: Array, part: Array) -> Array:
